@@ -1,0 +1,1 @@
+"""dcae_fast: DC-AE and the diffusion transformers in its latent space, as fast as the hardware allows."""

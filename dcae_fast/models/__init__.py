@@ -1,0 +1,1 @@
+"""DC-AE in plain PyTorch: readable, and the oracle of everything faster."""

@@ -1,0 +1,208 @@
+"""The deep compression autoencoder (DC-AE, arXiv 2410.10733; 1.5: arXiv 2508.00413), readable from top to bottom."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from . import blocks
+
+
+@dataclass(frozen=True)
+class CoderConfig:
+    """One half of the autoencoder; every tuple has one entry per stage, stage 0 at full resolution.
+
+    width, depth: channels and number of blocks. block: "ResBlock", "EViTGLU" (linear attention + gated convolution) or
+    "EViTS5GLU" (the same with a 5×5 scale). norm: "rms" or "batch"; act: "relu" or "silu" (both of ResBlocks alone).
+    resample: "pixel" (pixel-shuffle), "conv" (stride-2 convolution, encoder) or "interpolate" (decoder).
+    shortcut: whether the encoder's head or the decoder's stem has one. head_act: before the decoder's last convolution.
+    """
+
+    width: tuple[int, ...]
+    depth: tuple[int, ...]
+    block: tuple[str, ...]
+    norm: tuple[str, ...]
+    act: tuple[str, ...]
+    resample: str = "pixel"
+    shortcut: bool = True
+    head_act: str = "relu"
+
+
+@dataclass(frozen=True)
+class DCAEConfig:
+    """encoder, decoder: `CoderConfig`; adaptive: latents may use the first channels only (DC-AE 1.5).
+
+    scaling_factor: what latents are multiplied by before a diffusion model sees them, about 1 / rms; None if unknown.
+    """
+
+    latent_channels: int
+    encoder: CoderConfig
+    decoder: CoderConfig
+    adaptive: bool = False
+    scaling_factor: float | None = None
+
+
+DOWN_SAMPLERS = {
+    "pixel": blocks.ConvPixelUnshuffleDownSampleLayer,
+    "conv": lambda in_channels, out_channels: blocks.ConvLayer(in_channels, out_channels, stride=2),
+}
+UP_SAMPLERS = {
+    "pixel": blocks.ConvPixelShuffleUpSampleLayer,
+    "interpolate": blocks.InterpolateConvUpSampleLayer,
+}
+
+
+def stage_block(config: CoderConfig, stage: int) -> nn.Module:
+    kind, width = config.block[stage], config.width[stage]
+    if kind == "ResBlock":
+        return blocks.ResidualBlock(blocks.ResBlock(width, config.norm[stage], config.act[stage]), nn.Identity())
+    return blocks.EfficientViTBlock(width, scales={"EViTGLU": (), "EViTS5GLU": (5,)}[kind])
+
+
+def down_sample(kind: str, in_channels: int, out_channels: int) -> nn.Module:
+    shortcut = blocks.PixelUnshuffleChannelAveragingDownSampleLayer(in_channels, out_channels, factor=2)
+    return blocks.ResidualBlock(DOWN_SAMPLERS[kind](in_channels, out_channels), shortcut)
+
+
+def up_sample(kind: str, in_channels: int, out_channels: int) -> nn.Module:
+    shortcut = blocks.ChannelDuplicatingPixelShuffleUpSampleLayer(in_channels, out_channels, factor=2)
+    return blocks.ResidualBlock(UP_SAMPLERS[kind](in_channels, out_channels), shortcut)
+
+
+class Encoder(nn.Module):
+    """Image [B, 3, H, W] → latent [B, c, H / f, W / f]. Stages run from full resolution down.
+
+    When stage 0 is empty the stem goes straight to stage 1's width and resolution, without a shortcut.
+    """
+
+    def __init__(self, config: DCAEConfig):
+        super().__init__()
+        coder, latent = config.encoder, config.latent_channels
+        if coder.depth[0] > 0:
+            self.project_in = blocks.ConvLayer(3, coder.width[0])
+        else:
+            self.project_in = DOWN_SAMPLERS[coder.resample](3, coder.width[1])
+        stages = []
+        for stage, depth in enumerate(coder.depth):
+            ops = [stage_block(coder, stage) for _ in range(depth)]
+            if depth > 0 and stage + 1 < len(coder.depth):
+                ops.append(down_sample(coder.resample, coder.width[stage], coder.width[stage + 1]))
+            stages.append(blocks.OpSequential(ops))
+        self.stages = nn.ModuleList(stages)
+        conv = blocks.AdaptiveOutputConvLayer if config.adaptive else blocks.ConvLayer
+        self.project_out = blocks.OpSequential([conv(coder.width[-1], latent)])
+        if coder.shortcut:
+            shortcut = blocks.PixelUnshuffleChannelAveragingDownSampleLayer(coder.width[-1], latent, factor=1)
+            self.project_out = blocks.ResidualBlock(self.project_out, shortcut)
+
+    def forward(
+        self, x: torch.Tensor, latent_channels: int | list[int] | None = None
+    ) -> torch.Tensor | list[torch.Tensor]:
+        x = self.project_in(x)
+        for stage in self.stages:
+            x = stage(x)
+        if latent_channels is None:
+            return self.project_out(x)
+        head = self.project_out.op_list[0]
+        if isinstance(latent_channels, int):
+            return head(x, latent_channels)
+        return [head(x, channels) for channels in latent_channels]
+
+
+class Decoder(nn.Module):
+    """Latent [B, c, h, w] → image [B, 3, h * f, w * f]. Stages are numbered as the encoder's and run in reverse.
+
+    When stage 0 is empty the head is an up-sampling layer without shortcut from stage 1's width.
+    """
+
+    def __init__(self, config: DCAEConfig):
+        super().__init__()
+        coder, latent = config.decoder, config.latent_channels
+        conv = blocks.AdaptiveInputConvLayer if config.adaptive else blocks.ConvLayer
+        self.project_in = conv(latent, coder.width[-1])
+        if coder.shortcut:
+            shortcut = blocks.ChannelDuplicatingPixelShuffleUpSampleLayer(latent, coder.width[-1], factor=1)
+            self.project_in = blocks.ResidualBlock(self.project_in, shortcut)
+        stages = []
+        for stage, depth in enumerate(coder.depth):
+            ops = [stage_block(coder, stage) for _ in range(depth)]
+            if depth > 0 and stage + 1 < len(coder.depth):
+                ops.insert(0, up_sample(coder.resample, coder.width[stage + 1], coder.width[stage]))
+            stages.append(blocks.OpSequential(ops))
+        self.stages = nn.ModuleList(stages)
+        width = coder.width[0] if coder.depth[0] > 0 else coder.width[1]
+        head = blocks.ConvLayer(width, 3) if coder.depth[0] > 0 else UP_SAMPLERS[coder.resample](width, 3)
+        self.project_out = blocks.OpSequential([blocks.RMSNorm2d(width), blocks.ACTIVATIONS[coder.head_act](), head])
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        z = self.project_in(z)
+        for stage in reversed(self.stages):
+            z = stage(z)
+        return self.project_out(z)
+
+
+class DCAE(nn.Module):
+    """Deterministic autoencoder: `encode` gives the latent itself, and neither direction applies `scaling_factor`.
+
+    Images are in [-1, 1]. Diffusion models see `encode(x) * scaling_factor`.
+    """
+
+    def __init__(self, config: DCAEConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    @property
+    def spatial_compression_ratio(self) -> int:
+        """Pixels of the image per position of the latent, along each side."""
+        return 2 ** (len(self.config.encoder.depth) - 1)
+
+    @property
+    def scaling_factor(self) -> float | None:
+        return self.config.scaling_factor
+
+    def encode(
+        self, x: torch.Tensor, latent_channels: int | list[int] | None = None
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """Image [B, 3, H, W] in [-1, 1] → latent [B, c, H / f, W / f].
+
+        latent_channels: adaptive models alone; the first n channels, or one latent for each n of a list.
+        Raises TypeError unless x is floating point, ValueError unless it is [B, 3, H, W] with H and W multiples of f.
+        """
+        ratio = self.spatial_compression_ratio
+        self._check(x, "x", channels=(3, 3))
+        if x.shape[2] % ratio or x.shape[3] % ratio:
+            raise ValueError(f"x is {x.shape[2]}x{x.shape[3]} pixels; both sides must be multiples of {ratio}")
+        if latent_channels is not None:
+            asked = [latent_channels] if isinstance(latent_channels, int) else latent_channels
+            self._check_latent_channels(asked)
+        return self.encoder(x, latent_channels)
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """Latent [B, c, h, w] → image [B, 3, h * f, w * f]; adaptive models take fewer channels than c too.
+
+        Raises TypeError unless z is floating point, ValueError unless it has that shape.
+        """
+        most = self.config.latent_channels
+        self._check(z, "z", channels=(1 if self.config.adaptive else most, most))
+        return self.decoder(z)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """decode(encode(x)): the reconstruction of x."""
+        return self.decode(self.encode(x))
+
+    def _check(self, x: torch.Tensor, name: str, channels: tuple[int, int]) -> None:
+        low, high = channels
+        if not x.is_floating_point():
+            raise TypeError(f"{name} is {x.dtype}; expected a floating point tensor")
+        if x.dim() != 4 or not low <= x.shape[1] <= high:
+            expected = str(high) if low == high else f"{low} to {high}"
+            raise ValueError(f"{name} has shape {list(x.shape)}; expected [B, {expected}, height, width]")
+
+    def _check_latent_channels(self, asked: list[int]) -> None:
+        most = self.config.latent_channels
+        if not self.config.adaptive:
+            raise ValueError(f"latent_channels={asked}: this model's latents always have {most} channels")
+        if not all(0 < n <= most for n in asked):
+            raise ValueError(f"latent_channels={asked}: expected numbers from 1 to {most}")

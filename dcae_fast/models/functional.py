@@ -1,0 +1,71 @@
+"""The formulas of DC-AE that are more than one PyTorch call. Plain PyTorch, any device; the oracle of every kernel."""
+
+import torch
+import torch.nn.functional as F
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """Channel RMS norm.
+
+        y = x * rsqrt(mean_c(x²) + eps) * weight + bias
+
+    x: [B, C, H, W]; weight, bias: [C]. Statistics and affine in fp32 or wider; returns x.dtype.
+    """
+    wide = x.double() if x.dtype == torch.float64 else x.float()
+    y = wide * torch.rsqrt(wide.square().mean(dim=1, keepdim=True) + eps)
+    y = y * weight.view(1, -1, 1, 1)
+    if bias is not None:
+        y = y + bias.view(1, -1, 1, 1)
+    return y.to(x.dtype)
+
+
+def relu_linear_attention(qkv: torch.Tensor, head_dim: int, eps: float) -> torch.Tensor:
+    """ReLU linear attention over the positions of an image (EfficientViT, arXiv 2205.14756; DC-AE, arXiv 2410.10733).
+
+        out_i = Σ_j v_j (k_j · q_i) / (Σ_j k_j · q_i + eps),    q, k = relu(q), relu(k)
+
+    qkv: [B, heads * 3 * head_dim, H, W], channels grouped per head as q, k, v; returns [B, heads * head_dim, H, W] in
+    qkv.dtype. With more than head_dim positions the sum is taken as (V Kᵀ) Q, otherwise through the positions'
+    own matrix Kᵀ Q; the function is the same. float16 is raised to float32 in the first form, and the division is
+    always done in float32 or wider, as in the original implementation.
+    """
+    batch, channels, height, width = qkv.shape
+    positions = height * width
+    with torch.autocast(qkv.device.type, enabled=False):
+        q, k, v = qkv.reshape(batch, -1, 3, head_dim, positions).unbind(2)
+        q, k = F.relu(q), F.relu(k)
+        if positions > head_dim:
+            if qkv.dtype == torch.float16:
+                q, k, v = q.float(), k.float(), v.float()
+            out = (F.pad(v, (0, 0, 0, 1), value=1) @ k.transpose(-1, -2)) @ q  # the last row is the denominator
+            out = _at_least_float32(out)
+            out = out[:, :, :-1] / (out[:, :, -1:] + eps)
+        else:
+            scores = _at_least_float32(k.transpose(-1, -2) @ q)
+            scores = scores / (scores.sum(dim=2, keepdim=True) + eps)
+            out = v @ scores.to(v.dtype)
+        return out.reshape(batch, channels // 3, height, width).to(qkv.dtype)
+
+
+def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def unshuffle_average(x: torch.Tensor, out_channels: int, factor: int) -> torch.Tensor:
+    """Space to channel, then the mean of consecutive channels: the shortcut of a down-sampling block.
+
+    u = pixel_unshuffle(x, factor) has factor² * C channels; y[o] = mean of u[o * g ... (o + 1) * g - 1] with
+    g = factor² * C / out_channels. x: [B, C, H, W]; returns [B, out_channels, H / factor, W / factor].
+    """
+    u = F.pixel_unshuffle(x, factor)
+    return u.unflatten(1, (out_channels, u.shape[1] // out_channels)).mean(dim=2)
+
+
+def duplicate_shuffle(x: torch.Tensor, out_channels: int, factor: int) -> torch.Tensor:
+    """Each channel repeated in place, then channel to space: the shortcut of an up-sampling block.
+
+    y = pixel_shuffle(repeat_interleave(x, r), factor) with r = factor² * out_channels / C repeats.
+    x: [B, C, H, W]; returns [B, out_channels, H * factor, W * factor].
+    """
+    repeats = factor**2 * out_channels // x.shape[1]
+    return F.pixel_shuffle(x.repeat_interleave(repeats, dim=1), factor)
