@@ -1,0 +1,125 @@
+"""Shared by all tests: reference cases, the comparison with them and its table at the end, and the `gpu` marker.
+
+The reference is a folder of fixtures computed with the original implementation. It is looked for at
+DCAE_FAST_REFERENCE, else at ../shared/reference beside the repository; tests that need it are skipped without it.
+"""
+
+import json
+import os
+from collections import defaultdict
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
+
+REFERENCE = Path(os.environ.get("DCAE_FAST_REFERENCE", Path(__file__).parents[2] / "shared" / "reference"))
+NO_REFERENCE = pytest.mark.skipif(
+    not (REFERENCE / "fixtures").is_dir(), reason=f"no reference fixtures at {REFERENCE}: set DCAE_FAST_REFERENCE"
+)
+
+
+@cache
+def load_json(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+@cache
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One case of a fixture file; `meta` describes the case, `file_meta` the file."""
+
+    file: str
+    name: str
+
+    @property
+    def file_meta(self) -> dict:
+        return load_json(REFERENCE / "fixtures" / f"{self.file}.json")
+
+    @property
+    def meta(self) -> dict:
+        return self.file_meta["cases"][self.name]
+
+    def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
+        """The file's tensors under "<prefix>/", by the rest of their names."""
+        everything = load_tensors(REFERENCE / "fixtures" / f"{self.file}.safetensors")
+        return {k[len(prefix) + 1 :]: v for k, v in everything.items() if k.startswith(f"{prefix}/")}
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a CUDA GPU")
+    config.addinivalue_line("markers", "cases(files, *names, but=()): once for each matching reference case, as `case`")
+
+
+def pytest_generate_tests(metafunc):
+    """`@pytest.mark.cases("blocks_*", "core_*", but=["*_float32"])`: globs of files and cases (all)."""
+    marker = metafunc.definition.get_closest_marker("cases")
+    if marker is None:
+        return
+    files, *names = marker.args
+    but = marker.kwargs.get("but", [])
+    cases = [
+        Case(path.stem, name)
+        for path in sorted((REFERENCE / "fixtures").glob(f"{files}.json"))
+        for name in load_json(path)["cases"]
+        if any(fnmatch(name, glob) for glob in names or ["*"]) and not any(fnmatch(name, glob) for glob in but)
+    ]
+    missing = [pytest.param(None, marks=NO_REFERENCE)]
+    metafunc.parametrize("case", cases or missing, ids=[f"{case.file}-{case.name}" for case in cases] or ["missing"])
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """The reference folder."""
+    if not (REFERENCE / "fixtures").is_dir():
+        pytest.skip(NO_REFERENCE.kwargs["reason"])
+    return REFERENCE
+
+
+@pytest.fixture
+def compare(record_property):
+    """compare(file, got, expected, limit, what=""): asserts ‖got - expected‖ / ‖expected‖ <= limit, in float64.
+
+    Every error is recorded; the one closest to its limit is printed for each file when the run ends.
+    """
+
+    def check(file: str, got: torch.Tensor, expected: torch.Tensor, limit: float, what: str = "") -> None:
+        assert got.shape == expected.shape, f"{what}: shape {list(got.shape)}, expected {list(expected.shape)}"
+        got, expected = got.detach().cpu().double(), expected.cpu().double()
+        error = ((got - expected).norm() / expected.norm()).item() if (got != expected).any() else 0.0
+        record_property("reference_error", (file, error, limit))
+        assert error <= limit, f"{what}: relative L2 error {error:.2e} against {file}, limit {limit:.0e}"
+
+    return check
+
+
+def pytest_terminal_summary(terminalreporter):
+    errors = defaultdict(list)
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            for name, value in getattr(report, "user_properties", ()):
+                if name == "reference_error" and report.when == "call":
+                    file, error, limit = value
+                    errors[file].append((error, limit))
+    if errors:
+        terminalreporter.section("largest relative L2 error per fixture file, in proportion to its limit")
+    for file, pairs in sorted(errors.items()):
+        error, limit = max(pairs, key=lambda pair: pair[0] / pair[1])
+        terminalreporter.write_line(f"{file:<24} {error:.2e}  (limit {limit:.0e}, {len(pairs)} comparisons)")
