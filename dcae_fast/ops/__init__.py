@@ -1,0 +1,16 @@
+"""Operators: a plain PyTorch reference, a Triton kernel for CUDA, a gradient, all registered with torch.library."""
+
+from .bias_act import bias_act
+from .depthwise_glu import depthwise_glu
+from .relu_linear_attention import relu_linear_attention
+from .rms_norm import rms_norm
+from .shuffle import duplicate_shuffle_add, unshuffle_average_add
+
+__all__ = [
+    "bias_act",
+    "depthwise_glu",
+    "duplicate_shuffle_add",
+    "relu_linear_attention",
+    "rms_norm",
+    "unshuffle_average_add",
+]

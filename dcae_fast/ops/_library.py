@@ -1,0 +1,89 @@
+"""Registration of operators with torch.library.
+
+An operator is a plain PyTorch reference and a launcher of the same signature. The reference runs on every device and is
+the fake; the launcher takes over for CUDA tensors it accepts (and for CPU tensors under TRITON_INTERPRET=1). Results
+are always channels-last.
+"""
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+
+import torch
+
+NAMESPACE = "dcae_fast"
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def launcher(operator: str, function: str) -> Callable:
+    """`function` of dcae_fast.kernels.<operator>, imported when first needed."""
+    return getattr(importlib.import_module(f"{NAMESPACE}.kernels.{operator}"), function)
+
+
+def define(
+    schema: str, reference: Callable, accepts: Callable[..., bool], operator: str | None = None
+) -> torch._ops.OpOverload:
+    """Register dcae_fast::<schema>.
+
+    reference: the result in plain PyTorch. accepts: whether the kernel takes these arguments; they reach it
+    channels-last (4-D) and contiguous (others). operator: the kernel's file, if not the name in the schema.
+    """
+    name = schema.split("(")[0]
+    tag = torch.Tag.pt2_compliant_tag
+    LIBRARY.define(schema, tags=(tag,))
+
+    def plain(*args):
+        return _map(_channels_last, reference(*args))
+
+    def kernel(*args):
+        if not accepts(*args):
+            return plain(*args)
+        launch = launcher(operator or name, f"launch_{name}")
+        args = [_map(_dense, arg) for arg in args]
+        device = next(arg.device for arg in _flatten(args) if isinstance(arg, torch.Tensor))
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return launch(*args)
+        with torch.cuda.device(device):
+            return launch(*args)
+
+    LIBRARY.impl(name, plain, "CompositeExplicitAutograd")
+    if HAS_TRITON:
+        LIBRARY.impl(name, kernel, "CUDA")
+    if INTERPRETED:
+        LIBRARY.impl(name, kernel, "CPU")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", plain, lib=LIBRARY)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def differentiable(op: torch._ops.OpOverload, backward: Callable, setup_context: Callable) -> None:
+    """Register the gradient of an operator."""
+    torch.library.register_autograd(op.name(), backward, setup_context=setup_context, lib=LIBRARY)
+
+
+def _flatten(args):
+    for arg in args:
+        yield from arg if isinstance(arg, (list, tuple)) else (arg,)
+
+
+def _map(function, value):
+    if isinstance(value, (list, tuple)):
+        return type(value)(function(item) for item in value)
+    return function(value)
+
+
+def _channels_last(value):
+    if isinstance(value, torch.Tensor) and value.dim() == 4:
+        return value.contiguous(memory_format=torch.channels_last)
+    return value
+
+
+def _dense(value):
+    if isinstance(value, torch.Tensor) and value.dim() != 4:
+        return value.contiguous()
+    return _channels_last(value)

@@ -1,0 +1,70 @@
+"""3×3 depthwise convolution with bias, split into value and gate, value · SiLU(gate): one pass.
+
+    c = depthwise3x3(x, weight) + bias,    y[m] = c[m] * silu(c[M + m])
+
+x: [B, 2M, H, W] channels-last, zero padding 1; weight: [2M, 1, 3, 3]; bias: [2M]; returns [B, M, H, W] in x.dtype, sums
+in fp32. Source: the GLUMBConv of DC-AE (arXiv 2410.10733) and SANA (arXiv 2410.10629).
+"""
+
+import torch
+import torch.nn.functional as F
+
+from ._activation import activate_backward, sum_to_channels
+from ._library import KERNEL_DTYPES, define, differentiable
+
+
+def _convolution(x, weight, bias):
+    return F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), padding=1, groups=x.shape[1])
+
+
+def depthwise_glu_reference(x, weight, bias):
+    value, gate = _convolution(x, weight, bias).chunk(2, dim=1)
+    return value * F.silu(gate)
+
+
+def depthwise_glu_backward_reference(dout, x, weight, bias):
+    value, gate = _convolution(x, weight, bias).chunk(2, dim=1)
+    dconv = torch.cat([dout * F.silu(gate), activate_backward(gate, dout * value, "silu")], dim=1)
+    dx, dweight, _ = torch.ops.aten.convolution_backward(
+        dconv, x, weight.to(x.dtype), None, [1, 1], [1, 1], [1, 1], False, [0, 0], x.shape[1], [True, True, False]
+    )
+    return dx, dweight.to(weight.dtype), sum_to_channels(dconv).to(bias.dtype)
+
+
+def _accepts(x, weight, bias):
+    return all(tensor.dtype in KERNEL_DTYPES for tensor in (x, weight, bias))
+
+
+_forward = define("depthwise_glu(Tensor x, Tensor weight, Tensor bias) -> Tensor", depthwise_glu_reference, _accepts)
+_backward = define(
+    "depthwise_glu_backward(Tensor dout, Tensor x, Tensor weight, Tensor bias) -> (Tensor, Tensor, Tensor)",
+    depthwise_glu_backward_reference,
+    lambda dout, *args: _accepts(*args),
+    operator="depthwise_glu",
+)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _gradient(ctx, dout):
+    return _backward(dout, *ctx.saved_tensors)
+
+
+differentiable(_forward, _gradient, _setup_context)
+
+
+def depthwise_glu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """value · SiLU(gate) of the 3×3 depthwise convolution of x.
+
+    x: [B, 2M, H, W]; weight: [2M, 1, 3, 3]; bias: [2M]. Returns [B, M, H, W] channels-last, x.dtype. Raises ValueError on
+    other shapes.
+    """
+    channels = x.shape[1] if x.dim() == 4 else -1
+    if channels < 0 or channels % 2 or weight.shape != (channels, 1, 3, 3) or bias.shape != (channels,):
+        raise ValueError(
+            f"x {list(x.shape)}, weight {list(weight.shape)}, bias {list(bias.shape)}:"
+            " expected [B, 2M, H, W], [2M, 1, 3, 3], [2M]"
+        )
+    return _forward(x, weight, bias)

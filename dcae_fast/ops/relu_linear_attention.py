@@ -1,0 +1,88 @@
+"""ReLU linear attention on packed qkv tensors, one for each scale.
+
+    out_i = Σ_j v_j (k_j · q_i) / (Σ_j k_j · q_i + eps),    q, k = relu(q), relu(k)
+
+qkv: [B, heads * 3 * D, H, W] channels-last, channels grouped per head as q, k, v of D each. The outputs of the scales
+are concatenated along channels: [B, scales * heads * D, H, W], which is what the projection reads. Sums in fp32.
+For H * W ≤ D the reference takes the sum through the H·W × H·W matrix of scores, as the original does; the kernel keeps
+to the linear form, which is the same function. Source: EfficientViT (arXiv 2205.14756), DC-AE (arXiv 2410.10733).
+"""
+
+import torch
+
+from dcae_fast.models import functional
+
+from ._library import KERNEL_DTYPES, define, differentiable
+
+HEAD_DIMS = (16, 32, 64)
+
+
+def relu_linear_attention_reference(qkvs, head_dim, eps):
+    return functional.relu_linear_attention(torch.cat(qkvs, dim=1), head_dim, eps)
+
+
+def relu_linear_attention_backward_reference(dout, qkvs, head_dim, eps):
+    """With S = Σ_j k_j v_jᵀ, z = Σ_j k_j: the quotient rule at each position, then through S and z to k and v."""
+    qkv = torch.cat(qkvs, dim=1)
+    batch, _, height, width = qkv.shape
+    positions = height * width
+    wide = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+    q_in, k_in, v = qkv.reshape(batch, -1, 3, head_dim, positions).to(wide).unbind(2)
+    q, k = q_in.relu(), k_in.relu()
+    dout = dout.reshape(batch, -1, head_dim, positions).to(wide)
+    s, z = k @ v.transpose(-1, -2), k.sum(-1, keepdim=True)
+    rest = 1 / ((q * z).sum(2, keepdim=True) + eps)
+    dnumerator = dout * rest
+    ddenominator = -(dout * (s.transpose(-1, -2) @ q)).sum(2, keepdim=True) * rest.square()
+    ds, dz = q @ dnumerator.transpose(-1, -2), (q * ddenominator).sum(-1, keepdim=True)
+    dq = (s @ dnumerator + z * ddenominator) * (q_in > 0)
+    dk = (ds @ v + dz) * (k_in > 0)
+    dv = ds.transpose(-1, -2) @ k
+    dqkv = torch.stack([dq, dk, dv], dim=2).reshape(qkv.shape).to(qkv.dtype)
+    return list(dqkv.split([part.shape[1] for part in qkvs], dim=1))
+
+
+def _accepts(qkvs, head_dim, _):
+    return all(qkv.dtype in KERNEL_DTYPES for qkv in qkvs) and head_dim in HEAD_DIMS
+
+
+_forward = define(
+    "relu_linear_attention(Tensor[] qkvs, int head_dim, float eps) -> Tensor", relu_linear_attention_reference, _accepts
+)
+_backward = define(
+    "relu_linear_attention_backward(Tensor dout, Tensor[] qkvs, int head_dim, float eps) -> Tensor[]",
+    relu_linear_attention_backward_reference,
+    lambda dout, *args: _accepts(*args),
+    operator="relu_linear_attention",
+)
+
+
+def _setup_context(ctx, inputs, output):
+    qkvs, ctx.head_dim, ctx.eps = inputs
+    ctx.save_for_backward(*qkvs)
+
+
+def _gradient(ctx, dout):
+    return _backward(dout, list(ctx.saved_tensors), ctx.head_dim, ctx.eps), None, None
+
+
+differentiable(_forward, _gradient, _setup_context)
+
+
+def relu_linear_attention(qkvs: list[torch.Tensor], head_dim: int = 32, eps: float = 1e-15) -> torch.Tensor:
+    """ReLU linear attention of each packed qkv [B, heads * 3 * head_dim, H, W], concatenated along channels.
+
+    Returns [B, Σ heads * head_dim, H, W] channels-last in qkv's dtype. Raises ValueError unless all are of one dtype,
+    batch and size and their channels are a multiple of 3 * head_dim.
+    """
+    first = qkvs[0] if qkvs else None
+    for qkv in qkvs:
+        if qkv.dim() != 4 or qkv.shape[1] % (3 * head_dim) or qkv.dtype != first.dtype:
+            raise ValueError(
+                f"qkv is {list(qkv.shape)} {qkv.dtype}; expected [B, a multiple of {3 * head_dim}, H, W] {first.dtype}"
+            )
+        if qkv.shape[0] != first.shape[0] or qkv.shape[2:] != first.shape[2:]:
+            raise ValueError(f"qkv tensors differ in batch or size: {list(first.shape)} and {list(qkv.shape)}")
+    if first is None:
+        raise ValueError("qkvs is empty; expected at least one packed qkv tensor")
+    return _forward(qkvs, head_dim, eps)

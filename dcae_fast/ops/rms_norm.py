@@ -1,0 +1,89 @@
+"""Channel RMS norm with an optional activation and residual.
+
+    y = act(x * rsqrt(mean_c(x²) + eps) * weight + bias) + residual
+
+x, residual: [B, C, H, W] channels-last; weight, bias: [C]. Statistics in fp32; returns x.dtype. Source: DC-AE's
+"trms2d" (arXiv 2410.10733, original code).
+"""
+
+import torch
+
+from dcae_fast.models import functional
+
+from ._activation import activate, activate_backward, check_activation, sum_to_channels
+from ._library import KERNEL_DTYPES, define, differentiable
+
+MAX_CHANNELS = 8192
+
+
+def rms_norm_reference(x, weight, bias, eps, act, residual):
+    y = activate(functional.rms_norm(x, weight, bias, eps), act)
+    return y if residual is None else y + residual
+
+
+def rms_norm_backward_reference(dy, x, weight, bias, eps, act):
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dy, x32, w, b = dy.to(wide), x.to(wide), weight.to(wide).view(1, -1, 1, 1), bias.to(wide).view(1, -1, 1, 1)
+    rstd = torch.rsqrt(x32.square().mean(1, keepdim=True) + eps)
+    x_hat = x32 * rstd
+    dz = activate_backward(x_hat * w + b, dy, act)
+    dx_hat = dz * w
+    dx = (dx_hat - x_hat * (dx_hat * x_hat).mean(1, keepdim=True)) * rstd
+    return dx.to(x.dtype), sum_to_channels(dz * x_hat).to(weight.dtype), sum_to_channels(dz).to(bias.dtype)
+
+
+def _accepts(x, weight, *_):
+    return x.dtype in KERNEL_DTYPES and weight.dtype in KERNEL_DTYPES and x.shape[1] <= MAX_CHANNELS
+
+
+_forward = define(
+    "rms_norm(Tensor x, Tensor weight, Tensor bias, float eps, str act, Tensor? residual) -> Tensor",
+    rms_norm_reference,
+    _accepts,
+)
+_backward = define(
+    "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor bias, float eps, str act)"
+    " -> (Tensor, Tensor, Tensor)",
+    rms_norm_backward_reference,
+    lambda dy, *args: _accepts(*args),
+    operator="rms_norm",
+)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, ctx.eps, ctx.act, residual = inputs
+    ctx.has_residual = residual is not None
+    ctx.save_for_backward(x, weight, bias)
+
+
+def _gradient(ctx, dy):
+    dx, dweight, dbias = _backward(dy, *ctx.saved_tensors, ctx.eps, ctx.act)
+    return dx, dweight, dbias, None, None, dy if ctx.has_residual else None
+
+
+differentiable(_forward, _gradient, _setup_context)
+
+
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float = 1e-5,
+    act: str = "none",
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """act(x * rsqrt(mean_c(x²) + eps) * weight + bias) + residual.
+
+    x, residual: [B, C, H, W]; weight, bias: [C]; act: "none", "relu" or "silu". Returns channels-last, x.dtype.
+    Raises ValueError on other shapes or activations.
+    """
+    check_activation(act)
+    if x.dim() != 4 or weight.shape != x.shape[1:2] or bias.shape != x.shape[1:2]:
+        raise ValueError(
+            f"x {list(x.shape)}, weight {list(weight.shape)}, bias {list(bias.shape)}: expected [B, C, H, W], [C], [C]"
+        )
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(
+            f"residual is {list(residual.shape)} {residual.dtype}; expected x's {list(x.shape)} {x.dtype}"
+        )
+    return _forward(x, weight, bias, eps, act, residual)

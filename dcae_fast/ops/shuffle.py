@@ -1,0 +1,130 @@
+"""The space-to-channel shortcuts of DC-AE with the main branch added, each in one pass.
+
+    unshuffle_average_add:  out = mean over groups of pixel_unshuffle(x)        + main
+    duplicate_shuffle_add:  out = pixel_shuffle(repeat_interleave(x, repeats))  + main
+
+x: [B, C, H, W] channels-last. main, with the bias of its convolution, is either at the output's resolution or still at
+x's, and is then (un)shuffled on the way: a convolution, a pixel (un)shuffle and a shortcut cost one pass. Without x, main
+alone is (un)shuffled. As linear maps of x the two are adjoint up to a scale, so each is the other's gradient. Summed in
+fp32, returns x.dtype. Source: DC-AE (arXiv 2410.10733), residual autoencoding.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from dcae_fast.models import functional
+
+from ._activation import sum_to_channels
+from ._library import KERNEL_DTYPES, define, differentiable
+
+
+def _add_main(out, main, bias, move, unmoved_size):
+    if main is None:
+        return out
+    if bias is not None:
+        main = main + bias.to(main.dtype).view(1, -1, 1, 1)
+    if main.shape[2:] == unmoved_size:
+        main = move(main)
+    return main if out is None else out + main
+
+
+def unshuffle_average_add_reference(x, main, bias, out_channels, factor, scale):
+    source, out = main if x is None else x, None
+    if x is not None:
+        group = factor**2 * x.shape[1] // out_channels
+        out = functional.unshuffle_average(x, out_channels, factor) * (scale * group)
+    return _add_main(out, main, bias, lambda y: F.pixel_unshuffle(y, factor), source.shape[2:])
+
+
+def duplicate_shuffle_add_reference(x, main, bias, out_channels, factor, scale):
+    source, out = main if x is None else x, None
+    if x is not None:
+        out = functional.duplicate_shuffle(x, out_channels, factor) * scale
+    return _add_main(out, main, bias, lambda y: F.pixel_shuffle(y, factor), source.shape[2:])
+
+
+def _accepts(x, main, *_):
+    return all(tensor is None or tensor.dtype in KERNEL_DTYPES for tensor in (x, main))
+
+
+# scale: of the sum over a group, and of the duplicates; 1 / group size for an average
+_SCHEMA = "(Tensor? x, Tensor? main, Tensor? bias, int out_channels, int factor, float scale) -> Tensor"
+_unshuffle = define("unshuffle_average_add" + _SCHEMA, unshuffle_average_add_reference, _accepts)
+_shuffle = define("duplicate_shuffle_add" + _SCHEMA, duplicate_shuffle_add_reference, _accepts)
+
+
+def _setup_context(ctx, inputs, output):
+    x, main, bias, _, ctx.factor, ctx.scale = inputs
+    ctx.x_channels = None if x is None else x.shape[1]
+    ctx.main_channels = None if main is None else main.shape[1]
+    ctx.moved = main is not None and main.shape[2:] != output.shape[2:]
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _gradient_with(adjoint):
+    def gradient(ctx, dout):
+        dx = dmain = dbias = None
+        if ctx.x_channels is not None:
+            dx = adjoint(dout, None, None, ctx.x_channels, ctx.factor, ctx.scale)
+        if ctx.main_channels is not None:
+            dmain = adjoint(dout, None, None, ctx.main_channels, ctx.factor, 1.0) if ctx.moved else dout
+        if ctx.bias_dtype is not None:
+            dbias = sum_to_channels(dmain.float()).to(ctx.bias_dtype)
+        return dx, dmain, dbias, None, None, None
+
+    return gradient
+
+
+differentiable(_unshuffle, _gradient_with(_shuffle), _setup_context)
+differentiable(_shuffle, _gradient_with(_unshuffle), _setup_context)
+
+
+def _check(x, main, bias, factor, moved_size):
+    """Whether main is still unmoved; raises ValueError where the shapes do not fit."""
+    unmoved = x is None or main.shape[2:] == x.shape[2:]
+    if main.dim() != 4 or (not unmoved and tuple(main.shape[2:]) != moved_size):
+        raise ValueError(f"main is {list(main.shape)}; its size must be x's {list(x.shape[2:])} or {list(moved_size)}")
+    if x is not None and (x.dtype != main.dtype or x.shape[0] != main.shape[0]):
+        raise ValueError(f"x is {list(x.shape)} {x.dtype}, main {list(main.shape)} {main.dtype}: batch or dtype differ")
+    if bias is not None and bias.shape != main.shape[1:2]:
+        raise ValueError(f"bias is {list(bias.shape)}; expected [{main.shape[1]}], main's channels")
+    return unmoved
+
+
+def unshuffle_average_add(
+    x: torch.Tensor | None, main: torch.Tensor, bias: torch.Tensor | None = None, factor: int = 2
+) -> torch.Tensor:
+    """unshuffle_average(x) + main (+ bias): the down-sampling shortcut with the main branch added.
+
+    x: [B, C, H, W], or None for main alone. main: [B, O, H / factor, W / factor], or [B, O / factor², H, W], which is
+    unshuffled; bias: its channels. Output channel o averages the factor² C / O consecutive channels of
+    pixel_unshuffle(x). Returns [B, O, H / factor, W / factor] channels-last. Raises ValueError where shapes do not fit.
+    """
+    height, width = (main if x is None else x).shape[2:]
+    unmoved = _check(x, main, bias, factor, (height // factor, width // factor))
+    out_channels = main.shape[1] * factor**2 if unmoved else main.shape[1]
+    if height % factor or width % factor:
+        raise ValueError(f"{height}x{width} positions are no multiple of factor={factor}")
+    if x is not None and factor**2 * x.shape[1] % out_channels:
+        raise ValueError(f"{x.shape[1]} * {factor}² channels do not fall into {out_channels} equal groups")
+    scale = 1.0 if x is None else out_channels / (factor**2 * x.shape[1])
+    return _unshuffle(x, main, bias, out_channels, factor, scale)
+
+
+def duplicate_shuffle_add(
+    x: torch.Tensor | None, main: torch.Tensor, bias: torch.Tensor | None = None, factor: int = 2
+) -> torch.Tensor:
+    """duplicate_shuffle(x) + main (+ bias): the up-sampling shortcut with the main branch added.
+
+    x: [B, C, H, W], or None for main alone. main: [B, O, H * factor, W * factor], or [B, O * factor², H, W], which is
+    shuffled; bias: its channels. Each channel of x is repeated factor² O / C times in place before the shuffle.
+    Returns [B, O, H * factor, W * factor] channels-last. Raises ValueError where shapes do not fit.
+    """
+    height, width = (main if x is None else x).shape[2:]
+    unmoved = _check(x, main, bias, factor, (height * factor, width * factor))
+    out_channels = main.shape[1] // factor**2 if unmoved else main.shape[1]
+    if unmoved and main.shape[1] % factor**2:
+        raise ValueError(f"main's {main.shape[1]} channels are no multiple of factor²={factor**2}")
+    if x is not None and factor**2 * out_channels % x.shape[1]:
+        raise ValueError(f"{out_channels} * {factor}² channels are no multiple of x's {x.shape[1]}")
+    return _shuffle(x, main, bias, out_channels, factor, 1.0)

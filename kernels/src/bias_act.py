@@ -1,0 +1,91 @@
+"""Per-channel scale and bias, activation and residual in one pass: what follows a convolution without a norm."""
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import activate, activate_backward, like_channels_last, persistent_programs, row_tile, rows_of
+
+MAX_CHANNELS = 16384
+
+
+@triton.jit
+def _bias_act_forward_kernel(
+    x_ptr, bias_ptr, scale_ptr, residual_ptr, out_ptr, rows, channels,
+    ACT: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    c = tl.arange(0, BLOCK_C)
+    mask = (row < rows)[:, None] & (c < channels)[None, :]
+    offset = row[:, None] * channels + c[None, :]
+    z = tl.load(x_ptr + offset, mask, 0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + offset, mask, 0.0).to(tl.float32)
+    if HAS_SCALE:
+        z *= tl.load(scale_ptr + c, c < channels, 0.0).to(tl.float32)[None, :]
+    z += tl.load(bias_ptr + c, c < channels, 0.0).to(tl.float32)[None, :]
+    y = activate(z, ACT)
+    if HAS_RESIDUAL:
+        y += residual
+    tl.store(out_ptr + offset, y.to(out_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _bias_act_backward_kernel(
+    dy_ptr, x_ptr, bias_ptr, scale_ptr, dx_ptr, partial_ptr, rows, channels,
+    ACT: tl.constexpr, HAS_SCALE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """dx, and this program's sums for dbias and dscale in partial [programs, 2, channels]."""
+    c = tl.arange(0, BLOCK_C)
+    c_mask = c < channels
+    bias = tl.load(bias_ptr + c, c_mask, 0.0).to(tl.float32)
+    if HAS_SCALE:
+        scale = tl.load(scale_ptr + c, c_mask, 0.0).to(tl.float32)
+    dbias = tl.zeros((BLOCK_C,), tl.float32)
+    dscale = tl.zeros((BLOCK_C,), tl.float32)
+    for block in range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0)):
+        row = tl.cast(block, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        mask = (row < rows)[:, None] & c_mask[None, :]
+        offset = row[:, None] * channels + c[None, :]
+        x = tl.load(x_ptr + offset, mask, 0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + offset, mask, 0.0).to(tl.float32)
+        if HAS_SCALE:
+            dz = activate_backward(x * scale[None, :] + bias[None, :], dy, ACT)
+            dx = dz * scale[None, :]
+            dscale += tl.sum(dz * x, 0)
+        else:
+            dz = activate_backward(x + bias[None, :], dy, ACT)
+            dx = dz
+        tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask)
+        dbias += tl.sum(dz, 0)
+    partial = partial_ptr + tl.program_id(0) * 2 * channels + c
+    tl.store(partial, dbias, c_mask)
+    tl.store(partial + channels, dscale, c_mask)
+
+
+def launch_bias_act(x, bias, act, scale, residual):
+    out = like_channels_last(x)
+    if x.numel() == 0:
+        return out
+    block_rows, block_c = row_tile(x.shape[1])
+    _bias_act_forward_kernel[(triton.cdiv(rows_of(x), block_rows),)](
+        x, bias, scale, residual, out, rows_of(x), x.shape[1],
+        ACT=act, HAS_SCALE=scale is not None, HAS_RESIDUAL=residual is not None,
+        BLOCK_ROWS=block_rows, BLOCK_C=block_c,
+    )  # fmt: skip
+    return out
+
+
+def launch_bias_act_backward(dy, x, bias, act, scale):
+    dx, channels = like_channels_last(x), x.shape[1]
+    block_rows, block_c = row_tile(channels)
+    programs = persistent_programs(x, triton.cdiv(rows_of(x), block_rows))
+    partial = torch.empty(programs, 2, channels, dtype=torch.float32, device=x.device)
+    if programs:
+        _bias_act_backward_kernel[(programs,)](
+            dy, x, bias, scale, dx, partial, rows_of(x), channels,
+            ACT=act, HAS_SCALE=scale is not None, BLOCK_ROWS=block_rows, BLOCK_C=block_c,
+        )  # fmt: skip
+    dbias, dscale = partial.sum(0).unbind(0)
+    return dx, dbias.to(bias.dtype), dscale.to(bias.dtype if scale is None else scale.dtype)

@@ -1,0 +1,55 @@
+"""What several kernels share: activations and their derivatives, and the shape of a launch."""
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def activate(x, ACT: tl.constexpr):
+    if ACT == "silu":
+        return x * sigmoid(x)
+    elif ACT == "relu":
+        return tl.maximum(x, 0.0)
+    else:
+        return x
+
+
+@triton.jit
+def activate_backward(x, dy, ACT: tl.constexpr):
+    """dy * act'(x)."""
+    if ACT == "silu":
+        s = sigmoid(x)
+        return dy * s * (1.0 + x * (1.0 - s))
+    elif ACT == "relu":
+        return tl.where(x > 0.0, dy, 0.0)
+    else:
+        return dy
+
+
+def like_channels_last(x: torch.Tensor, shape: tuple[int, ...] | None = None) -> torch.Tensor:
+    """Uninitialised, channels-last, of x's dtype and device."""
+    return torch.empty(shape or x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def rows_of(x: torch.Tensor) -> int:
+    """Number of positions of [B, C, H, W]: rows of its channels-last matrix."""
+    return x.shape[0] * x.shape[2] * x.shape[3]
+
+
+def row_tile(channels: int, elements: int = 4096) -> tuple[int, int]:
+    """(rows, channels) of a tile that holds all channels and about `elements` elements."""
+    block = triton.next_power_of_2(channels)
+    return max(1, elements // block), block
+
+
+def persistent_programs(x: torch.Tensor, most: int, per_multiprocessor: int = 4) -> int:
+    """Programs of a kernel that loops over `most` tiles and keeps partial sums."""
+    if not x.is_cuda:
+        return min(most, 3)
+    return min(most, per_multiprocessor * torch.cuda.get_device_properties(x.device).multi_processor_count)

@@ -1,0 +1,184 @@
+"""3×3 depthwise convolution, bias and SiLU gate in one pass over a channels-last tensor.
+
+A program computes TILE_H × TILE_W positions of BLOCK_C output channels; the nine shifted tiles it reads overlap in L1.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import like_channels_last, persistent_programs, sigmoid
+
+TILE = {"TILE_H": 8, "TILE_W": 16, "BLOCK_C": 64}
+
+
+@triton.jit
+def _tile(tile, height, width, tiles_h, tiles_w, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
+    """Image, rows and columns of the positions of a tile."""
+    p = tl.arange(0, TILE_H * TILE_W)
+    h = (tile // tiles_w) % tiles_h * TILE_H + p // TILE_W
+    w = tile % tiles_w * TILE_W + p % TILE_W
+    return (tile // (tiles_w * tiles_h)).to(tl.int64), h, w
+
+
+@triton.jit
+def _shifted(x_ptr, image, h, w, c, c_mask, height, width, channels):
+    """Channels c of x at (h, w), zero outside of the image."""
+    inside = (h >= 0) & (h < height) & (w >= 0) & (w < width)
+    offset = ((image * height + h) * width + w)[:, None] * channels + c[None, :]
+    return tl.load(x_ptr + offset, inside[:, None] & c_mask[None, :], 0.0).to(tl.float32)
+
+
+@triton.jit
+def _depthwise(
+    x_ptr, taps_ptr, image, h, w, c, c_mask, height, width, channels,
+    FLIP: tl.constexpr, POSITIONS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Σ over the nine taps in fp32; taps [9, channels]. FLIP: the transposed convolution."""
+    acc = tl.zeros((POSITIONS, BLOCK_C), tl.float32)
+    for tap in tl.static_range(9):
+        weight = tl.load(taps_ptr + (8 - tap if FLIP else tap) * channels + c, c_mask, 0.0).to(tl.float32)
+        x = _shifted(x_ptr, image, h + tap // 3 - 1, w + tap % 3 - 1, c, c_mask, height, width, channels)
+        acc += x * weight[None, :]
+    return acc
+
+
+@triton.jit
+def _value_and_gate(
+    x_ptr, taps_ptr, bias_ptr, image, h, w, c, c_mask, height, width, half,
+    POSITIONS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    value = _depthwise(
+        x_ptr, taps_ptr, image, h, w, c, c_mask, height, width, 2 * half, False, POSITIONS, BLOCK_C
+    )
+    gate = _depthwise(
+        x_ptr, taps_ptr, image, h, w, c + half, c_mask, height, width, 2 * half, False, POSITIONS, BLOCK_C
+    )
+    value += tl.load(bias_ptr + c, c_mask, 0.0).to(tl.float32)[None, :]
+    gate += tl.load(bias_ptr + half + c, c_mask, 0.0).to(tl.float32)[None, :]
+    return value, gate
+
+
+@triton.jit
+def _depthwise_glu_forward_kernel(
+    x_ptr, taps_ptr, bias_ptr, out_ptr, height, width, half, tiles_h, tiles_w, blocks_c,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    c = pid % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_mask = c < half
+    image, h, w = _tile(pid // blocks_c, height, width, tiles_h, tiles_w, TILE_H, TILE_W)
+    value, gate = _value_and_gate(
+        x_ptr, taps_ptr, bias_ptr, image, h, w, c, c_mask, height, width, half, TILE_H * TILE_W, BLOCK_C
+    )
+    out = value * gate * sigmoid(gate)
+    offset = ((image * height + h) * width + w)[:, None] * half + c[None, :]
+    mask = ((h < height) & (w < width))[:, None] & c_mask[None, :]
+    tl.store(out_ptr + offset, out.to(out_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _depthwise_glu_gate_backward_kernel(
+    dout_ptr, x_ptr, taps_ptr, bias_ptr, dconv_ptr, height, width, half, tiles_h, tiles_w, blocks_c,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the convolution's result, recomputed: [B, 2 * half, H, W]."""
+    pid = tl.program_id(0)
+    c = pid % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_mask = c < half
+    image, h, w = _tile(pid // blocks_c, height, width, tiles_h, tiles_w, TILE_H, TILE_W)
+    value, gate = _value_and_gate(
+        x_ptr, taps_ptr, bias_ptr, image, h, w, c, c_mask, height, width, half, TILE_H * TILE_W, BLOCK_C
+    )
+    position = ((image * height + h) * width + w)[:, None]
+    mask = ((h < height) & (w < width))[:, None] & c_mask[None, :]
+    dout = tl.load(dout_ptr + position * half + c[None, :], mask, 0.0).to(tl.float32)
+    s = sigmoid(gate)
+    dvalue = dout * gate * s
+    dgate = dout * value * s * (1.0 + gate * (1.0 - s))
+    dconv = dconv_ptr + position * (2 * half) + c[None, :]
+    tl.store(dconv, dvalue.to(dconv_ptr.dtype.element_ty), mask)
+    tl.store(dconv + half, dgate.to(dconv_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _depthwise_glu_input_backward_kernel(
+    dconv_ptr, taps_ptr, dx_ptr, height, width, channels, tiles_h, tiles_w, blocks_c,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    c = pid % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_mask = c < channels
+    image, h, w = _tile(pid // blocks_c, height, width, tiles_h, tiles_w, TILE_H, TILE_W)
+    dx = _depthwise(
+        dconv_ptr, taps_ptr, image, h, w, c, c_mask, height, width, channels, True, TILE_H * TILE_W, BLOCK_C
+    )
+    offset = ((image * height + h) * width + w)[:, None] * channels + c[None, :]
+    tl.store(
+        dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), ((h < height) & (w < width))[:, None] & c_mask[None, :]
+    )
+
+
+@triton.jit
+def _depthwise_glu_weight_backward_kernel(
+    dconv_ptr, x_ptr, partial_ptr, height, width, channels, tiles, tiles_h, tiles_w, blocks_c, splits,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Sums over a split of the tiles, for the nine taps and then the bias, in partial [splits, 10, channels]."""
+    split = tl.program_id(0) // blocks_c
+    c = tl.program_id(0) % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_mask = c < channels
+    for tap in range(10):
+        total = tl.zeros((BLOCK_C,), tl.float32)
+        for tile in range(split, tiles, splits):
+            image, h, w = _tile(tile, height, width, tiles_h, tiles_w, TILE_H, TILE_W)
+            dconv = _shifted(dconv_ptr, image, h, w, c, c_mask, height, width, channels)
+            if tap < 9:
+                dconv *= _shifted(x_ptr, image, h + tap // 3 - 1, w + tap % 3 - 1, c, c_mask, height, width, channels)
+            total += tl.sum(dconv, 0)
+        tl.store(partial_ptr + (split * 10 + tap) * channels + c, total, c_mask)
+
+
+def _sizes(x, channels):
+    """Tiles along height and width, blocks of channels, tiles in all."""
+    tiles_h, tiles_w = triton.cdiv(x.shape[2], TILE["TILE_H"]), triton.cdiv(x.shape[3], TILE["TILE_W"])
+    return tiles_h, tiles_w, triton.cdiv(channels, TILE["BLOCK_C"]), x.shape[0] * tiles_h * tiles_w
+
+
+def _taps(weight):
+    return weight.reshape(-1, 9).t().contiguous()
+
+
+def launch_depthwise_glu(x, weight, bias):
+    batch, channels, height, width = x.shape
+    half = channels // 2
+    out = like_channels_last(x, (batch, half, height, width))
+    if out.numel():
+        tiles_h, tiles_w, blocks_c, tiles = _sizes(x, half)
+        _depthwise_glu_forward_kernel[(tiles * blocks_c,)](
+            x, _taps(weight), bias, out, height, width, half, tiles_h, tiles_w, blocks_c, **TILE, num_warps=8
+        )
+    return out
+
+
+def launch_depthwise_glu_backward(dout, x, weight, bias):
+    _, channels, height, width = x.shape
+    taps, dconv, dx = _taps(weight), like_channels_last(x), like_channels_last(x)
+    tiles_h, tiles_w, blocks_c, tiles = _sizes(x, channels // 2)
+    splits = 0
+    if x.numel():
+        _depthwise_glu_gate_backward_kernel[(tiles * blocks_c,)](
+            dout, x, taps, bias, dconv, height, width, channels // 2, tiles_h, tiles_w, blocks_c, **TILE, num_warps=8
+        )
+        blocks_c = triton.cdiv(channels, TILE["BLOCK_C"])
+        _depthwise_glu_input_backward_kernel[(tiles * blocks_c,)](
+            dconv, taps, dx, height, width, channels, tiles_h, tiles_w, blocks_c, **TILE, num_warps=8
+        )
+        splits = max(1, min(tiles, persistent_programs(x, tiles * blocks_c) // blocks_c))
+    partial = torch.empty(splits, 10, channels, dtype=torch.float32, device=x.device)
+    if splits:
+        _depthwise_glu_weight_backward_kernel[(splits * blocks_c,)](
+            dconv, x, partial, height, width, channels, tiles, tiles_h, tiles_w, blocks_c, splits, **TILE, num_warps=8
+        )
+    sums = partial.sum(0)
+    return dx, sums[:9].t().reshape(weight.shape).to(weight.dtype), sums[9].to(bias.dtype)

@@ -1,0 +1,171 @@
+"""ReLU linear attention on a packed, channels-last qkv: [positions, heads, (q, k, v), D] per image.
+
+With S = Σ_j relu(k_j) v_jᵀ and z = Σ_j relu(k_j) of one head of one image, `state` holds [D + 1, D] in fp32: the rows of
+S, then z. S and z are partial sums over a split of the positions first, so that few images still fill the chip; the
+second kernel applies them: q, k and v are read once and out is written once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import like_channels_last, persistent_programs
+
+BLOCK_N = 64
+
+
+@triton.jit
+def _rows(n, positions, heads, bh, D: tl.constexpr, WIDTH: tl.constexpr):
+    """Element offset of head bh's channels at positions n, for a tensor with WIDTH * D channels per head."""
+    return ((bh // heads).to(tl.int64) * positions + n)[:, None] * (heads * WIDTH * D) + (bh % heads) * WIDTH * D
+
+
+@triton.jit
+def _dot(a, b, PRECISION: tl.constexpr = "tf32x3"):
+    """a @ b of float32 tiles in float32 accuracy; "tf32" is exact for tiles raised from half precision."""
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def _relu_linear_attention_state_kernel(
+    qkv_ptr, state_ptr, positions, heads, splits, D: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    PRECISION: tl.constexpr = "tf32x3" if qkv_ptr.dtype.element_ty == tl.float32 else "tf32"
+    bh, split = tl.program_id(0) // splits, tl.program_id(0) % splits
+    d = tl.arange(0, D)
+    s = tl.zeros((D, D), tl.float32)
+    z = tl.zeros((D,), tl.float32)
+    for block in range(split, tl.cdiv(positions, BLOCK_N), splits):
+        n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        row = qkv_ptr + _rows(n, positions, heads, bh, D, 3) + d[None, :]
+        mask = (n < positions)[:, None]
+        k = tl.maximum(tl.load(row + D, mask, 0.0).to(tl.float32), 0.0)
+        v = tl.load(row + 2 * D, mask, 0.0).to(tl.float32)
+        s += _dot(tl.trans(k), v, PRECISION)
+        z += tl.sum(k, 0)
+    state = state_ptr + tl.program_id(0).to(tl.int64) * (D + 1) * D
+    tl.store(state + d[:, None] * D + d[None, :], s)
+    tl.store(state + D * D + d, z)
+
+
+@triton.jit
+def _relu_linear_attention_apply_kernel(
+    qkv_ptr, state_ptr, out_ptr, positions, heads, blocks, out_channels, out_start, eps,
+    D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    bh, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    d = tl.arange(0, D)
+    state = state_ptr + bh.to(tl.int64) * (D + 1) * D
+    s = tl.load(state + d[:, None] * D + d[None, :])
+    z = tl.load(state + D * D + d)
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (n < positions)[:, None]
+    q = tl.load(qkv_ptr + _rows(n, positions, heads, bh, D, 3) + d[None, :], mask, 0.0)
+    q = tl.maximum(q.to(tl.float32), 0.0)
+    out = _dot(q, s) / (tl.sum(q * z[None, :], 1) + eps)[:, None]
+    row = ((bh // heads).to(tl.int64) * positions + n)[:, None] * out_channels + out_start + (bh % heads) * D
+    tl.store(out_ptr + row + d[None, :], out.to(out_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _relu_linear_attention_query_backward_kernel(
+    dout_ptr, qkv_ptr, state_ptr, dqkv_ptr, dstate_ptr, positions, heads, splits, out_channels, out_start, eps,
+    D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dq, and this split's part of the gradient of S and z."""
+    bh, split = tl.program_id(0) // splits, tl.program_id(0) % splits
+    d = tl.arange(0, D)
+    state = state_ptr + bh.to(tl.int64) * (D + 1) * D
+    s = tl.load(state + d[:, None] * D + d[None, :])
+    z = tl.load(state + D * D + d)
+    ds = tl.zeros((D, D), tl.float32)
+    dz = tl.zeros((D,), tl.float32)
+    for block in range(split, tl.cdiv(positions, BLOCK_N), splits):
+        n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask = (n < positions)[:, None]
+        qkv_row = _rows(n, positions, heads, bh, D, 3) + d[None, :]
+        out_row = ((bh // heads).to(tl.int64) * positions + n)[:, None] * out_channels + out_start + (bh % heads) * D
+        q = tl.maximum(tl.load(qkv_ptr + qkv_row, mask, 0.0).to(tl.float32), 0.0)
+        dout = tl.load(dout_ptr + out_row + d[None, :], mask, 0.0).to(tl.float32)
+        rest = 1.0 / (tl.sum(q * z[None, :], 1) + eps)
+        out = _dot(q, s) * rest[:, None]
+        dnumerator = dout * rest[:, None]
+        ddenominator = -tl.sum(dout * out, 1) * rest
+        dq = _dot(dnumerator, tl.trans(s)) + ddenominator[:, None] * z[None, :]
+        tl.store(dqkv_ptr + qkv_row, tl.where(q > 0.0, dq, 0.0).to(dqkv_ptr.dtype.element_ty), mask)
+        ds += _dot(tl.trans(q), dnumerator)
+        dz += tl.sum(q * ddenominator[:, None], 0)
+    dstate = dstate_ptr + tl.program_id(0).to(tl.int64) * (D + 1) * D
+    tl.store(dstate + d[:, None] * D + d[None, :], ds)
+    tl.store(dstate + D * D + d, dz)
+
+
+@triton.jit
+def _relu_linear_attention_key_value_backward_kernel(
+    qkv_ptr, dstate_ptr, dqkv_ptr, positions, heads, blocks, D: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    bh, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    d = tl.arange(0, D)
+    dstate = dstate_ptr + bh.to(tl.int64) * (D + 1) * D
+    ds = tl.load(dstate + d[:, None] * D + d[None, :])
+    dz = tl.load(dstate + D * D + d)
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (n < positions)[:, None]
+    row = _rows(n, positions, heads, bh, D, 3) + d[None, :]
+    k = tl.maximum(tl.load(qkv_ptr + row + D, mask, 0.0).to(tl.float32), 0.0)
+    v = tl.load(qkv_ptr + row + 2 * D, mask, 0.0).to(tl.float32)
+    dk = _dot(v, tl.trans(ds)) + dz[None, :]
+    dv = _dot(k, ds)
+    tl.store(dqkv_ptr + row + D, tl.where(k > 0.0, dk, 0.0).to(dqkv_ptr.dtype.element_ty), mask)
+    tl.store(dqkv_ptr + row + 2 * D, dv.to(dqkv_ptr.dtype.element_ty), mask)
+
+
+def _sizes(qkv, head_dim):
+    """Positions, heads, (image, head) pairs, blocks of positions, and splits of them that fill the chip."""
+    positions, heads = qkv.shape[2] * qkv.shape[3], qkv.shape[1] // (3 * head_dim)
+    pairs, blocks = qkv.shape[0] * heads, triton.cdiv(positions, BLOCK_N)
+    splits = max(1, min(blocks, persistent_programs(qkv, pairs * blocks) // max(pairs, 1)))
+    return positions, heads, pairs, blocks, splits
+
+
+def _state(qkv, head_dim):
+    positions, heads, pairs, _, splits = _sizes(qkv, head_dim)
+    state = torch.empty(pairs, splits, head_dim + 1, head_dim, dtype=torch.float32, device=qkv.device)
+    _relu_linear_attention_state_kernel[(pairs * splits,)](
+        qkv, state, positions, heads, splits, D=head_dim, BLOCK_N=BLOCK_N
+    )
+    return state.sum(1)
+
+
+def launch_relu_linear_attention(qkvs, head_dim, eps):
+    batch, _, height, width = qkvs[0].shape
+    channels = sum(qkv.shape[1] for qkv in qkvs) // 3
+    out, start = like_channels_last(qkvs[0], (batch, channels, height, width)), 0
+    for qkv in qkvs:
+        positions, heads, pairs, blocks, _ = _sizes(qkv, head_dim)
+        if qkv.numel():
+            _relu_linear_attention_apply_kernel[(pairs * blocks,)](
+                qkv, _state(qkv, head_dim), out, positions, heads, blocks, channels, start, eps,
+                D=head_dim, BLOCK_N=BLOCK_N,
+            )  # fmt: skip
+        start += qkv.shape[1] // 3
+    return out
+
+
+def launch_relu_linear_attention_backward(dout, qkvs, head_dim, eps):
+    dqkvs, start = [], 0
+    for qkv in qkvs:
+        dqkv = like_channels_last(qkv)
+        positions, heads, pairs, blocks, splits = _sizes(qkv, head_dim)
+        if qkv.numel():
+            dstate = torch.empty(pairs, splits, head_dim + 1, head_dim, dtype=torch.float32, device=qkv.device)
+            _relu_linear_attention_query_backward_kernel[(pairs * splits,)](
+                dout, qkv, _state(qkv, head_dim), dqkv, dstate, positions, heads, splits, dout.shape[1], start, eps,
+                D=head_dim, BLOCK_N=BLOCK_N,
+            )  # fmt: skip
+            _relu_linear_attention_key_value_backward_kernel[(pairs * blocks,)](
+                qkv, dstate.sum(1), dqkv, positions, heads, blocks, D=head_dim, BLOCK_N=BLOCK_N
+            )
+        dqkvs.append(dqkv)
+        start += qkv.shape[1] // 3
+    return dqkvs

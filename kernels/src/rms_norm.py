@@ -1,0 +1,88 @@
+"""Channel RMS norm with activation and residual: one program holds whole rows (all channels of a position)."""
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import activate, activate_backward, like_channels_last, persistent_programs, row_tile, rows_of
+
+MAX_CHANNELS = 8192  # a row must fit into one program's registers
+
+
+@triton.jit
+def _rms_norm_forward_kernel(
+    x_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, rows, channels, eps,
+    ACT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    c = tl.arange(0, BLOCK_C)
+    mask = (row < rows)[:, None] & (c < channels)[None, :]
+    offset = row[:, None] * channels + c[None, :]
+    x = tl.load(x_ptr + offset, mask, 0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + offset, mask, 0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + c, c < channels, 0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + c, c < channels, 0.0).to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(x * x, 1) / channels + eps)
+    y = activate(x * rstd[:, None] * weight[None, :] + bias[None, :], ACT)
+    if HAS_RESIDUAL:
+        y += residual
+    tl.store(out_ptr + offset, y.to(out_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _rms_norm_backward_kernel(
+    dy_ptr, x_ptr, weight_ptr, bias_ptr, dx_ptr, partial_ptr, rows, channels, eps,
+    ACT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """dx, and this program's sums for dweight and dbias in partial [programs, 2, channels]."""
+    c = tl.arange(0, BLOCK_C)
+    c_mask = c < channels
+    weight = tl.load(weight_ptr + c, c_mask, 0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + c, c_mask, 0.0).to(tl.float32)
+    dweight = tl.zeros((BLOCK_C,), tl.float32)
+    dbias = tl.zeros((BLOCK_C,), tl.float32)
+    for block in range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0)):
+        row = tl.cast(block, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        mask = (row < rows)[:, None] & c_mask[None, :]
+        offset = row[:, None] * channels + c[None, :]
+        x = tl.load(x_ptr + offset, mask, 0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + offset, mask, 0.0).to(tl.float32)
+        rstd = tl.rsqrt(tl.sum(x * x, 1) / channels + eps)
+        x_hat = x * rstd[:, None]
+        dz = activate_backward(x_hat * weight[None, :] + bias[None, :], dy, ACT)
+        dx_hat = dz * weight[None, :]
+        mean = tl.sum(x_hat * dx_hat, 1) / channels
+        dx = (dx_hat - x_hat * mean[:, None]) * rstd[:, None]
+        tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask)
+        dweight += tl.sum(dz * x_hat, 0)
+        dbias += tl.sum(dz, 0)
+    partial = partial_ptr + tl.program_id(0) * 2 * channels + c
+    tl.store(partial, dweight, c_mask)
+    tl.store(partial + channels, dbias, c_mask)
+
+
+def launch_rms_norm(x, weight, bias, eps, act, residual):
+    out = like_channels_last(x)
+    if x.numel() == 0:
+        return out
+    block_rows, block_c = row_tile(x.shape[1])
+    _rms_norm_forward_kernel[(triton.cdiv(rows_of(x), block_rows),)](
+        x, weight, bias, residual, out, rows_of(x), x.shape[1], eps,
+        ACT=act, HAS_RESIDUAL=residual is not None, BLOCK_ROWS=block_rows, BLOCK_C=block_c,
+    )  # fmt: skip
+    return out
+
+
+def launch_rms_norm_backward(dy, x, weight, bias, eps, act):
+    dx, channels = like_channels_last(x), x.shape[1]
+    block_rows, block_c = row_tile(channels)
+    programs = persistent_programs(x, triton.cdiv(rows_of(x), block_rows))
+    partial = torch.empty(programs, 2, channels, dtype=torch.float32, device=x.device)
+    if programs:
+        _rms_norm_backward_kernel[(programs,)](
+            dy, x, weight, bias, dx, partial, rows_of(x), channels, eps,
+            ACT=act, BLOCK_ROWS=block_rows, BLOCK_C=block_c,
+        )  # fmt: skip
+    dweight, dbias = partial.sum(0).unbind(0)
+    return dx, dweight.to(weight.dtype), dbias.to(bias.dtype)
