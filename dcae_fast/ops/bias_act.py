@@ -2,15 +2,13 @@
 
     y = act(x * scale + bias) + residual
 
-x, residual: [B, C, H, W] channels-last; bias, scale: [C]. Computed in fp32; returns x.dtype.
+x, residual: [B, C, H, W] channels-last; bias, scale: [C]. Computed in fp32; returns the promoted type of x and residual.
 """
 
 import torch
 
-from ._activation import activate, activate_backward, check_activation, sum_to_channels
+from ._elementwise import activate, activate_backward, check_activation, sum_dtype, sum_to_channels
 from ._library import KERNEL_DTYPES, define, differentiable
-
-MAX_CHANNELS = 16384
 
 
 def _wide(x):
@@ -24,9 +22,9 @@ def _affine(x, bias, scale):
     return z + _wide(bias).view(1, -1, 1, 1)
 
 
-def bias_act_reference(x, bias, act, scale, residual):
+def bias_act_reference(x, bias, act, scale, residual, dtype):
     y = activate(_affine(x, bias, scale), act)
-    return (y if residual is None else y + residual).to(x.dtype)
+    return (y if residual is None else y + residual).to(dtype)
 
 
 def bias_act_backward_reference(dy, x, bias, act, scale):
@@ -38,11 +36,13 @@ def bias_act_backward_reference(dy, x, bias, act, scale):
 
 
 def _accepts(x, bias, *_):
-    return x.dtype in KERNEL_DTYPES and bias.dtype in KERNEL_DTYPES and x.shape[1] <= MAX_CHANNELS
+    return x.dtype in KERNEL_DTYPES and bias.dtype in KERNEL_DTYPES
 
 
 _forward = define(
-    "bias_act(Tensor x, Tensor bias, str act, Tensor? scale, Tensor? residual) -> Tensor", bias_act_reference, _accepts
+    "bias_act(Tensor x, Tensor bias, str act, Tensor? scale, Tensor? residual, ScalarType dtype) -> Tensor",
+    bias_act_reference,
+    _accepts,
 )
 _backward = define(
     "bias_act_backward(Tensor dy, Tensor x, Tensor bias, str act, Tensor? scale) -> (Tensor, Tensor, Tensor)",
@@ -53,15 +53,16 @@ _backward = define(
 
 
 def _setup_context(ctx, inputs, output):
-    x, bias, ctx.act, scale, residual = inputs
-    ctx.has_residual = residual is not None
+    x, bias, ctx.act, scale, residual, _ = inputs
+    ctx.residual_dtype = None if residual is None else residual.dtype
     ctx.save_for_backward(x, bias, scale)
 
 
 def _gradient(ctx, dy):
     x, bias, scale = ctx.saved_tensors
     dx, dbias, dscale = _backward(dy, x, bias, ctx.act, scale)
-    return dx, dbias, None, None if scale is None else dscale, dy if ctx.has_residual else None
+    dresidual = None if ctx.residual_dtype is None else dy.to(ctx.residual_dtype)
+    return dx, dbias, None, None if scale is None else dscale, dresidual, None
 
 
 differentiable(_forward, _gradient, _setup_context)
@@ -76,8 +77,8 @@ def bias_act(
 ) -> torch.Tensor:
     """act(x * scale + bias) + residual.
 
-    x, residual: [B, C, H, W]; bias, scale: [C]; act: "none", "relu" or "silu". Returns channels-last, x.dtype.
-    Raises ValueError on other shapes or activations.
+    x, residual: [B, C, H, W]; bias, scale: [C]; act: "none", "relu" or "silu". Returns channels-last, of
+    the promoted type of x and residual. Raises ValueError on other shapes or activations.
     """
     check_activation(act)
     if x.dim() != 4 or bias.shape != x.shape[1:2] or (scale is not None and scale.shape != bias.shape):
@@ -85,8 +86,4 @@ def bias_act(
         raise ValueError(
             f"x {list(x.shape)}, bias {list(bias.shape)}, scale {scale_shape}: expected [B, C, H, W], [C], [C] or None"
         )
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        raise ValueError(
-            f"residual is {list(residual.shape)} {residual.dtype}; expected x's {list(x.shape)} {x.dtype}"
-        )
-    return _forward(x, bias, act, scale, residual)
+    return _forward(x, bias, act, scale, residual, sum_dtype(x, residual))

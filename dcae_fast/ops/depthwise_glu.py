@@ -9,7 +9,7 @@ in fp32. Source: the GLUMBConv of DC-AE (arXiv 2410.10733) and SANA (arXiv 2410.
 import torch
 import torch.nn.functional as F
 
-from ._activation import activate_backward, sum_to_channels
+from ._elementwise import activate_backward, sum_to_channels
 from ._library import KERNEL_DTYPES, define, differentiable
 
 

@@ -2,23 +2,23 @@
 
     y = act(x * rsqrt(mean_c(x²) + eps) * weight + bias) + residual
 
-x, residual: [B, C, H, W] channels-last; weight, bias: [C]. Statistics in fp32; returns x.dtype. Source: DC-AE's
-"trms2d" (arXiv 2410.10733, original code).
+x, residual: [B, C, H, W] channels-last; weight, bias: [C]. Statistics in fp32; the norm's result is of x.dtype unless
+`dtype` is given, the sum of the promoted type. Source: DC-AE's "trms2d" (arXiv 2410.10733, original code).
 """
 
 import torch
 
 from dcae_fast.models import functional
 
-from ._activation import activate, activate_backward, check_activation, sum_to_channels
+from ._elementwise import activate, activate_backward, check_activation, sum_dtype, sum_to_channels
 from ._library import KERNEL_DTYPES, define, differentiable
 
 MAX_CHANNELS = 8192
 
 
-def rms_norm_reference(x, weight, bias, eps, act, residual):
+def rms_norm_reference(x, weight, bias, eps, act, residual, dtype):
     y = activate(functional.rms_norm(x, weight, bias, eps), act)
-    return y if residual is None else y + residual
+    return (y if residual is None else y + residual).to(dtype)
 
 
 def rms_norm_backward_reference(dy, x, weight, bias, eps, act):
@@ -37,7 +37,7 @@ def _accepts(x, weight, *_):
 
 
 _forward = define(
-    "rms_norm(Tensor x, Tensor weight, Tensor bias, float eps, str act, Tensor? residual) -> Tensor",
+    "rms_norm(Tensor x, Tensor weight, Tensor bias, float eps, str act, Tensor? residual, ScalarType dtype) -> Tensor",
     rms_norm_reference,
     _accepts,
 )
@@ -51,14 +51,14 @@ _backward = define(
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, ctx.eps, ctx.act, residual = inputs
-    ctx.has_residual = residual is not None
+    x, weight, bias, ctx.eps, ctx.act, residual, _ = inputs
+    ctx.residual_dtype = None if residual is None else residual.dtype
     ctx.save_for_backward(x, weight, bias)
 
 
 def _gradient(ctx, dy):
     dx, dweight, dbias = _backward(dy, *ctx.saved_tensors, ctx.eps, ctx.act)
-    return dx, dweight, dbias, None, None, dy if ctx.has_residual else None
+    return dx, dweight, dbias, None, None, None if ctx.residual_dtype is None else dy.to(ctx.residual_dtype), None
 
 
 differentiable(_forward, _gradient, _setup_context)
@@ -71,19 +71,16 @@ def rms_norm(
     eps: float = 1e-5,
     act: str = "none",
     residual: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """act(x * rsqrt(mean_c(x²) + eps) * weight + bias) + residual.
 
-    x, residual: [B, C, H, W]; weight, bias: [C]; act: "none", "relu" or "silu". Returns channels-last, x.dtype.
-    Raises ValueError on other shapes or activations.
+    x, residual: [B, C, H, W]; weight, bias: [C]; act: "none", "relu" or "silu"; dtype: of the norm, x.dtype by default.
+    Returns channels-last, of dtype promoted with the residual's. Raises ValueError on other shapes or activations.
     """
     check_activation(act)
     if x.dim() != 4 or weight.shape != x.shape[1:2] or bias.shape != x.shape[1:2]:
         raise ValueError(
             f"x {list(x.shape)}, weight {list(weight.shape)}, bias {list(bias.shape)}: expected [B, C, H, W], [C], [C]"
         )
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        raise ValueError(
-            f"residual is {list(residual.shape)} {residual.dtype}; expected x's {list(x.shape)} {x.dtype}"
-        )
-    return _forward(x, weight, bias, eps, act, residual)
+    return _forward(x, weight, bias, eps, act, residual, sum_dtype(x, residual, dtype))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from dcae_fast.models import functional
 
-from ._activation import sum_to_channels
+from ._elementwise import sum_to_channels
 from ._library import KERNEL_DTYPES, define, differentiable
 
 

@@ -4,9 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import activate, activate_backward, like_channels_last, persistent_programs, row_tile, rows_of
+from .common import activate, activate_backward, like_channels_last, persistent_splits, row_tile, rows_of
 
-MAX_CHANNELS = 16384
+MOST_CHANNELS = 1024  # of one program
 
 
 @triton.jit
@@ -15,8 +15,9 @@ def _bias_act_forward_kernel(
     ACT: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    c = tl.arange(0, BLOCK_C)
+    blocks_c = tl.cdiv(channels, BLOCK_C)
+    row = (tl.program_id(0) // blocks_c).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    c = tl.program_id(0) % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = (row < rows)[:, None] & (c < channels)[None, :]
     offset = row[:, None] * channels + c[None, :]
     z = tl.load(x_ptr + offset, mask, 0.0).to(tl.float32)
@@ -36,15 +37,17 @@ def _bias_act_backward_kernel(
     dy_ptr, x_ptr, bias_ptr, scale_ptr, dx_ptr, partial_ptr, rows, channels,
     ACT: tl.constexpr, HAS_SCALE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dx, and this program's sums for dbias and dscale in partial [programs, 2, channels]."""
-    c = tl.arange(0, BLOCK_C)
+    """dx, and this program's sums for dbias and dscale in partial [splits, 2, channels]."""
+    blocks_c = tl.cdiv(channels, BLOCK_C)
+    split, splits = tl.program_id(0) // blocks_c, tl.num_programs(0) // blocks_c
+    c = tl.program_id(0) % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
     c_mask = c < channels
     bias = tl.load(bias_ptr + c, c_mask, 0.0).to(tl.float32)
     if HAS_SCALE:
         scale = tl.load(scale_ptr + c, c_mask, 0.0).to(tl.float32)
     dbias = tl.zeros((BLOCK_C,), tl.float32)
     dscale = tl.zeros((BLOCK_C,), tl.float32)
-    for block in range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0)):
+    for block in range(split, tl.cdiv(rows, BLOCK_ROWS), splits):
         row = tl.cast(block, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         mask = (row < rows)[:, None] & c_mask[None, :]
         offset = row[:, None] * channels + c[None, :]
@@ -59,31 +62,31 @@ def _bias_act_backward_kernel(
             dx = dz
         tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask)
         dbias += tl.sum(dz, 0)
-    partial = partial_ptr + tl.program_id(0) * 2 * channels + c
+    partial = partial_ptr + split * 2 * channels + c
     tl.store(partial, dbias, c_mask)
     tl.store(partial + channels, dscale, c_mask)
 
 
-def launch_bias_act(x, bias, act, scale, residual):
-    out = like_channels_last(x)
-    if x.numel() == 0:
-        return out
-    block_rows, block_c = row_tile(x.shape[1])
-    _bias_act_forward_kernel[(triton.cdiv(rows_of(x), block_rows),)](
-        x, bias, scale, residual, out, rows_of(x), x.shape[1],
-        ACT=act, HAS_SCALE=scale is not None, HAS_RESIDUAL=residual is not None,
-        BLOCK_ROWS=block_rows, BLOCK_C=block_c,
-    )  # fmt: skip
+def launch_bias_act(x, bias, act, scale, residual, dtype):
+    out, channels = like_channels_last(x, dtype=dtype), x.shape[1]
+    if out.numel():
+        block_rows, block_c = row_tile(channels, MOST_CHANNELS)
+        _bias_act_forward_kernel[(triton.cdiv(rows_of(x), block_rows) * triton.cdiv(channels, block_c),)](
+            x, bias, scale, residual, out, rows_of(x), channels,
+            ACT=act, HAS_SCALE=scale is not None, HAS_RESIDUAL=residual is not None,
+            BLOCK_ROWS=block_rows, BLOCK_C=block_c,
+        )  # fmt: skip
     return out
 
 
 def launch_bias_act_backward(dy, x, bias, act, scale):
     dx, channels = like_channels_last(x), x.shape[1]
-    block_rows, block_c = row_tile(channels)
-    programs = persistent_programs(x, triton.cdiv(rows_of(x), block_rows))
-    partial = torch.empty(programs, 2, channels, dtype=torch.float32, device=x.device)
-    if programs:
-        _bias_act_backward_kernel[(programs,)](
+    block_rows, block_c = row_tile(channels, MOST_CHANNELS)
+    blocks_c, blocks = triton.cdiv(channels, block_c), triton.cdiv(rows_of(x), block_rows)
+    splits = persistent_splits(x, blocks, blocks_c)
+    partial = torch.empty(splits, 2, channels, dtype=torch.float32, device=x.device)
+    if splits:
+        _bias_act_backward_kernel[(splits * blocks_c,)](
             dy, x, bias, scale, dx, partial, rows_of(x), channels,
             ACT=act, HAS_SCALE=scale is not None, BLOCK_ROWS=block_rows, BLOCK_C=block_c,
         )  # fmt: skip

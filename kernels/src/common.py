@@ -32,9 +32,11 @@ def activate_backward(x, dy, ACT: tl.constexpr):
         return dy
 
 
-def like_channels_last(x: torch.Tensor, shape: tuple[int, ...] | None = None) -> torch.Tensor:
-    """Uninitialised, channels-last, of x's dtype and device."""
-    return torch.empty(shape or x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+def like_channels_last(
+    x: torch.Tensor, shape: tuple[int, ...] | None = None, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Uninitialised, channels-last, on x's device; x's shape and dtype unless others are given."""
+    return torch.empty(shape or x.shape, dtype=dtype or x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def rows_of(x: torch.Tensor) -> int:
@@ -42,14 +44,13 @@ def rows_of(x: torch.Tensor) -> int:
     return x.shape[0] * x.shape[2] * x.shape[3]
 
 
-def row_tile(channels: int, elements: int = 4096) -> tuple[int, int]:
-    """(rows, channels) of a tile that holds all channels and about `elements` elements."""
-    block = triton.next_power_of_2(channels)
+def row_tile(channels: int, most_channels: int, elements: int = 4096) -> tuple[int, int]:
+    """(rows, channels) of a tile of about `elements` elements that holds all channels, or `most_channels` of them."""
+    block = triton.next_power_of_2(min(channels, most_channels))
     return max(1, elements // block), block
 
 
-def persistent_programs(x: torch.Tensor, most: int, per_multiprocessor: int = 4) -> int:
-    """Programs of a kernel that loops over `most` tiles and keeps partial sums."""
-    if not x.is_cuda:
-        return min(most, 3)
-    return min(most, per_multiprocessor * torch.cuda.get_device_properties(x.device).multi_processor_count)
+def persistent_splits(x: torch.Tensor, tiles: int, independent: int = 1) -> int:
+    """Into how many programs to split a loop over `tiles`, when `independent` such loops run side by side."""
+    programs = 4 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
+    return min(tiles, max(1, programs // max(independent, 1)))

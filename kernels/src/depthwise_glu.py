@@ -7,9 +7,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import like_channels_last, persistent_programs, sigmoid
+from .common import like_channels_last, persistent_splits, sigmoid
 
-TILE = {"TILE_H": 8, "TILE_W": 16, "BLOCK_C": 64}
+TILE = {"TILE_H": 8, "TILE_W": 8, "BLOCK_C": 64}
 
 
 @triton.jit
@@ -174,7 +174,7 @@ def launch_depthwise_glu_backward(dout, x, weight, bias):
         _depthwise_glu_input_backward_kernel[(tiles * blocks_c,)](
             dconv, taps, dx, height, width, channels, tiles_h, tiles_w, blocks_c, **TILE, num_warps=8
         )
-        splits = max(1, min(tiles, persistent_programs(x, tiles * blocks_c) // blocks_c))
+        splits = persistent_splits(x, tiles, blocks_c)
     partial = torch.empty(splits, 10, channels, dtype=torch.float32, device=x.device)
     if splits:
         _depthwise_glu_weight_backward_kernel[(splits * blocks_c,)](

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import like_channels_last, persistent_programs
+from .common import like_channels_last, persistent_splits
 
 BLOCK_N = 64
 
@@ -124,8 +124,7 @@ def _sizes(qkv, head_dim):
     """Positions, heads, (image, head) pairs, blocks of positions, and splits of them that fill the chip."""
     positions, heads = qkv.shape[2] * qkv.shape[3], qkv.shape[1] // (3 * head_dim)
     pairs, blocks = qkv.shape[0] * heads, triton.cdiv(positions, BLOCK_N)
-    splits = max(1, min(blocks, persistent_programs(qkv, pairs * blocks) // max(pairs, 1)))
-    return positions, heads, pairs, blocks, splits
+    return positions, heads, pairs, blocks, persistent_splits(qkv, blocks, pairs)
 
 
 def _state(qkv, head_dim):
@@ -161,7 +160,7 @@ def launch_relu_linear_attention_backward(dout, qkvs, head_dim, eps):
             dstate = torch.empty(pairs, splits, head_dim + 1, head_dim, dtype=torch.float32, device=qkv.device)
             _relu_linear_attention_query_backward_kernel[(pairs * splits,)](
                 dout, qkv, _state(qkv, head_dim), dqkv, dstate, positions, heads, splits, dout.shape[1], start, eps,
-                D=head_dim, BLOCK_N=BLOCK_N,
+                D=head_dim, BLOCK_N=BLOCK_N, num_warps=8,
             )  # fmt: skip
             _relu_linear_attention_key_value_backward_kernel[(pairs * blocks,)](
                 qkv, dstate.sum(1), dqkv, positions, heads, blocks, D=head_dim, BLOCK_N=BLOCK_N

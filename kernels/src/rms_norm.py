@@ -4,9 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import activate, activate_backward, like_channels_last, persistent_programs, row_tile, rows_of
-
-MAX_CHANNELS = 8192  # a row must fit into one program's registers
+from .common import activate, activate_backward, like_channels_last, persistent_splits, row_tile, rows_of
 
 
 @triton.jit
@@ -62,27 +60,32 @@ def _rms_norm_backward_kernel(
     tl.store(partial + channels, dbias, c_mask)
 
 
-def launch_rms_norm(x, weight, bias, eps, act, residual):
-    out = like_channels_last(x)
+def _num_warps(block_c):
+    return max(4, block_c // 1024)
+
+
+def launch_rms_norm(x, weight, bias, eps, act, residual, dtype):
+    out = like_channels_last(x, dtype=dtype)
     if x.numel() == 0:
         return out
-    block_rows, block_c = row_tile(x.shape[1])
+    block_rows, block_c = row_tile(x.shape[1], x.shape[1])
     _rms_norm_forward_kernel[(triton.cdiv(rows_of(x), block_rows),)](
         x, weight, bias, residual, out, rows_of(x), x.shape[1], eps,
         ACT=act, HAS_RESIDUAL=residual is not None, BLOCK_ROWS=block_rows, BLOCK_C=block_c,
+        num_warps=_num_warps(block_c),
     )  # fmt: skip
     return out
 
 
 def launch_rms_norm_backward(dy, x, weight, bias, eps, act):
     dx, channels = like_channels_last(x), x.shape[1]
-    block_rows, block_c = row_tile(channels)
-    programs = persistent_programs(x, triton.cdiv(rows_of(x), block_rows))
+    block_rows, block_c = row_tile(channels, channels)
+    programs = persistent_splits(x, triton.cdiv(rows_of(x), block_rows))
     partial = torch.empty(programs, 2, channels, dtype=torch.float32, device=x.device)
     if programs:
         _rms_norm_backward_kernel[(programs,)](
             dy, x, weight, bias, dx, partial, rows_of(x), channels, eps,
-            ACT=act, BLOCK_ROWS=block_rows, BLOCK_C=block_c,
+            ACT=act, BLOCK_ROWS=block_rows, BLOCK_C=block_c, num_warps=_num_warps(block_c),
         )  # fmt: skip
     dweight, dbias = partial.sum(0).unbind(0)
     return dx, dweight.to(weight.dtype), dbias.to(bias.dtype)

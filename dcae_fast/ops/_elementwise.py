@@ -1,4 +1,4 @@
-"""The activations that kernels fuse, and their gradients, in plain PyTorch."""
+"""What the element-wise operators share: activations, their gradients, the residual's check, sums to channels."""
 
 import torch
 import torch.nn.functional as F
@@ -26,3 +26,13 @@ def activate_backward(x: torch.Tensor, dy: torch.Tensor, act: str) -> torch.Tens
 def sum_to_channels(x: torch.Tensor) -> torch.Tensor:
     """[B, C, H, W] → [C]."""
     return x.sum((0, 2, 3))
+
+
+def sum_dtype(x: torch.Tensor, residual: torch.Tensor | None, dtype: torch.dtype | None = None) -> torch.dtype:
+    """Type of (x as dtype) + residual; raises ValueError unless their shapes are equal."""
+    dtype = dtype or x.dtype
+    if residual is None:
+        return dtype
+    if residual.shape != x.shape:
+        raise ValueError(f"residual is {list(residual.shape)}; expected x's {list(x.shape)}")
+    return torch.promote_types(dtype, residual.dtype)
