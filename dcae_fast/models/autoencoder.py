@@ -1,6 +1,7 @@
 """The deep compression autoencoder (DC-AE, arXiv 2410.10733; 1.5: arXiv 2508.00413), readable from top to bottom."""
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -27,12 +28,19 @@ class CoderConfig:
     shortcut: bool = True
     head_act: str = "relu"
 
+    def __post_init__(self):
+        if len({len(self.width), len(self.depth), len(self.block), len(self.norm), len(self.act)}) != 1:
+            raise ValueError(f"width, depth, block, norm and act need one entry for each stage: {self}")
+        if any(block != "ResBlock" and norm != "rms" for block, norm in zip(self.block, self.norm, strict=True)):
+            raise ValueError(f"attention blocks have RMS norm alone: {self}")
+
 
 @dataclass(frozen=True)
 class DCAEConfig:
     """encoder, decoder: `CoderConfig`; adaptive: latents may use the first channels only (DC-AE 1.5).
 
     scaling_factor: what latents are multiplied by before a diffusion model sees them, about 1 / rms; None if unknown.
+    name: the model's name where it is one of `zoo.AUTOENCODERS`; it says nothing about the architecture.
     """
 
     latent_channels: int
@@ -40,6 +48,7 @@ class DCAEConfig:
     decoder: CoderConfig
     adaptive: bool = False
     scaling_factor: float | None = None
+    name: str | None = field(default=None, compare=False)
 
 
 DOWN_SAMPLERS = {
@@ -152,6 +161,49 @@ class DCAE(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
+
+    @classmethod
+    def from_name(cls, name: str) -> "DCAE":
+        """The architecture of that name (`zoo.autoencoder_names`) with random weights."""
+        from .zoo import autoencoder_config
+
+        return cls(autoencoder_config(name))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+        config: DCAEConfig | None = None,
+    ) -> "DCAE":
+        """A trained model on the CPU: float32 parameters whatever the file's type, evaluation mode.
+
+        source: a folder or weight file, a name of the zoo, or a Hugging Face repository; the first of these that it
+        can be. revision, cache_dir, local_files_only: as in huggingface_hub; the latter two for repositories alone.
+        config: instead of the checkpoint's own. Raises `checkpoint.CheckpointError`.
+        """
+        from . import checkpoint
+
+        config, state = checkpoint.load(
+            source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, config=config
+        )
+        with torch.device("meta"):
+            model = cls(config)
+        model.load_state_dict(state, assign=True)
+        return model.eval()
+
+    def save_pretrained(self, folder: str | os.PathLike, layout: str = "original") -> None:
+        """Weights and config.json in a folder, for `from_pretrained` and the library of that layout.
+
+        layout: "original" (DC-Gen, efficientvit) or "diffusers" (`AutoencoderDC`, which has no partial latents).
+        Every file is replaced at once or not at all. Raises ValueError if the layout has no word for this model.
+        """
+        from . import checkpoint
+
+        checkpoint.save(self, folder, layout)
 
     @property
     def spatial_compression_ratio(self) -> int:

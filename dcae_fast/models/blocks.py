@@ -79,7 +79,7 @@ class ResBlock(nn.Module):
 
 
 class GLUMBConv(nn.Module):
-    """Gated inverted bottleneck: 1×1 + SiLU to 2rC channels, depthwise 3×3, value · SiLU(gate), 1×1 back to C, RMS norm.
+    """Gated inverted bottleneck: 1×1 + SiLU to 2rC channels, depthwise 3×3, value · SiLU(gate), 1×1 to C, RMS norm.
 
     The first half of the channels is the value, the second the gate. The branch alone, without the identity.
     """

@@ -1,0 +1,107 @@
+"""The released autoencoders: name → configuration, and where their weights are.
+
+Architectures and scaling factors are those of the original model registry (DC-Gen), of the project's README and of the
+diffusers repositories; a scaling factor that none of them gives is None.
+"""
+
+import json
+from dataclasses import replace
+from difflib import get_close_matches
+from pathlib import Path
+
+from . import convert
+from .autoencoder import CoderConfig, DCAEConfig
+
+WIDTH = (128, 256, 512, 512, 1024, 1024, 2048, 2048)
+
+
+def _coder(depth: tuple[int, ...], deep: str = "ResBlock", **options) -> CoderConfig:
+    """ResBlocks in the first three stages and `deep` blocks in the others; RMS norm and SiLU unless given."""
+    stages = len(depth)
+    default = {
+        "width": WIDTH[:stages],
+        "block": ("ResBlock",) * 3 + (deep,) * (stages - 3),
+        "norm": ("rms",) * stages,
+        "act": ("silu",) * stages,
+    }
+    return CoderConfig(depth=depth, **(default | options))
+
+
+def _imagenet(stages: int, latent_channels: int, scaling_factor: float | None = None) -> DCAEConfig:
+    norm = ("batch",) * 3 + ("rms",) * (stages - 3)
+    act = ("relu",) * 3 + ("silu",) * (stages - 3)
+    return DCAEConfig(
+        latent_channels,
+        encoder=_coder((0, 4, 8) + (2,) * (stages - 3), "EViTGLU"),
+        decoder=_coder((0, 5, 10) + (2,) * (stages - 3), "EViTGLU", norm=norm, act=act),
+        scaling_factor=scaling_factor,
+    )
+
+
+def _adaptive(width: tuple[int, ...], scaling_factor: float | None = None) -> DCAEConfig:
+    depth = (0, 5, 10) + (4,) * (len(width) - 3)
+    return DCAEConfig(
+        latent_channels=128,
+        encoder=_coder(depth, width=width, shortcut=False),
+        decoder=_coder(depth, width=width, shortcut=False, head_act="silu"),
+        adaptive=True,
+        scaling_factor=scaling_factor,
+    )
+
+
+_SANA = DCAEConfig(
+    latent_channels=32,
+    encoder=_coder((2, 2, 2, 3, 3, 3), "EViTS5GLU", resample="conv"),
+    decoder=_coder((3, 3, 3, 3, 3, 3), "EViTS5GLU", resample="interpolate"),
+    scaling_factor=0.41407,
+)
+
+AUTOENCODERS = {
+    "dc-ae-f32c32-in-1.0": _imagenet(6, 32, 0.3189),
+    "dc-ae-f64c128-in-1.0": _imagenet(7, 128, 0.2889),
+    "dc-ae-f128c512-in-1.0": _imagenet(8, 512),
+    "dc-ae-f32c32-mix-1.0": _imagenet(6, 32, 0.4552),
+    "dc-ae-f64c128-mix-1.0": _imagenet(7, 128, 0.4538),
+    "dc-ae-f128c512-mix-1.0": _imagenet(8, 512),
+    "dc-ae-f32c32-in-1.0-256px": _imagenet(6, 32),
+    "dc-ae-f32c32-sana-1.0": _SANA,
+    "dc-ae-f32c32-sana-1.1": _SANA,
+    "dc-ae-lite-f32c32-sana-1.1": replace(_SANA, decoder=_coder((0, 3, 5, 4, 4, 4), head_act="silu")),
+    "dc-ae-f32c128-1.5": _adaptive(WIDTH[:6]),
+    "dc-ae-f64c128-1.5": _adaptive(WIDTH[:6] + (1024,), 0.5935),
+}
+
+BUNDLED = {"dc-ae-tiny": Path(__file__).parents[1] / "assets" / "dc-ae-tiny"}
+
+
+def autoencoder_names() -> list[str]:
+    """All names that `autoencoder_config` knows; those in `BUNDLED` come with this package, the others from the hub."""
+    return [*AUTOENCODERS, *BUNDLED]
+
+
+def autoencoder_config(name: str) -> DCAEConfig:
+    """The configuration of an autoencoder of the zoo; ValueError with the known names for any other."""
+    _check(name)
+    if name in BUNDLED:
+        return convert.config_from_original(json.loads((BUNDLED[name] / "config.json").read_text()))
+    return replace(AUTOENCODERS[name], name=name)
+
+
+def autoencoder_hub_id(name: str) -> str | None:
+    """The Hugging Face repository with the original weights; None if bundled, ValueError for an unknown name."""
+    _check(name)
+    if name in BUNDLED:
+        return None
+    return f"dc-ai/{name}" if name.endswith("-1.5") else f"mit-han-lab/{name}"
+
+
+def unknown(name: str) -> str:
+    """The words for a name that is not in the zoo."""
+    close = get_close_matches(name, autoencoder_names(), n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"unknown autoencoder {name!r}; {hint}Known: {', '.join(autoencoder_names())}"
+
+
+def _check(name: str) -> None:
+    if name not in autoencoder_names():
+        raise ValueError(unknown(name))

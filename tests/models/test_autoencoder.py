@@ -1,0 +1,86 @@
+"""Whole autoencoders, small ones of every style, against the original implementation and against diffusers."""
+
+import math
+
+import pytest
+import torch
+
+from dcae_fast.models import convert
+from dcae_fast.models.autoencoder import DCAE
+
+OUTPUT, GRADIENT, STATISTICS = 5e-6, 1e-4, 1e-4
+STYLES = ["ae_in_f32", "ae_sana_f32", "ae_in_f64", "ae_in_f128", "ae_lite_f32", "ae_1_5_f32"]
+
+
+def build(case) -> DCAE:
+    model = DCAE(convert.config_from_original(case.file_meta["config"]))
+    model.load_state_dict(case.tensors("state"))
+    return model.eval()
+
+
+@pytest.mark.cases("ae_*", "small", "large")
+def test_evaluation(case, compare):
+    model, tensors = build(case), case.tensors(case.name)
+    assert sum(parameter.numel() for parameter in model.parameters()) == case.file_meta["parameters"]
+    assert model.spatial_compression_ratio == case.file_meta["spatial_compression_ratio"]
+    with torch.no_grad():
+        compare(case.file, model.encode(tensors["image"]), tensors["latent"], OUTPUT, "latent")
+        compare(case.file, model.decode(tensors["latent"]), tensors["recon"], OUTPUT, "reconstruction of the latent")
+        compare(case.file, model(tensors["image"]), tensors["recon"], OUTPUT, "reconstruction")
+
+
+@pytest.mark.cases("ae_*", "partial")
+@torch.no_grad()
+def test_partial_latents(case, compare):
+    model, tensors, channels = build(case), case.tensors("partial"), case.meta["latent_channels"]
+    image = case.tensors("small")["image"]
+    latents = model.encode(image, channels)
+    for n, latent in zip(channels, latents, strict=True):
+        assert torch.equal(model.encode(image, n), latent)
+        compare(case.file, latent, tensors[f"latent_c{n}"], OUTPUT, f"latent, {n} channels")
+        compare(case.file, model.decode(latent), tensors[f"recon_c{n}"], OUTPUT, f"reconstruction, {n} channels")
+
+
+@pytest.mark.cases("ae_*", "train*")
+def test_training_step(case, compare):
+    model, tensors = build(case).train(), case.tensors(case.name)
+    image = case.tensors("train")["image"]
+    latent = model.encode(image, case.meta["latent_channels"])
+    reconstruction = model.decode(latent)
+    loss = (reconstruction - image).abs().mean()
+    loss.backward()
+    compare(case.file, latent, tensors["latent"], OUTPUT, "latent")
+    compare(case.file, reconstruction, tensors["recon"], OUTPUT, "reconstruction")
+    compare(case.file, loss, torch.tensor(case.meta["loss_float64"]), OUTPUT, "loss")
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    for name, gradient in gradients.items():
+        check_gradient(case, compare, name, gradient.flatten(), tensors)
+    total = math.sqrt(sum(gradient.double().square().sum().item() for gradient in gradients.values()))
+    assert total == pytest.approx(case.meta["total_grad_l2"], rel=GRADIENT)
+    buffers = dict(model.named_buffers())
+    for name, expected in case.tensors(f"{case.name}/stats").items():
+        torch.testing.assert_close(buffers[name], expected, atol=STATISTICS, rtol=0)
+
+
+def check_gradient(case, compare, name: str, gradient: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+    """The whole gradient where the fixture has it, else 80 of its elements and its norm."""
+    compare(case.file, gradient.norm(), torch.tensor(case.meta["grad_l2"][name]), GRADIENT, f"{name}, norm")
+    if f"grad/{name}" in tensors:
+        compare(case.file, gradient, tensors[f"grad/{name}"].flatten(), GRADIENT, name)
+        return
+    compare(case.file, gradient[:16], tensors[f"grad_first16/{name}"], GRADIENT, f"{name}, first 16")
+    at = torch.linspace(0, gradient.numel() - 1, 64).round().long()
+    compare(case.file, gradient[at], tensors[f"grad_sample64/{name}"], GRADIENT, f"{name}, 64 samples")
+
+
+@pytest.mark.cases("ae_*", "small")
+def test_against_diffusers(case, compare):
+    """diffusers' AutoencoderDC with our weights and configuration, converted, does the same."""
+    diffusers = pytest.importorskip("diffusers")
+    model, image = build(case), case.tensors("small")["image"]
+    twin = diffusers.AutoencoderDC(**convert.config_to_diffusers(model.config)).eval()
+    twin.load_state_dict(convert.state_dict_to_diffusers(model.state_dict()))
+    with torch.no_grad():
+        latent = model.encode(image)
+        compare(f"{case.file} (diffusers)", twin.encode(image).latent, latent, OUTPUT, "latent")
+        compare(f"{case.file} (diffusers)", twin.decode(latent).sample, model.decode(latent), OUTPUT, "reconstruction")
