@@ -1,0 +1,62 @@
+// The Python module dcae_fast._C: each function checks its arguments, allocates the result, and launches.
+
+#include <climits>
+#include <optional>
+
+#include <ATen/ATen.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "ops.h"
+
+namespace {
+
+DType dtype_of(const at::Tensor& x) {
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16,
+                   "x must be float16 or bfloat16, got ", x.scalar_type());
+  return x.scalar_type() == at::kHalf ? DType::kFloat16 : DType::kBFloat16;
+}
+
+// Checks that `tensor` is a dense parameter of x's dtype and device with the given shape; returns where it starts.
+const void* parameter(const char* name, const at::Tensor& tensor, const at::Tensor& x, at::IntArrayRef shape) {
+  TORCH_CHECK_VALUE(tensor.sizes() == shape, name, " must have shape ", shape, ", got ", tensor.sizes());
+  TORCH_CHECK_TYPE(tensor.scalar_type() == x.scalar_type(), name, " must be ", x.scalar_type(), " as x, got ",
+                   tensor.scalar_type());
+  TORCH_CHECK_VALUE(tensor.device() == x.device(), name, " must be on ", x.device(), ", got ", tensor.device());
+  TORCH_CHECK_VALUE(tensor.is_contiguous(), name, " must be contiguous");
+  const void* data = tensor.const_data_ptr();
+  TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(data) % 16 == 0, name, " must be aligned to 16 bytes");
+  return data;
+}
+
+at::Tensor depthwise_glu(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+  TORCH_CHECK_VALUE(x.is_cuda(), "x must be on a CUDA device, got ", x.device());
+  TORCH_CHECK_VALUE(x.dim() == 4 && x.size(1) > 0 && x.size(1) % 16 == 0,
+                    "x must have shape [B, 2M, H, W] with M a positive multiple of 8, got ", x.sizes());
+  TORCH_CHECK_VALUE(x.is_contiguous(at::MemoryFormat::ChannelsLast), "x must be dense in channels-last memory format");
+  TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0, "x must be aligned to 16 bytes");
+  TORCH_CHECK_VALUE(x.size(1) <= INT_MAX && x.size(2) <= INT_MAX / 2 && x.size(3) <= INT_MAX / 2,
+                    "x is too large along one dimension: ", x.sizes());
+  const int64_t channels = x.size(1) / 2;
+  const DType dtype = dtype_of(x);
+  const void* weight_data = parameter("weight", weight, x, {2 * channels, 1, 3, 3});
+  const void* bias_data = bias ? parameter("bias", *bias, x, {2 * channels}) : nullptr;
+
+  const c10::cuda::CUDAGuard guard(x.device());
+  at::Tensor out = at::empty({x.size(0), channels, x.size(2), x.size(3)}, x.options(), at::MemoryFormat::ChannelsLast);
+  if (out.numel() > 0) {
+    C10_CUDA_CHECK(launch_depthwise_glu(x.const_data_ptr(), weight_data, bias_data, out.mutable_data_ptr(), x.size(0),
+                                        static_cast<int>(x.size(2)), static_cast<int>(x.size(3)),
+                                        static_cast<int>(channels), dtype, c10::cuda::getCurrentCUDAStream()));
+  }
+  return out;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.def("depthwise_glu", &depthwise_glu, pybind11::arg("x"), pybind11::arg("weight"), pybind11::arg("bias"),
+             "c[:, :M] * silu(c[:, M:]) with c the depthwise 3x3 convolution of x, in channels-last; inference alone.");
+}
