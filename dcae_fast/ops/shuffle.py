@@ -6,7 +6,7 @@
 x: [B, C, H, W] channels-last. main, with the bias of its convolution, is either at the output's resolution or still at
 x's, and is then (un)shuffled on the way: a convolution, a pixel (un)shuffle and a shortcut cost one pass. Without x, main
 alone is (un)shuffled. As linear maps of x the two are adjoint up to a scale, so each is the other's gradient. Summed in
-fp32, returns x.dtype. Source: DC-AE (arXiv 2410.10733), residual autoencoding.
+fp32; returns the promoted type of x and main. Source: DC-AE (arXiv 2410.10733), residual autoencoding.
 """
 
 import torch
@@ -55,8 +55,8 @@ _shuffle = define("duplicate_shuffle_add" + _SCHEMA, duplicate_shuffle_add_refer
 
 def _setup_context(ctx, inputs, output):
     x, main, bias, _, ctx.factor, ctx.scale = inputs
-    ctx.x_channels = None if x is None else x.shape[1]
-    ctx.main_channels = None if main is None else main.shape[1]
+    ctx.x = None if x is None else (x.shape[1], x.dtype)
+    ctx.main = None if main is None else (main.shape[1], main.dtype)
     ctx.moved = main is not None and main.shape[2:] != output.shape[2:]
     ctx.bias_dtype = None if bias is None else bias.dtype
 
@@ -64,10 +64,12 @@ def _setup_context(ctx, inputs, output):
 def _gradient_with(adjoint):
     def gradient(ctx, dout):
         dx = dmain = dbias = None
-        if ctx.x_channels is not None:
-            dx = adjoint(dout, None, None, ctx.x_channels, ctx.factor, ctx.scale)
-        if ctx.main_channels is not None:
-            dmain = adjoint(dout, None, None, ctx.main_channels, ctx.factor, 1.0) if ctx.moved else dout
+        if ctx.x is not None:
+            channels, dtype = ctx.x
+            dx = adjoint(dout, None, None, channels, ctx.factor, ctx.scale).to(dtype)
+        if ctx.main is not None:
+            channels, dtype = ctx.main
+            dmain = (adjoint(dout, None, None, channels, ctx.factor, 1.0) if ctx.moved else dout).to(dtype)
         if ctx.bias_dtype is not None:
             dbias = sum_to_channels(dmain.float()).to(ctx.bias_dtype)
         return dx, dmain, dbias, None, None, None
@@ -84,8 +86,8 @@ def _check(x, main, bias, factor, moved_size):
     unmoved = x is None or main.shape[2:] == x.shape[2:]
     if main.dim() != 4 or (not unmoved and tuple(main.shape[2:]) != moved_size):
         raise ValueError(f"main is {list(main.shape)}; its size must be x's {list(x.shape[2:])} or {list(moved_size)}")
-    if x is not None and (x.dtype != main.dtype or x.shape[0] != main.shape[0]):
-        raise ValueError(f"x is {list(x.shape)} {x.dtype}, main {list(main.shape)} {main.dtype}: batch or dtype differ")
+    if x is not None and x.shape[0] != main.shape[0]:
+        raise ValueError(f"x is {list(x.shape)}, main {list(main.shape)}: the batches differ")
     if bias is not None and bias.shape != main.shape[1:2]:
         raise ValueError(f"bias is {list(bias.shape)}; expected [{main.shape[1]}], main's channels")
     return unmoved

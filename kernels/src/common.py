@@ -39,6 +39,13 @@ def like_channels_last(
     return torch.empty(shape or x.shape, dtype=dtype or x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
+def promoted(x: torch.Tensor | None, y: torch.Tensor | None) -> torch.dtype:
+    """Type of x + y, where one may be absent."""
+    if x is None or y is None:
+        return (y if x is None else x).dtype
+    return torch.promote_types(x.dtype, y.dtype)
+
+
 def rows_of(x: torch.Tensor) -> int:
     """Number of positions of [B, C, H, W]: rows of its channels-last matrix."""
     return x.shape[0] * x.shape[2] * x.shape[3]

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .common import like_channels_last
+from .common import like_channels_last, promoted
 
 BLOCK_P, BLOCK_C = 16, 128
 
@@ -43,7 +43,7 @@ def launch_duplicate_shuffle_add(x, main, bias, out_channels, factor, scale):
     source = x if x is not None else main
     shuffle_main = main is not None and factor > 1 and main.shape[2:] == source.shape[2:]
     batch, _, height, width = source.shape
-    out = like_channels_last(source, (batch, out_channels, height * factor, width * factor))
+    out = like_channels_last(source, (batch, out_channels, height * factor, width * factor), promoted(x, main))
     if out.numel():
         positions, blocks_c = batch * height * width, triton.cdiv(out_channels, BLOCK_C)
         in_channels = x.shape[1] if x is not None else out_channels * factor**2

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .common import like_channels_last
+from .common import like_channels_last, promoted
 
 BLOCK_P, BLOCK_C = 16, 128
 
@@ -50,7 +50,7 @@ def launch_unshuffle_average_add(x, main, bias, out_channels, factor, scale):
     source = x if x is not None else main
     unshuffle_main = main is not None and factor > 1 and main.shape[2:] == source.shape[2:]
     height, width = source.shape[2] // factor, source.shape[3] // factor
-    out = like_channels_last(source, (source.shape[0], out_channels, height, width))
+    out = like_channels_last(source, (source.shape[0], out_channels, height, width), promoted(x, main))
     if out.numel():
         positions, blocks_c = source.shape[0] * height * width, triton.cdiv(out_channels, BLOCK_C)
         in_channels = x.shape[1] if x is not None else 0

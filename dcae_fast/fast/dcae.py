@@ -1,0 +1,180 @@
+"""Fast forwards for this project's DC-AE and for the original DC-Gen / efficientvit classes, which share attribute names."""
+
+import torch
+from torch import nn
+
+from dcae_fast import ops
+
+from .fusion import (
+    activation_name,
+    can_fuse_norm,
+    channels_last,
+    conv_norm_act,
+    conv_without_bias,
+    is_depthwise3x3,
+    layout_of,
+)
+from .module import FastModule, kind, plain
+
+IDENTITIES = ("Identity", "IdentityLayer")
+AVERAGING = ("PixelUnshuffleChannelAveragingDownSampleLayer",)
+DUPLICATING = ("ChannelDuplicatingPixelShuffleUpSampleLayer", "ChannelDuplicatingPixelUnshuffleUpSampleLayer")
+
+
+class Coder(FastModule):
+    """Encoder or decoder: channels-last inside, the caller's memory format outside."""
+
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor | list[torch.Tensor]:
+        out = super().forward(channels_last(x), *args, **kwargs)
+        if isinstance(out, torch.Tensor):
+            return layout_of(out, x)
+        return [layout_of(part, x) for part in out]
+
+
+class RMSNorm2d(FastModule):
+    operators = ("rms_norm",)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.weight is None or self.bias is None:
+            return super().forward(x)
+        return ops.rms_norm(x, self.weight, self.bias, self.eps)
+
+
+class ConvLayer(FastModule):
+    """Convolution, norm, activation: all but the convolution in one pass."""
+
+    operators = ("bias_act", "rms_norm")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.add(x, None)
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        act = activation_name(self.act)
+        if act is None or getattr(self, "dropout", None) is not None or not can_fuse_norm(self.norm):
+            y = super().forward(x)
+            return y if residual is None else y + residual
+        return conv_norm_act(self.conv, self.norm, act, x, residual)
+
+    def without_bias(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """This layer without its convolution's bias, and that bias, for a later pass; None if it is in already."""
+        if self.norm is None and self.act is None and getattr(self, "dropout", None) is None:
+            return conv_without_bias(self.conv, x)
+        return self(x), None
+
+
+class OpSequential(FastModule):
+    """The operations one after the other; an RMS norm takes the activation behind it along."""
+
+    operators = ("rms_norm",)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pending = None  # an RMS norm that waits for the next operation
+        for op in self.op_list:
+            if pending is not None:
+                act = activation_name(op)
+                if act is not None:
+                    x = ops.rms_norm(x, pending.weight, pending.bias, pending.eps, act)
+                    pending = None
+                    continue
+                x, pending = pending(x), None
+            if isinstance(op, RMSNorm2d) and can_fuse_norm(op):
+                pending = op
+            else:
+                x = op(x)
+        return x if pending is None else pending(x)
+
+
+class Branch(FastModule):
+    """A residual branch whose last layer can add the residual."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.add(x, None)
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        x, last = self.body(x), self.last_layer()
+        if residual is None:
+            return last(x)
+        return last.add(x, residual) if isinstance(last, ConvLayer) and plain(last) else last(x) + residual
+
+
+class ResBlock(Branch):
+    operators = ConvLayer.operators
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv1(x)
+
+    def last_layer(self) -> nn.Module:
+        return self.conv2
+
+
+class GLUMBConv(Branch):
+    operators = (*ConvLayer.operators, "depthwise_glu")
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        x, depth = self.inverted_conv(x), self.depth_conv
+        bare = plain(depth) and depth.norm is None and depth.act is None
+        if bare and is_depthwise3x3(depth.conv) and activation_name(self.glu_act) == "silu":
+            return ops.depthwise_glu(x, depth.conv.weight, depth.conv.bias)
+        value, gate = depth(x).chunk(2, dim=1)
+        return value * self.glu_act(gate)
+
+    def last_layer(self) -> nn.Module:
+        return self.point_conv
+
+
+class LiteMLA(Branch):
+    operators = (*ConvLayer.operators, "relu_linear_attention")
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        normalised = getattr(self, "norm_qk", False) or getattr(self, "norm_q", None) is not None
+        if normalised or activation_name(getattr(self, "kernel_func", nn.ReLU())) != "relu":
+            y = super(Branch, self).forward(x)
+            return y if residual is None else y + residual
+        return super().add(x, residual)
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        qkv = self.qkv(x)
+        return ops.relu_linear_attention([qkv, *(scale(qkv) for scale in self.aggreg)], self.dim, self.eps)
+
+    def last_layer(self) -> nn.Module:
+        return self.proj
+
+
+class PixelShuffleSampler(FastModule):
+    """3×3 convolution and pixel (un)shuffle: the bias goes along with the shuffle."""
+
+    operators = ("unshuffle_average_add", "duplicate_shuffle_add")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        move = ops.unshuffle_average_add if "Unshuffle" in kind(self) else ops.duplicate_shuffle_add
+        return move(None, *self.without_bias(x), self.factor)
+
+    def without_bias(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The convolution before its bias and the shuffle, and the bias if it is still to be added."""
+        if isinstance(self.conv, ConvLayer) and plain(self.conv):
+            return self.conv.without_bias(x)
+        return self.conv(x), None
+
+
+class ResidualBlock(FastModule):
+    """main(x) + shortcut(x), added by the last kernel of main, or by the kernel of the shortcut."""
+
+    operators = ("unshuffle_average_add", "duplicate_shuffle_add")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        main, shortcut = self.main, self.shortcut
+        extra = getattr(self, "pre_norm", None) is not None or getattr(self, "post_act", None) is not None
+        if extra or main is None or shortcut is None or not plain(shortcut):
+            return super().forward(x)
+        name = kind(shortcut)
+        if name in IDENTITIES and isinstance(main, Branch) and plain(main):
+            return main.add(x, x)
+        if name in AVERAGING or name in DUPLICATING:
+            add = ops.unshuffle_average_add if name in AVERAGING else ops.duplicate_shuffle_add
+            return add(x, *self._main_without_bias(x), shortcut.factor)
+        return super().forward(x)
+
+    def _main_without_bias(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if isinstance(self.main, (PixelShuffleSampler, ConvLayer)) and plain(self.main):
+            return self.main.without_bias(x)
+        return self.main(x), None

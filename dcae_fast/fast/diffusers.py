@@ -1,0 +1,127 @@
+"""Fast forwards for diffusers' AutoencoderDC. Its blocks add their own residuals and name things differently."""
+
+import torch
+from torch import nn
+
+from dcae_fast import ops
+
+from .fusion import (
+    activation_name,
+    can_fuse_norm,
+    channels_last,
+    conv_norm_act,
+    conv_without_bias,
+    is_depthwise3x3,
+    layout_of,
+)
+from .module import FastModule, kind, plain
+
+
+def _norm_dtype(norm: nn.Module | None, x: torch.Tensor) -> torch.dtype | None:
+    """diffusers' RMS norm returns its weight's type where that is wider than its input's (autocast)."""
+    half = norm is None or norm.weight is None or norm.weight.dtype in (torch.float16, torch.bfloat16)
+    return None if half else torch.float32
+
+
+def _conv_norm_add(conv: nn.Module, norm: nn.Module, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+    return conv_norm_act(conv, norm, "none", x, residual, _norm_dtype(norm, x))
+
+
+class Encoder(FastModule):
+    """Channels-last inside, the caller's memory format outside; the head's shortcut in one pass."""
+
+    operators = ("unshuffle_average_add",)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.out_shortcut:
+            return layout_of(super().forward(channels_last(x)), x)
+        y = self.conv_in(channels_last(x))
+        for block in self.down_blocks:
+            y = block(y)
+        return layout_of(ops.unshuffle_average_add(y, *conv_without_bias(self.conv_out, y), factor=1), x)
+
+
+class Decoder(FastModule):
+    """Channels-last inside, the caller's memory format outside; the stem's shortcut and the head's norm in one pass."""
+
+    operators = ("duplicate_shuffle_add", "rms_norm")
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        act = activation_name(self.conv_act)
+        if not self.in_shortcut or act is None or not can_fuse_norm(self.norm_out):
+            return layout_of(super().forward(channels_last(z)), z)
+        x = channels_last(z)
+        x = ops.duplicate_shuffle_add(x, *conv_without_bias(self.conv_in, x), factor=1)
+        for block in reversed(self.up_blocks):
+            x = block(x)
+        norm = self.norm_out
+        x = ops.rms_norm(x, norm.weight, norm.bias, norm.eps, act, dtype=_norm_dtype(norm, x))
+        return layout_of(self.conv_out(x), z)
+
+
+class ResBlock(FastModule):
+    operators = ("bias_act", "rms_norm")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        act = activation_name(self.nonlinearity)
+        if act is None or not can_fuse_norm(self.norm):
+            return super().forward(x)
+        return _conv_norm_add(self.conv2, self.norm, conv_norm_act(self.conv1, None, act, x), x)
+
+
+class GLUMBConv(FastModule):
+    operators = ("bias_act", "rms_norm", "depthwise_glu")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        act = activation_name(self.nonlinearity)
+        if act != "silu" or not is_depthwise3x3(self.conv_depth) or self.norm is None or not can_fuse_norm(self.norm):
+            return super().forward(x)
+        y = conv_norm_act(self.conv_inverted, None, act, x)
+        y = ops.depthwise_glu(y, self.conv_depth.weight, self.conv_depth.bias)
+        return _conv_norm_add(self.conv_point, self.norm, y, x if self.residual_connection else None)
+
+
+class SanaMultiscaleLinearAttention(FastModule):
+    operators = ("rms_norm", "relu_linear_attention")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        fusable = kind(self.norm_out) in ("RMSNorm",) and can_fuse_norm(self.norm_out)
+        default = type(self.processor).__name__ == "SanaMultiscaleAttnProcessor2_0"
+        if not fusable or not default or activation_name(self.nonlinearity) != "relu":
+            return super().forward(x)
+        qkv = self._qkv(channels_last(x).movedim(1, -1)).movedim(-1, 1)
+        scales = [qkv, *(scale(qkv) for scale in self.to_qkv_multiscale)]
+        y = ops.relu_linear_attention(scales, self.attention_head_dim, self.eps)
+        y = self.to_out(y.movedim(1, -1)).movedim(-1, 1)
+        norm, residual = self.norm_out, x if self.residual_connection else None
+        return ops.rms_norm(y, norm.weight, norm.bias, norm.eps, residual=residual, dtype=_norm_dtype(norm, y))
+
+    def _qkv(self, x: torch.Tensor) -> torch.Tensor:
+        """One product for the three projections, whose outputs are thirds of the packed channels."""
+        parts = (self.to_q, self.to_k, self.to_v)
+        if all(type(part) is nn.Linear and part.bias is None for part in parts) and plain(*parts):
+            return nn.functional.linear(x, torch.cat([part.weight for part in parts]))
+        return torch.cat([part(x) for part in parts], dim=-1)
+
+
+class DCDownBlock2d(FastModule):
+    operators = ("unshuffle_average_add",)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.downsample and not self.shortcut:
+            return super().forward(x)
+        main, bias = conv_without_bias(self.conv, x)
+        return ops.unshuffle_average_add(x if self.shortcut else None, main, bias, self.factor)
+
+
+class DCUpBlock2d(FastModule):
+    operators = ("duplicate_shuffle_add",)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.interpolate and not self.shortcut:
+            return super().forward(x)
+        y = x
+        if self.interpolate:
+            y = nn.functional.interpolate(x, scale_factor=self.factor, mode=self.interpolation_mode)
+        main, bias = conv_without_bias(self.conv, y)
+        return ops.duplicate_shuffle_add(x if self.shortcut else None, main, bias, self.factor)

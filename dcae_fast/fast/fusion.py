@@ -1,0 +1,82 @@
+"""Convolution, norm, activation and residual of existing modules, in as few passes as the modules allow."""
+
+import torch
+from torch import nn
+
+from dcae_fast import ops
+
+from .module import kind, plain
+
+RMS_NORMS = ("RMSNorm2d", "TritonRMSNorm2d", "RMSNorm")
+ACTIVATIONS = {nn.Identity: "none", nn.ReLU: "relu", nn.SiLU: "silu"}
+
+
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def layout_of(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """x in the memory format of `like`: contiguous unless `like` is channels-last alone."""
+    keep = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
+    return x if keep else x.contiguous()
+
+
+def activation_name(act: nn.Module | None) -> str | None:
+    """What the kernels call this activation, None if they do not know it."""
+    if act is None:
+        return "none"
+    return ACTIVATIONS.get(type(act)) if plain(act) else None
+
+
+def can_fuse_norm(norm: nn.Module | None) -> bool:
+    """No norm, a channel RMS norm with weight and bias, or a batch norm that only scales and shifts."""
+    if norm is None:
+        return True
+    if not plain(norm) or norm.weight is None or norm.bias is None:
+        return False
+    return kind(norm) in RMS_NORMS or (type(norm) is nn.BatchNorm2d and not norm.training and norm.track_running_stats)
+
+
+def conv_without_bias(conv: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """conv(x) and the bias that is still to be added; None if there is none or the convolution is no plain Conv2d."""
+    if type(conv) is nn.Conv2d and conv.bias is not None and plain(conv):
+        return conv._conv_forward(x, conv.weight, None), conv.bias
+    return conv(x), None
+
+
+def conv_norm_act(
+    conv: nn.Module,
+    norm: nn.Module | None,
+    act: str,
+    x: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    norm_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """act(norm(conv(x))) + residual, one pass after the convolution. norm must satisfy `can_fuse_norm`.
+
+    norm_dtype: type of an RMS norm's result, where the original's is not its input's.
+    """
+    if norm is None:
+        y, bias = conv_without_bias(conv, x)
+        if bias is not None:
+            return ops.bias_act(y, bias, act, residual=residual)
+        y = {"none": nn.Identity(), "relu": torch.relu, "silu": nn.functional.silu}[act](y)
+        return y if residual is None else y + residual
+    y = conv(x)
+    if type(norm) is nn.BatchNorm2d:
+        scale = norm.weight.float() * torch.rsqrt(norm.running_var.float() + norm.eps)
+        shift = norm.bias.float() - norm.running_mean.float() * scale
+        return ops.bias_act(y, shift, act, scale, residual)
+    return ops.rms_norm(y, norm.weight, norm.bias, norm.eps, act, residual, norm_dtype)
+
+
+def is_depthwise3x3(conv: nn.Module) -> bool:
+    return (
+        type(conv) is nn.Conv2d
+        and conv.kernel_size == (3, 3)
+        and conv.stride == conv.dilation == conv.padding == (1, 1)
+        and conv.groups == conv.in_channels == conv.out_channels
+        and conv.padding_mode == "zeros"
+        and conv.bias is not None
+        and plain(conv)
+    )

@@ -1,0 +1,64 @@
+"""How a module becomes fast: its class is swapped for a subclass made of a mixin and its own class."""
+
+import functools
+from typing import Any
+
+from torch import nn
+
+
+class FastModule:
+    """Mixin that overrides `forward` (and adds methods), never state: parameters, buffers and hooks stay as they are.
+
+    operators: names of the operators it calls.
+    """
+
+    operators: tuple[str, ...] = ()
+
+    def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
+        """Pickled as (mixin, original class): the combined class is made at run time and has no importable name."""
+        _, _, *state = super().__reduce_ex__(protocol)
+        return _new, type(self).__bases__, *state
+
+
+@functools.cache
+def fast_class(mixin: type[FastModule], base: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of `base` that runs `mixin`'s forward."""
+    return type("Fast" + base.__name__, (mixin, base), {"__module__": mixin.__module__})
+
+
+def _new(mixin: type[FastModule], base: type[nn.Module]) -> nn.Module:
+    cls = fast_class(mixin, base)
+    return cls.__new__(cls)
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module before it was patched."""
+    cls = type(module)
+    return cls.__bases__[1] if is_fast(module) else cls
+
+
+def is_fast(module: nn.Module) -> bool:
+    cls = type(module)
+    return len(cls.__bases__) == 2 and issubclass(cls.__bases__[0], FastModule) and fast_class(*cls.__bases__) is cls
+
+
+def kind(module: nn.Module) -> str:
+    """Name of a module's original class, without its package."""
+    return original_class(module).__name__
+
+
+def qualified_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def plain(*modules: nn.Module | None) -> bool:
+    """Whether nobody would notice if these modules were computed without being called: no hooks, no own forward."""
+    return not any(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        for module in modules
+        if module is not None
+    )

@@ -1,0 +1,157 @@
+"""patch, unpatch, patched: swap the classes of a model's modules for fast subclasses, and back."""
+
+import contextlib
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from . import dcae, diffusers
+from .module import FastModule, fast_class, is_fast, original_class, qualified_name
+
+OPERATORS = (
+    "bias_act",
+    "depthwise_glu",
+    "duplicate_shuffle_add",
+    "relu_linear_attention",
+    "rms_norm",
+    "unshuffle_average_add",
+)
+
+_BLOCKS = {
+    "ConvLayer": dcae.ConvLayer,
+    "ConvPixelShuffleUpSampleLayer": dcae.PixelShuffleSampler,
+    "ConvPixelUnshuffleDownSampleLayer": dcae.PixelShuffleSampler,
+    "GLUMBConv": dcae.GLUMBConv,
+    "LiteMLA": dcae.LiteMLA,
+    "OpSequential": dcae.OpSequential,
+    "ResBlock": dcae.ResBlock,
+    "ResidualBlock": dcae.ResidualBlock,
+}
+_CODERS = {"Encoder": dcae.Coder, "Decoder": dcae.Coder}
+_DIFFUSERS = "diffusers.models.autoencoders.autoencoder_dc"
+
+
+def _under(module: str, classes: dict[str, type[FastModule]]) -> dict[str, type[FastModule]]:
+    return {f"{module}.{name}": mixin for name, mixin in classes.items()}
+
+
+# Qualified name of a class → the mixin that makes it fast. The original code exists under two package roots.
+REGISTRY: dict[str, type[FastModule]] = {
+    **_under("dcae_fast.models.blocks", {**_BLOCKS, "RMSNorm2d": dcae.RMSNorm2d}),
+    **_under("dcae_fast.models.autoencoder", _CODERS),
+    **_under("dc_gen.aecore.models.dc_ae", _CODERS),
+    **_under("efficientvit.models.efficientvit.dc_ae", _CODERS),
+    **_under(
+        _DIFFUSERS,
+        {
+            "DCDownBlock2d": diffusers.DCDownBlock2d,
+            "DCUpBlock2d": diffusers.DCUpBlock2d,
+            "Decoder": diffusers.Decoder,
+            "Encoder": diffusers.Encoder,
+            "ResBlock": diffusers.ResBlock,
+        },
+    ),
+    "diffusers.models.attention_processor.SanaMultiscaleLinearAttention": diffusers.SanaMultiscaleLinearAttention,
+    "diffusers.models.transformers.sana_transformer.GLUMBConv": diffusers.GLUMBConv,
+}
+for _root in ("dc_gen", "efficientvit"):
+    REGISTRY |= _under(f"{_root}.models.nn.ops", _BLOCKS)
+    REGISTRY |= _under(
+        f"{_root}.models.nn.norm", {"RMSNorm2d": dcae.RMSNorm2d, "TritonRMSNorm2d": dcae.RMSNorm2d}
+    )
+
+
+@dataclass
+class Report:
+    """What `patch` did. replaced: class name → number of modules; skipped: (path, class name, reason); note: one line."""
+
+    replaced: Counter[str] = field(default_factory=Counter)
+    skipped: list[tuple[str, str, str]] = field(default_factory=list)
+    note: str = ""
+
+    def __str__(self) -> str:
+        rows = [("module", "patched", "left as it is, because")]
+        rows += [(name, str(count), "") for name, count in sorted(self.replaced.items())]
+        reasons = Counter((name, reason) for _, name, reason in self.skipped)
+        rows += [(name, "", f"{reason} ({count})") for (name, reason), count in sorted(reasons.items())]
+        widths = [max(len(row[column]) for row in rows) for column in range(2)]
+        table = [f"{name:<{widths[0]}}  {count:>{widths[1]}}  {reason}".rstrip() for name, count, reason in rows]
+        return "\n".join([*table, self.note] if self.note else table)
+
+
+def patch(model: nn.Module, disable: Iterable[str] = ()) -> Report:
+    """Make a DC-AE fast: this project's, diffusers' `AutoencoderDC` or the original DC-Gen / efficientvit one.
+
+    Every module whose exact class is known gets a subclass with a fast forward; parameters, buffers, names and hooks
+    stay. A module that needs an operator named in `disable`, or in the environment variable DCAE_FAST_DISABLE ("all" or
+    names separated by commas), stays as it is. Patching twice is the same as once.
+
+    Returns a report that prints as a table. Raises ValueError on an unknown operator name.
+    """
+    disabled = _disabled(disable)
+    report = Report()
+    for path, module in model.named_modules():
+        mixin = REGISTRY.get(qualified_name(original_class(module)))
+        if mixin is None:
+            continue
+        name = original_class(module).__name__
+        reason = _reason_to_skip(module, mixin, disabled)
+        if reason:
+            report.skipped.append((path, name, reason))
+            continue
+        if not is_fast(module):
+            module.__class__ = fast_class(mixin, type(module))
+        report.replaced[name] += 1
+    report.note = _note(model, report)
+    return report
+
+
+def unpatch(model: nn.Module) -> None:
+    """Give every patched module its own class back."""
+    for module in model.modules():
+        if is_fast(module):
+            module.__class__ = original_class(module)
+
+
+@contextlib.contextmanager
+def patched(model: nn.Module, disable: Iterable[str] = ()) -> Iterator[Report]:
+    """`patch` for a scope: modules that were not patched before are unpatched on the way out."""
+    before = [module for module in model.modules() if not is_fast(module)]
+    try:
+        yield patch(model, disable)
+    finally:
+        for module in before:
+            if is_fast(module):
+                module.__class__ = original_class(module)
+
+
+def _disabled(disable: Iterable[str]) -> set[str]:
+    asked = {disable} if isinstance(disable, str) else set(disable)
+    asked |= {name.strip() for name in os.environ.get("DCAE_FAST_DISABLE", "").split(",") if name.strip()}
+    unknown = asked - {"all", *OPERATORS}
+    if unknown:
+        raise ValueError(f"unknown operators to disable: {sorted(unknown)}; expected 'all' or some of {OPERATORS}")
+    return asked
+
+
+def _reason_to_skip(module: nn.Module, mixin: type[FastModule], disabled: set[str]) -> str:
+    if "all" in disabled:
+        return "everything is disabled"
+    missing = sorted(disabled.intersection(mixin.operators))
+    if missing:
+        return f"{', '.join(missing)} disabled"
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance"
+    return ""
+
+
+def _note(model: nn.Module, report: Report) -> str:
+    if not report.replaced and not report.skipped:
+        return f"{type(model).__name__} has no module of a DC-AE that is known here: nothing was patched."
+    if not torch.cuda.is_available():
+        return "No CUDA device: the operators run in plain PyTorch."
+    return ""
