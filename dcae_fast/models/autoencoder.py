@@ -50,6 +50,10 @@ class DCAEConfig:
     scaling_factor: float | None = None
     name: str | None = field(default=None, compare=False)
 
+    def __post_init__(self):
+        if self.adaptive and (self.encoder.shortcut or self.decoder.shortcut):
+            raise ValueError("adaptive autoencoders have no shortcut at the encoder's head or the decoder's stem")
+
 
 DOWN_SAMPLERS = {
     "pixel": blocks.ConvPixelUnshuffleDownSampleLayer,

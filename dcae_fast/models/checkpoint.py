@@ -60,6 +60,8 @@ def load(
     find = _finder(source if weights is None else weights.parent, revision, cache_dir, local_files_only)
     config_file = find(CONFIG)
     given = _read_json(config_file) if config_file else {}
+    if config is None and given:
+        config = _parse_config(given, config_file)
     if weights is None:
         weights = _find_weights(find, source, given)
     state = _read_weights(weights, find)
@@ -68,7 +70,7 @@ def load(
     except ValueError as error:
         raise CheckpointError(f"{weights}: {error}") from None
     if config is None:
-        config = _parse_config(given, config_file) if given else _infer_config(state, layout, weights)
+        config = _infer_config(state, layout, weights)
     expected = _empty_state(config)
     _check(state, convert.state_dict_to_diffusers(expected) if layout == "diffusers" else expected, weights)
     if layout == "diffusers":
@@ -125,7 +127,7 @@ def _finder(source: str | os.PathLike, revision: str | None, cache_dir, local_fi
         try:
             return Path(hf_hub_download(name, file, **options))
         except EntryNotFoundError as error:
-            if isinstance(error, LocalEntryNotFoundError) and file == CONFIG:  # offline and never downloaded
+            if isinstance(error, LocalEntryNotFoundError) and file == CONFIG:  # no connection, and never downloaded
                 raise CheckpointError(f"{name}: not in the local cache, and not to be downloaded: {error}") from error
             return None
         except (OSError, ValueError) as error:  # no such repository or revision, no access, not a repository's name

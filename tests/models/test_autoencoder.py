@@ -9,7 +9,6 @@ from dcae_fast.models import convert
 from dcae_fast.models.autoencoder import DCAE
 
 OUTPUT, GRADIENT, STATISTICS = 5e-6, 1e-4, 1e-4
-STYLES = ["ae_in_f32", "ae_sana_f32", "ae_in_f64", "ae_in_f128", "ae_lite_f32", "ae_1_5_f32"]
 
 
 def build(case) -> DCAE:
@@ -84,3 +83,32 @@ def test_against_diffusers(case, compare):
         latent = model.encode(image)
         compare(f"{case.file} (diffusers)", twin.encode(image).latent, latent, OUTPUT, "latent")
         compare(f"{case.file} (diffusers)", twin.decode(latent).sample, model.decode(latent), OUTPUT, "reconstruction")
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda model: model.encode(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)), TypeError, "x is torch.uint8"),
+        (lambda model: model.encode(torch.zeros(3, 64, 64)), ValueError, r"x has shape \[3, 64, 64\]"),
+        (lambda model: model.encode(torch.zeros(1, 4, 64, 64)), ValueError, r"expected \[B, 3, height, width\]"),
+        (lambda model: model.encode(torch.zeros(1, 3, 64, 80)), ValueError, "64x80 pixels; .* multiples of 32"),
+        (lambda model: model.encode(torch.zeros(1, 3, 64, 64), 16), ValueError, "always have 32 channels"),
+        (lambda model: model.decode(torch.zeros(1, 31, 2, 2)), ValueError, r"expected \[B, 32, height, width\]"),
+        (lambda model: model.decode(torch.zeros(1, 32, 2, 2).long()), TypeError, "z is torch.int64"),
+    ],
+)
+def test_inputs_that_do_not_fit(call, error, message):
+    with torch.device("meta"):
+        model = DCAE.from_name("dc-ae-f32c32-in-1.0")
+        with pytest.raises(error, match=message):
+            call(model)
+
+
+def test_partial_latents_out_of_range():
+    with torch.device("meta"):
+        model = DCAE.from_name("dc-ae-f32c128-1.5")
+        with pytest.raises(ValueError, match="numbers from 1 to 128"):
+            model.encode(torch.zeros(1, 3, 64, 64), [64, 129])
+        with pytest.raises(ValueError, match=r"expected \[B, 1 to 128, height, width\]"):
+            model.decode(torch.zeros(1, 129, 2, 2))
+        assert model.decode(model.encode(torch.zeros(2, 3, 64, 96), 16)).shape == (2, 3, 64, 96)

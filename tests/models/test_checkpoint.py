@@ -1,0 +1,469 @@
+"""Loading and saving: both layouts, all kinds of sources, diffusers on the other side, and every error."""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dcae_fast.models import checkpoint, convert, zoo
+from dcae_fast.models.autoencoder import DCAE, CoderConfig, DCAEConfig
+from dcae_fast.models.checkpoint import CheckpointError
+
+STAGES = {"width": (32, 32), "depth": (1, 1), "norm": ("rms",) * 2, "act": ("silu",) * 2}
+CONFIG = DCAEConfig(
+    latent_channels=8,
+    encoder=CoderConfig(**STAGES, block=("ResBlock", "EViTS5GLU"), resample="conv"),
+    decoder=CoderConfig(**STAGES | {"norm": ("batch", "rms")}, block=("ResBlock", "EViTGLU"), resample="interpolate"),
+    scaling_factor=0.5,
+)
+ADAPTIVE = DCAEConfig(
+    latent_channels=8,
+    encoder=CoderConfig(**STAGES | {"depth": (0, 1)}, block=("ResBlock",) * 2, shortcut=False),
+    decoder=CoderConfig(**STAGES | {"depth": (0, 1)}, block=("ResBlock",) * 2, shortcut=False, head_act="silu"),
+    adaptive=True,
+)
+LAYOUTS = list(checkpoint.WEIGHTS)
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def build(config: DCAEConfig = CONFIG) -> DCAE:
+    torch.manual_seed(0)
+    model = DCAE(config).eval()
+    for tensor in model.state_dict().values():  # so that no two tensors, buffers too, are the same
+        if tensor.is_floating_point():
+            tensor.copy_(torch.rand_like(tensor) * 0.1 + 0.01)
+    return model
+
+
+def assert_same(model: DCAE, expected: DCAE) -> None:
+    assert model.config == expected.config
+    torch.testing.assert_close(model.state_dict(), expected.state_dict(), atol=0, rtol=0)
+
+
+def edit_weights(path: Path, edit) -> None:
+    """Rewrites a safetensors file with what `edit` makes of its tensors."""
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    save_file(edit(tensors), path)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A saved model in the original layout."""
+    build().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+# What can be loaded.
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("config", [CONFIG, ADAPTIVE], ids=["attention", "adaptive"])
+def test_round_trip(config, layout, tmp_path):
+    model = build(config)
+    model.save_pretrained(tmp_path, layout)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", checkpoint.WEIGHTS[layout][0]]
+    partial_latents = {"original": config.adaptive, "diffusers": False}[layout]
+    loaded = DCAE.from_pretrained(tmp_path)
+    model.config = replace(config, adaptive=partial_latents)
+    assert_same(loaded, model)
+    assert not loaded.training and all(parameter.requires_grad for parameter in loaded.parameters())
+    assert_same(DCAE.from_pretrained(tmp_path / checkpoint.WEIGHTS[layout][0]), model)
+
+
+@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"state_dict": state, "step": 3}])
+@pytest.mark.parametrize("suffix", checkpoint.PICKLES)
+def test_pickles(wrap, suffix, tmp_path):
+    torch.save(wrap(build().state_dict()), tmp_path / f"weights{suffix}")
+    assert_same(DCAE.from_pretrained(tmp_path / f"weights{suffix}", config=CONFIG), build())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes_become_float32(dtype, tmp_path):
+    model = build().to(dtype)
+    model.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors")["decoder.project_in.main.conv.bias"].dtype == dtype
+    assert_same(DCAE.from_pretrained(tmp_path), model.float())
+
+
+def test_given_config_comes_first(folder):
+    given = replace(CONFIG, scaling_factor=2.0)
+    assert DCAE.from_pretrained(folder, config=given).scaling_factor == 2.0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_config_decides_which_layout_of_a_folder(layout, tmp_path):
+    for number, saved in enumerate([*(set(LAYOUTS) - {layout}), layout]):
+        model = build(replace(CONFIG, scaling_factor=float(number)))
+        model.decoder.project_in.main.conv.bias.data += number
+        model.save_pretrained(tmp_path, saved)
+    assert_same(DCAE.from_pretrained(tmp_path), model)
+
+
+def test_zoo_models_are_saved_by_name(tmp_path, monkeypatch):
+    monkeypatch.setitem(zoo.AUTOENCODERS, "dc-ae-test", CONFIG)
+    DCAE.from_name("dc-ae-test").save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()) == {"model_name": "dc-ae-test"}
+    loaded = DCAE.from_pretrained(tmp_path)
+    assert loaded.config == CONFIG and loaded.config.name == "dc-ae-test"
+    loaded.config = replace(loaded.config, scaling_factor=3.0)  # no longer that model
+    loaded.save_pretrained(tmp_path)
+    assert DCAE.from_pretrained(tmp_path).config == loaded.config
+
+
+def test_bundled_models_are_read_from_the_package(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(zoo.BUNDLED, "dc-ae-tiny", folder)
+    assert DCAE.from_name("dc-ae-tiny").config == CONFIG
+    loaded = DCAE.from_pretrained("dc-ae-tiny")
+    assert_same(loaded, build())
+    loaded.save_pretrained(tmp_path)
+    assert (tmp_path / "config.json").read_text() == (folder / "config.json").read_text()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_shapes_tell_the_config_of_a_file_alone(layout, tmp_path, monkeypatch):
+    monkeypatch.setitem(zoo.AUTOENCODERS, "dc-ae-test", CONFIG)
+    model = build()
+    model.save_pretrained(tmp_path, layout)
+    weights = shutil.move(tmp_path / checkpoint.WEIGHTS[layout][0], tmp_path / "alone.safetensors")
+    (tmp_path / "config.json").unlink()
+    assert_same(DCAE.from_pretrained(weights), model)
+    assert DCAE.from_pretrained(weights).config.name == "dc-ae-test"
+    monkeypatch.setitem(zoo.AUTOENCODERS, "dc-ae-twin", replace(CONFIG, scaling_factor=1.0))
+    ambiguous = DCAE.from_pretrained(weights).config
+    assert (ambiguous.name, ambiguous.scaling_factor) == (None, None)
+
+
+@pytest.mark.parametrize("name", ["ae_in_f32", "ae_sana_f32", "ae_in_f64"])
+def test_diffusers_twins(name, reference, tmp_path):
+    """The original's weights under diffusers' names are the original's weights."""
+    meta = json.loads((reference / "fixtures" / f"{name}.json").read_text())
+    shutil.copy(reference / "fixtures" / f"{name}_diffusers.safetensors", tmp_path / "weights.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderDC", **meta["diffusers_config"]}))
+    state = {k[6:]: v for k, v in load_file(reference / "fixtures" / f"{name}.safetensors").items() if "state/" in k}
+    expected = DCAE(convert.config_from_original(meta["config"]))
+    expected.load_state_dict(state)
+    loaded = DCAE.from_pretrained(tmp_path / "weights.safetensors")
+    assert replace(loaded.config, scaling_factor=None) == expected.config
+    torch.testing.assert_close(loaded.state_dict(), expected.state_dict(), atol=0, rtol=0)
+
+
+# diffusers on the other side.
+
+
+@pytest.mark.parametrize("config", [CONFIG, ADAPTIVE], ids=["attention", "adaptive"])
+@pytest.mark.parametrize("shard", ["1GB", "100KB"])
+def test_diffusers_reads_ours_and_we_read_theirs(config, shard, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    model, x = build(config), torch.randn(1, 3, 16, 16)
+    model.save_pretrained(tmp_path / "ours", "diffusers")
+    theirs, info = diffusers.AutoencoderDC.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(info.values())
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(x).sample, model(x), atol=1e-5, rtol=1e-5)
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size=shard)
+    assert (tmp_path / "theirs" / checkpoint.WEIGHTS["diffusers"][1]).exists() == (shard == "100KB")
+    loaded = DCAE.from_pretrained(tmp_path / "theirs")
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), atol=0, rtol=0)
+    loaded.save_pretrained(tmp_path / "theirs", "diffusers")  # over shards: they must not be found any more
+    theirs = diffusers.AutoencoderDC.from_pretrained(tmp_path / "theirs")
+    torch.testing.assert_close(theirs.state_dict(), convert.state_dict_to_diffusers(model.state_dict()))
+
+
+def test_old_and_loose_diffusers_configs():
+    given = convert.config_to_diffusers(CONFIG)
+    for key in ("encoder_out_shortcut", "decoder_in_shortcut", "decoder_conv_act_fn"):
+        del given[key]
+    given |= {"downsample_block_type": "Conv", "decoder_act_fns": "silu", "_diffusers_version": "0.32.0"}
+    assert convert.config_from_diffusers(given) == CONFIG
+
+
+# The hub, through its cache.
+
+
+@pytest.fixture
+def hub(tmp_path, folder) -> Path:
+    """A Hugging Face cache with one repository, someone/model, at revision `main` and `v1`."""
+    repository = tmp_path / "hub" / "models--someone--model"
+    shutil.copytree(folder, repository / "snapshots" / COMMIT)
+    (repository / "refs").mkdir()
+    for revision in ("main", "v1"):
+        (repository / "refs" / revision).write_text(COMMIT)
+    return tmp_path / "hub"
+
+
+@pytest.mark.parametrize("revision", [None, "v1", COMMIT])
+def test_repository_in_the_cache(hub, revision):
+    options = {"revision": revision, "cache_dir": hub, "local_files_only": True}
+    assert_same(DCAE.from_pretrained("someone/model", **options), build())
+
+
+def test_name_of_the_zoo_in_the_cache(hub, monkeypatch):
+    monkeypatch.setitem(zoo.AUTOENCODERS, "dc-ae-test", CONFIG)
+    (hub / "models--someone--model").rename(hub / "models--mit-han-lab--dc-ae-test")
+    assert_same(DCAE.from_pretrained("dc-ae-test", cache_dir=hub, local_files_only=True), build())
+
+
+@pytest.mark.parametrize(
+    "source, revision, message",
+    [
+        ("someone/else", None, "someone/else: not in the local cache"),
+        ("someone/model", "v2", "someone/model: not in the local cache"),
+        ("dc-ae-f32c32-in-1.0", None, "mit-han-lab/dc-ae-f32c32-in-1.0: not in the local cache"),
+        ("not a/repository", None, "not a/repository is no local folder, and as a Hugging Face repository"),
+    ],
+)
+def test_not_in_the_cache(hub, source, revision, message):
+    with pytest.raises(CheckpointError, match=message):
+        DCAE.from_pretrained(source, revision=revision, cache_dir=hub, local_files_only=True)
+
+
+def test_offline_mode(hub, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert_same(DCAE.from_pretrained("someone/model", cache_dir=hub), build())
+    with pytest.raises(CheckpointError, match="someone/else: not in the local cache"):
+        DCAE.from_pretrained("someone/else", cache_dir=hub)
+
+
+def test_repository_without_weights(hub):
+    next(hub.rglob("model.safetensors")).unlink()
+    with pytest.raises(CheckpointError, match="someone/model: no weights; looked for model.safetensors"):
+        DCAE.from_pretrained("someone/model", cache_dir=hub, local_files_only=True)
+
+
+# What cannot be loaded.
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("dc-ae-f32c32-in1.0", "did you mean 'dc-ae-f32c32-in-1.0'.*Known: .*dc-ae-tiny"),
+        ("weights/model.safetensors", "no such file or folder: weights/model.safetensors"),
+        ("./nowhere", "no such file or folder: ./nowhere"),
+        (Path("/nowhere/at/all"), "no such file or folder: /nowhere/at/all"),
+    ],
+)
+def test_no_such_source(source, message):
+    with pytest.raises(CheckpointError, match=message):
+        DCAE.from_pretrained(source)
+
+
+def test_all_misfits_are_named(folder):
+    def edit(tensors):
+        tensors["encoder.stages.9.extra"] = tensors.pop("encoder.stages.0.op_list.0.main.conv1.conv.bias")
+        tensors["decoder.project_out.op_list.0.bias"] = torch.zeros(7)
+        tensors["decoder.project_out.op_list.0.weight"] = torch.zeros(32, dtype=torch.int8)
+        return tensors
+
+    edit_weights(folder / "model.safetensors", edit)
+    with pytest.raises(CheckpointError) as error:
+        DCAE.from_pretrained(folder)
+    assert str(error.value).splitlines() == [
+        f"{folder / 'model.safetensors'} does not fit the model:",
+        "  1 missing: encoder.stages.0.op_list.0.main.conv1.conv.bias",
+        "  1 unexpected: encoder.stages.9.extra",
+        "  2 unfit: decoder.project_out.op_list.0.weight torch.int8 instead of torch.float32, "
+        "decoder.project_out.op_list.0.bias [7] instead of [32]",
+    ]
+
+
+def test_long_lists_are_cut(folder):
+    edit_weights(folder / "model.safetensors", lambda tensors: {k: v for k, v in tensors.items() if "stages.0" in k})
+    with pytest.raises(CheckpointError, match=r"\d+ missing: (\S+, ){9}\S+ and \d+ more$"):
+        DCAE.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "rename, message",
+    [
+        ("diffusion_model.{}", "weights of a diffusion model"),
+        ("module.{}", "not the weights of a DC-AE autoencoder; found module."),
+    ],
+)
+def test_names_of_something_else(folder, rename, message):
+    edit_weights(folder / "model.safetensors", lambda tensors: {rename.format(k): v for k, v in tensors.items()})
+    with pytest.raises(CheckpointError, match=message):
+        DCAE.from_pretrained(folder)
+
+
+def test_no_tensors_at_all(folder):
+    edit_weights(folder / "model.safetensors", lambda tensors: {})
+    with pytest.raises(CheckpointError, match="found nothing"):
+        DCAE.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "not readable JSON"),
+        ("[]", "expected a JSON object"),
+        ("{}", "expected a JSON object"),
+        ('{"model_name": "dc-ae-f9"}', "unknown autoencoder 'dc-ae-f9'"),
+        ('{"model_name": ["dc-ae"]}', "not the configuration of a DC-AE"),
+        ('{"model_type": "bert"}', "not the configuration of a DC-AE autoencoder, 'encoder' is absent"),
+        ('{"encoder": 1, "decoder": 2}', "not the configuration of a DC-AE"),
+        ('{"_class_name": "AutoencoderDC"}', "'in_channels' is absent"),
+    ],
+)
+def test_config_that_is_none(folder, content, message):
+    (folder / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        DCAE.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "side, key, value, message",
+    [
+        ("encoder", "norm", "ln2d", "'ln2d' is not supported; expected one of trms2d"),
+        ("encoder", "block_type", "ViTGLU", "'ViTGLU' is not supported"),
+        ("decoder", "norm", "bn2d", "attention blocks have RMS norm alone"),
+        ("decoder", "out_act", "gelu", "'gelu' is not supported"),
+        ("encoder", "depth_list", [1, 1, 1], "one entry for each stage"),
+        ("encoder", "double_latent", True, "encoder.double_latent = True is not supported"),
+        ("encoder", "upsampling", "cubic", "encoder.upsampling = 'cubic' is not supported"),
+        ("decoder", "in_channels", 4, "decoder.in_channels = 4 is not supported"),
+        ("decoder", "in_block_type", "AdaptiveInputConvLayer", "decoder.in_block_type"),
+        ("encoder", "out_block_type", "AdaptiveOutputConvLayer", "adaptive autoencoders have no shortcut"),
+    ],
+)
+def test_original_config_with_unknown_options(folder, side, key, value, message):
+    config = convert.config_to_original(CONFIG)
+    config[side][key] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=message):
+        DCAE.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("in_channels", 4, "only in_channels = 3"),
+        ("encoder_qkv_multiscales", [[], [3]], r"EfficientViTBlock with scales \[3\] is not supported"),
+        ("decoder_norm_types", "layer_norm", "'layer_norm' is not supported"),
+        ("decoder_act_fns", "gelu", "'gelu' is not supported"),
+    ],
+)
+def test_diffusers_config_with_unknown_options(key, value, message):
+    with pytest.raises(ValueError, match=message):
+        convert.config_from_diffusers(convert.config_to_diffusers(CONFIG) | {key: value})
+
+
+def test_folder_without_weights(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="no weights; looked for model.safetensors"):
+        DCAE.from_pretrained(folder)
+
+
+def test_file_alone_of_unknown_shape(folder):
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="no config.json beside it.*give config="):
+        DCAE.from_pretrained(folder / "model.safetensors")
+    assert_same(DCAE.from_pretrained(folder, config=CONFIG), build())
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_truncated_file(folder, suffix):
+    whole = folder / "model.safetensors"
+    if suffix == ".pt":
+        torch.save(load_file(whole), folder / "whole.pt")
+        whole = folder / "whole.pt"
+    content = whole.read_bytes()
+    for length in (0, 4, len(content) // 2, len(content) - 1):
+        cut = folder / f"cut{suffix}"
+        cut.write_bytes(content[:length])
+        with pytest.raises(CheckpointError, match="not a readable"):
+            DCAE.from_pretrained(cut)
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ("hostile",)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (Hostile(), "not a readable file of weights alone"),
+        ([torch.zeros(1)], "holds a list; expected a state dict"),
+        ({"model": {}, "ema": {}, "step": 3}, "no tensors at model, ema, step"),
+        ({"state_dict": {"model": {}}}, "no tensors at model"),
+    ],
+)
+def test_pickle_of_something_else(content, message, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    torch.save(content, "weights.pt")
+    with pytest.raises(CheckpointError, match=message):
+        DCAE.from_pretrained("weights.pt")
+    assert not Path("hostile").exists()
+
+
+def test_unknown_kind_of_file(folder):
+    (folder / "weights.onnx").touch()
+    with pytest.raises(CheckpointError, match="unknown kind of file"):
+        DCAE.from_pretrained(folder / "weights.onnx")
+
+
+@pytest.mark.parametrize(
+    "index, message",
+    [
+        ({"weight_map": {"a": "gone.safetensors"}}, "the shard gone.safetensors is missing"),
+        ({"weight_map": {"a": "../model.safetensors"}}, "files beside it"),
+        ({"metadata": {}}, "expected a weight_map"),
+    ],
+)
+def test_broken_index(folder, index, message):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=message):
+        DCAE.from_pretrained(folder)
+
+
+# Saving.
+
+
+@pytest.mark.parametrize("fails", ["save_file", "os.replace"])
+def test_failing_save_leaves_the_old_file(folder, fails, monkeypatch):
+    def fail(*args, **options):
+        Path(args[1] if fails == "save_file" else args[0]).write_bytes(b"half")
+        raise OSError("disk full")
+
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr(f"dcae_fast.models.checkpoint.{fails}", fail)
+    other = build()
+    other.decoder.project_in.main.conv.bias.data.zero_()
+    with pytest.raises(OSError, match="disk full"):
+        other.save_pretrained(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_saving_over_the_file_a_model_was_loaded_from(folder):
+    """Loaded weights may be a view of the file; replacing it must not change them."""
+    model = DCAE.from_pretrained(folder)
+    other = build()
+    for parameter in other.parameters():
+        parameter.data.zero_()
+    other.save_pretrained(folder)
+    assert_same(model, build())
+
+
+@pytest.mark.parametrize(
+    "config, layout, message",
+    [
+        (CONFIG, "onnx", "layout 'onnx'; expected one of original, diffusers"),
+        (replace(ADAPTIVE, encoder=replace(ADAPTIVE.encoder, act=("relu",) * 2)), "diffusers", "SiLU alone"),
+        (replace(ADAPTIVE, encoder=replace(ADAPTIVE.encoder, resample="conv")), "diffusers", "strided convolution"),
+    ],
+)
+def test_layout_without_a_word_for_it(config, layout, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        build(config).save_pretrained(tmp_path / "new", layout)
+    assert not (tmp_path / "new").exists()
+
+
+def test_channels_last_weights_are_saved(tmp_path):
+    build().to(memory_format=torch.channels_last).save_pretrained(tmp_path)
+    assert_same(DCAE.from_pretrained(tmp_path), build())
