@@ -1,0 +1,45 @@
+# make demo, test, lint, bench or clean. The environment is .venv, made when first needed. VENV names another: with
+# VENV=$VIRTUAL_ENV your own is used, and the torch in it.
+VENV ?= .venv
+PYTHON ?= python3
+# Installed where there is no torch; a CPU build is enough for the tests. PyPI's wheel for Linux is a CUDA build:
+# TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu" takes the small one.
+TORCH ?= torch==2.13.0
+RUFF := ruff==0.17.6
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/dcae-fast reconstruct --out outputs/demo
+	@echo "The picture is in outputs/demo."
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(VENV)/.demo
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf .venv build dist outputs *.egg-info dcae_fast/_C*.so
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: PACKAGE := .
+$(VENV)/.test: PACKAGE := .[test]
+$(VENV)/.demo $(VENV)/.test: $(BUILD_FILES) | $(BIN)/python
+	$(BIN)/python -c "import torch" 2> /dev/null || $(PIP) $(TORCH)
+	$(PIP) --editable "$(PACKAGE)"
+	touch $@
+
+$(VENV)/.lint: Makefile | $(BIN)/python
+	$(PIP) $(RUFF)
+	touch $@

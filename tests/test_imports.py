@@ -1,0 +1,91 @@
+"""Who may import whom, read off the sources; and that importing the package leaves everything as it was."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MAY_IMPORT = {  # by folder: what it may import, besides itself and the standard library
+    "kernels/src": ["torch", "triton"],
+    "dcae_fast/models": ["torch"],
+    "dcae_fast/sampling": ["torch"],
+    "dcae_fast/ops": ["torch", "dcae_fast.kernels", "dcae_fast._C", "dcae_fast.models.functional"],
+    "dcae_fast/fast": ["torch", "dcae_fast.ops", "dcae_fast.models"],
+    "dcae_fast/__init__.py": ["dcae_fast.fast"],
+}
+EXCEPTIONS = {"dcae_fast/models/checkpoint.py": ["safetensors", "huggingface_hub"]}
+SOURCES = [
+    (path, rule)
+    for rule in MAY_IMPORT
+    for path in ([ROOT / rule] if rule.endswith(".py") else sorted((ROOT / rule).rglob("*.py")))
+]
+
+
+def package_of(folder: Path) -> str:
+    """The package whose modules lie in a folder."""
+    name = folder.relative_to(ROOT).as_posix()
+    return name.replace("kernels/src", "dcae_fast/kernels").replace("/", ".")
+
+
+def imports(path: Path) -> Iterator[str]:
+    """What a file imports, anywhere in it, as absolute dotted names: `from .a import b` gives "package.a.b"."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package_of(path.parent).split(".")
+            base = parents[: len(parents) + 1 - node.level] if node.level else []
+            module = [*base, *([node.module] if node.module else [])]
+            yield from (".".join([*module, alias.name]) for alias in node.names)
+
+
+@pytest.mark.parametrize("path, rule", SOURCES, ids=[path.relative_to(ROOT).as_posix() for path, _ in SOURCES])
+def test_imports_only_what_its_layer_may(path, rule):
+    own = [] if rule.endswith(".py") else [package_of(ROOT / rule)]
+    allowed = MAY_IMPORT[rule] + EXCEPTIONS.get(path.relative_to(ROOT).as_posix(), []) + own
+    forbidden = [
+        name
+        for name in imports(path)
+        if name.split(".")[0] not in sys.stdlib_module_names
+        and not any(f"{name}.".startswith(f"{prefix}.") for prefix in allowed)
+    ]
+    assert not forbidden, f"{path.relative_to(ROOT)} imports {forbidden}; it may import {allowed}"
+
+
+def test_importing_changes_nothing():
+    """No optional package comes along; no global of Python's or PyTorch's differs afterwards."""
+    program = """
+import logging, os, random, sys, warnings
+import torch
+import torch.nn.functional as F
+
+def state():
+    return {
+        "environment": dict(os.environ),
+        "path": list(sys.path),
+        "warnings": list(warnings.filters),
+        "logging": (logging.root.level, list(logging.root.handlers)),
+        "random": (random.getstate(), torch.get_rng_state().tolist()),
+        "dtype": torch.get_default_dtype(),
+        "grad": torch.is_grad_enabled(),
+        "cudnn": (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
+        "matmul": torch.get_float32_matmul_precision(),
+        "functions": [(owner, name, id(value)) for owner in (F, torch.nn, torch.nn.Module, torch.Tensor)
+                      for name, value in vars(owner).items()],
+    }
+
+before, modules = state(), set(sys.modules)
+import dcae_fast
+after = state()
+changed = [name for name in before if before[name] != after[name]]
+assert not changed, f"changed by the import: {changed}"
+optional = {"diffusers", "transformers", "peft", "PIL", "tyro", "tqdm", "skimage", "sklearn", "flash_attn"}
+imported = optional & (set(sys.modules) - modules)
+assert not imported, f"imported along: {imported}"
+"""
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
