@@ -1,0 +1,149 @@
+"""Photographs: read, fit to a model's ratio, quantise, measure, compare side by side and save.
+
+Images are float tensors [B, 3, H, W] in [-1, 1] or, once quantised, uint8 tensors of the same shape.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+
+class PhotographError(ValueError):
+    """A file that cannot be read as a photograph; the message names it."""
+
+
+def demo_photograph() -> Path:
+    """The bundled photograph: Chelsea the cat, by Stéfan van der Walt, CC0. No bundled model was trained on it."""
+    return Path(__file__).parent / "assets" / "photographs" / "chelsea.png"
+
+
+def read_photograph(path: str | Path) -> torch.Tensor:
+    """A photograph of any mode as RGB, [1, 3, H, W] float32 in [-1, 1].
+
+    The camera's rotation (EXIF) is applied, transparency is composited on white, grey becomes three equal channels
+    (16-bit grey keeps its precision), and of several frames the first is read. Colour profiles are ignored.
+    Raises PhotographError if the file is missing or broken, or if its pixels have no defined range (mode "F").
+    """
+    try:
+        with Image.open(path) as image:
+            return _rgb_tensor(ImageOps.exif_transpose(image))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise PhotographError(f"{path}: cannot be read as a photograph: {reason}") from error
+
+
+def _rgb_tensor(image: Image.Image) -> torch.Tensor:
+    if image.mode == "F":
+        raise ValueError("its pixels are floating point, which has no defined range")
+    if image.mode.startswith("I"):  # 16 bits; Pillow opens some such files in 32
+        grey = np.asarray(image).astype(np.float32).clip(0, 65535) / 65535
+        return (torch.from_numpy(grey) * 2 - 1).expand(1, 3, -1, -1).contiguous()
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return to_tensor(image)
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """A Pillow image as RGB, [1, 3, H, W] float32: pixel / 127.5 - 1."""
+    pixels = torch.from_numpy(np.array(image.convert("RGB")))
+    return pixels.permute(2, 0, 1)[None].float().contiguous() / 255 * 2 - 1
+
+
+def to_uint8(x: torch.Tensor) -> torch.Tensor:
+    """[-1, 1] → 0 … 255: 255 (x / 2 + 1/2) + 1/2 in float32, clamped and truncated. Any shape."""
+    return (255 * (x.float() * 0.5 + 0.5) + 0.5).clamp(0, 255).to(torch.uint8)
+
+
+def to_image(x: torch.Tensor) -> Image.Image:
+    """A float [1, 3, H, W] or uint8 tensor of that shape as a Pillow image."""
+    pixels = x if x.dtype == torch.uint8 else to_uint8(x)
+    return Image.fromarray(pixels[0].permute(1, 2, 0).cpu().numpy())
+
+
+def psnr(image: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio in dB of each of B uint8 pictures: 10 log10(255² / mean squared error), [B] float64.
+
+    Infinite for equal pictures. Raises ValueError unless both are uint8 of one shape [B, 3, H, W].
+    """
+    if image.dtype != torch.uint8 or reference.dtype != torch.uint8 or image.shape != reference.shape:
+        raise ValueError(
+            f"image is {image.dtype} {list(image.shape)} and reference {reference.dtype} {list(reference.shape)}; "
+            "expected two uint8 tensors of one shape [B, 3, H, W]"
+        )
+    error = (image.double() - reference.double()).square().mean(dim=(1, 2, 3))
+    return 10 * torch.log10(255**2 / error)
+
+
+def fit(x: torch.Tensor, ratio: int, how: str) -> torch.Tensor:
+    """x [B, 3, H, W] with both sides made multiples of `ratio`.
+
+    how: "crop" keeps the centre; "pad" repeats the last column and row on the right and at the bottom, so that
+    `[..., :H, :W]` undoes it. Raises ValueError for another `how`, and when "crop" would leave nothing.
+    """
+    height, width = x.shape[-2:]
+    if how == "pad":
+        return F.pad(x, (0, -width % ratio, 0, -height % ratio), mode="replicate")
+    if how != "crop":
+        raise ValueError(f'how={how!r}; expected "crop" or "pad"')
+    if height < ratio or width < ratio:
+        raise ValueError(f"{width}x{height} pixels are too few to crop to a multiple of {ratio}; pad instead")
+    top, left = height % ratio // 2, width % ratio // 2
+    return x[..., top : top + height // ratio * ratio, left : left + width // ratio * ratio]
+
+
+def centre_crop(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The centre of the image at exactly height x width, as ADM, DiT and DC-AE prepare their data.
+
+    Halves with a box filter while both sides are at least twice the target, resizes (bicubic) until one side fits, up
+    for small images, then crops.
+    """
+    if image.size == (width, height):
+        return image
+    while image.width >= 2 * width and image.height >= 2 * height:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = max(height / image.height, width / image.width)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def side_by_side(pictures: list[tuple[Image.Image, str]], title: str) -> Image.Image:
+    """Pictures of one size in a row under a title, each with its caption below."""
+    font, title_font = ImageFont.load_default(size=16), ImageFont.load_default(size=18)
+    gap, band = 12, 32
+    width, height = pictures[0][0].size
+    widest = max(width, *(int(font.getlength(caption)) + 1 for _, caption in pictures))
+    total = max(len(pictures) * (widest + gap) + gap, int(title_font.getlength(title)) + 2 * gap + 1)
+    sheet = Image.new("RGB", (total, height + 2 * band), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((gap, band / 2), title, "black", title_font, anchor="lm")
+    for index, (picture, caption) in enumerate(pictures):
+        left = gap + index * (widest + gap)
+        sheet.paste(picture, (left, band))
+        draw.text((left, height + 1.5 * band), caption, "black", font, anchor="lm")
+    return sheet
+
+
+@contextmanager
+def written_atomically(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` to write to; it becomes `path` at the end, or nothing does if writing fails."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_png(image: Image.Image, path: Path) -> None:
+    """Writes a PNG that is either whole or absent."""
+    with written_atomically(path) as temporary:
+        image.save(temporary, format="PNG")
