@@ -1,4 +1,4 @@
-"""Fast forwards for this project's DC-AE and for the original DC-Gen / efficientvit classes, which share attribute names."""
+"""Fast forwards for this project's DC-AE and the original DC-Gen / efficientvit one, which share attribute names."""
 
 import torch
 from torch import nn

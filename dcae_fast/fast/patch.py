@@ -60,14 +60,12 @@ REGISTRY: dict[str, type[FastModule]] = {
 }
 for _root in ("dc_gen", "efficientvit"):
     REGISTRY |= _under(f"{_root}.models.nn.ops", _BLOCKS)
-    REGISTRY |= _under(
-        f"{_root}.models.nn.norm", {"RMSNorm2d": dcae.RMSNorm2d, "TritonRMSNorm2d": dcae.RMSNorm2d}
-    )
+    REGISTRY |= _under(f"{_root}.models.nn.norm", {"RMSNorm2d": dcae.RMSNorm2d, "TritonRMSNorm2d": dcae.RMSNorm2d})
 
 
 @dataclass
 class Report:
-    """What `patch` did. replaced: class name → number of modules; skipped: (path, class name, reason); note: one line."""
+    """What `patch` did. replaced: class name → modules; skipped: (path, class name, reason); note: one line."""
 
     replaced: Counter[str] = field(default_factory=Counter)
     skipped: list[tuple[str, str, str]] = field(default_factory=list)

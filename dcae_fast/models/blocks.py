@@ -179,7 +179,7 @@ class ConvPixelUnshuffleDownSampleLayer(nn.Module):
         self.conv = ConvLayer(in_channels, out_channels // factor**2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.pixel_unshuffle(self.conv(x), self.factor)
+        return functional.pixel_unshuffle(self.conv(x), self.factor)
 
 
 class ConvPixelShuffleUpSampleLayer(nn.Module):

@@ -32,7 +32,7 @@ def relu_linear_attention(qkv: torch.Tensor, head_dim: int, eps: float) -> torch
     batch, channels, height, width = qkv.shape
     positions = height * width
     with torch.autocast(qkv.device.type, enabled=False):
-        q, k, v = qkv.reshape(batch, -1, 3, head_dim, positions).unbind(2)
+        q, k, v = qkv.reshape(batch, channels // (3 * head_dim), 3, head_dim, positions).unbind(2)
         q, k = F.relu(q), F.relu(k)
         if positions > head_dim:
             if qkv.dtype == torch.float16:
@@ -51,13 +51,20 @@ def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def pixel_unshuffle(x: torch.Tensor, factor: int) -> torch.Tensor:
+    """torch.nn.functional.pixel_unshuffle, which returns an empty batch as it is (torch 2.13), for any batch."""
+    batch, channels, height, width = x.shape
+    x = x.reshape(batch, channels, height // factor, factor, width // factor, factor).permute(0, 1, 3, 5, 2, 4)
+    return x.reshape(batch, channels * factor**2, height // factor, width // factor)
+
+
 def unshuffle_average(x: torch.Tensor, out_channels: int, factor: int) -> torch.Tensor:
     """Space to channel, then the mean of consecutive channels: the shortcut of a down-sampling block.
 
     u = pixel_unshuffle(x, factor) has factor² * C channels; y[o] = mean of u[o * g ... (o + 1) * g - 1] with
     g = factor² * C / out_channels. x: [B, C, H, W]; returns [B, out_channels, H / factor, W / factor].
     """
-    u = F.pixel_unshuffle(x, factor)
+    u = pixel_unshuffle(x, factor)
     return u.unflatten(1, (out_channels, u.shape[1] // out_channels)).mean(dim=2)
 
 

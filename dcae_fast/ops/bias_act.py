@@ -2,7 +2,8 @@
 
     y = act(x * scale + bias) + residual
 
-x, residual: [B, C, H, W] channels-last; bias, scale: [C]. Computed in fp32; returns the promoted type of x and residual.
+x, residual: [B, C, H, W] channels-last; bias, scale: [C]. Computed in fp32; returns x's type
+promoted with the residual's.
 """
 
 import torch

@@ -58,8 +58,8 @@ differentiable(_forward, _gradient, _setup_context)
 def depthwise_glu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """value · SiLU(gate) of the 3×3 depthwise convolution of x.
 
-    x: [B, 2M, H, W]; weight: [2M, 1, 3, 3]; bias: [2M]. Returns [B, M, H, W] channels-last, x.dtype. Raises ValueError on
-    other shapes.
+    x: [B, 2M, H, W]; weight: [2M, 1, 3, 3]; bias: [2M]. Returns [B, M, H, W] channels-last, x.dtype. Raises
+    ValueError on other shapes.
     """
     channels = x.shape[1] if x.dim() == 4 else -1
     if channels < 0 or channels % 2 or weight.shape != (channels, 1, 3, 3) or bias.shape != (channels,):

@@ -24,12 +24,12 @@ def relu_linear_attention_reference(qkvs, head_dim, eps):
 def relu_linear_attention_backward_reference(dout, qkvs, head_dim, eps):
     """With S = Σ_j k_j v_jᵀ, z = Σ_j k_j: the quotient rule at each position, then through S and z to k and v."""
     qkv = torch.cat(qkvs, dim=1)
-    batch, _, height, width = qkv.shape
-    positions = height * width
+    batch, channels, height, width = qkv.shape
+    heads, positions = channels // (3 * head_dim), height * width
     wide = torch.float64 if qkv.dtype == torch.float64 else torch.float32
-    q_in, k_in, v = qkv.reshape(batch, -1, 3, head_dim, positions).to(wide).unbind(2)
+    q_in, k_in, v = qkv.reshape(batch, heads, 3, head_dim, positions).to(wide).unbind(2)
     q, k = q_in.relu(), k_in.relu()
-    dout = dout.reshape(batch, -1, head_dim, positions).to(wide)
+    dout = dout.reshape(batch, heads, head_dim, positions).to(wide)
     s, z = k @ v.transpose(-1, -2), k.sum(-1, keepdim=True)
     rest = 1 / ((q * z).sum(2, keepdim=True) + eps)
     dnumerator = dout * rest

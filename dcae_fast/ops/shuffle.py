@@ -4,9 +4,10 @@
     duplicate_shuffle_add:  out = pixel_shuffle(repeat_interleave(x, repeats))  + main
 
 x: [B, C, H, W] channels-last. main, with the bias of its convolution, is either at the output's resolution or still at
-x's, and is then (un)shuffled on the way: a convolution, a pixel (un)shuffle and a shortcut cost one pass. Without x, main
-alone is (un)shuffled. As linear maps of x the two are adjoint up to a scale, so each is the other's gradient. Summed in
-fp32; returns the promoted type of x and main. Source: DC-AE (arXiv 2410.10733), residual autoencoding.
+x's, and is then (un)shuffled on the way: the pixel (un)shuffle and the shortcut behind a convolution are one pass.
+Without x, main alone is (un)shuffled. As linear maps of x the two are adjoint up to a scale, so each is the other's
+gradient. Summed in fp32; returns the promoted type of x and main. Source: residual autoencoding of DC-AE (arXiv
+2410.10733).
 """
 
 import torch
@@ -33,7 +34,7 @@ def unshuffle_average_add_reference(x, main, bias, out_channels, factor, scale):
     if x is not None:
         group = factor**2 * x.shape[1] // out_channels
         out = functional.unshuffle_average(x, out_channels, factor) * (scale * group)
-    return _add_main(out, main, bias, lambda y: F.pixel_unshuffle(y, factor), source.shape[2:])
+    return _add_main(out, main, bias, lambda y: functional.pixel_unshuffle(y, factor), source.shape[2:])
 
 
 def duplicate_shuffle_add_reference(x, main, bias, out_channels, factor, scale):

@@ -90,5 +90,5 @@ def launch_bias_act_backward(dy, x, bias, act, scale):
             dy, x, bias, scale, dx, partial, rows_of(x), channels,
             ACT=act, HAS_SCALE=scale is not None, BLOCK_ROWS=block_rows, BLOCK_C=block_c,
         )  # fmt: skip
-    dbias, dscale = partial.sum(0).unbind(0)
+    dbias, dscale = partial[:, 0].sum(0), partial[:, 1].sum(0)
     return dx, dbias.to(bias.dtype), dscale.to(bias.dtype if scale is None else scale.dtype)

@@ -48,9 +48,7 @@ def _value_and_gate(
     x_ptr, taps_ptr, bias_ptr, image, h, w, c, c_mask, height, width, half,
     POSITIONS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    value = _depthwise(
-        x_ptr, taps_ptr, image, h, w, c, c_mask, height, width, 2 * half, False, POSITIONS, BLOCK_C
-    )
+    value = _depthwise(x_ptr, taps_ptr, image, h, w, c, c_mask, height, width, 2 * half, False, POSITIONS, BLOCK_C)
     gate = _depthwise(
         x_ptr, taps_ptr, image, h, w, c + half, c_mask, height, width, 2 * half, False, POSITIONS, BLOCK_C
     )
@@ -114,9 +112,7 @@ def _depthwise_glu_input_backward_kernel(
         dconv_ptr, taps_ptr, image, h, w, c, c_mask, height, width, channels, True, TILE_H * TILE_W, BLOCK_C
     )
     offset = ((image * height + h) * width + w)[:, None] * channels + c[None, :]
-    tl.store(
-        dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), ((h < height) & (w < width))[:, None] & c_mask[None, :]
-    )
+    tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), ((h < height) & (w < width))[:, None] & c_mask[None, :])
 
 
 @triton.jit
@@ -178,7 +174,7 @@ def launch_depthwise_glu_backward(dout, x, weight, bias):
     partial = torch.empty(splits, 10, channels, dtype=torch.float32, device=x.device)
     if splits:
         _depthwise_glu_weight_backward_kernel[(splits * blocks_c,)](
-            dconv, x, partial, height, width, channels, tiles, tiles_h, tiles_w, blocks_c, splits, **TILE, num_warps=8
+            dconv, x, partial, height, width, channels, tiles, tiles_h, tiles_w, blocks_c, splits, **TILE
         )
-    sums = partial.sum(0)
-    return dx, sums[:9].t().reshape(weight.shape).to(weight.dtype), sums[9].to(bias.dtype)
+    dweight, dbias = partial[:, :9].sum(0).t().contiguous(), partial[:, 9].sum(0)
+    return dx, dweight.view(weight.shape).to(weight.dtype), dbias.to(bias.dtype)

@@ -14,7 +14,7 @@ def _duplicate_shuffle_add_kernel(
     F: tl.constexpr, REPEATS: tl.constexpr, HAS_X: tl.constexpr, HAS_MAIN: tl.constexpr, HAS_BIAS: tl.constexpr,
     SHUFFLE_MAIN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """positions, width: of the input; a program writes the F × F pixels of each. Main has O or, shuffled, O * F² channels."""
+    """positions, width: of the input; a program writes the F × F pixels of each. Shuffled, main has O * F² channels."""
     pid = tl.program_id(0)
     p = (pid // blocks_c).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     o = pid % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)

@@ -1,7 +1,7 @@
 """ReLU linear attention on a packed, channels-last qkv: [positions, heads, (q, k, v), D] per image.
 
-With S = Σ_j relu(k_j) v_jᵀ and z = Σ_j relu(k_j) of one head of one image, `state` holds [D + 1, D] in fp32: the rows of
-S, then z. S and z are partial sums over a split of the positions first, so that few images still fill the chip; the
+With S = Σ_j relu(k_j) v_jᵀ and z = Σ_j relu(k_j) of one head of one image, `state` holds [D + 1, D] in fp32: the rows
+of S, then z. S and z are partial sums over a split of the positions first, so that few images still fill the chip; the
 second kernel applies them: q, k and v are read once and out is written once.
 """
 

@@ -87,5 +87,5 @@ def launch_rms_norm_backward(dy, x, weight, bias, eps, act):
             dy, x, weight, bias, dx, partial, rows_of(x), channels, eps,
             ACT=act, BLOCK_ROWS=block_rows, BLOCK_C=block_c, num_warps=_num_warps(block_c),
         )  # fmt: skip
-    dweight, dbias = partial.sum(0).unbind(0)
+    dweight, dbias = partial[:, 0].sum(0), partial[:, 1].sum(0)
     return dx, dweight.to(weight.dtype), dbias.to(bias.dtype)

@@ -1,0 +1,81 @@
+"""Compile every Triton kernel for sm_90, without a GPU, as its launcher would; print name, registers and stack bytes.
+
+The launchers run on CPU tensors of real channel counts, with JITFunction.run replaced by a compilation.
+"""
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+def compile_instead(kernel, *args, grid, warmup, **named):
+    options = {name: named.pop(name) for name in ("num_warps", "num_stages") if name in named}
+    bound = dict(zip(kernel.arg_names, args, strict=False)) | named
+    signature, constants, hints = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        value = bound[parameter.name]
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = POINTER[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+            if isinstance(value, torch.Tensor) or value % 16 == 0:
+                hints[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, hints)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    print(kernel.__name__, registers, stack, flush=True)
+
+
+def main():
+    from dcae_fast.kernels.bias_act import launch_bias_act, launch_bias_act_backward
+    from dcae_fast.kernels.depthwise_glu import launch_depthwise_glu, launch_depthwise_glu_backward
+    from dcae_fast.kernels.duplicate_shuffle_add import launch_duplicate_shuffle_add
+    from dcae_fast.kernels.relu_linear_attention import (
+        launch_relu_linear_attention,
+        launch_relu_linear_attention_backward,
+    )
+    from dcae_fast.kernels.rms_norm import launch_rms_norm, launch_rms_norm_backward
+    from dcae_fast.kernels.unshuffle_average_add import launch_unshuffle_average_add
+
+    def tensor(*shape, dtype=torch.bfloat16):
+        return torch.empty(shape, dtype=dtype)
+
+    JITFunction.run = compile_instead
+    for channels in (128, 256, 512, 1024, 2048):
+        x, c = tensor(2, channels, 8, 8), tensor(channels)
+        launch_rms_norm(x, c, c, 1e-5, "none", x, x.dtype)
+        launch_rms_norm_backward(x, x, c, c, 1e-5, "none")
+    for channels in (256, 8192):
+        x, c = tensor(2, channels, 8, 8), tensor(channels)
+        launch_bias_act(x, c, "silu", None, None, x.dtype)
+        launch_bias_act(x, c, "none", c, x, x.dtype)
+        launch_bias_act_backward(x, x, c, "silu", c)
+    for dtype in POINTER:
+        qkv, dout = tensor(2, 1536, 16, 16, dtype=dtype), tensor(2, 512, 16, 16, dtype=dtype)
+        launch_relu_linear_attention([qkv], 32, 1e-15)
+        launch_relu_linear_attention_backward(dout, [qkv], 32, 1e-15)
+        x, weight, bias = tensor(2, 256, 16, 16, dtype=dtype), tensor(256, 1, 3, 3), tensor(256)
+        launch_depthwise_glu(x, weight, bias)
+        launch_depthwise_glu_backward(x[:, :128], x, weight, bias)
+    launch_unshuffle_average_add(tensor(2, 256, 64, 64), tensor(2, 128, 64, 64), tensor(128), 512, 2, 0.5)
+    launch_duplicate_shuffle_add(tensor(2, 512, 32, 32), tensor(2, 1024, 32, 32), tensor(1024), 256, 2, 1.0)
+
+
+if __name__ == "__main__":
+    main()

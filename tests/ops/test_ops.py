@@ -1,0 +1,272 @@
+"""Every operator against its formula in float64: results, gradients, layouts, odd and empty sizes, registration."""
+
+import pytest
+import torch
+
+from dcae_fast import ops
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU the Triton kernels run in the interpreter
+CEILING = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-3}
+DTYPES = list(CEILING)
+NHWC, NCHW = torch.channels_last, torch.contiguous_format
+
+
+def rms_norm_case(b, c, h, w, act, residual=True, norm_dtype=None):
+    def op(x, weight, bias, *rest):
+        return ops.rms_norm(x, weight, bias, 1e-5, act, *rest, dtype=norm_dtype)
+
+    return op, [(b, c, h, w), (c,), (c,)] + [(b, c, h, w)] * residual
+
+
+def bias_act_case(b, c, h, w, act, scale=False, residual=False):
+    def op(x, bias, *rest):
+        rest = list(rest)
+        return ops.bias_act(x, bias, act, rest.pop(0) if scale else None, rest.pop(0) if residual else None)
+
+    return op, [(b, c, h, w), (c,)] + [(c,)] * scale + [(b, c, h, w)] * residual
+
+
+def attention_case(b, heads, h, w, scales, head_dim=32):
+    def op(*qkvs):
+        return ops.relu_linear_attention(list(qkvs), head_dim)
+
+    return op, [(b, heads * 3 * head_dim, h, w)] * scales
+
+
+def glu_case(b, m, h, w):
+    return ops.depthwise_glu, [(b, 2 * m, h, w), (2 * m, 1, 3, 3), (2 * m,)]
+
+
+def average_case(x, main, factor=2, bias=True):
+    def op(*tensors):
+        tensors = list(tensors)
+        return ops.unshuffle_average_add(
+            tensors.pop(0) if x else None, tensors.pop(0), tensors.pop(0) if bias else None, factor
+        )
+
+    return op, [shape for shape in (x, main, (main[1],) if bias else None) if shape]
+
+
+def duplicate_case(x, main, factor=2, bias=True):
+    def op(*tensors):
+        tensors = list(tensors)
+        return ops.duplicate_shuffle_add(
+            tensors.pop(0) if x else None, tensors.pop(0), tensors.pop(0) if bias else None, factor
+        )
+
+    return op, [shape for shape in (x, main, (main[1],) if bias else None) if shape]
+
+
+CASES = {
+    "rms_norm": rms_norm_case(2, 64, 5, 7, "none"),
+    "rms_norm-silu": rms_norm_case(1, 257, 3, 5, "silu"),
+    "rms_norm-relu-no_residual": rms_norm_case(3, 3, 4, 3, "relu", residual=False),
+    "rms_norm-one_pixel": rms_norm_case(1, 1024, 1, 1, "none"),
+    "rms_norm-wide": rms_norm_case(1, 2048, 2, 3, "none"),
+    "rms_norm-empty": rms_norm_case(0, 64, 5, 7, "none"),
+    "bias_act-silu": bias_act_case(2, 64, 5, 7, "silu"),
+    "bias_act-relu-residual": bias_act_case(1, 40, 3, 5, "relu", residual=True),
+    "bias_act-scale-residual": bias_act_case(2, 33, 4, 3, "none", scale=True, residual=True),
+    "bias_act-many_channels": bias_act_case(1, 2500, 2, 2, "silu"),
+    "bias_act-empty": bias_act_case(0, 64, 5, 7, "silu"),
+    "attention": attention_case(2, 2, 9, 11, 1),
+    "attention-two_scales": attention_case(1, 3, 13, 7, 2),
+    "attention-32_positions": attention_case(2, 1, 4, 8, 1),
+    "attention-one_position": attention_case(3, 1, 1, 1, 2),
+    "attention-head_dim_16": attention_case(1, 2, 6, 7, 1, head_dim=16),
+    "attention-empty": attention_case(0, 2, 5, 7, 1),
+    "depthwise_glu": glu_case(2, 24, 9, 5),
+    "depthwise_glu-wide": glu_case(1, 72, 3, 19),
+    "depthwise_glu-one_pixel": glu_case(3, 5, 1, 1),
+    "depthwise_glu-empty": glu_case(0, 8, 4, 4),
+    "average-unshuffled_main": average_case((2, 32, 6, 10), (2, 16, 6, 10)),
+    "average-main_at_output": average_case((1, 96, 2, 14), (1, 48, 1, 7), bias=False),
+    "average-group_of_one": average_case((1, 16, 4, 6), (1, 64, 2, 3)),
+    "average-factor_1": average_case((2, 64, 3, 5), (2, 16, 3, 5), factor=1),
+    "average-main_alone": average_case(None, (1, 12, 6, 4)),
+    "average-empty": average_case((0, 32, 6, 10), (0, 16, 6, 10)),
+    "duplicate-shuffled_main": duplicate_case((2, 32, 3, 5), (2, 64, 3, 5)),
+    "duplicate-main_at_output": duplicate_case((1, 48, 1, 7), (1, 96, 2, 14), bias=False),
+    "duplicate-factor_1": duplicate_case((2, 16, 3, 5), (2, 64, 3, 5), factor=1),
+    "duplicate-main_alone": duplicate_case(None, (1, 12, 3, 2)),
+    "duplicate-empty": duplicate_case((0, 32, 3, 5), (0, 64, 3, 5)),
+}
+case = pytest.mark.parametrize("op, shapes", CASES.values(), ids=CASES)
+
+
+def make(shapes, dtype, memory_format=NHWC, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    tensors = []
+    for shape in shapes:
+        tensor = torch.randn(shape, generator=generator).to(DEVICE, dtype)
+        tensor = tensor.contiguous(memory_format=memory_format) if len(shape) == 4 else tensor
+        tensors.append(tensor.requires_grad_())
+    return tensors
+
+
+def run(op, tensors):
+    """Result and gradients for a fixed cotangent."""
+    y = op(*tensors)
+    dy = torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=y.device).view(y.shape).to(y.dtype)
+    return [y, *torch.autograd.grad(y, tensors, dy)]
+
+
+def relative_error(got, exact):
+    return ((got.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
+
+
+def eager_errors(op, tensors, exact, monkeypatch):
+    """Errors of the plain PyTorch reference in the same dtype."""
+    with monkeypatch.context() as patch:
+        for name in ("rms_norm", "bias_act", "relu_linear_attention", "depthwise_glu", "shuffle"):
+            module = __import__(f"dcae_fast.ops.{name}", fromlist=["_"])
+            for attribute in [a for a in vars(module) if a.startswith("_") and hasattr(vars(module)[a], "_schema")]:
+                overload = getattr(module, attribute)
+                reference = getattr(module, overload._schema.name.split("::")[1] + "_reference")
+                patch.setattr(module, attribute, reference)
+        return [relative_error(got, want) for got, want in zip(run(op, tensors), exact, strict=True)]
+
+
+@case
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_matches_the_formula_in_float64(op, shapes, dtype, monkeypatch):
+    tensors = make(shapes, dtype)
+    exact = run(op, [t.detach().double().requires_grad_() for t in tensors])
+    empty = exact[0].numel() == 0  # PyTorch's own pixel shuffles fail backward on empty batches
+    eager = [0.0] * len(exact) if empty else eager_errors(op, tensors, exact, monkeypatch)
+    for got, want, eager_error in zip(run(op, tensors), exact, eager, strict=True):
+        assert got.shape == want.shape and got.dtype == dtype
+        error = relative_error(got, want)
+        assert error <= CEILING[dtype]
+        assert error <= max(2 * eager_error, 4 * torch.finfo(dtype).eps), "worse than twice the eager reference"
+
+
+@case
+def test_layout_in_does_not_matter_and_layout_out_is_channels_last(op, shapes):
+    nhwc, nchw = make(shapes, torch.float32), make(shapes, torch.float32, NCHW)
+    strided = [t.detach().repeat_interleave(2, dim=-1)[..., ::2].requires_grad_() for t in nchw]
+    expected = run(op, nhwc)
+    assert expected[0].is_contiguous(memory_format=NHWC)
+    for tensors in (nchw, strided):
+        for got, want in zip(run(op, tensors), expected, strict=True):
+            torch.testing.assert_close(got, want, atol=0, rtol=0)
+
+
+@case
+def test_registration(op, shapes):
+    """schema, fake and autograd registrations of every operator that is called, by torch.library.opcheck."""
+    calls = []
+
+    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "dcae_fast":
+                calls.append((func, args))
+            return func(*args, **(kwargs or {}))
+
+    with Record():
+        run(op, make(shapes, torch.float32))
+    assert calls
+
+    def fresh(value):
+        if isinstance(value, (list, tuple)):
+            return [fresh(item) for item in value]
+        return value.detach().clone().requires_grad_() if isinstance(value, torch.Tensor) else value
+
+    for func, args in calls:
+        differentiable = not func.name().endswith("_backward")
+        tests = ("test_schema", "test_faketensor") + ("test_autograd_registration",) * differentiable
+        torch.library.opcheck(func, fresh(args), test_utils=tests)
+
+
+@case
+def test_compiles_whole(op, shapes):
+    tensors = make(shapes, torch.float32)
+    expected = run(op, tensors)
+    torch._dynamo.reset()
+    got = run(torch.compile(lambda *args: op(*args), fullgraph=True, backend="aot_eager"), tensors)
+    for value, want in zip(got, expected, strict=True):
+        torch.testing.assert_close(value, want)
+
+
+BIG = ("wide", "many", "one_pixel", "rms_norm-silu")
+SMALL = [name for name in CASES if not any(word in name for word in BIG)]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_gradients_of_the_reference(name):
+    op, shapes = CASES[name]
+    shapes = [tuple(min(size, 4) if i > 1 and len(shape) == 4 and shape[2:] != (3, 3) else size
+                    for i, size in enumerate(shape)) for shape in shapes]  # fmt: skip
+    if "average" in name or "duplicate" in name:
+        shapes = CASES[name][1]
+    generator = torch.Generator().manual_seed(1)
+    tensors = [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
+    torch.autograd.gradcheck(op, tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-4, 1e4])
+def test_extreme_values(value):
+    x = torch.full((1, 64, 7, 9), value, device=DEVICE)
+    weight = torch.ones(64, device=DEVICE)
+    norm = ops.rms_norm(x, weight, 0 * weight)
+    torch.testing.assert_close(norm, x / (x.square() + 1e-5).sqrt())
+    qkv = x.repeat(1, 3, 1, 1).requires_grad_()
+    out = ops.relu_linear_attention([qkv])
+    torch.testing.assert_close(out.detach(), x if value else torch.zeros_like(x))
+    out.sum().backward()
+    assert qkv.grad.isfinite().all()
+
+
+def test_mixed_precision_sums_are_promoted():
+    half = torch.randn(1, 32, 4, 4, device=DEVICE).bfloat16()
+    single, ones = torch.randn(1, 32, 4, 4, device=DEVICE), torch.ones(32, device=DEVICE)
+    for y in (
+        ops.rms_norm(half, ones, ones, residual=single),
+        ops.rms_norm(half, ones, ones, dtype=torch.float32),
+        ops.bias_act(half, ones, residual=single),
+        ops.unshuffle_average_add(single, half[:, :8]),
+        ops.duplicate_shuffle_add(single, half),
+    ):
+        assert y.dtype == torch.float32
+    assert ops.rms_norm(half, ones, ones).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda x: ops.rms_norm(x, x[0, :3, 0, 0], x[0, :, 0, 0]), "expected"),
+        (lambda x: ops.rms_norm(x, x[0, :, 0, 0], x[0, :, 0, 0], act="gelu"), "gelu"),
+        (lambda x: ops.rms_norm(x, x[0, :, 0, 0], x[0, :, 0, 0], residual=x[:, :, :2]), "residual"),
+        (lambda x: ops.bias_act(x, x[0, :4, 0, 0]), "expected"),
+        (lambda x: ops.relu_linear_attention([]), "empty"),
+        (lambda x: ops.relu_linear_attention([x]), "multiple of 96"),
+        (lambda x: ops.relu_linear_attention([x, x.double()], 8), "float"),
+        (lambda x: ops.depthwise_glu(x, x[0, :, :1, :1], x[0, :, 0, 0]), "expected"),
+        (lambda x: ops.unshuffle_average_add(x, x[:, :, :2]), "size must be"),
+        (lambda x: ops.unshuffle_average_add(x[..., :3], x[..., :3]), "no multiple of factor=2"),
+        (lambda x: ops.duplicate_shuffle_add(x, x[:, :22]), "no multiple"),
+        (lambda x: ops.duplicate_shuffle_add(x, x, x[0, :3, 0, 0]), "bias"),
+    ],
+)
+def test_bad_input_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(torch.randn(1, 24, 4, 4))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", ["rms_norm", "bias_act", "depthwise_glu", "average", "duplicate", "attention"])
+def test_more_than_2_to_the_31_elements(op):
+    """The last image of a batch that crosses 2³¹ elements equals the same image alone."""
+    big = torch.randn(2**31 // (96 * 512 * 512) + 2, 96, 512, 512, device="cuda", dtype=torch.bfloat16)
+    big = big.contiguous(memory_format=NHWC)
+    channel = torch.randn(96, device="cuda", dtype=torch.bfloat16)
+    call = {
+        "rms_norm": lambda x: ops.rms_norm(x, channel, channel),
+        "bias_act": lambda x: ops.bias_act(x, channel, "silu"),
+        "depthwise_glu": lambda x: ops.depthwise_glu(x, channel.view(96, 1, 1, 1).expand(96, 1, 3, 3), channel),
+        "average": lambda x: ops.unshuffle_average_add(None, x, channel),
+        "duplicate": lambda x: ops.duplicate_shuffle_add(None, x, channel),
+        "attention": lambda x: ops.relu_linear_attention([x]),
+    }[op]
+    whole, alone = call(big)[-1:], call(big[-1:].clone(memory_format=NHWC))
+    torch.testing.assert_close(whole, alone, atol=2e-2 if op == "attention" else 0, rtol=0)
