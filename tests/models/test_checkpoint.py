@@ -169,9 +169,10 @@ def test_diffusers_reads_ours_and_we_read_theirs(config, shard, tmp_path):
     assert (tmp_path / "theirs" / checkpoint.WEIGHTS["diffusers"][1]).exists() == (shard == "100KB")
     loaded = DCAE.from_pretrained(tmp_path / "theirs")
     torch.testing.assert_close(loaded.state_dict(), model.state_dict(), atol=0, rtol=0)
+    next(loaded.parameters()).data += 1
     loaded.save_pretrained(tmp_path / "theirs", "diffusers")  # over shards: they must not be found any more
     theirs = diffusers.AutoencoderDC.from_pretrained(tmp_path / "theirs")
-    torch.testing.assert_close(theirs.state_dict(), convert.state_dict_to_diffusers(model.state_dict()))
+    torch.testing.assert_close(theirs.state_dict(), convert.state_dict_to_diffusers(loaded.state_dict()))
 
 
 def test_old_and_loose_diffusers_configs():
