@@ -1,0 +1,261 @@
+"""The command line: dcae-fast reconstruct | encode | decode | convert | models | info."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from PIL import Image
+from tqdm import tqdm
+
+import dcae_fast
+
+from . import describe, images
+from .models.autoencoder import DCAE
+from .models.checkpoint import CheckpointError
+from .models.zoo import AUTOENCODERS
+from .reconstruction import (
+    DeviceError,
+    Latent,
+    LatentError,
+    Reconstruction,
+    load_latent,
+    load_model,
+    load_photograph,
+    save_latent,
+)
+from .reconstruction import reconstruct as reconstruct_photograph
+
+Fit = Literal["crop", "pad"]
+Paths = tyro.conf.Positional[tuple[Path, ...]]
+
+
+class UsageError(ValueError):
+    """A request that cannot be met; the message is all that is shown."""
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and how to compute."""
+
+    device: str | None = None
+    """a PyTorch device; by default CUDA if there is any, else the CPU"""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """by default bfloat16 on CUDA, else float32"""
+    patch: bool = True
+    """use the fast operators"""
+
+    def load(self, model: str) -> DCAE:
+        return load_model(model, self.device, self.dtype)
+
+
+def reconstruct(
+    photos: Paths = (),
+    *,
+    model: str = "dc-ae-tiny",
+    out: Path = Path("outputs"),
+    fit: Fit = "crop",
+    compute: Compute,
+) -> int:
+    """Encode and decode photographs, and show them beside the originals.
+
+    Args:
+        photos: files or folders; the bundled photograph if there is none
+        model: a name from `dcae-fast models`, a Hugging Face repository, a folder or a weight file
+        out: folder for the pictures
+        fit: crop the centre, or pad and cut the padding away again, where a side is no multiple of the model's ratio
+    """
+    if not photos:
+        photos = (images.demo_photograph(),)
+        print(f"No photograph given; taking the bundled one, {photos[0].name}.")
+    files, network = _files(photos, _picture_suffixes()), compute.load(model)
+
+    def one(path: Path, stem: str) -> str:
+        result = reconstruct_photograph(path, network, fit, compute.patch)
+        _save_pictures(result, path, out / stem, model)
+        height, width = result.original.shape[-2:]
+        line = f"{path} -> {stem}-*.png: {width}x{height} ({fit}), PSNR {result.psnr:.2f} dB, {result.seconds:.3f} s"
+        if result.difference is not None:
+            line += "; patched against plain: largest difference {:.1e}, relative {:.1e}".format(*result.difference)
+        return line
+
+    failed = _for_each(files, one, out)
+    print(f"Reconstructions and comparisons are in {out.resolve()}")
+    return failed
+
+
+def _save_pictures(result: Reconstruction, path: Path, stem: Path, model: str) -> None:
+    original, picture = images.to_image(result.original), images.to_image(result.picture)
+    captions = [(original, "original"), (picture, f"reconstruction, PSNR {result.psnr:.2f} dB")]
+    title = f"{path.name}, {model}, {picture.width}x{picture.height}"
+    images.save_png(picture, stem.with_name(f"{stem.name}-reconstruction.png"))
+    images.save_png(images.side_by_side(captions, title), stem.with_name(f"{stem.name}-compared.png"))
+
+
+def encode(
+    photos: Paths,
+    *,
+    model: str = "dc-ae-tiny",
+    out: Path = Path("outputs"),
+    fit: Fit = "crop",
+    compute: Compute,
+) -> int:
+    """Encode photographs to latents, one .safetensors file each, not multiplied by the scaling factor.
+
+    Args:
+        photos: files or folders
+        model: a name from `dcae-fast models`, a Hugging Face repository, a folder or a weight file
+        out: folder for the latents
+        fit: crop the centre, or pad (and `decode` cuts the padding away), where a side is no multiple of the ratio
+    """
+    files, network = _files(photos, _picture_suffixes()), compute.load(model)
+    if compute.patch:
+        dcae_fast.patch(network)
+
+    @torch.inference_mode()
+    def one(path: Path, stem: str) -> str:
+        x, size = load_photograph(path, network, fit)
+        z = network.encode(x)
+        save_latent(Latent(z, model, network.scaling_factor, size, fit), out / f"{stem}.safetensors")
+        return f"{path} -> {stem}.safetensors: {list(z.shape)}"
+
+    failed = _for_each(files, one, out)
+    print(f"Latents are in {out.resolve()}")
+    return failed
+
+
+def decode(latents: Paths, *, out: Path = Path("outputs"), compute: Compute) -> int:
+    """Decode the files that `encode` wrote to PNG pictures, with the model that they name.
+
+    Args:
+        latents: files or folders
+        out: folder for the pictures
+    """
+    files = _files(latents, {".safetensors"})
+
+    @cache
+    def load(model: str) -> DCAE:
+        network = compute.load(model)
+        if compute.patch:
+            dcae_fast.patch(network)
+        return network
+
+    @torch.inference_mode()
+    def one(path: Path, stem: str) -> str:
+        latent = load_latent(path)
+        network = load(latent.model)
+        weight = next(network.parameters())
+        z = latent.z.to(weight.device, weight.dtype, memory_format=torch.channels_last)
+        picture = images.to_image(latent.crop(network.decode(z)))
+        images.save_png(picture, out / f"{stem}-decoded.png")
+        return f"{path} -> {stem}-decoded.png: {picture.width}x{picture.height}"
+
+    failed = _for_each(files, one, out)
+    print(f"Pictures are in {out.resolve()}")
+    return failed
+
+
+def convert(
+    source: tyro.conf.Positional[str],
+    destination: tyro.conf.Positional[Path],
+    layout: Literal["original", "diffusers"],
+) -> int:
+    """Write a checkpoint in another layout, as float32.
+
+    Args:
+        source: a name from `dcae-fast models`, a Hugging Face repository, a folder or a weight file
+        destination: folder to write to
+        layout: of DC-Gen and efficientvit (original), or of diffusers' AutoencoderDC
+    """
+    DCAE.from_pretrained(source).save_pretrained(destination, layout)
+    print(f"{source} -> {destination.resolve()}, {layout} layout")
+    return 0
+
+
+def models() -> int:
+    """List the autoencoders: ratio, latent channels, parameters, and the cost of encoding and decoding a picture."""
+    print(describe.models_table())
+    return 0
+
+
+def info(model: tyro.conf.Positional[str]) -> int:
+    """Show what a model is made of, and what patching it replaces.
+
+    Args:
+        model: a name from `dcae-fast models`, a Hugging Face repository, a folder or a weight file
+    """
+    if model in AUTOENCODERS:  # the architecture is enough: nothing to download
+        with torch.device("meta"):
+            network = DCAE.from_name(model)
+    else:
+        network = DCAE.from_pretrained(model)
+    print(describe.config_table(network.config), dcae_fast.patch(network), sep="\n\n")
+    return 0
+
+
+def _picture_suffixes() -> set[str]:
+    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+
+
+def _files(paths: Sequence[Path], suffixes: set[str]) -> list[Path]:
+    """The paths, with each folder replaced by the files in it that have one of the suffixes."""
+    if not paths:
+        raise UsageError("name at least one file or folder")
+    files = []
+    for path in paths:
+        if path.is_dir():
+            found = sorted(child for child in path.iterdir() if child.suffix.lower() in suffixes)
+            if not found:
+                raise UsageError(f"{path}: nothing to read in this folder")
+            files += found
+        else:
+            files.append(path)
+    return files
+
+
+def _stems(files: Sequence[Path]) -> list[str]:
+    """A name for the output of each file: its own without the suffix, with -2, -3, ... where that is taken."""
+    stems: dict[str, None] = {}
+    for path in files:
+        stem, number = path.stem, 1
+        while stem in stems:
+            number += 1
+            stem = f"{path.stem}-{number}"
+        stems[stem] = None
+    return list(stems)
+
+
+def _for_each(files: Sequence[Path], work: Callable[[Path, str], str], out: Path) -> int:
+    """Prints work(file, name for its output) for every file; 1 if any failed, which is named on stderr, else 0."""
+    out.mkdir(parents=True, exist_ok=True)
+    failed = 0
+    for path, stem in tqdm(list(zip(files, _stems(files), strict=True)), unit="file", disable=None):
+        try:
+            tqdm.write(work(path, stem))
+        except (images.PhotographError, LatentError) as error:
+            failed = 1
+            tqdm.write(f"failed: {error}", file=sys.stderr)
+        except torch.OutOfMemoryError:
+            failed = 1
+            tqdm.write(f"failed: {path}: does not fit in the device's memory", file=sys.stderr)
+    return failed
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; the exit status is 0, 1 if some files failed, or 2 if the request could not be met at all."""
+    commands = {command.__name__: command for command in (reconstruct, encode, decode, convert, models, info)}
+    try:
+        return tyro.extras.subcommand_cli_from_dict(
+            commands,
+            prog="dcae-fast",
+            description="Deep compression autoencoders, fast.",
+            args=argv,
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
+    except (UsageError, DeviceError, CheckpointError, OSError) as error:
+        print(f"dcae-fast: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,152 @@
+"""Photographs through an autoencoder, at once or by way of files of latents."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+import dcae_fast
+
+from .images import PhotographError, fit, psnr, read_photograph, to_uint8, written_atomically
+from .models.autoencoder import DCAE
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class DeviceError(ValueError):
+    """A device that is not there, or that cannot compute in the dtype asked for."""
+
+
+class LatentError(ValueError):
+    """A file that does not hold a latent written by `save_latent`; the message names it."""
+
+
+def load_model(source: str, device: str | None, dtype: str | None) -> DCAE:
+    """`DCAE.from_pretrained(source)` on a device, channels-last, in one of `DTYPES`.
+
+    device: CUDA where there is one, else the CPU. dtype: bfloat16 on CUDA, else float32. Raises DeviceError and
+    `CheckpointError`.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+    try:
+        one = torch.ones(1, 1, 3, 3, device=device, dtype=DTYPES[dtype])
+        F.conv2d(one, one).item()
+    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch was built without CUDA
+        reason = str(error).partition("\n")[0]
+        raise DeviceError(f"cannot compute in {dtype} on device {device!r}: {reason}") from error
+    return DCAE.from_pretrained(source).to(device, DTYPES[dtype], memory_format=torch.channels_last)
+
+
+def load_photograph(path: Path, model: DCAE, how: str) -> tuple[torch.Tensor, tuple[int, int]]:
+    """A photograph fitted to the model by `images.fit`, on its device and in its dtype, and its own (height, width).
+
+    Raises PhotographError where it cannot be read or is too small to crop.
+    """
+    x = read_photograph(path)
+    try:
+        fitted = fit(x, model.spatial_compression_ratio, how)
+    except ValueError as error:
+        raise PhotographError(f"{path}: {error}") from error
+    weight = next(model.parameters())
+    return fitted.to(weight.device, weight.dtype, memory_format=torch.channels_last), tuple(x.shape[-2:])
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """original, picture: uint8 [1, 3, H, W] on the CPU. seconds: encoding and decoding; psnr: in dB.
+
+    difference: largest absolute and relative (L2) difference of the patched from the plain model's picture, whose
+    range is [-1, 1]; None where the model was not patched.
+    """
+
+    original: torch.Tensor
+    picture: torch.Tensor
+    seconds: float
+    psnr: float
+    difference: tuple[float, float] | None
+
+
+@torch.inference_mode()
+def reconstruct(path: Path, model: DCAE, how: str, patch: bool) -> Reconstruction:
+    """Encodes and decodes a photograph; with `patch` by the patched model, which is compared with the plain one.
+
+    On a GPU a first run, in which kernels are compiled, is not timed.
+    """
+    x, (height, width) = load_photograph(path, model, how)
+    if patch:
+        with dcae_fast.patched(model):
+            y, seconds = _timed(model, x)
+        plain = model(x).float()
+        error = y.float() - plain
+        difference = (error.abs().max().item(), (error.norm() / plain.norm()).item())
+    else:
+        (y, seconds), difference = _timed(model, x), None
+    original, picture = (to_uint8(image)[..., :height, :width].cpu() for image in (x, y))
+    return Reconstruction(original, picture, seconds, psnr(picture, original).item(), difference)
+
+
+def _timed(model: DCAE, x: torch.Tensor) -> tuple[torch.Tensor, float]:
+    if x.is_cuda:
+        model(x)
+        torch.cuda.synchronize(x.device)
+    start = time.perf_counter()
+    y = model(x)
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+    return y, time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Latent:
+    """z: [1, c, h, w], as `DCAE.encode` gives it, not multiplied by the scaling factor.
+
+    model: what to decode it with; size: (height, width) of the photograph; fit: how it was fitted ("crop", "pad").
+    """
+
+    z: torch.Tensor
+    model: str
+    scaling_factor: float | None
+    size: tuple[int, int]
+    fit: str
+
+    def crop(self, picture: torch.Tensor) -> torch.Tensor:
+        """The decoded picture [1, 3, H, W] without the padding."""
+        return picture[..., : self.size[0], : self.size[1]]
+
+
+def save_latent(latent: Latent, path: Path) -> None:
+    """A safetensors file of one tensor, "latent", and metadata; it appears whole or not at all."""
+    metadata = {
+        "model": latent.model,
+        "scaling_factor": str(latent.scaling_factor),
+        "scaled": "false",
+        "height": str(latent.size[0]),
+        "width": str(latent.size[1]),
+        "fit": latent.fit,
+    }
+    with written_atomically(path) as temporary:
+        save_file({"latent": latent.z.contiguous().cpu()}, temporary, metadata)
+
+
+def load_latent(path: Path) -> Latent:
+    """The inverse of `save_latent`; raises LatentError."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            z, metadata = file.get_tensor("latent"), file.metadata()
+        factor = metadata["scaling_factor"]
+        return Latent(
+            z,
+            metadata["model"],
+            None if factor == "None" else float(factor),
+            (int(metadata["height"]), int(metadata["width"])),
+            metadata["fit"],
+        )
+    except (OSError, SafetensorError) as error:
+        raise LatentError(f"{path}: not a readable safetensors file: {error}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise LatentError(f"{path}: not a latent written by dcae-fast encode: {error!r}") from error

@@ -1,0 +1,195 @@
+"""The commands, in this process, with a small model of random weights."""
+
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from dcae_fast import cli, images, reconstruction
+from dcae_fast.models.autoencoder import DCAE, CoderConfig, DCAEConfig
+from dcae_fast.models.zoo import AUTOENCODERS, autoencoder_names
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    """A folder with a model of ratio 8: small enough for a CPU, with every kind of block."""
+    torch.manual_seed(0)
+    coder = CoderConfig((8, 8, 16, 32), (0, 1, 1, 1), ("ResBlock",) * 3 + ("EViTGLU",), ("rms",) * 4, ("silu",) * 4)
+    folder = tmp_path_factory.mktemp("models") / "small"
+    DCAE(DCAEConfig(8, coder, coder, scaling_factor=0.5)).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "photo.png"
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (45, 53, 3), np.uint8)).save(path)
+    return path
+
+
+def run(*argv) -> int:
+    return cli.main([*map(str, argv)])
+
+
+def cpu(model: str) -> list[str]:
+    return ["--model", model, "--device", "cpu"]
+
+
+def size(path) -> tuple[int, int]:
+    with Image.open(path) as image:
+        return image.size
+
+
+@pytest.mark.parametrize("fit, expected", [("crop", (48, 40)), ("pad", (53, 45))])
+def test_reconstruct(model, photo, tmp_path, capsys, fit, expected):
+    out = tmp_path / "out"
+    assert run("reconstruct", photo, *cpu(model), "--out", out, "--fit", fit) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["photo-compared.png", "photo-reconstruction.png"]
+    assert size(out / "photo-reconstruction.png") == expected
+    text = capsys.readouterr().out
+    assert str(out.resolve()) in text and f"{expected[0]}x{expected[1]} ({fit})" in text
+    relative = float(re.search(r"relative (\S+)", text)[1])
+    assert relative < 1e-4 and re.search(r"PSNR \d+\.\d\d dB", text)
+
+
+def test_reconstruct_by_the_formulas(model, photo):
+    network = DCAE.from_pretrained(model)
+    result = reconstruction.reconstruct(photo, network, "crop", patch=False)
+    x = images.fit(images.read_photograph(photo), 8, "crop")
+    with torch.inference_mode():
+        expected = images.to_uint8(network(x))
+    assert torch.equal(result.picture, expected) and torch.equal(result.original, images.to_uint8(x))
+    assert result.psnr == images.psnr(expected, images.to_uint8(x)).item() and result.difference is None
+
+
+def test_the_bundled_photograph_is_the_default(model, tmp_path, capsys):
+    assert run("reconstruct", "--no-patch", *cpu(model), "--out", tmp_path) == 0
+    text = capsys.readouterr().out
+    assert "bundled" in text and "patched" not in text
+    assert (tmp_path / "chelsea-compared.png").is_file()
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad"])
+def test_encode_then_decode_is_reconstruct(model, photo, tmp_path, fit):
+    assert run("reconstruct", photo, *cpu(model), "--out", tmp_path / "a", "--fit", fit) == 0
+    assert run("encode", photo, *cpu(model), "--out", tmp_path / "b", "--fit", fit) == 0
+    with safe_open(tmp_path / "b" / "photo.safetensors", "pt") as file:
+        metadata, latent = file.metadata(), file.get_tensor("latent")
+    assert metadata == {
+        "model": model,
+        "scaling_factor": "0.5",
+        "scaled": "false",
+        "height": "45",
+        "width": "53",
+        "fit": fit,
+    }
+    assert latent.shape == ((1, 8, 5, 6) if fit == "crop" else (1, 8, 6, 7))
+    assert run("decode", tmp_path / "b", "--device", "cpu", "--out", tmp_path / "c") == 0
+    with (
+        Image.open(tmp_path / "a" / "photo-reconstruction.png") as direct,
+        Image.open(tmp_path / "c" / "photo-decoded.png") as decoded,
+    ):
+        assert np.array_equal(np.asarray(direct), np.asarray(decoded))
+
+
+def test_unreadable_files_are_named_and_the_rest_go_on(model, photo, tmp_path, capsys):
+    broken, tiny, missing = tmp_path / "broken.jpg", tmp_path / "tiny.png", tmp_path / "missing.png"
+    broken.write_bytes(b"not a picture")
+    Image.new("RGB", (4, 4)).save(tiny)
+    assert run("reconstruct", broken, tiny, missing, photo, *cpu(model), "--out", tmp_path / "out") == 1
+    errors = capsys.readouterr().err
+    assert all(str(path) in errors for path in (broken, tiny, missing)) and str(photo) not in errors
+    assert (tmp_path / "out" / "photo-reconstruction.png").is_file()
+
+
+def test_folders_and_equal_names(model, photo, tmp_path, capsys):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    Image.open(photo).save(folder / "photo.png")
+    Image.open(photo).save(folder / "photo.BMP")
+    (folder / "notes.txt").write_text("not a photograph")
+    assert run("encode", photo, folder, *cpu(model), "--out", tmp_path / "out") == 0
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["photo-2.safetensors", "photo-3.safetensors", "photo.safetensors"]
+    assert "photo-3.safetensors" in capsys.readouterr().out
+
+
+def test_an_empty_folder(model, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert run("reconstruct", tmp_path / "empty", *cpu(model)) == 2
+    assert str(tmp_path / "empty") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"no tensors", None], ids=["empty", "garbage", "other tensors"])
+def test_decode_names_what_is_no_latent(model, tmp_path, capsys, content):
+    path = tmp_path / "latent.safetensors"
+    if content is None:
+        reconstruction.save_file({"other": torch.zeros(1)}, path)
+    else:
+        path.write_bytes(content)
+    assert run("decode", path, "--out", tmp_path / "out") == 1
+    assert str(path) in capsys.readouterr().err
+
+
+def test_convert(model, tmp_path):
+    assert run("convert", model, tmp_path / "there", "--layout", "diffusers") == 0
+    assert (tmp_path / "there" / "diffusion_pytorch_model.safetensors").is_file()
+    assert run("convert", tmp_path / "there", tmp_path / "back", "--layout", "original") == 0
+    before, after = (DCAE.from_pretrained(folder).state_dict() for folder in (model, tmp_path / "back"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_models_table(capsys, monkeypatch):
+    monkeypatch.setattr(cli.describe, "autoencoder_names", lambda: list(AUTOENCODERS)[:2])
+    assert run("models") == 0
+    heading, first, second = capsys.readouterr().out.splitlines()
+    assert heading.startswith("name") and first.split()[:4] == ["dc-ae-f32c32-in-1.0", "32", "32", "323.4"]
+    assert second.split()[:4] == ["dc-ae-f64c128-in-1.0", "64", "128", "676.9"]
+    assert set(AUTOENCODERS) < set(autoencoder_names())
+
+
+def test_info(model, capsys):
+    assert run("info", "dc-ae-f32c32-in-1.0") == 0
+    text = capsys.readouterr().out
+    assert "32x32 pixels to one position of 32 channels" in text and "scaling factor: 0.3189" in text
+    assert re.search(r"LiteMLA +12", text)
+    assert run("info", model) == 0
+    assert "8x8 pixels to one position of 8 channels" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--model", "dc-ae-f32c32-in"], "dc-ae-f32c32-in-1.0"),
+        (["--device", "nonsense"], "'nonsense'"),
+        (["--device", "cuda:99"], "'cuda:99'"),
+    ],
+)
+def test_requests_that_cannot_be_met(photo, tmp_path, capsys, argv, words):
+    assert run("reconstruct", photo, "--out", tmp_path / "out", *argv) == 2
+    errors = capsys.readouterr().err.strip()
+    assert errors.startswith("dcae-fast: ") and words in errors and "\n" not in errors
+
+
+@pytest.mark.parametrize("command", ["encode", "decode"])
+def test_nothing_to_read(command, capsys):
+    assert run(command) == 2
+    assert capsys.readouterr().err == "dcae-fast: name at least one file or folder\n"
+
+
+@pytest.mark.parametrize("argv", [[], ["reconstruct", "--dtype", "int8"], ["convert", "here"], ["unknown"]])
+def test_wrong_arguments(argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run(*argv)
+    assert caught.value.code == 2
+
+
+def test_run_as_a_module():
+    result = subprocess.run([sys.executable, "-m", "dcae_fast", "--help"], capture_output=True, text=True, check=True)
+    assert all(command in result.stdout for command in ("reconstruct", "encode", "decode", "convert", "models", "info"))
