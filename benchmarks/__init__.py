@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks` measures, checks and writes benchmarks/results/<gpu>.json."""

@@ -1,0 +1,29 @@
+"""What the machine can do at best: the rates that floors are computed from, measured in the same run."""
+
+from dataclasses import dataclass
+
+import torch
+
+from .timing import measure
+
+
+@dataclass
+class Ceilings:
+    """tflops: of a large bf16 matrix product; copy: of a large device-to-device copy, TB/s read and written."""
+
+    tflops: float
+    copy: float
+
+    def floor(self, flops: float, bytes_moved: float) -> float:
+        """Milliseconds below which the work cannot be done."""
+        return max(flops / (self.tflops * 1e9), bytes_moved / (self.copy * 1e9))
+
+
+def measure_ceilings(device: torch.device) -> Ceilings:
+    size, elements = (8192, 2**30) if device.type == "cuda" else (512, 2**22)
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    source = torch.randint(0, 2**15, (elements,), device=device, dtype=torch.int16)
+    target = torch.empty_like(source)
+    times = measure({"product": lambda: a @ b, "copy": lambda: target.copy_(source)})
+    copied = 2 * source.numel() * source.element_size()
+    return Ceilings(2 * size**3 / times["product"].median / 1e9, copied / times["copy"].median / 1e9)
