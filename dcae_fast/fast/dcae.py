@@ -24,8 +24,8 @@ DUPLICATING = ("ChannelDuplicatingPixelShuffleUpSampleLayer", "ChannelDuplicatin
 class Coder(FastModule):
     """Encoder or decoder: channels-last inside, the caller's memory format outside."""
 
-    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor | list[torch.Tensor]:
-        out = super().forward(channels_last(x), *args, **kwargs)
+    def fast_forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor | list[torch.Tensor]:
+        out = self.eager(channels_last(x), *args, **kwargs)
         if isinstance(out, torch.Tensor):
             return layout_of(out, x)
         return [layout_of(part, x) for part in out]
@@ -34,9 +34,9 @@ class Coder(FastModule):
 class RMSNorm2d(FastModule):
     operators = ("rms_norm",)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.weight is None or self.bias is None:
-            return super().forward(x)
+            return self.eager(x)
         return ops.rms_norm(x, self.weight, self.bias, self.eps)
 
 
@@ -45,13 +45,13 @@ class ConvLayer(FastModule):
 
     operators = ("bias_act", "rms_norm")
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.add(x, None)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         act = activation_name(self.act)
         if act is None or getattr(self, "dropout", None) is not None or not can_fuse_norm(self.norm):
-            y = super().forward(x)
+            y = self.eager(x)
             return y if residual is None else y + residual
         return conv_norm_act(self.conv, self.norm, act, x, residual)
 
@@ -67,7 +67,7 @@ class OpSequential(FastModule):
 
     operators = ("rms_norm",)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         pending = None  # an RMS norm that waits for the next operation
         for op in self.op_list:
             if pending is not None:
@@ -87,7 +87,7 @@ class OpSequential(FastModule):
 class Branch(FastModule):
     """A residual branch whose last layer can add the residual."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.add(x, None)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
@@ -128,7 +128,7 @@ class LiteMLA(Branch):
     def add(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         normalised = getattr(self, "norm_qk", False) or getattr(self, "norm_q", None) is not None
         if normalised or activation_name(getattr(self, "kernel_func", nn.ReLU())) != "relu":
-            y = super(Branch, self).forward(x)
+            y = self.eager(x)
             return y if residual is None else y + residual
         return super().add(x, residual)
 
@@ -145,7 +145,7 @@ class PixelShuffleSampler(FastModule):
 
     operators = ("unshuffle_average_add", "duplicate_shuffle_add")
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         move = ops.unshuffle_average_add if "Unshuffle" in kind(self) else ops.duplicate_shuffle_add
         return move(None, *self.without_bias(x), self.factor)
 
@@ -161,18 +161,18 @@ class ResidualBlock(FastModule):
 
     operators = ("unshuffle_average_add", "duplicate_shuffle_add")
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         main, shortcut = self.main, self.shortcut
         extra = getattr(self, "pre_norm", None) is not None or getattr(self, "post_act", None) is not None
         if extra or main is None or shortcut is None or not plain(shortcut):
-            return super().forward(x)
+            return self.eager(x)
         name = kind(shortcut)
         if name in IDENTITIES and isinstance(main, Branch) and plain(main):
             return main.add(x, x)
         if name in AVERAGING or name in DUPLICATING:
             add = ops.unshuffle_average_add if name in AVERAGING else ops.duplicate_shuffle_add
             return add(x, *self._main_without_bias(x), shortcut.factor)
-        return super().forward(x)
+        return self.eager(x)
 
     def _main_without_bias(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         if isinstance(self.main, (PixelShuffleSampler, ConvLayer)) and plain(self.main):

@@ -32,9 +32,9 @@ class Encoder(FastModule):
 
     operators = ("unshuffle_average_add",)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.out_shortcut:
-            return layout_of(super().forward(channels_last(x)), x)
+            return layout_of(self.eager(channels_last(x)), x)
         y = self.conv_in(channels_last(x))
         for block in self.down_blocks:
             y = block(y)
@@ -46,10 +46,10 @@ class Decoder(FastModule):
 
     operators = ("duplicate_shuffle_add", "rms_norm")
 
-    def forward(self, z: torch.Tensor) -> torch.Tensor:
+    def fast_forward(self, z: torch.Tensor) -> torch.Tensor:
         act = activation_name(self.conv_act)
         if not self.in_shortcut or act is None or not can_fuse_norm(self.norm_out):
-            return layout_of(super().forward(channels_last(z)), z)
+            return layout_of(self.eager(channels_last(z)), z)
         x = channels_last(z)
         x = ops.duplicate_shuffle_add(x, *conv_without_bias(self.conv_in, x), factor=1)
         for block in reversed(self.up_blocks):
@@ -62,20 +62,20 @@ class Decoder(FastModule):
 class ResBlock(FastModule):
     operators = ("bias_act", "rms_norm")
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         act = activation_name(self.nonlinearity)
         if act is None or not can_fuse_norm(self.norm):
-            return super().forward(x)
+            return self.eager(x)
         return _conv_norm_add(self.conv2, self.norm, conv_norm_act(self.conv1, None, act, x), x)
 
 
 class GLUMBConv(FastModule):
     operators = ("bias_act", "rms_norm", "depthwise_glu")
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         act = activation_name(self.nonlinearity)
         if act != "silu" or not is_depthwise3x3(self.conv_depth) or self.norm is None or not can_fuse_norm(self.norm):
-            return super().forward(x)
+            return self.eager(x)
         y = conv_norm_act(self.conv_inverted, None, act, x)
         y = ops.depthwise_glu(y, self.conv_depth.weight, self.conv_depth.bias)
         return _conv_norm_add(self.conv_point, self.norm, y, x if self.residual_connection else None)
@@ -84,11 +84,11 @@ class GLUMBConv(FastModule):
 class SanaMultiscaleLinearAttention(FastModule):
     operators = ("rms_norm", "relu_linear_attention")
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         fusable = kind(self.norm_out) in ("RMSNorm",) and can_fuse_norm(self.norm_out)
         default = type(self.processor).__name__ == "SanaMultiscaleAttnProcessor2_0"
         if not fusable or not default or activation_name(self.nonlinearity) != "relu":
-            return super().forward(x)
+            return self.eager(x)
         qkv = self._qkv(channels_last(x).movedim(1, -1)).movedim(-1, 1)
         scales = [qkv, *(scale(qkv) for scale in self.to_qkv_multiscale)]
         y = ops.relu_linear_attention(scales, self.attention_head_dim, self.eps)
@@ -107,9 +107,9 @@ class SanaMultiscaleLinearAttention(FastModule):
 class DCDownBlock2d(FastModule):
     operators = ("unshuffle_average_add",)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.downsample and not self.shortcut:
-            return super().forward(x)
+            return self.eager(x)
         main, bias = conv_without_bias(self.conv, x)
         return ops.unshuffle_average_add(x if self.shortcut else None, main, bias, self.factor)
 
@@ -117,9 +117,9 @@ class DCDownBlock2d(FastModule):
 class DCUpBlock2d(FastModule):
     operators = ("duplicate_shuffle_add",)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.interpolate and not self.shortcut:
-            return super().forward(x)
+            return self.eager(x)
         y = x
         if self.interpolate:
             y = nn.functional.interpolate(x, scale_factor=self.factor, mode=self.interpolation_mode)

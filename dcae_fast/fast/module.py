@@ -3,16 +3,28 @@
 import functools
 from typing import Any
 
+import torch
 from torch import nn
+
+from dcae_fast import ops
 
 
 class FastModule:
-    """Mixin that overrides `forward` (and adds methods), never state: parameters, buffers and hooks stay as they are.
+    """Mixin with a `fast_forward`, never state: parameters, buffers and hooks stay as they are.
 
-    operators: names of the operators it calls.
+    operators: names of the operators it calls. Where they have no kernel for the input's device, the module's own
+    forward runs; `eager` calls it too, for what a fast forward cannot do.
     """
 
     operators: tuple[str, ...] = ()
+
+    def forward(self, x: torch.Tensor, *args, **kwargs):
+        if not ops.has_kernels(x):
+            return self.eager(x, *args, **kwargs)
+        return self.fast_forward(x, *args, **kwargs)
+
+    def eager(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
         """Pickled as (mixin, original class): the combined class is made at run time and has no importable name."""

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from dcae_fast.ops._library import HAS_TRITON
+
 from . import dcae, diffusers
 from .module import FastModule, fast_class, is_fast, original_class, qualified_name
 
@@ -151,5 +153,7 @@ def _note(model: nn.Module, report: Report) -> str:
     if not report.replaced and not report.skipped:
         return f"{type(model).__name__} has no module of a DC-AE that is known here: nothing was patched."
     if not torch.cuda.is_available():
-        return "No CUDA device: the operators run in plain PyTorch."
+        return "No CUDA device: on a CPU the modules' own forwards run."
+    if not HAS_TRITON:
+        return "Triton is not installed: the modules' own forwards run."
     return ""

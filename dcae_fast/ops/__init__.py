@@ -1,5 +1,6 @@
 """Operators: a plain PyTorch reference, a Triton kernel for CUDA, a gradient, all registered with torch.library."""
 
+from ._library import has_kernels
 from .bias_act import bias_act
 from .depthwise_glu import depthwise_glu
 from .relu_linear_attention import relu_linear_attention
@@ -10,6 +11,7 @@ __all__ = [
     "bias_act",
     "depthwise_glu",
     "duplicate_shuffle_add",
+    "has_kernels",
     "relu_linear_attention",
     "rms_norm",
     "unshuffle_average_add",

@@ -20,19 +20,38 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def has_kernels(x: torch.Tensor) -> bool:
+    """Whether operators run as kernels for tensors on x's device, or as plain PyTorch."""
+    return INTERPRETED or (HAS_TRITON and x.is_cuda)
+
+
 @functools.cache
 def launcher(operator: str, function: str) -> Callable:
     """`function` of dcae_fast.kernels.<operator>, imported when first needed."""
     return getattr(importlib.import_module(f"{NAMESPACE}.kernels.{operator}"), function)
 
 
+@functools.cache
+def cuda_extension():
+    """The module dcae_fast._C, None where it was not built."""
+    try:
+        return importlib.import_module(f"{NAMESPACE}._C")
+    except ImportError:
+        return None
+
+
 def define(
-    schema: str, reference: Callable, accepts: Callable[..., bool], operator: str | None = None
+    schema: str,
+    reference: Callable,
+    accepts: Callable[..., bool],
+    operator: str | None = None,
+    cuda_accepts: Callable[..., bool] | None = None,
 ) -> torch._ops.OpOverload:
     """Register dcae_fast::<schema>.
 
-    reference: the result in plain PyTorch. accepts: whether the kernel takes these arguments; they reach it
+    reference: the result in plain PyTorch. accepts: whether the Triton kernel takes these arguments; they reach it
     channels-last (4-D) and contiguous (others). operator: the kernel's file, if not the name in the schema.
+    cuda_accepts: the same for the function of that name in the CUDA extension, which goes first where it is built.
     """
     name = schema.split("(")[0]
     tag = torch.Tag.pt2_compliant_tag
@@ -44,8 +63,10 @@ def define(
     def kernel(*args):
         if not accepts(*args):
             return plain(*args)
-        launch = launcher(operator or name, f"launch_{name}")
         args = [_map(_dense, arg) for arg in args]
+        if cuda_accepts and cuda_extension() and args[0].is_cuda and cuda_accepts(*args):
+            return getattr(cuda_extension(), name)(*args)
+        launch = launcher(operator or name, f"launch_{name}")
         device = next(arg.device for arg in _flatten(args) if isinstance(arg, torch.Tensor))
         if device.type != "cuda" or device.index == torch.cuda.current_device():
             return launch(*args)

@@ -35,7 +35,23 @@ def _accepts(x, weight, bias):
     return all(tensor.dtype in KERNEL_DTYPES for tensor in (x, weight, bias))
 
 
-_forward = define("depthwise_glu(Tensor x, Tensor weight, Tensor bias) -> Tensor", depthwise_glu_reference, _accepts)
+def _cuda_accepts(x, weight, bias):
+    """The CUDA extension's kernel: half precision of one type, channels in groups of 16, Hopper."""
+    return (
+        x.dtype in (torch.bfloat16, torch.float16)
+        and weight.dtype == bias.dtype == x.dtype
+        and x.shape[1] % 16 == 0
+        and all(tensor.data_ptr() % 16 == 0 for tensor in (x, weight, bias))
+        and torch.cuda.get_device_capability(x.device)[0] == 9
+    )
+
+
+_forward = define(
+    "depthwise_glu(Tensor x, Tensor weight, Tensor bias) -> Tensor",
+    depthwise_glu_reference,
+    _accepts,
+    cuda_accepts=_cuda_accepts,
+)
 _backward = define(
     "depthwise_glu_backward(Tensor dout, Tensor x, Tensor weight, Tensor bias) -> (Tensor, Tensor, Tensor)",
     depthwise_glu_backward_reference,

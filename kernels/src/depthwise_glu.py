@@ -1,6 +1,7 @@
 """3×3 depthwise convolution, bias and SiLU gate in one pass over a channels-last tensor.
 
-A program computes TILE_H × TILE_W positions of BLOCK_C output channels; the nine shifted tiles it reads overlap in L1.
+Forward, a program walks down a strip of the image; backward, it computes TILE_H × TILE_W positions of BLOCK_C channels
+from nine shifted tiles, which overlap in L1.
 """
 
 import torch
@@ -9,7 +10,8 @@ import triton.language as tl
 
 from .common import like_channels_last, persistent_splits, sigmoid
 
-TILE = {"TILE_H": 8, "TILE_W": 8, "BLOCK_C": 64}
+STRIP = {"BLOCK_W": 8, "BLOCK_C": 64}  # forward
+TILE = {"TILE_H": 4, "TILE_W": 8, "BLOCK_C": 64}  # backward
 
 
 @triton.jit
@@ -58,21 +60,60 @@ def _value_and_gate(
 
 
 @triton.jit
+def _row(x_ptr, image, h, w, c, c_mask, height, width, channels):
+    """Channels c of row h at columns w - 1, w and w + 1."""
+    left = _shifted(x_ptr, image, h, w - 1, c, c_mask, height, width, channels)
+    middle = _shifted(x_ptr, image, h, w, c, c_mask, height, width, channels)
+    right = _shifted(x_ptr, image, h, w + 1, c, c_mask, height, width, channels)
+    return left, middle, right
+
+
+@triton.jit
+def _taps_row(taps_ptr, row: tl.constexpr, c, c_mask, channels):
+    """Three weights of each channel."""
+    taps = taps_ptr + 3 * row * channels + c
+    left = tl.load(taps, c_mask, 0.0).to(tl.float32)[None, :]
+    middle = tl.load(taps + channels, c_mask, 0.0).to(tl.float32)[None, :]
+    right = tl.load(taps + 2 * channels, c_mask, 0.0).to(tl.float32)[None, :]
+    return left, middle, right
+
+
+@triton.jit
 def _depthwise_glu_forward_kernel(
-    x_ptr, taps_ptr, bias_ptr, out_ptr, height, width, half, tiles_h, tiles_w, blocks_c,
-    TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_C: tl.constexpr,
+    x_ptr, taps_ptr, bias_ptr, out_ptr, height, width, half, strips, blocks_w, blocks_c, rows,
+    BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    """A program walks down `rows` rows. What an input row adds to the output rows above, level with and below it is kept
+    in registers, so that every row is read once, at three shifts."""
     pid = tl.program_id(0)
     c = pid % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    w = pid // blocks_c % blocks_w * BLOCK_W + tl.arange(0, BLOCK_W)
+    first = pid // (blocks_c * blocks_w) % strips * rows
+    image = (pid // (blocks_c * blocks_w * strips)).to(tl.int64)
     c_mask = c < half
-    image, h, w = _tile(pid // blocks_c, height, width, tiles_h, tiles_w, TILE_H, TILE_W)
-    value, gate = _value_and_gate(
-        x_ptr, taps_ptr, bias_ptr, image, h, w, c, c_mask, height, width, half, TILE_H * TILE_W, BLOCK_C
-    )
-    out = value * gate * sigmoid(gate)
-    offset = ((image * height + h) * width + w)[:, None] * half + c[None, :]
-    mask = ((h < height) & (w < width))[:, None] & c_mask[None, :]
-    tl.store(out_ptr + offset, out.to(out_ptr.dtype.element_ty), mask)
+    mask = (w < width)[:, None] & c_mask[None, :]
+    a00, a01, a02 = _taps_row(taps_ptr, 0, c, c_mask, 2 * half)
+    a10, a11, a12 = _taps_row(taps_ptr, 1, c, c_mask, 2 * half)
+    a20, a21, a22 = _taps_row(taps_ptr, 2, c, c_mask, 2 * half)
+    b00, b01, b02 = _taps_row(taps_ptr, 0, c + half, c_mask, 2 * half)
+    b10, b11, b12 = _taps_row(taps_ptr, 1, c + half, c_mask, 2 * half)
+    b20, b21, b22 = _taps_row(taps_ptr, 2, c + half, c_mask, 2 * half)
+    value_bias = tl.load(bias_ptr + c, c_mask, 0.0).to(tl.float32)[None, :]
+    gate_bias = tl.load(bias_ptr + half + c, c_mask, 0.0).to(tl.float32)[None, :]
+    value_above = tl.zeros((BLOCK_W, BLOCK_C), tl.float32)
+    value_level, gate_above, gate_level = value_above, value_above, value_above
+    for h in range(first - 1, tl.minimum(first + rows, height) + 1):
+        left, middle, right = _row(x_ptr, image, h, w, c, c_mask, height, width, 2 * half)
+        value = value_above + left * a20 + middle * a21 + right * a22
+        value_above = value_level + left * a10 + middle * a11 + right * a12
+        value_level = value_bias + left * a00 + middle * a01 + right * a02
+        left, middle, right = _row(x_ptr, image, h, w, c + half, c_mask, height, width, 2 * half)
+        gate = gate_above + left * b20 + middle * b21 + right * b22
+        gate_above = gate_level + left * b10 + middle * b11 + right * b12
+        gate_level = gate_bias + left * b00 + middle * b01 + right * b02
+        if h > first:  # the row above is complete
+            offset = ((image * height + h - 1) * width + w)[:, None] * half + c[None, :]
+            tl.store(out_ptr + offset, (value * gate * sigmoid(gate)).to(out_ptr.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -150,10 +191,12 @@ def launch_depthwise_glu(x, weight, bias):
     half = channels // 2
     out = like_channels_last(x, (batch, half, height, width))
     if out.numel():
-        tiles_h, tiles_w, blocks_c, tiles = _sizes(x, half)
-        _depthwise_glu_forward_kernel[(tiles * blocks_c,)](
-            x, _taps(weight), bias, out, height, width, half, tiles_h, tiles_w, blocks_c, **TILE, num_warps=8
-        )
+        blocks_w, blocks_c = triton.cdiv(width, STRIP["BLOCK_W"]), triton.cdiv(half, STRIP["BLOCK_C"])
+        strips = persistent_splits(x, triton.cdiv(height, 8), batch * blocks_w * blocks_c)
+        _depthwise_glu_forward_kernel[(batch * strips * blocks_w * blocks_c,)](
+            x, _taps(weight), bias, out, height, width, half, strips, blocks_w, blocks_c, triton.cdiv(height, strips),
+            **STRIP, num_warps=4,
+        )  # fmt: skip
     return out
 
 

@@ -21,15 +21,16 @@ def _rows(n, positions, heads, bh, D: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _dot(a, b, PRECISION: tl.constexpr = "tf32x3"):
-    """a @ b of float32 tiles in float32 accuracy; "tf32" is exact for tiles raised from half precision."""
-    return tl.dot(a, b, input_precision=PRECISION)
+def _dot(a, b):
+    """a @ b of float32 tiles, in float32 accuracy."""
+    return tl.dot(a, b, input_precision="tf32x3")
 
 
 @triton.jit
 def _relu_linear_attention_state_kernel(
     qkv_ptr, state_ptr, positions, heads, splits, D: tl.constexpr, BLOCK_N: tl.constexpr
 ):
+    # tf32 holds raised half precision exactly
     PRECISION: tl.constexpr = "tf32x3" if qkv_ptr.dtype.element_ty == tl.float32 else "tf32"
     bh, split = tl.program_id(0) // splits, tl.program_id(0) % splits
     d = tl.arange(0, D)
@@ -41,7 +42,7 @@ def _relu_linear_attention_state_kernel(
         mask = (n < positions)[:, None]
         k = tl.maximum(tl.load(row + D, mask, 0.0).to(tl.float32), 0.0)
         v = tl.load(row + 2 * D, mask, 0.0).to(tl.float32)
-        s += _dot(tl.trans(k), v, PRECISION)
+        s += tl.dot(tl.trans(k), v, input_precision=PRECISION)
         z += tl.sum(k, 0)
     state = state_ptr + tl.program_id(0).to(tl.int64) * (D + 1) * D
     tl.store(state + d[:, None] * D + d[None, :], s)
