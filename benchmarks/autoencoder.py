@@ -1,4 +1,4 @@
-"""Encoding and decoding: the plain model, channels-last, torch.compile and patched; this project's class and diffusers'."""
+"""Encoding and decoding: eager, channels-last, torch.compile and patched, of this project's class and of diffusers'."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -60,15 +60,16 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def workloads(
-    name: str, batch: int, size: int, reference: DCAE, device: torch.device
-) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    batch: int, size: int, reference: DCAE, device: torch.device
+) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
     """(direction, input, exact result): the exact one in fp32 without TF32, image by image."""
     ratio = reference.spatial_compression_ratio
     x = torch.randn(batch, 3, size, size, device=device)
     z = torch.randn(batch, reference.config.latent_channels, size // ratio, size // ratio, device=device)
-    with torch.backends.cudnn.flags(allow_tf32=False), torch.inference_mode():
-        yield "encode", x, torch.cat([reference.encoder(image[None]) for image in x])
-        yield "decode", z, torch.cat([reference.decoder(latent[None]) for latent in z])
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), torch.inference_mode():
+        latents = torch.cat([reference.encoder(image[None]) for image in x])
+        images = torch.cat([reference.decoder(latent[None]) for latent in z])
+    return [("encode", x, latents), ("decode", z, images)]
 
 
 def caller(model: torch.nn.Module, direction: str, x: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -95,7 +96,7 @@ def benchmark(
     reference = random_model(name, device)
     models = contenders(reference, dtype, with_diffusers, compiled)
     for batch in batches:
-        for direction, x, exact in workloads(name, batch, size, reference, device):
+        for direction, x, exact in workloads(batch, size, reference, device):
             runs, errors = {}, {}
             for contender, model in models.items():
                 layout = torch.channels_last if contender in CHANNELS_LAST else torch.contiguous_format

@@ -1,4 +1,4 @@
-"""Each operator at the shapes of the released models: GB/s of the bytes it must move, against its plain PyTorch form."""
+"""Each operator at shapes of the released models: GB/s of the bytes it must move, against its plain PyTorch form."""
 
 from collections.abc import Callable, Iterator
 

@@ -13,32 +13,47 @@
 
 namespace {
 
+template <typename Error, typename... Parts>
+void require(bool satisfied, const Parts&... message) {
+  if (!satisfied) throw Error(c10::str(message...));
+}
+
+template <typename... Parts>
+void require_value(bool satisfied, const Parts&... message) {
+  require<pybind11::value_error>(satisfied, message...);
+}
+
+template <typename... Parts>
+void require_type(bool satisfied, const Parts&... message) {
+  require<pybind11::type_error>(satisfied, message...);
+}
+
 DType dtype_of(const at::Tensor& x) {
-  TORCH_CHECK_TYPE(x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16,
-                   "x must be float16 or bfloat16, got ", x.scalar_type());
+  require_type(x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16,
+               "x must be float16 or bfloat16, got ", x.scalar_type());
   return x.scalar_type() == at::kHalf ? DType::kFloat16 : DType::kBFloat16;
 }
 
 // Checks that `tensor` is a dense parameter of x's dtype and device with the given shape; returns where it starts.
 const void* parameter(const char* name, const at::Tensor& tensor, const at::Tensor& x, at::IntArrayRef shape) {
-  TORCH_CHECK_VALUE(tensor.sizes() == shape, name, " must have shape ", shape, ", got ", tensor.sizes());
-  TORCH_CHECK_TYPE(tensor.scalar_type() == x.scalar_type(), name, " must be ", x.scalar_type(), " as x, got ",
-                   tensor.scalar_type());
-  TORCH_CHECK_VALUE(tensor.device() == x.device(), name, " must be on ", x.device(), ", got ", tensor.device());
-  TORCH_CHECK_VALUE(tensor.is_contiguous(), name, " must be contiguous");
+  require_value(tensor.sizes() == shape, name, " must have shape ", shape, ", got ", tensor.sizes());
+  require_type(tensor.scalar_type() == x.scalar_type(), name, " must be ", x.scalar_type(), " as x, got ",
+               tensor.scalar_type());
+  require_value(tensor.device() == x.device(), name, " must be on ", x.device(), ", got ", tensor.device());
+  require_value(tensor.is_contiguous(), name, " must be contiguous");
   const void* data = tensor.const_data_ptr();
-  TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(data) % 16 == 0, name, " must be aligned to 16 bytes");
+  require_value(reinterpret_cast<uintptr_t>(data) % 16 == 0, name, " must be aligned to 16 bytes");
   return data;
 }
 
 at::Tensor depthwise_glu(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
-  TORCH_CHECK_VALUE(x.is_cuda(), "x must be on a CUDA device, got ", x.device());
-  TORCH_CHECK_VALUE(x.dim() == 4 && x.size(1) > 0 && x.size(1) % 16 == 0,
-                    "x must have shape [B, 2M, H, W] with M a positive multiple of 8, got ", x.sizes());
-  TORCH_CHECK_VALUE(x.is_contiguous(at::MemoryFormat::ChannelsLast), "x must be dense in channels-last memory format");
-  TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0, "x must be aligned to 16 bytes");
-  TORCH_CHECK_VALUE(x.size(1) <= INT_MAX && x.size(2) <= INT_MAX / 2 && x.size(3) <= INT_MAX / 2,
-                    "x is too large along one dimension: ", x.sizes());
+  require_value(x.is_cuda(), "x must be on a CUDA device, got ", x.device());
+  require_value(x.dim() == 4 && x.size(1) > 0 && x.size(1) % 16 == 0,
+                "x must have shape [B, 2M, H, W] with M a positive multiple of 8, got ", x.sizes());
+  require_value(x.is_contiguous(at::MemoryFormat::ChannelsLast), "x must be dense in channels-last memory format");
+  require_value(reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0, "x must be aligned to 16 bytes");
+  require_value(x.size(1) <= INT_MAX && x.size(2) <= INT_MAX / 2 && x.size(3) <= INT_MAX / 2,
+                "x is too large along one dimension: ", x.sizes());
   const int64_t channels = x.size(1) / 2;
   const DType dtype = dtype_of(x);
   const void* weight_data = parameter("weight", weight, x, {2 * channels, 1, 3, 3});

@@ -32,7 +32,7 @@ def can_fuse_norm(norm: nn.Module | None) -> bool:
     """No norm, a channel RMS norm with weight and bias, or a batch norm that only scales and shifts."""
     if norm is None:
         return True
-    if not plain(norm) or norm.weight is None or norm.bias is None:
+    if not plain(norm) or getattr(norm, "weight", None) is None or getattr(norm, "bias", None) is None:
         return False
     return kind(norm) in RMS_NORMS or (type(norm) is nn.BatchNorm2d and not norm.training and norm.track_running_stats)
 
@@ -42,6 +42,21 @@ def conv_without_bias(conv: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, t
     if type(conv) is nn.Conv2d and conv.bias is not None and plain(conv):
         return conv._conv_forward(x, conv.weight, None), conv.bias
     return conv(x), None
+
+
+def can_use_cudnn_relu(conv: nn.Module, x: torch.Tensor) -> bool:
+    """Whether cuDNN can add bias and ReLU to the convolution for free: half precision inference, uncompiled."""
+    return (
+        x.is_cuda
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and type(conv) is nn.Conv2d
+        and conv.bias is not None
+        and conv.weight.dtype == conv.bias.dtype == x.dtype
+        and conv.padding_mode == "zeros"
+        and plain(conv)
+        and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cuda") or torch.compiler.is_compiling())
+        and torch.backends.cudnn.is_available()
+    )
 
 
 def conv_norm_act(
@@ -57,6 +72,10 @@ def conv_norm_act(
     norm_dtype: type of an RMS norm's result, where the original's is not its input's.
     """
     if norm is None:
+        if residual is None and act == "relu" and can_use_cudnn_relu(conv, x):
+            return torch.cudnn_convolution_relu(
+                x, channels_last(conv.weight), conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
+            )
         y, bias = conv_without_bias(conv, x)
         if bias is not None:
             return ops.bias_act(y, bias, act, residual=residual)

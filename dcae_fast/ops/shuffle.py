@@ -44,8 +44,12 @@ def duplicate_shuffle_add_reference(x, main, bias, out_channels, factor, scale):
     return _add_main(out, main, bias, lambda y: F.pixel_shuffle(y, factor), source.shape[2:])
 
 
-def _accepts(x, main, *_):
-    return all(tensor is None or tensor.dtype in KERNEL_DTYPES for tensor in (x, main))
+def _accepts(x, main, bias, out_channels, factor, scale):
+    """The kernels take factors 1 and 2, and groups and repeats of a power of two."""
+    channels = out_channels if x is None else x.shape[1]
+    ratio = max(factor**2 * channels // out_channels, factor**2 * out_channels // channels)
+    fits = factor in (1, 2) and ratio & (ratio - 1) == 0
+    return fits and all(tensor is None or tensor.dtype in KERNEL_DTYPES for tensor in (x, main))
 
 
 # scale: of the sum over a group, and of the duplicates; 1 / group size for an average

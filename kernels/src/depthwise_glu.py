@@ -83,8 +83,8 @@ def _depthwise_glu_forward_kernel(
     x_ptr, taps_ptr, bias_ptr, out_ptr, height, width, half, strips, blocks_w, blocks_c, rows,
     BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A program walks down `rows` rows. What an input row adds to the output rows above, level with and below it is kept
-    in registers, so that every row is read once, at three shifts."""
+    """A program walks down `rows` rows. What an input row adds to the output rows above, level and below is kept in
+    registers, so that every row is read once, at three shifts."""
     pid = tl.program_id(0)
     c = pid % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
     w = pid // blocks_c % blocks_w * BLOCK_W + tl.arange(0, BLOCK_W)

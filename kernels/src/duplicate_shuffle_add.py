@@ -1,42 +1,69 @@
-"""Channels repeated in place and moved to space, plus the main branch: [B, C, H, W] → [B, O, H * F, W * F]."""
+"""Channels repeated in place and moved to space, plus the main branch: [B, C, H, W] → [B, O, H * F, W * F].
+
+Whole channel vectors are loaded, split in registers into the F × F pixels they belong to, and stored, so every access
+is coalesced. Factors 1 and 2, repeats of a power of two.
+"""
 
 import triton
 import triton.language as tl
 
 from .common import like_channels_last, promoted
 
-BLOCK_P, BLOCK_C = 16, 128
+BLOCK_U, ELEMENTS = 1024, 4096  # channels before the shuffle, and elements, of a program
+
+
+@triton.jit
+def _store_pixel(
+    values, main_ptr, bias_ptr, out_ptr, row, o, mask, out_channels, HAS_MAIN: tl.constexpr, HAS_BIAS: tl.constexpr
+):
+    """values + main + bias, at rows of the output's matrix; main and bias if they are of the output's shape."""
+    offset = row[:, None] * out_channels + o[None, :]
+    if HAS_MAIN:
+        values += tl.load(main_ptr + offset, mask, 0.0).to(tl.float32)
+    if HAS_BIAS:
+        values += tl.load(bias_ptr + o, o < out_channels, 0.0).to(tl.float32)[None, :]
+    tl.store(out_ptr + offset, values.to(out_ptr.dtype.element_ty), mask)
 
 
 @triton.jit
 def _duplicate_shuffle_add_kernel(
-    x_ptr, main_ptr, bias_ptr, out_ptr, positions, width, in_channels, out_channels, blocks_c, scale,
+    x_ptr, main_ptr, bias_ptr, out_ptr, positions, width, in_channels, out_channels, blocks_u, scale,
     F: tl.constexpr, REPEATS: tl.constexpr, HAS_X: tl.constexpr, HAS_MAIN: tl.constexpr, HAS_BIAS: tl.constexpr,
-    SHUFFLE_MAIN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    SHUFFLE_MAIN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_U: tl.constexpr,
 ):  # fmt: skip
-    """positions, width: of the input; a program writes the F × F pixels of each. Shuffled, main has O * F² channels."""
+    """positions, width: of the input. A program takes BLOCK_U of the F² · out_channels channels before the shuffle."""
     pid = tl.program_id(0)
-    p = (pid // blocks_c).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
-    o = pid % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask = (p < positions)[:, None] & (o < out_channels)[None, :]
-    for pixel in tl.static_range(F * F):
-        u = o * (F * F) + pixel
-        out_row = (p // width * F + pixel // F) * (width * F) + p % width * F + pixel % F
-        offset = out_row[:, None] * out_channels + o[None, :]
-        out = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-        if HAS_X:
-            out += tl.load(x_ptr + p[:, None] * in_channels + (u // REPEATS)[None, :], mask, 0.0).to(tl.float32)
-            out *= scale
-        if HAS_MAIN:
-            if SHUFFLE_MAIN:
-                main = tl.load(main_ptr + p[:, None] * (out_channels * F * F) + u[None, :], mask, 0.0)
-            else:
-                main = tl.load(main_ptr + offset, mask, 0.0)
-            out += main.to(tl.float32)
+    p = (pid // blocks_u).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    first = pid % blocks_u * BLOCK_U
+    u = first + tl.arange(0, BLOCK_U)
+    values = tl.zeros((BLOCK_P, BLOCK_U), tl.float32)
+    if HAS_X:
+        c = first // REPEATS + tl.arange(0, BLOCK_U // REPEATS)
+        mask = (p < positions)[:, None] & (c < in_channels)[None, :]
+        x = tl.load(x_ptr + p[:, None] * in_channels + c[None, :], mask, 0.0).to(tl.float32) * scale
+        values = tl.reshape(tl.broadcast_to(x[:, :, None], (BLOCK_P, BLOCK_U // REPEATS, REPEATS)), (BLOCK_P, BLOCK_U))
+    if SHUFFLE_MAIN:
+        channels = out_channels * F * F
+        mask = (p < positions)[:, None] & (u < channels)[None, :]
+        values += tl.load(main_ptr + p[:, None] * channels + u[None, :], mask, 0.0).to(tl.float32)
         if HAS_BIAS:
-            bias_channel = u if SHUFFLE_MAIN else o
-            out += tl.load(bias_ptr + bias_channel, o < out_channels, 0.0).to(tl.float32)[None, :]
-        tl.store(out_ptr + offset, out.to(out_ptr.dtype.element_ty), mask)
+            values += tl.load(bias_ptr + u, u < channels, 0.0).to(tl.float32)[None, :]
+    ADD_MAIN: tl.constexpr = HAS_MAIN and not SHUFFLE_MAIN
+    ADD_BIAS: tl.constexpr = HAS_BIAS and not SHUFFLE_MAIN
+    o = first // (F * F) + tl.arange(0, BLOCK_U // (F * F))
+    mask = (p < positions)[:, None] & (o < out_channels)[None, :]
+    if F == 1:
+        _store_pixel(values, main_ptr, bias_ptr, out_ptr, p, o, mask, out_channels, ADD_MAIN, ADD_BIAS)
+    else:
+        left, right = tl.split(tl.reshape(values, (BLOCK_P, BLOCK_U // 4, 2, 2)))
+        x00, x10 = tl.split(left)
+        x01, x11 = tl.split(right)
+        row = (p // width) * 2 * (2 * width) + p % width * 2
+        below = row + 2 * width
+        _store_pixel(x00, main_ptr, bias_ptr, out_ptr, row, o, mask, out_channels, ADD_MAIN, ADD_BIAS)
+        _store_pixel(x01, main_ptr, bias_ptr, out_ptr, row + 1, o, mask, out_channels, ADD_MAIN, ADD_BIAS)
+        _store_pixel(x10, main_ptr, bias_ptr, out_ptr, below, o, mask, out_channels, ADD_MAIN, ADD_BIAS)
+        _store_pixel(x11, main_ptr, bias_ptr, out_ptr, below + 1, o, mask, out_channels, ADD_MAIN, ADD_BIAS)
 
 
 def launch_duplicate_shuffle_add(x, main, bias, out_channels, factor, scale):
@@ -45,12 +72,13 @@ def launch_duplicate_shuffle_add(x, main, bias, out_channels, factor, scale):
     batch, _, height, width = source.shape
     out = like_channels_last(source, (batch, out_channels, height * factor, width * factor), promoted(x, main))
     if out.numel():
-        positions, blocks_c = batch * height * width, triton.cdiv(out_channels, BLOCK_C)
-        in_channels = x.shape[1] if x is not None else out_channels * factor**2
-        _duplicate_shuffle_add_kernel[(triton.cdiv(positions, BLOCK_P) * blocks_c,)](
-            x, main, bias, out, positions, width, in_channels, out_channels, blocks_c, scale,
-            F=factor, REPEATS=out_channels * factor**2 // in_channels, HAS_X=x is not None,
-            HAS_MAIN=main is not None, HAS_BIAS=bias is not None, SHUFFLE_MAIN=shuffle_main,
-            BLOCK_P=BLOCK_P, BLOCK_C=BLOCK_C,
+        positions, channels = batch * height * width, out_channels * factor**2
+        repeats = 1 if x is None else channels // x.shape[1]
+        block_u = max(factor**2, repeats, min(BLOCK_U, triton.next_power_of_2(channels)))
+        block_p, blocks_u = max(1, ELEMENTS // block_u), triton.cdiv(channels, block_u)
+        _duplicate_shuffle_add_kernel[(triton.cdiv(positions, block_p) * blocks_u,)](
+            x, main, bias, out, positions, width, 0 if x is None else x.shape[1], out_channels, blocks_u, scale,
+            F=factor, REPEATS=repeats, HAS_X=x is not None, HAS_MAIN=main is not None, HAS_BIAS=bias is not None,
+            SHUFFLE_MAIN=shuffle_main, BLOCK_P=block_p, BLOCK_U=block_u,
         )  # fmt: skip
     return out

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .common import like_channels_last, persistent_splits
 
-BLOCK_N = 64
+BLOCK_N = 128
 
 
 @triton.jit

@@ -1,43 +1,64 @@
-"""Space to channel with group averaging, plus the main branch: [B, C, H, W] → [B, O, H / F, W / F]."""
+"""Space to channel with group averaging, plus the main branch: [B, C, H, W] → [B, O, H / F, W / F].
+
+Whole channel vectors of the F × F pixels are loaded and interleaved in registers, so every access is coalesced. Factors
+1 and 2, groups of a power of two.
+"""
 
 import triton
 import triton.language as tl
 
 from .common import like_channels_last, promoted
 
-BLOCK_P, BLOCK_C = 16, 128
+BLOCK_O, ELEMENTS = 256, 4096  # output channels, and elements of the largest operand, of a program
 
 
 @triton.jit
-def _unshuffled(ptr, image, h, w, u, out_height, out_width, channels, F: tl.constexpr, mask):
-    """Channel u of pixel_unshuffle(x, F) at (h, w), where x has `channels` channels."""
-    row = (image * out_height * F + h * F)[:, None] + (u % (F * F) // F)[None, :]
-    column = (w * F)[:, None] + (u % F)[None, :]
-    offset = (row * (out_width * F) + column) * channels + (u // (F * F))[None, :]
-    return tl.load(ptr + offset, mask, 0.0).to(tl.float32)
+def _unshuffled(
+    ptr, p, height, width, first, channels, positions,
+    F: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Channels F² · first ... F² · (first + BLOCK_C) - 1 of pixel_unshuffle at positions p: [P, F² · BLOCK_C]."""
+    c = first + tl.arange(0, BLOCK_C)
+    mask = (p < positions)[:, None] & (c < channels)[None, :]
+    if F == 1:
+        return tl.load(ptr + p[:, None] * channels + c[None, :], mask, 0.0).to(tl.float32)
+    else:
+        row = (p // width) * 2 * (2 * width) + p % width * 2  # of the first pixel, in the input
+        pixel = ptr + row[:, None] * channels + c[None, :]
+        below = 2 * width * channels
+        x00 = tl.load(pixel, mask, 0.0).to(tl.float32)
+        x01 = tl.load(pixel + channels, mask, 0.0).to(tl.float32)
+        x10 = tl.load(pixel + below, mask, 0.0).to(tl.float32)
+        x11 = tl.load(pixel + below + channels, mask, 0.0).to(tl.float32)
+        return tl.interleave(tl.interleave(x00, x10), tl.interleave(x01, x11))
 
 
 @triton.jit
 def _unshuffle_average_add_kernel(
-    x_ptr, main_ptr, bias_ptr, out_ptr, positions, height, width, in_channels, out_channels, blocks_c, scale,
+    x_ptr, main_ptr, bias_ptr, out_ptr, positions, height, width, in_channels, out_channels, blocks_o, scale,
     F: tl.constexpr, GROUP: tl.constexpr, HAS_X: tl.constexpr, HAS_MAIN: tl.constexpr, HAS_BIAS: tl.constexpr,
-    UNSHUFFLE_MAIN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    UNSHUFFLE_MAIN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     """height, width: of the output. GROUP: averaged channels. Main is at the output's resolution or is unshuffled."""
     pid = tl.program_id(0)
-    p = (pid // blocks_c).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
-    o = pid % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    p = (pid // blocks_o).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    first = pid % blocks_o * BLOCK_O
+    o = first + tl.arange(0, BLOCK_O)
     mask = (p < positions)[:, None] & (o < out_channels)[None, :]
-    image, h, w = p // (height * width), p // width % height, p % width
-    out = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    if HAS_X:
-        for g in range(GROUP):
-            out += _unshuffled(x_ptr, image, h, w, o * GROUP + g, height, width, in_channels, F, mask)
-        out *= scale
     offset = p[:, None] * out_channels + o[None, :]
+    out = tl.zeros((BLOCK_P, BLOCK_O), tl.float32)
+    if HAS_X:
+        first_x = first * GROUP // (F * F)
+        x = _unshuffled(
+            x_ptr, p, height, width, first_x, in_channels, positions, F, BLOCK_P, BLOCK_O * GROUP // (F * F)
+        )
+        out = tl.sum(tl.reshape(x, (BLOCK_P, BLOCK_O, GROUP)), 2) * scale
     if HAS_MAIN:
         if UNSHUFFLE_MAIN:
-            out += _unshuffled(main_ptr, image, h, w, o, height, width, out_channels // (F * F), F, mask)
+            main_channels = out_channels // (F * F)
+            out += _unshuffled(
+                main_ptr, p, height, width, first // (F * F), main_channels, positions, F, BLOCK_P, BLOCK_O // (F * F)
+            )
         else:
             out += tl.load(main_ptr + offset, mask, 0.0).to(tl.float32)
     if HAS_BIAS:
@@ -52,11 +73,14 @@ def launch_unshuffle_average_add(x, main, bias, out_channels, factor, scale):
     height, width = source.shape[2] // factor, source.shape[3] // factor
     out = like_channels_last(source, (source.shape[0], out_channels, height, width), promoted(x, main))
     if out.numel():
-        positions, blocks_c = source.shape[0] * height * width, triton.cdiv(out_channels, BLOCK_C)
+        positions = source.shape[0] * height * width
         in_channels = x.shape[1] if x is not None else 0
-        _unshuffle_average_add_kernel[(triton.cdiv(positions, BLOCK_P) * blocks_c,)](
-            x, main, bias, out, positions, height, width, in_channels, out_channels, blocks_c, scale,
-            F=factor, GROUP=in_channels * factor**2 // out_channels, HAS_X=x is not None, HAS_MAIN=main is not None,
-            HAS_BIAS=bias is not None, UNSHUFFLE_MAIN=unshuffle_main, BLOCK_P=BLOCK_P, BLOCK_C=BLOCK_C,
+        group = max(1, in_channels * factor**2 // out_channels)
+        block_o = max(factor**2, min(BLOCK_O, triton.next_power_of_2(out_channels), ELEMENTS // group))
+        block_p, blocks_o = max(1, ELEMENTS // (block_o * group)), triton.cdiv(out_channels, block_o)
+        _unshuffle_average_add_kernel[(triton.cdiv(positions, block_p) * blocks_o,)](
+            x, main, bias, out, positions, height, width, in_channels, out_channels, blocks_o, scale,
+            F=factor, GROUP=group, HAS_X=x is not None, HAS_MAIN=main is not None, HAS_BIAS=bias is not None,
+            UNSHUFFLE_MAIN=unshuffle_main, BLOCK_P=block_p, BLOCK_O=block_o,
         )  # fmt: skip
     return out
