@@ -57,9 +57,10 @@ class ConvLayer(FastModule):
 
     def without_bias(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """This layer without its convolution's bias, and that bias, for a later pass; None if it is in already."""
-        if self.norm is None and self.act is None and getattr(self, "dropout", None) is None:
-            return conv_without_bias(self.conv, x)
-        return self(x), None
+        return conv_without_bias(self.conv, x) if self.is_bare() else (self(x), None)
+
+    def is_bare(self) -> bool:
+        return self.norm is None and self.act is None and getattr(self, "dropout", None) is None
 
 
 class OpSequential(FastModule):
@@ -112,7 +113,7 @@ class GLUMBConv(Branch):
 
     def body(self, x: torch.Tensor) -> torch.Tensor:
         x, depth = self.inverted_conv(x), self.depth_conv
-        bare = plain(depth) and depth.norm is None and depth.act is None
+        bare = isinstance(depth, ConvLayer) and plain(depth) and depth.is_bare()
         if bare and is_depthwise3x3(depth.conv) and activation_name(self.glu_act) == "silu":
             return ops.depthwise_glu(x, depth.conv.weight, depth.conv.bias)
         value, gate = depth(x).chunk(2, dim=1)

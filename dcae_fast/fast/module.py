@@ -3,25 +3,27 @@
 import functools
 from typing import Any
 
-import torch
 from torch import nn
 
 from dcae_fast import ops
+from dcae_fast.ops._library import KERNEL_DTYPES
+
+PACKAGES = ("dcae_fast", "dc_gen", "diffusers", "efficientvit", "torch")  # whose classes are known by their names
 
 
 class FastModule:
     """Mixin with a `fast_forward`, never state: parameters, buffers and hooks stay as they are.
 
-    operators: names of the operators it calls. Where they have no kernel for the input's device, the module's own
-    forward runs; `eager` calls it too, for what a fast forward cannot do.
+    operators: names of the operators it calls. Where they have no kernel for the input's device or type, the module's
+    own forward runs; `eager` calls it too, for what a fast forward cannot do.
     """
 
     operators: tuple[str, ...] = ()
 
-    def forward(self, x: torch.Tensor, *args, **kwargs):
-        if not ops.has_kernels(x):
-            return self.eager(x, *args, **kwargs)
-        return self.fast_forward(x, *args, **kwargs)
+    def forward(self, *args, **kwargs):
+        if not args or args[0].dim() != 4 or args[0].dtype not in KERNEL_DTYPES or not ops.has_kernels(args[0]):
+            return self.eager(*args, **kwargs)
+        return self.fast_forward(*args, **kwargs)
 
     def eager(self, *args, **kwargs):
         return super().forward(*args, **kwargs)
@@ -51,12 +53,13 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 def is_fast(module: nn.Module) -> bool:
     cls = type(module)
-    return len(cls.__bases__) == 2 and issubclass(cls.__bases__[0], FastModule) and fast_class(*cls.__bases__) is cls
+    return len(cls.__bases__) == 2 and issubclass(cls.__bases__[0], FastModule)
 
 
 def kind(module: nn.Module) -> str:
-    """Name of a module's original class, without its package."""
-    return original_class(module).__name__
+    """Name of a module's original class, without its package; empty if the package is none of PACKAGES."""
+    cls = original_class(module)
+    return cls.__name__ if cls.__module__.split(".")[0] in PACKAGES else ""
 
 
 def qualified_name(cls: type) -> str:

@@ -88,7 +88,7 @@ def patch(model: nn.Module, disable: Iterable[str] = ()) -> Report:
 
     Every module whose exact class is known gets a subclass with a fast forward; parameters, buffers, names and hooks
     stay. A module that needs an operator named in `disable`, or in the environment variable DCAE_FAST_DISABLE ("all" or
-    names separated by commas), stays as it is. Patching twice is the same as once.
+    names separated by commas), keeps or gets back its own. Patching twice is the same as once.
 
     Returns a report that prints as a table. Raises ValueError on an unknown operator name.
     """
@@ -101,6 +101,7 @@ def patch(model: nn.Module, disable: Iterable[str] = ()) -> Report:
         name = original_class(module).__name__
         reason = _reason_to_skip(module, mixin, disabled)
         if reason:
+            module.__class__ = original_class(module)
             report.skipped.append((path, name, reason))
             continue
         if not is_fast(module):
@@ -119,14 +120,15 @@ def unpatch(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def patched(model: nn.Module, disable: Iterable[str] = ()) -> Iterator[Report]:
-    """`patch` for a scope: modules that were not patched before are unpatched on the way out."""
-    before = [module for module in model.modules() if not is_fast(module)]
+    """`patch` for a scope: every module whose class it changes has the former one back on the way out."""
+    before = [(module, type(module)) for module in model.modules()]
+    report = patch(model, disable)
+    changed = [(module, cls) for module, cls in before if type(module) is not cls]
     try:
-        yield patch(model, disable)
+        yield report
     finally:
-        for module in before:
-            if is_fast(module):
-                module.__class__ = original_class(module)
+        for module, cls in changed:
+            module.__class__ = cls
 
 
 def _disabled(disable: Iterable[str]) -> set[str]:
