@@ -46,7 +46,7 @@ def case(name: str, shape: tuple[int, ...], device: torch.device, dtype: torch.d
             [x, random(c), random(c), random(*shape)],
         )
     if name == "bias_act":
-        reference = lambda x, b: bias_act_reference(x, b, "silu", None, None, dtype)  # noqa: E731
+        reference = lambda x, b: bias_act_reference(x, b, "silu", None, None, None, 0.0, None, dtype)  # noqa: E731
         return lambda x, b: ops.bias_act(x, b, "silu"), reference, [x, random(c)]
     if name == "relu_linear_attention":
         reference = lambda x: relu_linear_attention_reference([x], 32, 1e-15)  # noqa: E731

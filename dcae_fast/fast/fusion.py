@@ -83,9 +83,8 @@ def conv_norm_act(
         return y if residual is None else y + residual
     y = conv(x)
     if type(norm) is nn.BatchNorm2d:
-        scale = norm.weight.float() * torch.rsqrt(norm.running_var.float() + norm.eps)
-        shift = norm.bias.float() - norm.running_mean.float() * scale
-        return ops.bias_act(y, shift, act, scale, residual)
+        mean, variance = norm.running_mean, norm.running_var
+        return ops.bias_act(y, norm.bias, act, residual, norm.weight, mean, variance, norm.eps)
     return ops.rms_norm(y, norm.weight, norm.bias, norm.eps, act, residual, norm_dtype)
 
 

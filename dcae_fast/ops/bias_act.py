@@ -1,9 +1,10 @@
 """What follows a convolution without a norm, or with a batch norm in evaluation, in one pass.
 
-    y = act(x * scale + bias) + residual
+    y = act(x + bias) + residual
+    y = act((x - mean) * rsqrt(variance + eps) * scale + bias) + residual
 
-x, residual: [B, C, H, W] channels-last; bias, scale: [C]. Computed in fp32; returns x's type
-promoted with the residual's.
+x, residual: [B, C, H, W] channels-last; bias, scale, mean, variance: [C]. Computed in fp32; returns x's type promoted
+with the residual's. mean and variance are constants: they get no gradient.
 """
 
 import torch
@@ -16,37 +17,46 @@ def _wide(x):
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _affine(x, bias, scale):
-    z = _wide(x)
+def _normalised(x, scale, mean, variance, eps):
+    """x, or what `scale` is multiplied with; and the factor that x is multiplied with."""
+    if scale is None:
+        return _wide(x), 1.0
+    channel = (1, -1, 1, 1)
+    rstd = torch.rsqrt(_wide(variance) + eps).view(channel)
+    return (_wide(x) - _wide(mean).view(channel)) * rstd, rstd * _wide(scale).view(channel)
+
+
+def _affine(x, bias, scale, mean, variance, eps):
+    z, _ = _normalised(x, scale, mean, variance, eps)
     if scale is not None:
         z = z * _wide(scale).view(1, -1, 1, 1)
     return z + _wide(bias).view(1, -1, 1, 1)
 
 
-def bias_act_reference(x, bias, act, scale, residual, dtype):
-    y = activate(_affine(x, bias, scale), act)
+def bias_act_reference(x, bias, act, scale, mean, variance, eps, residual, dtype):
+    y = activate(_affine(x, bias, scale, mean, variance, eps), act)
     return (y if residual is None else y + residual).to(dtype)
 
 
-def bias_act_backward_reference(dy, x, bias, act, scale):
-    dz = activate_backward(_affine(x, bias, scale), _wide(dy), act)
-    dbias = sum_to_channels(dz).to(bias.dtype)
-    if scale is None:
-        return dz.to(x.dtype), dbias, torch.zeros_like(dbias)
-    return (dz * _wide(scale).view(1, -1, 1, 1)).to(x.dtype), dbias, sum_to_channels(dz * x).to(scale.dtype)
+def bias_act_backward_reference(dy, x, bias, act, scale, mean, variance, eps):
+    dz = activate_backward(_affine(x, bias, scale, mean, variance, eps), _wide(dy), act)
+    normalised, factor = _normalised(x, scale, mean, variance, eps)
+    dbias, dscale = sum_to_channels(dz).to(bias.dtype), sum_to_channels(dz * normalised)
+    return (dz * factor).to(x.dtype), dbias, dscale.to(bias.dtype if scale is None else scale.dtype)
 
 
 def _accepts(x, bias, *_):
     return x.dtype in KERNEL_DTYPES and bias.dtype in KERNEL_DTYPES
 
 
+_NORM = "Tensor? scale, Tensor? mean, Tensor? variance, float eps"
 _forward = define(
-    "bias_act(Tensor x, Tensor bias, str act, Tensor? scale, Tensor? residual, ScalarType dtype) -> Tensor",
+    f"bias_act(Tensor x, Tensor bias, str act, {_NORM}, Tensor? residual, ScalarType dtype) -> Tensor",
     bias_act_reference,
     _accepts,
 )
 _backward = define(
-    "bias_act_backward(Tensor dy, Tensor x, Tensor bias, str act, Tensor? scale) -> (Tensor, Tensor, Tensor)",
+    f"bias_act_backward(Tensor dy, Tensor x, Tensor bias, str act, {_NORM}) -> (Tensor, Tensor, Tensor)",
     bias_act_backward_reference,
     lambda dy, *args: _accepts(*args),
     operator="bias_act",
@@ -54,16 +64,16 @@ _backward = define(
 
 
 def _setup_context(ctx, inputs, output):
-    x, bias, ctx.act, scale, residual, _ = inputs
+    x, bias, ctx.act, scale, mean, variance, ctx.eps, residual, _ = inputs
     ctx.residual_dtype = None if residual is None else residual.dtype
-    ctx.save_for_backward(x, bias, scale)
+    ctx.save_for_backward(x, bias, scale, mean, variance)
 
 
 def _gradient(ctx, dy):
-    x, bias, scale = ctx.saved_tensors
-    dx, dbias, dscale = _backward(dy, x, bias, ctx.act, scale)
+    x, bias, scale, mean, variance = ctx.saved_tensors
+    dx, dbias, dscale = _backward(dy, x, bias, ctx.act, scale, mean, variance, ctx.eps)
     dresidual = None if ctx.residual_dtype is None else dy.to(ctx.residual_dtype)
-    return dx, dbias, None, None if scale is None else dscale, dresidual, None
+    return dx, dbias, None, None if scale is None else dscale, None, None, None, dresidual, None
 
 
 differentiable(_forward, _gradient, _setup_context)
@@ -73,18 +83,23 @@ def bias_act(
     x: torch.Tensor,
     bias: torch.Tensor,
     act: str = "none",
-    scale: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    mean: torch.Tensor | None = None,
+    variance: torch.Tensor | None = None,
+    eps: float = 0.0,
 ) -> torch.Tensor:
-    """act(x * scale + bias) + residual.
+    """act(x + bias) + residual, or act((x - mean) * rsqrt(variance + eps) * scale + bias) + residual.
 
-    x, residual: [B, C, H, W]; bias, scale: [C]; act: "none", "relu" or "silu". Returns channels-last, of
-    the promoted type of x and residual. Raises ValueError on other shapes or activations.
+    x, residual: [B, C, H, W]; the others: [C]; act: "none", "relu" or "silu". Returns channels-last, of the promoted
+    type of x and residual. Raises ValueError on other shapes or activations, and unless scale, mean and variance come
+    together.
     """
     check_activation(act)
-    if x.dim() != 4 or bias.shape != x.shape[1:2] or (scale is not None and scale.shape != bias.shape):
-        scale_shape = None if scale is None else list(scale.shape)
-        raise ValueError(
-            f"x {list(x.shape)}, bias {list(bias.shape)}, scale {scale_shape}: expected [B, C, H, W], [C], [C] or None"
-        )
-    return _forward(x, bias, act, scale, residual, sum_dtype(x, residual))
+    norm = [scale, mean, variance]
+    if any(part is None for part in norm) and any(part is not None for part in norm):
+        raise ValueError("scale, mean and variance: expected all of them or none")
+    for name, part in {"bias": bias, "scale": scale, "mean": mean, "variance": variance}.items():
+        if x.dim() != 4 or (part is not None and part.shape != x.shape[1:2]):
+            raise ValueError(f"x is {list(x.shape)}, {name} {list(part.shape)}: expected [B, C, H, W] and [C]")
+    return _forward(x, bias, act, scale, mean, variance, eps, residual, sum_dtype(x, residual))

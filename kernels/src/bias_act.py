@@ -1,4 +1,4 @@
-"""Per-channel scale and bias, activation and residual in one pass: what follows a convolution without a norm."""
+"""What follows a convolution without a norm, or with a batch norm in evaluation: one pass over the tensor."""
 
 import torch
 import triton
@@ -10,9 +10,22 @@ MOST_CHANNELS = 1024  # of one program
 
 
 @triton.jit
+def _scale_and_shift(bias_ptr, scale_ptr, mean_ptr, variance_ptr, eps, c, mask, HAS_NORM: tl.constexpr):
+    """(s, b) such that x * s + b is the batch norm of x with the bias, or x + bias; and 1 / standard deviation."""
+    bias = tl.load(bias_ptr + c, mask, 0.0).to(tl.float32)
+    if HAS_NORM:
+        rstd = tl.rsqrt(tl.load(variance_ptr + c, mask, 1.0).to(tl.float32) + eps)
+        scale = tl.load(scale_ptr + c, mask, 0.0).to(tl.float32) * rstd
+        return scale, bias - tl.load(mean_ptr + c, mask, 0.0).to(tl.float32) * scale, rstd
+    else:
+        one = tl.full(bias.shape, 1.0, tl.float32)
+        return one, bias, one
+
+
+@triton.jit
 def _bias_act_forward_kernel(
-    x_ptr, bias_ptr, scale_ptr, residual_ptr, out_ptr, rows, channels,
-    ACT: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    x_ptr, bias_ptr, scale_ptr, mean_ptr, variance_ptr, residual_ptr, out_ptr, rows, channels, eps,
+    ACT: tl.constexpr, HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     blocks_c = tl.cdiv(channels, BLOCK_C)
@@ -20,13 +33,11 @@ def _bias_act_forward_kernel(
     c = tl.program_id(0) % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = (row < rows)[:, None] & (c < channels)[None, :]
     offset = row[:, None] * channels + c[None, :]
-    z = tl.load(x_ptr + offset, mask, 0.0).to(tl.float32)
+    x = tl.load(x_ptr + offset, mask, 0.0).to(tl.float32)
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + offset, mask, 0.0).to(tl.float32)
-    if HAS_SCALE:
-        z *= tl.load(scale_ptr + c, c < channels, 0.0).to(tl.float32)[None, :]
-    z += tl.load(bias_ptr + c, c < channels, 0.0).to(tl.float32)[None, :]
-    y = activate(z, ACT)
+    scale, shift, _ = _scale_and_shift(bias_ptr, scale_ptr, mean_ptr, variance_ptr, eps, c, c < channels, HAS_NORM)
+    y = activate(x * scale[None, :] + shift[None, :], ACT)
     if HAS_RESIDUAL:
         y += residual
     tl.store(out_ptr + offset, y.to(out_ptr.dtype.element_ty), mask)
@@ -34,17 +45,15 @@ def _bias_act_forward_kernel(
 
 @triton.jit
 def _bias_act_backward_kernel(
-    dy_ptr, x_ptr, bias_ptr, scale_ptr, dx_ptr, partial_ptr, rows, channels,
-    ACT: tl.constexpr, HAS_SCALE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    dy_ptr, x_ptr, bias_ptr, scale_ptr, mean_ptr, variance_ptr, dx_ptr, partial_ptr, rows, channels, eps,
+    ACT: tl.constexpr, HAS_NORM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dx, and this program's sums for dbias and dscale in partial [splits, 2, channels]."""
     blocks_c = tl.cdiv(channels, BLOCK_C)
     split, splits = tl.program_id(0) // blocks_c, tl.num_programs(0) // blocks_c
     c = tl.program_id(0) % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
     c_mask = c < channels
-    bias = tl.load(bias_ptr + c, c_mask, 0.0).to(tl.float32)
-    if HAS_SCALE:
-        scale = tl.load(scale_ptr + c, c_mask, 0.0).to(tl.float32)
+    scale, shift, rstd = _scale_and_shift(bias_ptr, scale_ptr, mean_ptr, variance_ptr, eps, c, c_mask, HAS_NORM)
     dbias = tl.zeros((BLOCK_C,), tl.float32)
     dscale = tl.zeros((BLOCK_C,), tl.float32)
     for block in range(split, tl.cdiv(rows, BLOCK_ROWS), splits):
@@ -53,33 +62,30 @@ def _bias_act_backward_kernel(
         offset = row[:, None] * channels + c[None, :]
         x = tl.load(x_ptr + offset, mask, 0.0).to(tl.float32)
         dy = tl.load(dy_ptr + offset, mask, 0.0).to(tl.float32)
-        if HAS_SCALE:
-            dz = activate_backward(x * scale[None, :] + bias[None, :], dy, ACT)
-            dx = dz * scale[None, :]
-            dscale += tl.sum(dz * x, 0)
-        else:
-            dz = activate_backward(x + bias[None, :], dy, ACT)
-            dx = dz
-        tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask)
+        dz = activate_backward(x * scale[None, :] + shift[None, :], dy, ACT)
+        tl.store(dx_ptr + offset, (dz * scale[None, :]).to(dx_ptr.dtype.element_ty), mask)
         dbias += tl.sum(dz, 0)
+        if HAS_NORM:
+            mean = tl.load(mean_ptr + c, c_mask, 0.0).to(tl.float32)
+            dscale += tl.sum(dz * (x - mean[None, :]), 0) * rstd
     partial = partial_ptr + split * 2 * channels + c
     tl.store(partial, dbias, c_mask)
     tl.store(partial + channels, dscale, c_mask)
 
 
-def launch_bias_act(x, bias, act, scale, residual, dtype):
+def launch_bias_act(x, bias, act, scale, mean, variance, eps, residual, dtype):
     out, channels = like_channels_last(x, dtype=dtype), x.shape[1]
     if out.numel():
         block_rows, block_c = row_tile(channels, MOST_CHANNELS)
         _bias_act_forward_kernel[(triton.cdiv(rows_of(x), block_rows) * triton.cdiv(channels, block_c),)](
-            x, bias, scale, residual, out, rows_of(x), channels,
-            ACT=act, HAS_SCALE=scale is not None, HAS_RESIDUAL=residual is not None,
+            x, bias, scale, mean, variance, residual, out, rows_of(x), channels, eps,
+            ACT=act, HAS_NORM=scale is not None, HAS_RESIDUAL=residual is not None,
             BLOCK_ROWS=block_rows, BLOCK_C=block_c,
         )  # fmt: skip
     return out
 
 
-def launch_bias_act_backward(dy, x, bias, act, scale):
+def launch_bias_act_backward(dy, x, bias, act, scale, mean, variance, eps):
     dx, channels = like_channels_last(x), x.shape[1]
     block_rows, block_c = row_tile(channels, MOST_CHANNELS)
     blocks_c, blocks = triton.cdiv(channels, block_c), triton.cdiv(rows_of(x), block_rows)
@@ -87,8 +93,8 @@ def launch_bias_act_backward(dy, x, bias, act, scale):
     partial = torch.empty(splits, 2, channels, dtype=torch.float32, device=x.device)
     if splits:
         _bias_act_backward_kernel[(splits * blocks_c,)](
-            dy, x, bias, scale, dx, partial, rows_of(x), channels,
-            ACT=act, HAS_SCALE=scale is not None, BLOCK_ROWS=block_rows, BLOCK_C=block_c,
+            dy, x, bias, scale, mean, variance, dx, partial, rows_of(x), channels, eps,
+            ACT=act, HAS_NORM=scale is not None, BLOCK_ROWS=block_rows, BLOCK_C=block_c,
         )  # fmt: skip
     dbias, dscale = partial[:, 0].sum(0), partial[:, 1].sum(0)
     return dx, dbias.to(bias.dtype), dscale.to(bias.dtype if scale is None else scale.dtype)

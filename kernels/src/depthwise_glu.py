@@ -211,13 +211,13 @@ def launch_depthwise_glu_backward(dout, x, weight, bias):
         )
         blocks_c = triton.cdiv(channels, TILE["BLOCK_C"])
         _depthwise_glu_input_backward_kernel[(tiles * blocks_c,)](
-            dconv, taps, dx, height, width, channels, tiles_h, tiles_w, blocks_c, **TILE, num_warps=8
+            dconv, taps, dx, height, width, channels, tiles_h, tiles_w, blocks_c, **TILE
         )
         splits = persistent_splits(x, tiles, blocks_c)
     partial = torch.empty(splits, 10, channels, dtype=torch.float32, device=x.device)
     if splits:
         _depthwise_glu_weight_backward_kernel[(splits * blocks_c,)](
-            dconv, x, partial, height, width, channels, tiles, tiles_h, tiles_w, blocks_c, splits, **TILE
+            dconv, x, partial, height, width, channels, tiles, tiles_h, tiles_w, blocks_c, splits, **TILE, num_warps=8
         )
     dweight, dbias = partial[:, :9].sum(0).t().contiguous(), partial[:, 9].sum(0)
     return dx, dweight.view(weight.shape).to(weight.dtype), dbias.to(bias.dtype)

@@ -11,8 +11,6 @@ import triton.language as tl
 
 from .common import like_channels_last, persistent_splits
 
-BLOCK_N = 128
-
 
 @triton.jit
 def _rows(n, positions, heads, bh, D: tl.constexpr, WIDTH: tl.constexpr):
@@ -121,18 +119,19 @@ def _relu_linear_attention_key_value_backward_kernel(
     tl.store(dqkv_ptr + row + 2 * D, dv.to(dqkv_ptr.dtype.element_ty), mask)
 
 
-def _sizes(qkv, head_dim):
+def _sizes(qkv, head_dim, block_n):
     """Positions, heads, (image, head) pairs, blocks of positions, and splits of them that fill the chip."""
     positions, heads = qkv.shape[2] * qkv.shape[3], qkv.shape[1] // (3 * head_dim)
-    pairs, blocks = qkv.shape[0] * heads, triton.cdiv(positions, BLOCK_N)
+    pairs, blocks = qkv.shape[0] * heads, triton.cdiv(positions, block_n)
     return positions, heads, pairs, blocks, persistent_splits(qkv, blocks, pairs)
 
 
 def _state(qkv, head_dim):
-    positions, heads, pairs, _, splits = _sizes(qkv, head_dim)
+    block_n = 128 if qkv.element_size() == 2 else 64
+    positions, heads, pairs, _, splits = _sizes(qkv, head_dim, block_n)
     state = torch.empty(pairs, splits, head_dim + 1, head_dim, dtype=torch.float32, device=qkv.device)
     _relu_linear_attention_state_kernel[(pairs * splits,)](
-        qkv, state, positions, heads, splits, D=head_dim, BLOCK_N=BLOCK_N
+        qkv, state, positions, heads, splits, D=head_dim, BLOCK_N=block_n
     )
     return state.sum(1)
 
@@ -142,11 +141,11 @@ def launch_relu_linear_attention(qkvs, head_dim, eps):
     channels = sum(qkv.shape[1] for qkv in qkvs) // 3
     out, start = like_channels_last(qkvs[0], (batch, channels, height, width)), 0
     for qkv in qkvs:
-        positions, heads, pairs, blocks, _ = _sizes(qkv, head_dim)
+        positions, heads, pairs, blocks, _ = _sizes(qkv, head_dim, 128)
         if qkv.numel():
             _relu_linear_attention_apply_kernel[(pairs * blocks,)](
                 qkv, _state(qkv, head_dim), out, positions, heads, blocks, channels, start, eps,
-                D=head_dim, BLOCK_N=BLOCK_N,
+                D=head_dim, BLOCK_N=128,
             )  # fmt: skip
         start += qkv.shape[1] // 3
     return out
@@ -156,15 +155,15 @@ def launch_relu_linear_attention_backward(dout, qkvs, head_dim, eps):
     dqkvs, start = [], 0
     for qkv in qkvs:
         dqkv = like_channels_last(qkv)
-        positions, heads, pairs, blocks, splits = _sizes(qkv, head_dim)
+        positions, heads, pairs, blocks, splits = _sizes(qkv, head_dim, 64)
         if qkv.numel():
             dstate = torch.empty(pairs, splits, head_dim + 1, head_dim, dtype=torch.float32, device=qkv.device)
             _relu_linear_attention_query_backward_kernel[(pairs * splits,)](
                 dout, qkv, _state(qkv, head_dim), dqkv, dstate, positions, heads, splits, dout.shape[1], start, eps,
-                D=head_dim, BLOCK_N=BLOCK_N, num_warps=8,
+                D=head_dim, BLOCK_N=64, num_warps=8,
             )  # fmt: skip
             _relu_linear_attention_key_value_backward_kernel[(pairs * blocks,)](
-                qkv, dstate.sum(1), dqkv, positions, heads, blocks, D=head_dim, BLOCK_N=BLOCK_N
+                qkv, dstate.sum(1), dqkv, positions, heads, blocks, D=head_dim, BLOCK_N=64
             )
         dqkvs.append(dqkv)
         start += qkv.shape[1] // 3

@@ -63,9 +63,9 @@ def main():
         launch_rms_norm_backward(x, x, c, c, 1e-5, "none")
     for channels in (256, 8192):
         x, c = tensor(2, channels, 8, 8), tensor(channels)
-        launch_bias_act(x, c, "silu", None, None, x.dtype)
-        launch_bias_act(x, c, "none", c, x, x.dtype)
-        launch_bias_act_backward(x, x, c, "silu", c)
+        launch_bias_act(x, c, "silu", None, None, None, 0.0, None, x.dtype)
+        launch_bias_act(x, c, "none", c, c, c, 1e-5, x, x.dtype)
+        launch_bias_act_backward(x, x, c, "silu", c, c, c, 1e-5)
     for dtype in POINTER:
         qkv, dout = tensor(2, 1536, 16, 16, dtype=dtype), tensor(2, 512, 16, 16, dtype=dtype)
         launch_relu_linear_attention([qkv], 32, 1e-15)

@@ -18,12 +18,15 @@ def rms_norm_case(b, c, h, w, act, residual=True, norm_dtype=None):
     return op, [(b, c, h, w), (c,), (c,)] + [(b, c, h, w)] * residual
 
 
-def bias_act_case(b, c, h, w, act, scale=False, residual=False):
+def bias_act_case(b, c, h, w, act, norm=False, residual=False):
     def op(x, bias, *rest):
-        rest = list(rest)
-        return ops.bias_act(x, bias, act, rest.pop(0) if scale else None, rest.pop(0) if residual else None)
+        rest, statistics = list(rest), {}
+        if norm:
+            ramp = torch.linspace(-1, 1, c, device=x.device, dtype=x.dtype)
+            statistics = {"scale": rest.pop(0), "mean": ramp, "variance": ramp.square() + 0.1, "eps": 1e-5}
+        return ops.bias_act(x, bias, act, rest.pop(0) if residual else None, **statistics)
 
-    return op, [(b, c, h, w), (c,)] + [(c,)] * scale + [(b, c, h, w)] * residual
+    return op, [(b, c, h, w), (c,)] + [(c,)] * norm + [(b, c, h, w)] * residual
 
 
 def attention_case(b, heads, h, w, scales, head_dim=32):
@@ -66,7 +69,8 @@ CASES = {
     "rms_norm-empty": rms_norm_case(0, 64, 5, 7, "none"),
     "bias_act-silu": bias_act_case(2, 64, 5, 7, "silu"),
     "bias_act-relu-residual": bias_act_case(1, 40, 3, 5, "relu", residual=True),
-    "bias_act-scale-residual": bias_act_case(2, 33, 4, 3, "none", scale=True, residual=True),
+    "bias_act-norm-residual": bias_act_case(2, 33, 4, 3, "none", norm=True, residual=True),
+    "bias_act-norm-silu": bias_act_case(1, 64, 3, 3, "silu", norm=True),
     "bias_act-many_channels": bias_act_case(1, 2500, 2, 2, "silu"),
     "bias_act-empty": bias_act_case(0, 64, 5, 7, "silu"),
     "attention": attention_case(2, 2, 9, 11, 1),
@@ -238,6 +242,7 @@ def test_mixed_precision_sums_are_promoted():
         (lambda x: ops.rms_norm(x, x[0, :, 0, 0], x[0, :, 0, 0], act="gelu"), "gelu"),
         (lambda x: ops.rms_norm(x, x[0, :, 0, 0], x[0, :, 0, 0], residual=x[:, :, :2]), "residual"),
         (lambda x: ops.bias_act(x, x[0, :4, 0, 0]), "expected"),
+        (lambda x: ops.bias_act(x, x[0, :, 0, 0], scale=x[0, :, 0, 0]), "all of them or none"),
         (lambda x: ops.relu_linear_attention([]), "empty"),
         (lambda x: ops.relu_linear_attention([x]), "multiple of 96"),
         (lambda x: ops.relu_linear_attention([x, x.double()], 8), "float"),
