@@ -1,4 +1,4 @@
-# make demo, test, lint, bench or clean. The environment is .venv, made when first needed. VENV names another: with
+# make demo, test, lint, bench, bench-report or clean. The environment is .venv, made when first needed. VENV names another: with
 # VENV=$VIRTUAL_ENV your own is used, and the torch in it.
 VENV ?= .venv
 PYTHON ?= python3
@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench bench-report clean
 
 demo: $(VENV)/.demo
 	$(BIN)/dcae-fast reconstruct --out outputs/demo
@@ -26,6 +26,9 @@ lint: $(VENV)/.lint
 
 bench: $(VENV)/.demo
 	$(BIN)/python -m benchmarks
+
+bench-report: $(VENV)/.demo
+	$(BIN)/python -m benchmarks.report
 
 clean:
 	rm -rf .venv build dist outputs *.egg-info dcae_fast/_C*.so

@@ -1,4 +1,7 @@
-"""Results as JSON, stamped with machine, versions and commit, and as Markdown tables."""
+"""Results as JSON, stamped with machine, versions and commit, and as Markdown tables.
+
+`python -m benchmarks.report` writes the README's tables from benchmarks/results.
+"""
 
 import json
 import os
@@ -10,6 +13,8 @@ from pathlib import Path
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parents[1] / "README.md"
+START, END = "<!-- benchmark -->", "<!-- /benchmark -->"
 
 
 def stamp() -> dict:
@@ -85,3 +90,36 @@ def operator_table(rows: list[dict]) -> str:
             ]  # fmt: skip
         lines.append([row["operator"], "×".join(map(str, row["shape"])), *cells])
     return table(lines)
+
+
+def summary(results: dict) -> str:
+    """What the README says of one machine's results."""
+    ceilings = results["ceilings"]
+    worst = {name: max(row["error"] for row in results["autoencoder"] if row["contender"] == name)
+             for name in ("eager", "patched")}  # fmt: skip
+    return "\n".join([
+        f"One {results['gpu']}, torch {results['torch']}, triton {results['triton']}, commit {results['commit']}, "
+        f"{results['date'][:10]}; bf16, random weights, median milliseconds of one call, in brackets how many times "
+        "faster than eager. The floor is the model's arithmetic at the rate of a large matrix product "
+        f"({ceilings['tflops']:.0f} TFLOP/s here).",
+        "",
+        autoencoder_table(results["autoencoder"]),
+        "",
+        f"Relative error against fp32: at most {worst['patched']:.1e} patched, {worst['eager']:.1e} eager. The "
+        f"operators, in bytes that must be moved per second, against the {ceilings['copy']:.2f} TB/s of a copy:",
+        "",
+        operator_table(results["operators"]),
+    ])  # fmt: skip
+
+
+def write_readme(text: str) -> None:
+    """Put `text` between the README's markers."""
+    readme = README.read_text()
+    before, rest = readme.split(START)
+    part = README.with_name(README.name + ".part")
+    part.write_text(f"{before}{START}\n{text}\n{END}{rest.split(END)[1]}")
+    part.replace(README)
+
+
+if __name__ == "__main__":
+    write_readme("\n\n".join(summary(json.loads(path.read_text())) for path in sorted(RESULTS.glob("*.json"))))
