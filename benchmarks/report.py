@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from dcae_fast.files import written_atomically
+
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
 START, END = "<!-- benchmark -->", "<!-- /benchmark -->"
@@ -40,9 +42,8 @@ def stamp() -> dict:
 
 def write(results: dict, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(results, indent=1) + "\n")
-    part.replace(path)
+    with written_atomically(path) as part:
+        part.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def table(rows: list[list[str]]) -> str:
@@ -116,9 +117,8 @@ def write_readme(text: str) -> None:
     """Put `text` between the README's markers."""
     readme = README.read_text()
     before, rest = readme.split(START)
-    part = README.with_name(README.name + ".part")
-    part.write_text(f"{before}{START}\n{text}\n{END}{rest.split(END)[1]}")
-    part.replace(README)
+    with written_atomically(README) as part:
+        part.write_text(f"{before}{START}\n{text}\n{END}{rest.split(END)[1]}")
 
 
 if __name__ == "__main__":

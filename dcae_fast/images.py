@@ -3,15 +3,14 @@
 Images are float tensors [B, 3, H, W] in [-1, 1] or, once quantised, uint8 tensors of the same shape.
 """
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from .files import written_atomically
 
 
 class PhotographError(ValueError):
@@ -130,17 +129,6 @@ def side_by_side(pictures: list[tuple[Image.Image, str]], title: str) -> Image.I
         sheet.paste(picture, (left, band))
         draw.text((left, height + 1.5 * band), caption, "black", font, anchor="lm")
     return sheet
-
-
-@contextmanager
-def written_atomically(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to; it becomes `path` at the end, or nothing does if writing fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_png(image: Image.Image, path: Path) -> None:

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 import dcae_fast
 
-from .images import PhotographError, fit, psnr, read_photograph, to_uint8, written_atomically
+from .files import written_atomically
+from .images import PhotographError, fit, psnr, read_photograph, to_uint8
 from .models.autoencoder import DCAE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

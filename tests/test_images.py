@@ -7,6 +7,7 @@ from conftest import load_json, load_tensors
 from PIL import Image
 
 from dcae_fast import images
+from dcae_fast.files import written_atomically
 
 RED = torch.tensor([1.0, -1.0, -1.0]).view(1, 3, 1, 1)
 
@@ -159,7 +160,7 @@ def test_saving_replaces_whole_files_or_nothing(tmp_path):
     path = tmp_path / "picture.png"
     images.save_png(gradient(), path)
     before = path.read_bytes()
-    with pytest.raises(RuntimeError), images.written_atomically(path) as temporary:
+    with pytest.raises(RuntimeError), written_atomically(path) as temporary:
         temporary.write_bytes(b"half")
         raise RuntimeError
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

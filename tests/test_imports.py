@@ -17,7 +17,7 @@ MAY_IMPORT = {  # by folder: what it may import, besides itself and the standard
     "dcae_fast/fast": ["torch", "dcae_fast.ops", "dcae_fast.models"],
     "dcae_fast/__init__.py": ["dcae_fast.fast"],
 }
-EXCEPTIONS = {"dcae_fast/models/checkpoint.py": ["safetensors", "huggingface_hub"]}
+EXCEPTIONS = {"dcae_fast/models/checkpoint.py": ["safetensors", "huggingface_hub", "dcae_fast.files"]}
 SOURCES = [
     (path, rule)
     for rule in MAY_IMPORT

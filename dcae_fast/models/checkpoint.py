@@ -10,8 +10,7 @@ A weight file alone takes the config.json beside it, else the configuration of t
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +19,8 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from dcae_fast.files import written_atomically
 
 from . import convert, zoo
 from .autoencoder import DCAE, DCAEConfig
@@ -91,22 +92,11 @@ def save(model: DCAE, folder: str | os.PathLike, layout: str) -> None:
     else:
         written = convert.config_to_original(model.config)
     folder.mkdir(parents=True, exist_ok=True)
-    with _replacing(folder / WEIGHTS[layout][0]) as path:
+    with written_atomically(folder / WEIGHTS[layout][0]) as path:
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata={"format": "pt"})
     (folder / WEIGHTS[layout][1]).unlink(missing_ok=True)  # the index of older shards, which diffusers would prefer
-    with _replacing(folder / CONFIG) as path:
+    with written_atomically(folder / CONFIG) as path:
         path.write_text(json.dumps(written, indent=2) + "\n")
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, which takes its place if the block ends without an error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _finder(source: str | os.PathLike, revision: str | None, cache_dir, local_files_only: bool) -> Finder:

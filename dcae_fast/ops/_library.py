@@ -58,16 +58,16 @@ def define(
     LIBRARY.define(schema, tags=(tag,))
 
     def plain(*args):
-        return _map(_channels_last, reference(*args))
+        return _channels_last(reference(*args))
 
     def kernel(*args):
         if not accepts(*args):
             return plain(*args)
-        args = [_map(_dense, arg) for arg in args]
+        args = [_channels_last(arg) for arg in args]
         if cuda_accepts and cuda_extension() and args[0].is_cuda and cuda_accepts(*args):
             return getattr(cuda_extension(), name)(*args)
         launch = launcher(operator or name, f"launch_{name}")
-        device = next(arg.device for arg in _flatten(args) if isinstance(arg, torch.Tensor))
+        device = _device(args)
         if device.type != "cuda" or device.index == torch.cuda.current_device():
             return launch(*args)
         with torch.cuda.device(device):
@@ -87,24 +87,20 @@ def differentiable(op: torch._ops.OpOverload, backward: Callable, setup_context:
     torch.library.register_autograd(op.name(), backward, setup_context=setup_context, lib=LIBRARY)
 
 
-def _flatten(args):
-    for arg in args:
-        yield from arg if isinstance(arg, (list, tuple)) else (arg,)
-
-
-def _map(function, value):
-    if isinstance(value, (list, tuple)):
-        return type(value)(function(item) for item in value)
-    return function(value)
-
-
 def _channels_last(value):
-    if isinstance(value, torch.Tensor) and value.dim() == 4:
-        return value.contiguous(memory_format=torch.channels_last)
+    """Dense: 4-D tensors channels-last, others contiguous; also those in a list or tuple."""
+    if isinstance(value, torch.Tensor):
+        return value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value.contiguous()
+    if isinstance(value, (list, tuple)):
+        return type(value)(_channels_last(item) for item in value)
     return value
 
 
-def _dense(value):
-    if isinstance(value, torch.Tensor) and value.dim() != 4:
-        return value.contiguous()
-    return _channels_last(value)
+def _device(args) -> torch.device:
+    """That of the first tensor among the arguments."""
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            return arg.device
+        if isinstance(arg, (list, tuple)):
+            return arg[0].device
+    raise TypeError("an operator was called without a tensor")

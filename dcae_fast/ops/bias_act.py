@@ -96,10 +96,9 @@ def bias_act(
     together.
     """
     check_activation(act)
-    norm = [scale, mean, variance]
-    if any(part is None for part in norm) and any(part is not None for part in norm):
+    if not (scale is None) == (mean is None) == (variance is None):
         raise ValueError("scale, mean and variance: expected all of them or none")
-    for name, part in {"bias": bias, "scale": scale, "mean": mean, "variance": variance}.items():
-        if x.dim() != 4 or (part is not None and part.shape != x.shape[1:2]):
-            raise ValueError(f"x is {list(x.shape)}, {name} {list(part.shape)}: expected [B, C, H, W] and [C]")
+    for part in (bias,) if scale is None else (bias, scale, mean, variance):
+        if x.dim() != 4 or part.shape != x.shape[1:2]:
+            raise ValueError(f"x is {list(x.shape)}, a parameter {list(part.shape)}: expected [B, C, H, W] and [C]")
     return _forward(x, bias, act, scale, mean, variance, eps, residual, sum_dtype(x, residual))
