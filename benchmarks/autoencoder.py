@@ -13,7 +13,7 @@ from dcae_fast.models.autoencoder import DCAE
 from .ceilings import Ceilings
 from .timing import measure
 
-CHANNELS_LAST = ("eager channels-last", "torch.compile")  # these get their input that way; the others as it comes
+CHANNELS_LAST = ("eager channels-last", "torch.compile", "patched channels-last")  # weights and input
 WRONG = 2e-2  # relative L2 error against fp32 above which a contender is reported as wrong and not timed
 
 
@@ -48,7 +48,9 @@ def contenders(reference: DCAE, dtype: torch.dtype, with_diffusers: bool, compil
         model.decoder.compile(dynamic=False)
         models["torch.compile"] = model
     models["patched"] = copy.deepcopy(plain)
+    models["patched channels-last"] = copy.deepcopy(models["eager channels-last"])
     dcae_fast.patch(models["patched"])
+    dcae_fast.patch(models["patched channels-last"])
     if with_diffusers:
         models["diffusers patched"] = diffusers_twin(reference).to(dtype)
         dcae_fast.patch(models["diffusers patched"])
