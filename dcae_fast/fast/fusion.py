@@ -53,6 +53,8 @@ def can_use_cudnn_relu(conv: nn.Module, x: torch.Tensor) -> bool:
         and conv.bias is not None
         and conv.weight.dtype == conv.bias.dtype == x.dtype
         and conv.padding_mode == "zeros"
+        and conv.in_channels % 8 == conv.out_channels % 8 == 0
+        and x.numel() > 0
         and plain(conv)
         and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cuda") or torch.compiler.is_compiling())
         and torch.backends.cudnn.is_available()
