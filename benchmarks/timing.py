@@ -19,17 +19,38 @@ class Timing:
 
 
 def measure(contenders: dict[str, Callable[[], object]], rounds: int = 5, seconds: float = 0.2) -> dict[str, Timing]:
-    """Time every contender in turn, `rounds` times over, about `seconds` each time, after a warm-up."""
+    """Time every contender in turn, `rounds` times over, about `seconds` each time, after a warm-up.
+
+    Every round begins with another contender, so that none always follows one that heats the chip more or less. On a
+    CPU it is a rehearsal: two short rounds.
+    """
+    if not torch.cuda.is_available():
+        rounds, seconds = 2, 0.0
     calls = {}
     for name, run in contenders.items():
         for _ in range(3):
             run()
         calls[name] = max(3, min(200, int(seconds * 1e3 / max(_times(run, 3)[1], 1e-3))))
     samples = {name: [] for name in contenders}
+    names = list(contenders)
     for _ in range(rounds):
-        for name, run in contenders.items():
-            samples[name] += _times(run, calls[name])
+        for name in names:
+            samples[name] += _times(contenders[name], calls[name])
+        names = names[1:] + names[:1]
     return {name: _summary(samples[name], contenders[name]) for name in contenders}
+
+
+def graphed(run: Callable[[], object], calls: int = 10) -> Callable[[], object]:
+    """`calls` calls in one: on a GPU the replay of a captured graph, so that launches do not count."""
+    if not torch.cuda.is_available():
+        return lambda: [run() for _ in range(calls)]
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            run()
+    return graph.replay
 
 
 def _times(run: Callable[[], object], calls: int) -> list[float]:

@@ -2,6 +2,7 @@
 
 #include <climits>
 #include <optional>
+#include <string>
 
 #include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>
@@ -13,19 +14,24 @@
 
 namespace {
 
-template <typename Error, typename... Parts>
-void require(bool satisfied, const Parts&... message) {
-  if (!satisfied) throw Error(c10::str(message...));
+// Messages are put together without streams: those of a statically linked C++ library and of torch's do not mix.
+std::string text(const char* words) { return words; }
+std::string text(at::ScalarType dtype) { return c10::toString(dtype); }
+std::string text(at::Device device) { return device.str(); }
+std::string text(at::IntArrayRef shape) {
+  std::string numbers;
+  for (const int64_t size : shape) numbers += (numbers.empty() ? "" : ", ") + std::to_string(size);
+  return "[" + numbers + "]";
 }
 
 template <typename... Parts>
 void require_value(bool satisfied, const Parts&... message) {
-  require<pybind11::value_error>(satisfied, message...);
+  if (!satisfied) throw pybind11::value_error((text(message) + ...));
 }
 
 template <typename... Parts>
 void require_type(bool satisfied, const Parts&... message) {
-  require<pybind11::type_error>(satisfied, message...);
+  if (!satisfied) throw pybind11::type_error((text(message) + ...));
 }
 
 DType dtype_of(const at::Tensor& x) {
