@@ -1,0 +1,143 @@
+"""Small autoencoders and single blocks with random weights, and what the tests of `patch` do with them."""
+
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dcae_fast.models import blocks, convert
+from dcae_fast.models.autoencoder import DCAE, CoderConfig, DCAEConfig, down_sample, stage_block, up_sample
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU the Triton kernels run in the interpreter
+OUTPUT, GRADIENT = 5e-6, 1e-4
+torch.backends.cudnn.allow_tf32 = False
+
+SHUFFLED = CoderConfig((8, 8, 32), (0, 1, 1), ("ResBlock",) * 2 + ("EViTGLU",), ("rms",) * 3, ("silu",) * 3)
+ADAPTIVE = CoderConfig((8, 8), (0, 1), ("ResBlock",) * 2, ("rms",) * 2, ("silu",) * 2, shortcut=False)
+CONFIGS = {
+    "strided": DCAEConfig(
+        latent_channels=8,
+        encoder=CoderConfig((16, 32), (1, 1), ("ResBlock", "EViTS5GLU"), ("rms",) * 2, ("silu",) * 2, "conv"),
+        decoder=CoderConfig(
+            (16, 32), (1, 1), ("ResBlock", "EViTGLU"), ("batch", "rms"), ("relu", "silu"), "interpolate"
+        ),
+    ),
+    "shuffled": DCAEConfig(8, SHUFFLED, SHUFFLED),
+    "adaptive": DCAEConfig(8, ADAPTIVE, ADAPTIVE, adaptive=True),
+}
+MODELS = ["strided", "shuffled", "adaptive", "diffusers-strided", "diffusers-shuffled"]
+
+
+@torch.no_grad()
+def as_if_trained(model: nn.Module) -> nn.Module:
+    """In evaluation mode, on DEVICE, with weights large enough to matter and no norm that is the identity."""
+    torch.manual_seed(0)
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(tensor + 0.2 * torch.rand_like(tensor) if tensor.dim() == 1 else 1.5 * tensor)
+    return model.eval().to(DEVICE)
+
+
+def build(name: str) -> nn.Module:
+    """This project's model of CONFIGS or, after "diffusers-", that library's."""
+    library, _, name = name.rpartition("-")
+    torch.manual_seed(0)
+    model = as_if_trained(DCAE(CONFIGS[name]))
+    if not library:
+        return model
+    twin = pytest.importorskip("diffusers").AutoencoderDC(**convert.config_to_diffusers(model.config))
+    twin.load_state_dict(convert.state_dict_to_diffusers(model.state_dict()))
+    return twin.eval().to(DEVICE)
+
+
+def attention_block() -> nn.Module:
+    block = blocks.EfficientViTBlock(32)
+    block.context_module.main = blocks.LiteMLA(16, head_dim=16, scales=(5,))
+    block.local_module.main = blocks.GLUMBConv(16, expand_ratio=1)
+    return block
+
+
+def diffusers_attention_block() -> nn.Module:
+    block = diffusers_block("EfficientViTBlock", 16, attention_head_dim=16, norm_type="rms_norm")
+    block.conv_out = diffusers_block("GLUMBConv", 16, 16, expand_ratio=1, norm_type="rms_norm")
+    return block
+
+
+def diffusers_block(name: str, *args, **kwargs) -> nn.Module:
+    pytest.importorskip("diffusers")
+    from diffusers.models.autoencoders import autoencoder_dc
+
+    return getattr(autoencoder_dc, name)(*args, **kwargs)
+
+
+DIFFUSERS_CODER = {"latent_channels": 4, "block_out_channels": (8,), "layers_per_block": (1,)}
+BLOCKS: dict[str, tuple[int, Callable[[], nn.Module]]] = {  # channels of the input, the block
+    "ResBlock": (16, lambda: stage_block(CONFIGS["strided"].encoder, 0)),
+    "ResBlock-batch": (16, lambda: stage_block(CONFIGS["strided"].decoder, 0)),
+    "EfficientViTBlock": (16, attention_block),
+    "down-pixel": (8, lambda: down_sample("pixel", 8, 16)),
+    "down-conv": (8, lambda: down_sample("conv", 8, 16)),
+    "up-pixel": (16, lambda: up_sample("pixel", 16, 8)),
+    "up-interpolate": (16, lambda: up_sample("interpolate", 16, 8)),
+    "head": (8, lambda: DCAE(CONFIGS["adaptive"]).decoder.project_out),
+    "diffusers-ResBlock": (8, lambda: diffusers_block("ResBlock", 8, 8, "rms_norm", "silu")),
+    "diffusers-ResBlock-batch": (8, lambda: diffusers_block("ResBlock", 8, 8, "batch_norm", "relu")),
+    "diffusers-EfficientViTBlock": (16, diffusers_attention_block),
+    "diffusers-down": (8, lambda: diffusers_block("DCDownBlock2d", 8, 16, downsample=True)),
+    "diffusers-up": (16, lambda: diffusers_block("DCUpBlock2d", 16, 8)),
+    "diffusers-encoder": (3, lambda: diffusers_block("Encoder", 3, **DIFFUSERS_CODER)),
+    "diffusers-decoder": (4, lambda: diffusers_block("Decoder", 3, **DIFFUSERS_CODER)),
+}
+
+
+def build_block(name: str) -> tuple[nn.Module, torch.Tensor]:
+    """A block of BLOCKS and an input for it.
+
+    Batch norms get two images: for a single one that is channels-last, PyTorch on a CPU computes a wrong gradient as
+    soon as the norm has a backward hook.
+    """
+    channels, block = BLOCKS[name]
+    torch.manual_seed(0)
+    return as_if_trained(block()), image(2 if "batch" in name else 1, channels, 2, 4)
+
+
+def image(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape or (1, 3, 16, 12), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def reconstruct(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    y = model(x)
+    return y if isinstance(y, torch.Tensor) else y.sample
+
+
+def step(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Output, gradients of a loss for the input and for all parameters that want one, and buffers after it."""
+    x = x.detach().clone().requires_grad_()
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    y = reconstruct(model, x)
+    loss = (y.float() * torch.linspace(-1, 1, y.numel(), device=y.device).view_as(y)).sum()
+    dx, *gradients = torch.autograd.grad(loss, [x, *parameters.values()])
+    return {
+        "output": y.detach(),
+        "gradient of the input": dx,
+        **{f"gradient of {name}": gradient for name, gradient in zip(parameters, gradients, strict=True)},
+        **{name: buffer.clone() for name, buffer in model.named_buffers()},
+    }
+
+
+def operators_called(function: Callable, *args) -> Counter[str]:
+    """How often function(*args) calls each operator of the library."""
+    calls = Counter()
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "dcae_fast":
+                calls[func._schema.name.split("::")[1]] += 1
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        function(*args)
+    return calls

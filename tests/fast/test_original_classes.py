@@ -1,0 +1,165 @@
+"""The original DC-Gen and efficientvit classes: stand-ins of the same qualified names, attributes and results."""
+
+import copy
+import pickle
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from small_models import build, build_block, image, operators_called, step
+from torch import nn
+
+import dcae_fast
+from dcae_fast.models import autoencoder, blocks, functional
+
+CODERS = {"dc_gen": "dc_gen.aecore.models.dc_ae", "efficientvit": "efficientvit.models.efficientvit.dc_ae"}
+
+
+ATTRIBUTES = {
+    blocks.ConvLayer: {"dropout": None},
+    blocks.LiteMLA: {"kernel_func": nn.ReLU(), "norm_qk": False},
+    blocks.ResidualBlock: {"pre_norm": None, "post_act": None},
+}
+
+
+class Norm(nn.LayerNorm):
+    def forward(self, x):
+        return functional.rms_norm(x, self.weight, self.bias, self.eps)
+
+
+class ConvLayer(blocks.ConvLayer):
+    def forward(self, x):
+        return blocks.ConvLayer.forward(self, x if self.dropout is None else self.dropout(x))
+
+
+class LiteMLA(blocks.LiteMLA):
+    def forward(self, x):
+        y = blocks.LiteMLA.forward(self, x)
+        return y if isinstance(self.kernel_func, nn.ReLU) and not self.norm_qk else y.sin()  # something else
+
+
+class ResidualBlock(blocks.ResidualBlock):
+    def forward(self, x):
+        y = self.main(x if self.pre_norm is None else self.pre_norm(x)) + self.shortcut(x)
+        return y if self.post_act is None else self.post_act(y)
+
+
+def stand_ins(root: str) -> dict[type, tuple[str, str, type]]:
+    """This project's class → module and name of the original one, and what to derive it from."""
+    duplicating = {"dc_gen": "ChannelDuplicatingPixelShuffle", "efficientvit": "ChannelDuplicatingPixelUnshuffle"}
+    ops = f"{root}.models.nn.ops"
+    same_name = [
+        blocks.ResBlock,
+        blocks.GLUMBConv,
+        blocks.EfficientViTBlock,
+        blocks.OpSequential,
+        blocks.ConvPixelUnshuffleDownSampleLayer,
+        blocks.ConvPixelShuffleUpSampleLayer,
+        blocks.InterpolateConvUpSampleLayer,
+        blocks.PixelUnshuffleChannelAveragingDownSampleLayer,
+    ]
+    return {
+        **{cls: (ops, cls.__name__, cls) for cls in same_name},
+        blocks.ConvLayer: (ops, "ConvLayer", ConvLayer),
+        blocks.LiteMLA: (ops, "LiteMLA", LiteMLA),
+        blocks.ResidualBlock: (ops, "ResidualBlock", ResidualBlock),
+        blocks.ChannelDuplicatingPixelShuffleUpSampleLayer: (
+            ops, duplicating[root] + "UpSampleLayer", blocks.ChannelDuplicatingPixelShuffleUpSampleLayer
+        ),
+        nn.Identity: (ops, "IdentityLayer", nn.Identity),
+        blocks.RMSNorm2d: (f"{root}.models.nn.norm", "TritonRMSNorm2d", Norm),
+        autoencoder.Encoder: (CODERS[root], "Encoder", autoencoder.Encoder),
+        autoencoder.Decoder: (CODERS[root], "Decoder", autoencoder.Decoder),
+        autoencoder.DCAE: (CODERS[root], "DCAE", autoencoder.DCAE),
+    }  # fmt: skip
+
+
+@pytest.fixture(params=CODERS)
+def as_original(request, monkeypatch):
+    """as_original(model): a copy made of the original's classes, which can be imported while a test runs."""
+    classes = {}
+    for ours, (module, name, base) in stand_ins(request.param).items():
+        classes[ours] = type(name, (base,), {"__module__": module})
+        parts = module.split(".")
+        for package in [".".join(parts[: i + 1]) for i in range(len(parts))]:
+            if package not in sys.modules:
+                monkeypatch.setitem(sys.modules, package, ModuleType(package))
+        setattr(sys.modules[module], name, classes[ours])
+
+    def convert(model: nn.Module) -> nn.Module:
+        model = copy.deepcopy(model)
+        for module in list(model.modules()):
+            for name, value in ATTRIBUTES.get(type(module), {}).items():
+                setattr(module, name, value)
+            for name, child in module.named_children():
+                if type(child) is blocks.RMSNorm2d:
+                    norm = classes[blocks.RMSNorm2d](child.weight.shape, child.eps).to(child.weight.device)
+                    norm.load_state_dict(child.state_dict())
+                    module.register_module(name, norm)
+            module.__class__ = classes.get(type(module), type(module))
+        return model
+
+    return convert
+
+
+@pytest.mark.parametrize("name", ["strided", "shuffled"])
+def test_step(name, as_original, same_step):
+    ours = build(name)
+    original, x = as_original(ours), image(1, 3, 8, 8)
+    assert {type(module).__module__.split(".")[0] for module in original.modules()} <= {"torch", *CODERS}
+    expected = step(original, x)
+    report, names = dcae_fast.patch(original), {"RMSNorm2d": "TritonRMSNorm2d"}
+    assert report.replaced == {names.get(key, key): n for key, n in dcae_fast.patch(ours).replaced.items()}
+    assert report.skipped == []
+    same_step(step(original, x), expected)
+    with torch.no_grad():
+        assert operators_called(original, x) == operators_called(ours, x)
+
+
+def test_copies_and_back(as_original):
+    original, x = as_original(build("adaptive")), image()
+    before = [type(module) for module in original.modules()]
+    dcae_fast.patch(original)
+    twin = pickle.loads(pickle.dumps(original))
+    assert [type(m) for m in twin.modules()] == [type(m) for m in original.modules()] != before
+    assert torch.equal(twin(x), original(x))
+    dcae_fast.unpatch(original)
+    assert [type(module) for module in original.modules()] == before
+
+
+@pytest.mark.parametrize(
+    "name, path, attribute, value",
+    [
+        ("ResBlock", "", "pre_norm", nn.GroupNorm(2, 16)),
+        ("ResBlock", "", "post_act", nn.ReLU()),
+        ("down-pixel", "", "pre_norm", nn.GroupNorm(2, 8)),
+        ("up-pixel", "", "post_act", nn.ReLU()),
+        ("ResBlock", "main.conv1", "dropout", nn.Tanh()),
+        ("ResBlock", "main.conv2", "dropout", nn.Tanh()),
+        ("down-pixel", "main.conv", "dropout", nn.Tanh()),
+        ("EfficientViTBlock", "local_module.main.depth_conv", "dropout", nn.Tanh()),
+        ("EfficientViTBlock", "context_module.main", "kernel_func", nn.Softplus()),
+        ("EfficientViTBlock", "context_module.main", "norm_qk", True),
+    ],
+)
+def test_options_of_no_released_model(name, path, attribute, value, as_original, same_step):
+    block, x = build_block(name)
+    block = as_original(block)
+    without = block(x)
+    setattr(block.get_submodule(path), attribute, value)
+    expected = step(block.to(x.device), x)
+    assert not torch.equal(expected["output"], without)
+    dcae_fast.patch(block)
+    same_step(step(block, x), expected)
+
+
+def test_classes_of_the_same_name_elsewhere():
+    """A class is known by its module, too."""
+    block, x = build_block("ResBlock")
+    for module in block.modules():
+        if type(module) is blocks.ConvLayer:
+            module.__class__ = type("ConvLayer", (blocks.ConvLayer,), {"__module__": "somebody.models.nn.ops"})
+    report = dcae_fast.patch(block)
+    assert "ConvLayer" not in report.replaced and report.replaced.total() == 3
+    assert block(x).shape == x.shape

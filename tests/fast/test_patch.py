@@ -1,0 +1,211 @@
+"""patch, unpatch, patched: the classes of modules and nothing else; the report; saving, copying, pickling."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from small_models import MODELS, build, image, operators_called, reconstruct, step
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+import dcae_fast
+from dcae_fast.fast.patch import OPERATORS
+
+
+@pytest.fixture(params=MODELS)
+def model(request) -> nn.Module:
+    return build(request.param)
+
+
+def classes(model: nn.Module) -> list[type]:
+    return [type(module) for module in model.modules()]
+
+
+def fast_count(model: nn.Module) -> int:
+    return sum(cls.__module__.startswith("dcae_fast.fast.") for cls in classes(model))
+
+
+def test_patch_changes_classes_and_nothing_else(model):
+    before, original = {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}, classes(model)
+    attributes = [dict(vars(module)) for module in model.modules()]
+    report = dcae_fast.patch(model)
+    assert fast_count(model) == report.replaced.total() > 0
+    assert all(issubclass(cls, base) for cls, base in zip(classes(model), original, strict=True))
+    assert {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()} == before
+    assert [dict(vars(module)) for module in model.modules()] == attributes
+    dcae_fast.unpatch(model)
+    assert classes(model) == original
+
+
+def test_patching_again(model):
+    original = classes(model)
+    first = dcae_fast.patch(model)
+    fast = classes(model)
+    assert dcae_fast.patch(model) == first and classes(model) == fast
+    dcae_fast.unpatch(model)
+    dcae_fast.unpatch(model)
+    assert classes(model) == original
+    assert dcae_fast.patch(model) == first and classes(model) == fast
+
+
+def test_patched_is_for_a_scope(model):
+    original = classes(model)
+    with dcae_fast.patched(model) as report:
+        assert fast_count(model) == report.replaced.total() > 0
+    assert classes(model) == original
+    with pytest.raises(KeyError), dcae_fast.patched(model):
+        raise KeyError
+    assert classes(model) == original
+    with pytest.raises(ValueError), dcae_fast.patched(model, disable="nothing"):
+        pass
+    assert classes(model) == original
+
+
+def test_patched_leaves_a_patched_model_patched(model):
+    dcae_fast.patch(model)
+    fast = classes(model)
+    with dcae_fast.patched(model):
+        assert classes(model) == fast
+    with dcae_fast.patched(model, disable="all"):
+        assert fast_count(model) == 0
+    assert classes(model) == fast
+
+
+def test_a_part_can_be_patched():
+    model = build("adaptive")
+    dcae_fast.patch(model.decoder)
+    assert fast_count(model.encoder) == 0 < fast_count(model.decoder)
+
+
+# The report.
+
+
+def test_report():
+    model = build("adaptive")
+    report = dcae_fast.patch(model)
+    counts = {"ConvLayer": 6, "Decoder": 1, "Encoder": 1, "OpSequential": 6, "RMSNorm2d": 3, "ResBlock": 2}
+    samplers = {"ConvPixelUnshuffleDownSampleLayer": 1, "ConvPixelShuffleUpSampleLayer": 1}
+    assert report.replaced == counts | samplers | {"ResidualBlock": 2}
+    assert report.skipped == []
+    header, *rows = str(report).splitlines()
+    assert header.split()[:2] == ["module", "patched"]
+    assert [row.split() for row in rows[:2]] == [["ConvLayer", "6"], ["ConvPixelShuffleUpSampleLayer", "1"]]
+    assert (
+        torch.cuda.is_available()
+        or report.note == rows[-1] == "No CUDA device: on a CPU the modules' own forwards run."
+    )
+
+
+def test_report_of_what_was_left_out():
+    model = build("adaptive")
+    layer = model.encoder.stages[1].op_list[0].main.conv1
+    layer.forward = layer.forward
+    report = dcae_fast.patch(model, disable=["duplicate_shuffle_add", "unshuffle_average_add"])
+    replaced = ("encoder.stages.1.op_list.0.main.conv1", "ConvLayer", "its forward was replaced on the instance")
+    assert replaced in report.skipped
+    rows = [row.split(maxsplit=1) for row in str(report).splitlines()]
+    assert ["ResidualBlock", "duplicate_shuffle_add, unshuffle_average_add disabled (2)"] in rows
+
+
+@pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))])
+def test_nothing_to_patch(model):
+    report = dcae_fast.patch(model)
+    assert report.replaced.total() == 0
+    assert str(report).endswith(
+        f"{type(model).__name__} has no module of a DC-AE that is known here: nothing was patched."
+    )
+
+
+# Switches.
+
+
+@pytest.mark.parametrize("name", ["strided", "diffusers-strided"])
+@pytest.mark.parametrize("operator", OPERATORS)
+@torch.no_grad()
+def test_disabled_operator_is_not_called(name, operator, compare):
+    model, x = build(name), image(1, 3, 8, 4)
+    expected = reconstruct(model, x)
+    report = dcae_fast.patch(model, disable=operator)
+    assert report.skipped and all(operator in reason for *_, reason in report.skipped)
+    assert operator not in operators_called(reconstruct, model, x)
+    compare("eager", reconstruct(model, x), expected, 5e-6, operator)
+
+
+def test_disabled_by_the_environment(monkeypatch):
+    monkeypatch.setenv("DCAE_FAST_DISABLE", "rms_norm, bias_act")
+    model, twin = build("strided"), build("strided")
+    by_environment = dcae_fast.patch(model)
+    monkeypatch.delenv("DCAE_FAST_DISABLE")
+    assert by_environment == dcae_fast.patch(twin, disable=("bias_act", "rms_norm"))
+    assert classes(model) == classes(twin)
+    monkeypatch.setenv("DCAE_FAST_DISABLE", "all")
+    report = dcae_fast.patch(model)
+    assert fast_count(model) == 0 == report.replaced.total()
+    assert {reason for *_, reason in report.skipped} == {"everything is disabled"}
+
+
+def test_unknown_operator(monkeypatch):
+    model = build("adaptive")
+    with pytest.raises(
+        ValueError, match="unknown operators to disable: .'flash', 'rmsnorm'.; expected 'all' or .*rms_norm"
+    ):
+        dcae_fast.patch(model, disable=["rmsnorm", "bias_act", "flash"])
+    monkeypatch.setenv("DCAE_FAST_DISABLE", "rmsnorm")
+    with pytest.raises(ValueError, match="rmsnorm"):
+        dcae_fast.patch(model)
+    assert fast_count(model) == 0
+
+
+# Saving and copying.
+
+
+@pytest.mark.parametrize("name", ["adaptive", "diffusers-strided"])
+def test_save_and_load(name, tmp_path):
+    model = build(name)
+    dcae_fast.patch(model)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert fast_count(loaded) == 0
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    for state in (loaded.state_dict(), torch.load(tmp_path / "state.pt")):
+        torch.testing.assert_close(state, model.state_dict(), atol=0, rtol=0, check_device=False)
+
+
+def by_torch_save(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), by_torch_save, lambda m: AveragedModel(m).module],
+    ids=["deepcopy", "pickle", "torch.save", "moving average"],
+)
+@pytest.mark.parametrize("name", ["adaptive", "diffusers-shuffled"])
+def test_copies_are_patched_too(name, duplicate):
+    model, x = build(name), image(1, 3, 8, 4)
+    original = classes(model)
+    dcae_fast.patch(model)
+    twin = duplicate(model)
+    assert classes(twin) == classes(model)
+    assert not {id(tensor) for tensor in twin.parameters()} & {id(tensor) for tensor in model.parameters()}
+    torch.testing.assert_close(step(twin, x), step(model, x), atol=0, rtol=0)
+    dcae_fast.unpatch(twin)
+    assert classes(twin) == original != classes(model)
+
+
+def test_moving_average_follows():
+    model = build("adaptive")
+    dcae_fast.patch(model)
+    average = AveragedModel(model)
+    average.update_parameters(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    average.update_parameters(model)
+    for mean, parameter in zip(average.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(mean, parameter * 2 / 3)
+    assert average(image()).shape == image().shape

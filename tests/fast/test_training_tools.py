@@ -1,0 +1,178 @@
+"""What people do with a model around its forward: autocast, checkpointing, LoRA, torch.compile, functional calls."""
+
+import copy
+import functools
+import re
+import shutil
+
+import pytest
+import torch
+from small_models import DEVICE, GRADIENT, OUTPUT, build, build_block, image, operators_called, reconstruct, step
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import dcae_fast
+
+TWO = pytest.mark.parametrize("name", ["shuffled", "diffusers-shuffled"])
+
+
+@pytest.mark.parametrize("name", ["strided", "diffusers-strided"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(name, dtype):
+    """Same type as without `patch`, and at most twice the error against float32."""
+    model, x = build(name), image(1, 3, 8, 8)
+    exact = step(model, x)
+
+    def output_and_gradients(model):
+        with torch.autocast(DEVICE, dtype):
+            tensors = step(model, x)
+        gradients = [tensor.flatten() for name, tensor in tensors.items() if name.startswith("gradient")]
+        return tensors["output"], torch.cat(gradients)
+
+    eager = output_and_gradients(model)
+    dcae_fast.patch(model)
+    exact = exact["output"], torch.cat([v.flatten() for name, v in exact.items() if name.startswith("gradient")])
+    for value, allowed, want in zip(output_and_gradients(model), eager, exact, strict=True):
+        assert value.dtype == allowed.dtype
+        assert (value.double() - want).norm() <= 2 * (allowed.double() - want).norm()
+
+
+@TWO
+def test_activation_checkpointing(name, same_step):
+    model, x = build(name), image(1, 3, 8, 8)
+    dcae_fast.patch(model)
+    expected = step(model, x)
+    for path, stage in model.named_modules():
+        if re.fullmatch(r"(en|de)coder\.(stages|down_blocks|up_blocks)\.\d", path):
+            stage.forward = functools.partial(checkpoint, stage.forward, use_reentrant=False)
+    results = []
+    called = operators_called(lambda: results.append(step(model, x)))
+    same_step(results[0], expected)
+    assert called["rms_norm"] > called["rms_norm_backward"] > 0
+
+
+@pytest.mark.parametrize("patch_first", [False, True], ids=["lora-patch", "patch-lora"])
+@pytest.mark.parametrize(
+    "name, targets",
+    [
+        ("EfficientViTBlock", r".*(qkv|proj|inverted_conv|point_conv)\.conv"),
+        ("ResBlock", r".*conv\d\.conv"),
+        ("diffusers-EfficientViTBlock", r".*(to_q|to_v|to_out|conv_inverted|conv_point)"),
+    ],
+)
+def test_lora(name, targets, patch_first, same_step):
+    peft = pytest.importorskip("peft")
+    block, x = build_block(name)
+    fast = copy.deepcopy(block)
+    if patch_first:
+        dcae_fast.patch(fast)
+    for model in (block, fast):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+        peft.inject_adapter_in_model(config, model)
+    dcae_fast.patch(fast)
+    expected = step(block, x)
+    assert sum("lora" in key for key in expected) > 2 and not any("base_layer" in key for key in expected)
+    assert all(value.any() for key, value in expected.items() if "lora" in key)
+    same_step(step(fast, x), expected)
+
+
+class Graphs:
+    """A torch.compile backend that keeps the graphs and runs them as they are."""
+
+    def __init__(self):
+        self.targets = []
+
+    def __call__(self, graph, inputs):
+        self.targets.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return graph
+
+    def operators(self, index: int = -1) -> list[str]:
+        return sorted(t.split(".")[1] for t in self.targets[index] if t.startswith("dcae_fast."))
+
+
+@pytest.mark.parametrize("name", ["strided", "diffusers-shuffled"])
+def test_compile(name, same_step):
+    """Forward and backward in one graph each."""
+    model, x = build(name), image(1, 3, 8, 8)
+    expected = step(model, x)
+    dcae_fast.patch(model)
+    torch._dynamo.reset()
+    model.compile(fullgraph=True, backend="aot_eager")
+    same_step(step(model, x), expected)
+
+
+@TWO
+@torch.no_grad()
+def test_compiled_operators_are_those_that_run_otherwise(name, compare):
+    model, x = build(name), image(1, 3, 8, 8)
+    dcae_fast.patch(model)
+    expected, called = reconstruct(model, x), operators_called(reconstruct, model, x)
+    torch._dynamo.reset()
+    graphs = Graphs()
+    model.compile(fullgraph=True, backend=graphs)
+    compare("eager", reconstruct(model, x), expected, OUTPUT)
+    assert graphs.operators() == sorted(called.elements())
+
+
+@torch.no_grad()
+def test_patch_after_compile(compare):
+    model, x = build("adaptive"), image()
+    expected = model(x)
+    torch._dynamo.reset()
+    graphs = Graphs()
+    compiled = torch.compile(model, fullgraph=True, backend=graphs)
+    for change, fast in [(None, False), (dcae_fast.patch, True), (dcae_fast.unpatch, False)]:
+        if change:
+            change(compiled)
+        compare("eager", compiled(x), expected, OUTPUT)
+        if change is not dcae_fast.unpatch:  # for which the first graph serves again
+            assert bool(graphs.operators()) == fast
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() and shutil.which("g++") is None, reason="no compiler for Inductor")
+def test_inductor(same_step):
+    model, x = build("adaptive"), image()
+    expected = step(model, x)
+    dcae_fast.patch(model)
+    torch._dynamo.reset()
+    model.compile(fullgraph=True)
+    same_step(step(model, x), expected)
+
+
+def test_functional_call(compare):
+    """Parameters of somebody else's, for which gradients are taken."""
+    block, x = build_block("ResBlock")
+    weights = {name: 0.5 * parameter.detach() for name, parameter in block.named_parameters()}
+
+    def gradients():
+        leaves = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
+        return torch.autograd.grad(torch.func.functional_call(block, leaves, x).square().sum(), list(leaves.values()))
+
+    expected = gradients()
+    dcae_fast.patch(block)
+    for name, gradient, want in zip(weights, gradients(), expected, strict=True):
+        compare("eager", gradient, want, GRADIENT, name)
+
+
+def test_some_gradients_and_none():
+    """Gradients for the input alone, for the weights alone, in inference mode."""
+    block, x = build_block("EfficientViTBlock")
+    dcae_fast.patch(block)
+    expected = step(block, x)
+    block(x).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in block.parameters())
+    block.requires_grad_(False)
+    leaf = x.clone().requires_grad_()
+    assert torch.autograd.grad(block(leaf).sum(), leaf)[0].isfinite().all()
+    with torch.inference_mode():
+        assert torch.equal(block(x), expected["output"])
+    assert not block(x).requires_grad
+
+
+def test_in_a_sequence_of_other_modules(compare):
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), build_block("ResBlock")[0], nn.Sigmoid()).to(DEVICE)
+    x = image()
+    expected = model(x)
+    dcae_fast.patch(model)
+    compare("eager", model(x), expected, OUTPUT)
