@@ -1,5 +1,6 @@
 """Interleaved timing of several contenders for the same work, in one process."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -21,8 +22,8 @@ class Timing:
 def measure(contenders: dict[str, Callable[[], object]], rounds: int = 5, seconds: float = 0.2) -> dict[str, Timing]:
     """Time every contender in turn, `rounds` times over, about `seconds` each time, after a warm-up.
 
-    Every round begins with another contender, so that none always follows one that heats the chip more or less. On a
-    CPU it is a rehearsal: two short rounds.
+    The order is drawn anew for every round, so that none always follows one that heats the chip more or less. On a CPU
+    it is a rehearsal: two short rounds.
     """
     if not torch.cuda.is_available():
         rounds, seconds = 2, 0.0
@@ -32,11 +33,10 @@ def measure(contenders: dict[str, Callable[[], object]], rounds: int = 5, second
             run()
         calls[name] = max(3, min(200, int(seconds * 1e3 / max(_times(run, 3)[1], 1e-3))))
     samples = {name: [] for name in contenders}
-    names = list(contenders)
+    order = random.Random(0)
     for _ in range(rounds):
-        for name in names:
+        for name in order.sample(list(contenders), len(contenders)):
             samples[name] += _times(contenders[name], calls[name])
-        names = names[1:] + names[:1]
     return {name: _summary(samples[name], contenders[name]) for name in contenders}
 
 

@@ -99,7 +99,8 @@ class SanaMultiscaleLinearAttention(FastModule):
     def _qkv(self, x: torch.Tensor) -> torch.Tensor:
         """One product for the three projections, whose outputs are thirds of the packed channels."""
         parts = (self.to_q, self.to_k, self.to_v)
-        if all(type(part) is nn.Linear and part.bias is None for part in parts) and plain(*parts):
+        linear = all(type(part) is nn.Linear and part.bias is None for part in parts)
+        if linear and all(type(part.weight) in (nn.Parameter, torch.Tensor) for part in parts) and plain(*parts):
             return nn.functional.linear(x, torch.cat([part.weight for part in parts]))
         return torch.cat([part(x) for part in parts], dim=-1)
 

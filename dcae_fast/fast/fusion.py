@@ -1,6 +1,7 @@
 """Convolution, norm, activation and residual of existing modules, in as few passes as the modules allow."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from dcae_fast import ops
@@ -81,7 +82,7 @@ def conv_norm_act(
         y, bias = conv_without_bias(conv, x)
         if bias is not None:
             return ops.bias_act(y, bias, act, residual=residual)
-        y = {"none": nn.Identity(), "relu": torch.relu, "silu": nn.functional.silu}[act](y)
+        y = y if act == "none" else getattr(F, act)(y)
         return y if residual is None else y + residual
     y = conv(x)
     if type(norm) is nn.BatchNorm2d:

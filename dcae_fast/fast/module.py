@@ -3,7 +3,10 @@
 import functools
 from typing import Any
 
+import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as module_hooks
 
 from dcae_fast import ops
 from dcae_fast.ops._library import KERNEL_DTYPES
@@ -22,6 +25,8 @@ class FastModule:
 
     def forward(self, *args, **kwargs):
         if not args or args[0].dim() != 4 or args[0].dtype not in KERNEL_DTYPES or not ops.has_kernels(args[0]):
+            return self.eager(*args, **kwargs)
+        if in_transform():
             return self.eager(*args, **kwargs)
         return self.fast_forward(*args, **kwargs)
 
@@ -66,8 +71,17 @@ def qualified_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+def in_transform() -> bool:
+    """Whether torch.func or forward-mode AD is at work, which custom operators take no part in."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
 def plain(*modules: nn.Module | None) -> bool:
     """Whether nobody would notice if these modules were computed without being called: no hooks, no own forward."""
+    if module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks:
+        return False
     return not any(
         module._forward_hooks
         or module._forward_pre_hooks

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from dcae_fast.ops._library import HAS_TRITON
+from dcae_fast.ops._library import HAS_TRITON, INTERPRETED
 
 from . import dcae, diffusers
 from .module import FastModule, fast_class, is_fast, original_class, qualified_name
@@ -154,7 +154,7 @@ def _reason_to_skip(module: nn.Module, mixin: type[FastModule], disabled: set[st
 def _note(model: nn.Module, report: Report) -> str:
     if not report.replaced and not report.skipped:
         return f"{type(model).__name__} has no module of a DC-AE that is known here: nothing was patched."
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and not INTERPRETED:
         return "No CUDA device: on a CPU the modules' own forwards run."
     if not HAS_TRITON:
         return "Triton is not installed: the modules' own forwards run."

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable
 
 import torch
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 NAMESPACE = "dcae_fast"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -85,6 +86,28 @@ def define(
 def differentiable(op: torch._ops.OpOverload, backward: Callable, setup_context: Callable) -> None:
     """Register the gradient of an operator."""
     torch.library.register_autograd(op.name(), backward, setup_context=setup_context, lib=LIBRARY)
+
+
+def differentiable_again(op: torch._ops.OpOverload, reference: Callable) -> None:
+    """Register the gradient of a backward operator: autograd through its reference, for second derivatives."""
+
+    def setup_context(ctx, inputs, output):
+        leaves, ctx.structure = tree_flatten(list(inputs))
+        ctx.save_for_backward(*(leaf if isinstance(leaf, torch.Tensor) else None for leaf in leaves))
+        ctx.constants = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+
+    def gradient(ctx, *grads):
+        with torch.enable_grad():
+            tensors = [None if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
+            leaves = [c if t is None else t for t, c in zip(tensors, ctx.constants, strict=True)]
+            outputs = tree_leaves(reference(*tree_unflatten(leaves, ctx.structure)))
+            pairs = zip(outputs, tree_leaves(grads), strict=True)
+            outputs, grads = zip(*[(y, dy) for y, dy in pairs if dy is not None and y.requires_grad], strict=True)
+            inputs = [tensor for tensor in tensors if tensor is not None]
+            found = iter(torch.autograd.grad(outputs, inputs, grads, allow_unused=True))
+        return tuple(tree_unflatten([None if t is None else next(found) for t in tensors], ctx.structure))
+
+    differentiable(op, gradient, setup_context)
 
 
 def _channels_last(value):

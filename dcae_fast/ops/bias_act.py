@@ -10,7 +10,7 @@ with the residual's. mean and variance are constants: they get no gradient.
 import torch
 
 from ._elementwise import activate, activate_backward, check_activation, sum_dtype, sum_to_channels
-from ._library import KERNEL_DTYPES, define, differentiable
+from ._library import KERNEL_DTYPES, define, differentiable, differentiable_again
 
 
 def _wide(x):
@@ -77,6 +77,7 @@ def _gradient(ctx, dy):
 
 
 differentiable(_forward, _gradient, _setup_context)
+differentiable_again(_backward, bias_act_backward_reference)
 
 
 def bias_act(

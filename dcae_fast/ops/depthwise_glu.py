@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ._elementwise import activate_backward, sum_to_channels
-from ._library import KERNEL_DTYPES, define, differentiable
+from ._library import KERNEL_DTYPES, define, differentiable, differentiable_again
 
 
 def _convolution(x, weight, bias):
@@ -69,6 +69,7 @@ def _gradient(ctx, dout):
 
 
 differentiable(_forward, _gradient, _setup_context)
+differentiable_again(_backward, depthwise_glu_backward_reference)
 
 
 def depthwise_glu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

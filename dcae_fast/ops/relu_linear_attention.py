@@ -12,7 +12,7 @@ import torch
 
 from dcae_fast.models import functional
 
-from ._library import KERNEL_DTYPES, define, differentiable
+from ._library import KERNEL_DTYPES, define, differentiable, differentiable_again
 
 HEAD_DIMS = (16, 32, 64)
 
@@ -67,6 +67,7 @@ def _gradient(ctx, dout):
 
 
 differentiable(_forward, _gradient, _setup_context)
+differentiable_again(_backward, relu_linear_attention_backward_reference)
 
 
 def relu_linear_attention(qkvs: list[torch.Tensor], head_dim: int = 32, eps: float = 1e-15) -> torch.Tensor:

@@ -176,3 +176,44 @@ def test_in_a_sequence_of_other_modules(compare):
     expected = model(x)
     dcae_fast.patch(model)
     compare("eager", model(x), expected, OUTPUT)
+
+
+@pytest.mark.parametrize("name", ["ResBlock", "EfficientViTBlock", "diffusers-EfficientViTBlock"])
+def test_second_derivatives_and_transforms(name, compare):
+    """A gradient penalty; forward-mode AD and torch.func, which custom operators take no part in."""
+    block, x = build_block(name)
+    fast = copy.deepcopy(block)
+    dcae_fast.patch(fast)
+
+    def penalty(module):
+        leaf = x.detach().clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(module(leaf).square().sum(), leaf, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), [leaf, *module.parameters()])
+
+    for value, expected in zip(penalty(fast), penalty(block), strict=True):
+        compare("eager", value, expected, GRADIENT, "second derivative")
+    for transform in (
+        lambda module: torch.func.jvp(module, (x,), (x,))[1],
+        lambda module: torch.func.grad(lambda leaf: module(leaf).square().sum())(x),
+    ):
+        compare("eager", transform(fast), transform(block), GRADIENT, "torch.func")
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x.detach(), x.detach())
+        value, expected = (torch.autograd.forward_ad.unpack_dual(module(dual)).tangent for module in (fast, block))
+    compare("eager", value, expected, GRADIENT, "forward-mode AD")
+
+
+@TWO
+def test_global_hooks(name, compare):
+    model, x = build(name), image(1, 3, 8, 8)
+
+    def called():
+        names = []
+        handle = nn.modules.module.register_module_forward_hook(lambda module, *_: names.append(id(module)))
+        reconstruct(model, x)
+        handle.remove()
+        return sorted(names)
+
+    expected = called()
+    dcae_fast.patch(model)
+    assert called() == expected
