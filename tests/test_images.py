@@ -1,10 +1,12 @@
 """Photographs of every mode; fitting, quantising, measuring, comparing and saving."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
-from conftest import load_json, load_tensors
 from PIL import Image
+from safetensors.torch import load_file
 
 from dcae_fast import images
 from dcae_fast.files import written_atomically
@@ -93,8 +95,8 @@ def test_demo_photograph():
 
 
 def test_centre_crop_as_the_original(reference):
-    cases = load_json(reference / "fixtures" / "pipeline.json")["dm_crop"]
-    tensors = load_tensors(reference / "fixtures" / "pipeline.safetensors")
+    cases = json.loads((reference / "fixtures" / "pipeline.json").read_text())["dm_crop"]
+    tensors = load_file(reference / "fixtures" / "pipeline.safetensors")
     for case in cases:
         image, crop = (tensors[f"dm_crop/{case['index']}/{name}"] for name in ("image", "crop"))
         height, width = case["target"] if isinstance(case["target"], list) else [case["target"]] * 2
@@ -103,12 +105,12 @@ def test_centre_crop_as_the_original(reference):
 
 
 def test_quantised_as_the_original(reference):
-    tensors = load_tensors(reference / "fixtures" / "pipeline.safetensors")
+    tensors = load_file(reference / "fixtures" / "pipeline.safetensors")
     assert torch.equal(images.to_uint8(tensors["quantise/decoded"]), tensors["quantise/autoencoder_uint8"])
 
 
 def test_psnr_as_the_original(reference):
-    tensors = load_tensors(reference / "fixtures" / "pipeline.safetensors")
+    tensors = load_file(reference / "fixtures" / "pipeline.safetensors")
     got = images.psnr(tensors["psnr/prediction"], tensors["psnr/reference"])
     assert torch.allclose(got, tensors["psnr/each"].double(), rtol=1e-6, atol=0)
 
