@@ -1,1 +1,1 @@
-"""DC-AE in plain PyTorch: readable, and the oracle of everything faster."""
+"""DC-AE and the transformers in its latent space, plain PyTorch: readable, and the oracle of everything faster."""
