@@ -65,15 +65,11 @@ def sinusoidal_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
     """Times [B], of any real dtype and scale → [B, dim], in float32 or wider.
 
     [cos(t · ω), sin(t · ω)],    ω_j = 10000^(-j / half),    j = 0 ... half - 1,    half = dim / 2
-
-    ω is computed in float64 where the device has it: at t = 1000 its last bit shows in the cosine, and exp in float32 is
-    rounded differently from one processor to the next.
     """
     half = dim // 2
     t = t.to(torch.promote_types(t.dtype, torch.float32))
-    wide = torch.float32 if t.device.type == "mps" else torch.float64
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=wide, device=t.device) / half)
-    angles = t[:, None] * frequencies.to(t.dtype)
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=t.dtype, device=t.device) / half)
+    angles = t[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
