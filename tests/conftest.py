@@ -72,7 +72,7 @@ def pytest_generate_tests(metafunc):
     cases = [
         Case(path.stem, name)
         for path in sorted((REFERENCE / "fixtures").glob(f"{files}.json"))
-        for name in load_json(path)["cases"]
+        for name in load_json(path).get("cases", [])
         if any(fnmatch(name, glob) for glob in names or ["*"]) and not any(fnmatch(name, glob) for glob in but)
     ]
     missing = [pytest.param(None, marks=NO_REFERENCE)]
@@ -92,6 +92,12 @@ def reference() -> Path:
     if not (REFERENCE / "fixtures").is_dir():
         pytest.skip(NO_REFERENCE.kwargs["reason"])
     return REFERENCE
+
+
+@pytest.fixture
+def open_case(reference) -> type[Case]:
+    """open_case(file, name): one reference case, for tests that choose it themselves."""
+    return Case
 
 
 @pytest.fixture

@@ -17,7 +17,10 @@ MAY_IMPORT = {  # by folder: what it may import, besides itself and the standard
     "dcae_fast/fast": ["torch", "dcae_fast.ops", "dcae_fast.models"],
     "dcae_fast/__init__.py": ["dcae_fast.fast"],
 }
-EXCEPTIONS = {"dcae_fast/models/checkpoint.py": ["safetensors", "huggingface_hub", "dcae_fast.files"]}
+EXCEPTIONS = {
+    "dcae_fast/models/checkpoint.py": ["safetensors", "huggingface_hub", "dcae_fast.files"],
+    "dcae_fast/sampling/flow.py": ["torchdiffeq"],
+}
 SOURCES = [
     (path, rule)
     for rule in MAY_IMPORT
@@ -83,7 +86,9 @@ import dcae_fast
 after = state()
 changed = [name for name in before if before[name] != after[name]]
 assert not changed, f"changed by the import: {changed}"
-optional = {"diffusers", "transformers", "peft", "PIL", "tyro", "tqdm", "skimage", "sklearn", "flash_attn"}
+optional = {
+    "diffusers", "transformers", "peft", "PIL", "tyro", "tqdm", "skimage", "sklearn", "flash_attn", "torchdiffeq"
+}
 imported = optional & (set(sys.modules) - modules)
 assert not imported, f"imported along: {imported}"
 """

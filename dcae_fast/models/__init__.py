@@ -1,5 +1,7 @@
-"""DC-AE in plain PyTorch: readable, and the oracle of everything faster."""
+"""DC-AE and the diffusion transformers in its latent space, in plain PyTorch: readable, the oracle of all that is fast."""
 
 from .autoencoder import DCAE, CoderConfig, DCAEConfig
+from .dit import DiT, DiTConfig
+from .uvit import UViT, UViTConfig
 
-__all__ = ["CoderConfig", "DCAE", "DCAEConfig"]
+__all__ = ["CoderConfig", "DCAE", "DCAEConfig", "DiT", "DiTConfig", "UViT", "UViTConfig"]

@@ -97,9 +97,14 @@ def autoencoder_hub_id(name: str) -> str | None:
 
 def unknown(name: str) -> str:
     """The words for a name that is not in the zoo."""
-    close = get_close_matches(name, autoencoder_names(), n=1)
+    return unknown_name("autoencoder", name, autoencoder_names())
+
+
+def unknown_name(kind: str, name: str, names: list[str]) -> str:
+    """The words for a name that is none of these; kind: what they are names of."""
+    close = get_close_matches(name, names, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"unknown autoencoder {name!r}; {hint}Known: {', '.join(autoencoder_names())}"
+    return f"unknown {kind} {name!r}; {hint}Known: {', '.join(names)}"
 
 
 def _check(name: str) -> None:

@@ -1,0 +1,77 @@
+"""The samplers of SiT (arXiv 2401.08740) for networks that predict the velocity of a linear path.
+
+    x_t = t z + (1 - t) ε,    v = z - ε,    t from 0 (noise) to 1 (data), network time t
+
+An ordinary or a stochastic differential equation from 0 to 1 whose solution at t is distributed as x_t.
+"""
+
+import math
+
+import torch
+
+from .arguments import Network, check
+
+
+@torch.no_grad()
+def ode_dopri5(
+    network: Network, noise: torch.Tensor, steps: int = 250, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """dx = v dt by the adaptive Dormand-Prince method of order 5: torchdiffeq, atol 1e-6, rtol 1e-3.
+
+    The solver chooses its steps by the error over the whole batch and calls the network some 20 to 100 times, also a
+    little past t = 1, from where it interpolates back. `steps` and `generator` are not used: the former would say
+    at how many times to interpolate, which alters nothing at t = 1. ImportError without torchdiffeq.
+    """
+    try:
+        import torchdiffeq
+    except ImportError as error:
+        raise ImportError("ODE_dopri5 needs torchdiffeq: pip install 'dcae_fast[ode]'") from error
+    check(noise, steps, least=1)
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64, device=noise.device)
+
+    def velocity(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return network(x, t.item())
+
+    return torchdiffeq.odeint(velocity, noise, ends, rtol=1e-3, atol=1e-6, method="dopri5")[-1]
+
+
+@torch.no_grad()
+def ode_heun2(
+    network: Network, noise: torch.Tensor, steps: int = 250, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """dx = v dt by Heun's method of order 2 on linspace(0, 1, steps): 2 (steps - 1) calls of the network.
+
+        k_1 = v(x, t),    k_2 = v(x + Δ k_1, t + Δ),    x ← x + Δ (k_1 + k_2) / 2
+
+    Deterministic: `generator` is not used.
+    """
+    check(noise, steps, least=2)
+    dt, x = 1 / (steps - 1), noise
+    for i in range(steps - 1):
+        start = network(x, i * dt)
+        end = network(x + dt * start, (i + 1) * dt)
+        x = x + dt / 2 * (start + end)
+    return x
+
+
+@torch.no_grad()
+def sde(
+    network: Network, noise: torch.Tensor, steps: int = 250, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """dx = (v + (1 - t) s) dt + √(2 (1 - t)) dW by Euler-Maruyama: `steps` calls of the network.
+
+    The score s = (t v - x) / (1 - t) follows from the velocity, so that the drift is (1 + t) v - x. On
+    linspace(0, 0.96, steps), and then one step of 0.04 without noise.
+    """
+    check(noise, steps, least=2)
+    last = 0.96
+    dt, x = last / (steps - 1), noise
+    for i in range(steps - 1):
+        t = i * dt
+        dw = math.sqrt(dt) * torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+        x = x + dt * drift(network, x, t) + math.sqrt(2 * (1 - t)) * dw
+    return x + (1 - last) * drift(network, x, last)
+
+
+def drift(network: Network, x: torch.Tensor, t: float) -> torch.Tensor:
+    return (1 + t) * network(x, t) - x

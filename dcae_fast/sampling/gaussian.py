@@ -1,0 +1,86 @@
+"""Gaussian diffusion with a learned variance (arXiv 2102.09672), for networks that predict the noise and the variance.
+
+    x_n = √ᾱ_n z + √(1 - ᾱ_n) ε,    ᾱ_n = Π_{i<=n} (1 - β_i),    β = linspace(1e-4, 0.02, 1000),    n = 0 ... 999
+
+The network's time is n. Of its 2C channels the first C are ε̂; the last C, v, place the logarithm of the variance
+between those of its two bounds (1 is the upper): the β̃_n of q(x_{n-1} | x_n, z) and β_n.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from .arguments import Network, check
+
+TIMES = 1000
+
+
+class Tables(NamedTuple):
+    """By time: √ᾱ, √(1 - ᾱ), the logarithms of the bounds β and β̃; and a, b of q's mean a z + b x_n."""
+
+    alpha: torch.Tensor
+    sigma: torch.Tensor
+    log_beta: torch.Tensor
+    log_beta_tilde: torch.Tensor
+    mean_clean: torch.Tensor
+    mean_noisy: torch.Tensor
+
+
+def kept_times(steps: int) -> list[int]:
+    """`steps` of the times 0 ... 999, evenly spaced, both ends included."""
+    return [round(i * (TIMES - 1) / (steps - 1)) for i in range(steps)]
+
+
+@cache
+def tables(steps: int, dtype: torch.dtype, device: torch.device) -> Tables:
+    """Of the diffusion that only has the kept times, n = 0 ... steps - 1: [steps], computed in float64.
+
+    β_n = 1 - ᾱ_n / ᾱ_{n-1},    β̃_n = β_n (1 - ᾱ_{n-1}) / (1 - ᾱ_n),    ln β̃_1 also stands in for ln β̃_0 = -∞
+    a = √ᾱ_{n-1} β_n / (1 - ᾱ_n),    b = √(1 - β_n) (1 - ᾱ_{n-1}) / (1 - ᾱ_n)
+    """
+    alpha_bar = (1 - torch.linspace(1e-4, 0.02, TIMES, dtype=torch.float64)).cumprod(0)[kept_times(steps)]
+    previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+    beta = 1 - alpha_bar / previous
+    beta_tilde = beta * (1 - previous) / (1 - alpha_bar)
+    log_beta_tilde = torch.cat([beta_tilde[1:2], beta_tilde[1:]]).log()
+    mean_clean = previous.sqrt() * beta / (1 - alpha_bar)
+    mean_noisy = (1 - beta).sqrt() * (1 - previous) / (1 - alpha_bar)
+    alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    by_time = (alpha, sigma, beta.log(), log_beta_tilde, mean_clean, mean_noisy)
+    return Tables(*(table.to(device, dtype) for table in by_time))
+
+
+def model_posterior(
+    out: torch.Tensor, x: torch.Tensor, n: int | torch.Tensor, tables: Tables
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and log-variance, [B, C, h, w], of the model's p(x_{n-1} | x_n).
+
+    out: [B, 2C, h, w], what the network returned for x [B, C, h, w]; n: index into the tables, one or [B, 1, 1, 1].
+    ValueError if `out` has no variance.
+    """
+    if out.shape[1] != 2 * x.shape[1]:
+        raise ValueError(f"the network returned {out.shape[1]} channels; {2 * x.shape[1]} expected: noise and variance")
+    noise, v = out.chunk(2, dim=1)
+    clean = (x - tables.sigma[n] * noise) / tables.alpha[n]
+    mean = tables.mean_clean[n] * clean + tables.mean_noisy[n] * x
+    return mean, (1 + v) / 2 * tables.log_beta[n] + (1 - v) / 2 * tables.log_beta_tilde[n]
+
+
+@torch.no_grad()
+def sample(
+    network: Network, noise: torch.Tensor, steps: int = 250, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Ancestral sampling, x_{n-1} ~ p(x_{n-1} | x_n), in `steps` calls of the network, 2 to 1000.
+
+    The predicted latent is not clipped; the last step is the mean. ValueError if the network returns no variance.
+    """
+    check(noise, steps, least=2, most=TIMES)
+    times, x = kept_times(steps), noise
+    of_steps = tables(steps, noise.dtype, noise.device)
+    for n in range(steps - 1, 0, -1):
+        mean, log_variance = model_posterior(network(x, float(times[n])), x, n, of_steps)
+        step_noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+        x = mean + (log_variance / 2).exp() * step_noise
+    mean, _ = model_posterior(network(x, float(times[0])), x, 0, of_steps)
+    return mean
