@@ -1,4 +1,4 @@
-"""DC-AE and the diffusion transformers in its latent space, in plain PyTorch: readable, the oracle of all that is fast."""
+"""DC-AE and the diffusion transformers in its latent space, in plain PyTorch: the oracle of everything faster."""
 
 from .autoencoder import DCAE, CoderConfig, DCAEConfig
 from .dit import DiT, DiTConfig
