@@ -5,6 +5,7 @@ DCAE_FAST_REFERENCE, else at ../shared/reference beside the repository; tests th
 """
 
 import json
+import math
 import os
 from collections import defaultdict
 from dataclasses import dataclass
@@ -114,6 +115,32 @@ def compare(record_property):
         error = ((got - expected).norm() / scale).item() if (got != expected).any() else 0.0
         record_property("reference_error", (file, error, limit))
         assert error <= limit, f"{what}: relative L2 error {error:.2e} against {file}, limit {limit:.0e}"
+
+    return check
+
+
+@pytest.fixture
+def compare_gradients(compare):
+    """compare_gradients(case, gradients, limit): a training case's gradients by parameter name, and their total norm.
+
+    Where the fixture has 80 elements of a gradient and its norm, their error is in proportion to the whole gradient.
+    """
+
+    def check(case: Case, gradients: dict[str, torch.Tensor], limit: float) -> None:
+        tensors, norms = case.tensors(case.name), case.meta["grad_l2"]
+        assert gradients.keys() == norms.keys()
+        for name, gradient in gradients.items():
+            gradient = gradient.flatten()
+            compare(case.file, gradient.norm(), torch.tensor(norms[name]), limit, f"{name}, norm")
+            if f"grad/{name}" in tensors:
+                compare(case.file, gradient, tensors[f"grad/{name}"].flatten(), limit, name)
+                continue
+            evenly = torch.linspace(0, gradient.numel() - 1, 64).round().long()
+            for which, at in {"first16": torch.arange(16), "sample64": evenly}.items():
+                scale = norms[name] * math.sqrt(len(at) / gradient.numel())
+                compare(case.file, gradient[at], tensors[f"grad_{which}/{name}"], limit, f"{name}, {which}", scale)
+        total = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients.values()))
+        assert total == pytest.approx(case.meta["total_grad_l2"], rel=limit)
 
     return check
 

@@ -17,14 +17,13 @@ from .fusion import (
 from .module import FastModule, kind, plain
 
 
-def _norm_dtype(norm: nn.Module | None, x: torch.Tensor) -> torch.dtype | None:
+def _norm_dtype(norm: nn.Module) -> torch.dtype | None:
     """diffusers' RMS norm returns its weight's type where that is wider than its input's (autocast)."""
-    half = norm is None or norm.weight is None or norm.weight.dtype in (torch.float16, torch.bfloat16)
-    return None if half else torch.float32
+    return None if norm.weight.dtype in (torch.float16, torch.bfloat16) else torch.float32
 
 
 def _conv_norm_add(conv: nn.Module, norm: nn.Module, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-    return conv_norm_act(conv, norm, "none", x, residual, _norm_dtype(norm, x))
+    return conv_norm_act(conv, norm, "none", x, residual, _norm_dtype(norm))
 
 
 class Encoder(FastModule):
@@ -48,14 +47,14 @@ class Decoder(FastModule):
 
     def fast_forward(self, z: torch.Tensor) -> torch.Tensor:
         act = activation_name(self.conv_act)
-        if not self.in_shortcut or act is None or not can_fuse_norm(self.norm_out):
+        if not self.in_shortcut or act is None or kind(self.norm_out) != "RMSNorm" or not can_fuse_norm(self.norm_out):
             return layout_of(self.eager(channels_last(z)), z)
         x = channels_last(z)
         x = ops.duplicate_shuffle_add(x, *conv_without_bias(self.conv_in, x), factor=1)
         for block in reversed(self.up_blocks):
             x = block(x)
         norm = self.norm_out
-        x = ops.rms_norm(x, norm.weight, norm.bias, norm.eps, act, dtype=_norm_dtype(norm, x))
+        x = ops.rms_norm(x, norm.weight, norm.bias, norm.eps, act, dtype=_norm_dtype(norm))
         return layout_of(self.conv_out(x), z)
 
 
@@ -64,7 +63,7 @@ class ResBlock(FastModule):
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         act = activation_name(self.nonlinearity)
-        if act is None or not can_fuse_norm(self.norm):
+        if act is None or self.norm is None or not can_fuse_norm(self.norm):
             return self.eager(x)
         return _conv_norm_add(self.conv2, self.norm, conv_norm_act(self.conv1, None, act, x), x)
 
@@ -85,7 +84,7 @@ class SanaMultiscaleLinearAttention(FastModule):
     operators = ("rms_norm", "relu_linear_attention")
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
-        fusable = kind(self.norm_out) in ("RMSNorm",) and can_fuse_norm(self.norm_out)
+        fusable = kind(self.norm_out) == "RMSNorm" and can_fuse_norm(self.norm_out)
         default = type(self.processor).__name__ == "SanaMultiscaleAttnProcessor2_0"
         if not fusable or not default or activation_name(self.nonlinearity) != "relu":
             return self.eager(x)
@@ -94,7 +93,7 @@ class SanaMultiscaleLinearAttention(FastModule):
         y = ops.relu_linear_attention(scales, self.attention_head_dim, self.eps)
         y = self.to_out(y.movedim(1, -1)).movedim(-1, 1)
         norm, residual = self.norm_out, x if self.residual_connection else None
-        return ops.rms_norm(y, norm.weight, norm.bias, norm.eps, residual=residual, dtype=_norm_dtype(norm, y))
+        return ops.rms_norm(y, norm.weight, norm.bias, norm.eps, residual=residual, dtype=_norm_dtype(norm))
 
     def _qkv(self, x: torch.Tensor) -> torch.Tensor:
         """One product for the three projections, whose outputs are thirds of the packed channels."""

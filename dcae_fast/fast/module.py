@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd import forward_ad
-from torch.nn.modules import module as module_hooks
+from torch.nn.modules.module import _has_any_global_hook
 
 from dcae_fast import ops
-from dcae_fast.ops._library import KERNEL_DTYPES
 
 PACKAGES = ("dcae_fast", "dc_gen", "diffusers", "efficientvit", "torch")  # whose classes are known by their names
 
@@ -24,9 +23,7 @@ class FastModule:
     operators: tuple[str, ...] = ()
 
     def forward(self, *args, **kwargs):
-        if not args or args[0].dim() != 4 or args[0].dtype not in KERNEL_DTYPES or not ops.has_kernels(args[0]):
-            return self.eager(*args, **kwargs)
-        if in_transform():
+        if not args or args[0].dim() != 4 or not ops.has_kernels(args[0]) or in_transform():
             return self.eager(*args, **kwargs)
         return self.fast_forward(*args, **kwargs)
 
@@ -80,7 +77,7 @@ def in_transform() -> bool:
 
 def plain(*modules: nn.Module | None) -> bool:
     """Whether nobody would notice if these modules were computed without being called: no hooks, no own forward."""
-    if module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks:
+    if _has_any_global_hook():
         return False
     return not any(
         module._forward_hooks

@@ -22,8 +22,8 @@ INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def has_kernels(x: torch.Tensor) -> bool:
-    """Whether operators run as kernels for tensors on x's device, or as plain PyTorch."""
-    return INTERPRETED or (HAS_TRITON and x.is_cuda)
+    """Whether operators run as kernels for tensors of x's device and type, or as plain PyTorch."""
+    return x.dtype in KERNEL_DTYPES and (INTERPRETED or (HAS_TRITON and x.is_cuda))
 
 
 @functools.cache

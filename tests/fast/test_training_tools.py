@@ -204,13 +204,15 @@ def test_second_derivatives_and_transforms(name, compare):
 
 
 @TWO
-def test_global_hooks(name, compare):
+@pytest.mark.parametrize("kind", ["forward", "full_backward"])
+def test_global_hooks(name, kind):
     model, x = build(name), image(1, 3, 8, 8)
 
     def called():
         names = []
-        handle = nn.modules.module.register_module_forward_hook(lambda module, *_: names.append(id(module)))
-        reconstruct(model, x)
+        register = getattr(nn.modules.module, f"register_module_{kind}_hook")
+        handle = register(lambda module, *_: names.append(id(module)))
+        step(model, x)
         handle.remove()
         return sorted(names)
 

@@ -89,9 +89,9 @@ def test_training_outputs(case, compare, monkeypatch):
 
 
 @pytest.mark.cases("diffusion_[us]*it", "train")
-def test_training_gradients(case, compare):
+def test_training_gradients(case, compare, compare_gradients):
     """Of the mean square losses: all but DiT's, which has a second term for the variance."""
-    tensors, norms = case.tensors("train"), case.meta["grad_l2"]
+    tensors = case.tensors("train")
     target = tensors[{"DPM_Solver": "noise", "SiTSampler": "target"}[case.meta["train_scheduler"]]]
     model = build(case, class_dropout_prob=0.0).train()
     out = model(tensors["x_t"], tensors["t"], tensors["labels_used"])
@@ -99,19 +99,7 @@ def test_training_gradients(case, compare):
     compare(case.file, loss, torch.tensor(case.meta["loss"]), LOSS, "loss")
     loss.backward()
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    gradients = {name: parameter.grad.flatten() for name, parameter in trained.items()}
-    assert gradients.keys() == norms.keys()
-    for name, gradient in gradients.items():
-        compare(case.file, gradient.norm(), torch.tensor(norms[name]), GRADIENT, f"{name}, norm")
-        if f"grad/{name}" in tensors:
-            compare(case.file, gradient, tensors[f"grad/{name}"].flatten(), GRADIENT, name)
-            continue
-        samples = {"first16": torch.arange(16), "sample64": torch.linspace(0, gradient.numel() - 1, 64).round().long()}
-        for which, at in samples.items():
-            scale = norms[name] * math.sqrt(len(at) / gradient.numel())
-            compare(case.file, gradient[at], tensors[f"grad_{which}/{name}"], GRADIENT, f"{name}, {which}", scale)
-    total = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients.values()))
-    assert total == pytest.approx(case.meta["total_grad_l2"], rel=GRADIENT)
+    compare_gradients(case, {name: parameter.grad for name, parameter in trained.items()}, GRADIENT)
 
 
 def test_time_embedding(open_case):
