@@ -13,6 +13,8 @@ from .fusion import (
     conv_without_bias,
     is_depthwise3x3,
     layout_of,
+    upsample,
+    upsample_conv_without_bias,
 )
 from .module import FastModule, kind, plain
 
@@ -43,7 +45,7 @@ class RMSNorm2d(FastModule):
 class ConvLayer(FastModule):
     """Convolution, norm, activation: all but the convolution in one pass."""
 
-    operators = ("bias_act", "rms_norm")
+    operators = ("bias_act", "conv2d", "rms_norm")
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.add(x, None)
@@ -144,7 +146,7 @@ class LiteMLA(Branch):
 class PixelShuffleSampler(FastModule):
     """3×3 convolution and pixel (un)shuffle: the bias goes along with the shuffle."""
 
-    operators = ("unshuffle_average_add", "duplicate_shuffle_add")
+    operators = ("conv2d", "unshuffle_average_add", "duplicate_shuffle_add")
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         move = ops.unshuffle_average_add if "Unshuffle" in kind(self) else ops.duplicate_shuffle_add
@@ -155,6 +157,25 @@ class PixelShuffleSampler(FastModule):
         if isinstance(self.conv, ConvLayer) and plain(self.conv):
             return self.conv.without_bias(x)
         return self.conv(x), None
+
+
+class InterpolateSampler(FastModule):
+    """Nearest-neighbour up-sampling and 3×3 convolution."""
+
+    operators = (*ConvLayer.operators, "upsample_conv2d")
+
+    def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(upsample(x)) if self.is_known() else self.eager(x)
+
+    def without_bias(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What `ops.duplicate_shuffle_add` takes: the result or its planes before the bias, and the bias."""
+        conv = self.conv
+        if self.is_known() and isinstance(conv, ConvLayer) and plain(conv) and conv.is_bare():
+            return upsample_conv_without_bias(conv.conv, x)
+        return self(x), None
+
+    def is_known(self) -> bool:
+        return self.factor == 2 and getattr(self, "mode", "nearest") == "nearest"
 
 
 class ResidualBlock(FastModule):
@@ -176,6 +197,6 @@ class ResidualBlock(FastModule):
         return self.eager(x)
 
     def _main_without_bias(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if isinstance(self.main, (PixelShuffleSampler, ConvLayer)) and plain(self.main):
+        if isinstance(self.main, (PixelShuffleSampler, InterpolateSampler, ConvLayer)) and plain(self.main):
             return self.main.without_bias(x)
         return self.main(x), None

@@ -13,6 +13,7 @@ from .fusion import (
     conv_without_bias,
     is_depthwise3x3,
     layout_of,
+    upsample_conv_without_bias,
 )
 from .module import FastModule, kind, plain
 
@@ -29,7 +30,7 @@ def _conv_norm_add(conv: nn.Module, norm: nn.Module, x: torch.Tensor, residual: 
 class Encoder(FastModule):
     """Channels-last inside, the caller's memory format outside; the head's shortcut in one pass."""
 
-    operators = ("unshuffle_average_add",)
+    operators = ("conv2d", "unshuffle_average_add")
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.out_shortcut:
@@ -43,7 +44,7 @@ class Encoder(FastModule):
 class Decoder(FastModule):
     """Channels-last inside, the caller's memory format outside; the stem's shortcut and the head's norm in one pass."""
 
-    operators = ("duplicate_shuffle_add", "rms_norm")
+    operators = ("conv2d", "duplicate_shuffle_add", "rms_norm")
 
     def fast_forward(self, z: torch.Tensor) -> torch.Tensor:
         act = activation_name(self.conv_act)
@@ -59,7 +60,7 @@ class Decoder(FastModule):
 
 
 class ResBlock(FastModule):
-    operators = ("bias_act", "rms_norm")
+    operators = ("bias_act", "conv2d", "rms_norm")
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         act = activation_name(self.nonlinearity)
@@ -69,7 +70,7 @@ class ResBlock(FastModule):
 
 
 class GLUMBConv(FastModule):
-    operators = ("bias_act", "rms_norm", "depthwise_glu")
+    operators = ("bias_act", "conv2d", "rms_norm", "depthwise_glu")
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         act = activation_name(self.nonlinearity)
@@ -105,7 +106,7 @@ class SanaMultiscaleLinearAttention(FastModule):
 
 
 class DCDownBlock2d(FastModule):
-    operators = ("unshuffle_average_add",)
+    operators = ("conv2d", "unshuffle_average_add")
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.downsample and not self.shortcut:
@@ -115,13 +116,13 @@ class DCDownBlock2d(FastModule):
 
 
 class DCUpBlock2d(FastModule):
-    operators = ("duplicate_shuffle_add",)
+    operators = ("conv2d", "duplicate_shuffle_add", "upsample_conv2d")
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.interpolate and not self.shortcut:
             return self.eager(x)
-        y = x
-        if self.interpolate:
-            y = nn.functional.interpolate(x, scale_factor=self.factor, mode=self.interpolation_mode)
-        main, bias = conv_without_bias(self.conv, y)
+        if self.interpolate and self.interpolation_mode != "nearest":
+            return self.eager(x)
+        convolve = upsample_conv_without_bias if self.interpolate else conv_without_bias
+        main, bias = convolve(self.conv, x)
         return ops.duplicate_shuffle_add(x if self.shortcut else None, main, bias, self.factor)

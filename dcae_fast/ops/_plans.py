@@ -1,0 +1,127 @@
+"""Which of cuDNN's candidates runs a convolution the fastest: timed once for each shape, remembered in memory and on disk.
+
+cuDNN's first suggestion can be 20 % slower than the best of its list. The winners' places in the list are kept in one
+small JSON file for each GPU and version of cuDNN, in $DCAE_FAST_CACHE, else $XDG_CACHE_HOME/dcae_fast, else
+~/.cache/dcae_fast. A file that cannot be read or written costs no more than the time of another search.
+"""
+
+import json
+import os
+import statistics
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from dcae_fast.files import written_atomically
+
+from ._library import cuda_extension
+
+MOST_CANDIDATES = 24
+MOST_WORKSPACE = 2**28  # bytes
+HOPELESS = 1.5  # times the best so far: not timed again
+FINALISTS, ROUNDS = 4, 7
+NO_PLAN = -1  # in the place of a candidate: the fallback is the fastest
+
+Epilogue = list[tuple[str, torch.Tensor | None]]
+
+_plans: dict[tuple, object | None] = {}
+_lock = threading.Lock()
+
+
+def available() -> bool:
+    """Whether the CUDA extension was built with cuDNN, and torch may use cuDNN."""
+    return hasattr(cuda_extension(), "Convolution") and torch.backends.cudnn.enabled
+
+
+def find(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    stride: int,
+    padding: tuple[int, int, int, int],
+    epilogue: Epilogue,
+    fallback: Callable[[], torch.Tensor],
+):
+    """The ConvolutionPlan for tensors like these; None if `fallback` does the same work faster.
+
+    epilogue: (step, its operand or None) in order, as in csrc/convolution.h. A new shape is searched for, which takes
+    up to some seconds; None is also the answer for a new shape while a CUDA graph is captured.
+    """
+    steps = tuple((step, None if operand is None else operand.dtype) for step, operand in epilogue)
+    key = (x.device.index, x.dtype, tuple(x.shape), tuple(weight.shape), stride, padding, steps)
+    if key in _plans:
+        return _plans[key]
+    if torch.cuda.is_current_stream_capturing():
+        return None
+    with _lock, torch.cuda.device(x.device), torch.no_grad():
+        if key not in _plans:
+            _plans[key] = _find(repr(key[1:]), x, weight, stride, padding, epilogue, fallback)
+    return _plans[key]
+
+
+def _find(name, x, weight, stride, padding, epilogue, fallback):
+    """The plan that the cache file names; else that of a search, and its place is written there."""
+    try:
+        convolution = cuda_extension().Convolution(x, weight, stride, padding, epilogue)
+    except RuntimeError:  # cuDNN knows no such graph
+        return None
+    file = _cache_file()
+    candidate = _read(file).get(name)
+    if candidate is None or not NO_PLAN <= candidate < len(convolution):
+        operands = [operand for _, operand in epilogue if operand is not None]
+        candidate = _search(convolution, lambda plan: plan(x, weight, operands), fallback)
+        _write(file, name, candidate)
+    return None if candidate == NO_PLAN else convolution.build(candidate)
+
+
+def _search(convolution, run: Callable, fallback: Callable) -> int:
+    """Place of the fastest candidate: all are timed once, the best of them and the fallback in several rounds."""
+    runs, times = {NO_PLAN: fallback}, {}
+    for candidate in range(min(len(convolution), MOST_CANDIDATES)):
+        try:
+            plan = convolution.build(candidate)
+        except RuntimeError:  # not for this GPU or shape
+            continue
+        if plan.workspace_size <= MOST_WORKSPACE:
+            runs[candidate] = lambda plan=plan: run(plan)
+    for candidate, call in runs.items():
+        times[candidate] = _milliseconds(call)  # with what the first call of a kernel costs
+        if times[candidate] < HOPELESS * min(times.values()):
+            times[candidate] = _milliseconds(call)
+    finalists = {NO_PLAN, *sorted(times, key=times.get)[:FINALISTS]}
+    rounds = [{candidate: _milliseconds(runs[candidate]) for candidate in finalists} for _ in range(ROUNDS)]
+    return min(finalists, key=lambda candidate: statistics.median(times[candidate] for times in rounds))
+
+
+def _milliseconds(call: Callable) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def _cache_file() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = os.environ.get("DCAE_FAST_CACHE") or Path(cache, "dcae_fast")
+    gpu = torch.cuda.get_device_name().replace(" ", "_")
+    return Path(folder, f"convolutions-{gpu}-cudnn{torch.backends.cudnn.version()}.json")
+
+
+def _read(file: Path) -> dict[str, int]:
+    try:
+        places = json.loads(file.read_text())
+        return {name: place for name, place in places.items() if isinstance(place, int)}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def _write(file: Path, name: str, candidate: int) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with written_atomically(file) as part:
+            part.write_text(json.dumps(_read(file) | {name: candidate}, indent=0))
+    except OSError:
+        pass
