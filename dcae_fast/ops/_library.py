@@ -90,7 +90,7 @@ def differentiable(op: Operator, backward: Callable, setup_context: Callable) ->
 
 
 def differentiable_as(op: Operator, reference: Callable) -> None:
-    """Register autograd through `reference`, run again in the backward pass: second derivatives, seldom-used gradients."""
+    """Register autograd through `reference`, run again in the backward pass: for gradients that are seldom needed."""
 
     def setup_context(ctx, inputs, output):
         leaves, ctx.structure = tree_flatten(list(inputs))

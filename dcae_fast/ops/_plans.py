@@ -1,4 +1,4 @@
-"""Which of cuDNN's candidates runs a convolution the fastest: timed once for each shape, remembered in memory and on disk.
+"""Which of cuDNN's candidates runs a convolution the fastest: timed once for each shape, kept in memory and on disk.
 
 cuDNN's first suggestion can be 20 % slower than the best of its list. The winners' places in the list are kept in one
 small JSON file for each GPU and version of cuDNN, in $DCAE_FAST_CACHE, else $XDG_CACHE_HOME/dcae_fast, else

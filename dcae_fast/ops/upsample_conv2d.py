@@ -3,8 +3,8 @@
     planes[2 i + j] = conv3x3(upsample(x), weight)[:, :, i::2, j::2]
 
 The pixels that a 3×3 window covers after up-sampling are only 2×2 different ones, so taps that fall on the same pixel
-are added up first: 4 products for each output instead of 9. x: [B, C, H, W] channels-last; weight: [K, C, 3, 3]; planes:
-[4 B, K, H, W], the four parities one after the other, as `duplicate_shuffle_add` takes them.
+are added up first: 4 products for each output instead of 9. x: [B, C, H, W] channels-last; weight: [K, C, 3, 3];
+planes: [4 B, K, H, W], the four parities one after the other, as `duplicate_shuffle_add` takes them.
 """
 
 import torch
