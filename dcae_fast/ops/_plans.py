@@ -9,6 +9,7 @@ import json
 import os
 import statistics
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,36 +63,42 @@ def find(
 
 def _find(name, x, weight, stride, padding, epilogue, fallback):
     """The plan that the cache file names; else that of a search, and its place is written there."""
-    try:
-        convolution = cuda_extension().Convolution(x, weight, stride, padding, epilogue)
-    except RuntimeError:  # cuDNN knows no such graph
-        return None
     file = _cache_file()
     candidate = _read(file).get(name)
-    if candidate is None or not NO_PLAN <= candidate < len(convolution):
+    try:
+        convolution = cuda_extension().Convolution(x, weight, stride, padding, epilogue)
+        if candidate is not None and NO_PLAN <= candidate < len(convolution):
+            return None if candidate == NO_PLAN else convolution.build(candidate)
         operands = [operand for _, operand in epilogue if operand is not None]
-        candidate = _search(convolution, lambda plan: plan(x, weight, operands), fallback)
-        _write(file, name, candidate)
-    return None if candidate == NO_PLAN else convolution.build(candidate)
+        candidate, plan = _search(convolution, lambda plan: plan(x, weight, operands), fallback)
+    except RuntimeError as error:
+        warnings.warn(f"cuDNN cannot fuse the convolution {name}: {error}", stacklevel=2)
+        return None
+    _write(file, name, candidate)
+    return plan
 
 
-def _search(convolution, run: Callable, fallback: Callable) -> int:
-    """Place of the fastest candidate: all are timed once, the best of them and the fallback in several rounds."""
-    runs, times = {NO_PLAN: fallback}, {}
+def _search(convolution, run: Callable, fallback: Callable):
+    """The fastest candidate and its plan: all are timed once, the best of them and the fallback in several rounds.
+
+    A plan that was built is kept, not built again: cuDNN compiles a candidate no more than once.
+    """
+    plans, runs, times = {NO_PLAN: None}, {NO_PLAN: fallback}, {}
     for candidate in range(min(len(convolution), MOST_CANDIDATES)):
         try:
             plan = convolution.build(candidate)
         except RuntimeError:  # not for this GPU or shape
             continue
         if plan.workspace_size <= MOST_WORKSPACE:
-            runs[candidate] = lambda plan=plan: run(plan)
+            plans[candidate], runs[candidate] = plan, lambda plan=plan: run(plan)
     for candidate, call in runs.items():
         times[candidate] = _milliseconds(call)  # with what the first call of a kernel costs
         if times[candidate] < HOPELESS * min(times.values()):
             times[candidate] = _milliseconds(call)
     finalists = {NO_PLAN, *sorted(times, key=times.get)[:FINALISTS]}
     rounds = [{candidate: _milliseconds(runs[candidate]) for candidate in finalists} for _ in range(ROUNDS)]
-    return min(finalists, key=lambda candidate: statistics.median(times[candidate] for times in rounds))
+    best = min(finalists, key=lambda candidate: statistics.median(part[candidate] for part in rounds))
+    return best, plans[best]
 
 
 def _milliseconds(call: Callable) -> float:

@@ -148,8 +148,8 @@ def duplicate_shuffle_add(
 
     x: [B, C, H, W], or None for main alone. main: [B, O, H * factor, W * factor], or [B, O * factor², H, W], which is
     shuffled, or with factor 2 the planes [4 B, O, H, W]; bias: its channels. Each channel of x is repeated
-    factor² O / C times in place before the shuffle. Returns [B, O, H * factor, W * factor] channels-last. Raises ValueError
-    where shapes do not fit.
+    factor² O / C times in place before the shuffle. Returns [B, O, H * factor, W * factor] channels-last. Raises
+    ValueError where shapes do not fit.
     """
     height, width = (main if x is None else x).shape[2:]
     unmoved = _check(x, main, bias, factor, (height * factor, width * factor), planes=factor == 2)

@@ -20,9 +20,7 @@ def _subpixel_weights_kernel(
             total = tl.zeros((BLOCK,), tl.float32)
             for i in tl.static_range(3):
                 for j in tl.static_range(3):
-                    row: tl.constexpr = (i + 1 - parity // 2) // 2
-                    column: tl.constexpr = (j + 1 - parity % 2) // 2
-                    if row == tap // 2 and column == tap % 2:
+                    if (i + 1 - parity // 2) // 2 == tap // 2 and (j + 1 - parity % 2) // 2 == tap % 2:
                         total += tl.load(source + (3 * i + j) * stride_tap, mask, 0.0).to(tl.float32)
             target = out_ptr + ((parity * filters + k) * 4 + tap) * channels + c
             tl.store(target, total.to(out_ptr.dtype.element_ty), mask)

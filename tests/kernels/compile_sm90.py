@@ -43,7 +43,7 @@ def compile_instead(kernel, *args, grid, warmup, **named):
 
 
 def main():
-    from dcae_fast.kernels.bias_act import launch_bias_act, launch_bias_act_backward
+    from dcae_fast.kernels.bias_act import launch_bias_act, launch_bias_act_backward, launch_fold_batch_norm
     from dcae_fast.kernels.depthwise_glu import launch_depthwise_glu, launch_depthwise_glu_backward
     from dcae_fast.kernels.duplicate_shuffle_add import launch_duplicate_shuffle_add
     from dcae_fast.kernels.relu_linear_attention import (
@@ -52,6 +52,7 @@ def main():
     )
     from dcae_fast.kernels.rms_norm import launch_rms_norm, launch_rms_norm_backward
     from dcae_fast.kernels.unshuffle_average_add import launch_unshuffle_average_add
+    from dcae_fast.kernels.upsample_conv2d import launch_subpixel_weights
 
     def tensor(*shape, dtype=torch.bfloat16):
         return torch.empty(shape, dtype=dtype)
@@ -66,6 +67,7 @@ def main():
         launch_bias_act(x, c, "silu", None, None, None, 0.0, None, x.dtype)
         launch_bias_act(x, c, "none", c, c, c, 1e-5, x, x.dtype)
         launch_bias_act_backward(x, x, c, "silu", c, c, c, 1e-5)
+        launch_fold_batch_norm(c, c, c, c, 1e-5)
     for dtype in POINTER:
         qkv, dout = tensor(2, 1536, 16, 16, dtype=dtype), tensor(2, 512, 16, 16, dtype=dtype)
         launch_relu_linear_attention([qkv], 32, 1e-15)
@@ -75,6 +77,8 @@ def main():
         launch_depthwise_glu_backward(x[:, :128], x, weight, bias)
     launch_unshuffle_average_add(tensor(2, 256, 64, 64), tensor(2, 128, 64, 64), tensor(128), 512, 2, 0.5)
     launch_duplicate_shuffle_add(tensor(2, 512, 32, 32), tensor(2, 1024, 32, 32), tensor(1024), 256, 2, 1.0)
+    launch_duplicate_shuffle_add(tensor(2, 512, 32, 32), tensor(8, 256, 32, 32), tensor(256), 256, 2, 1.0)
+    launch_subpixel_weights(tensor(256, 512, 3, 3))
 
 
 if __name__ == "__main__":
