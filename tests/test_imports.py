@@ -88,7 +88,8 @@ after = state()
 changed = [name for name in before if before[name] != after[name]]
 assert not changed, f"changed by the import: {changed}"
 optional = {
-    "diffusers", "transformers", "peft", "PIL", "tyro", "tqdm", "skimage", "sklearn", "flash_attn", "torchdiffeq"
+    "diffusers", "transformers", "peft", "PIL", "tyro", "tqdm", "skimage", "sklearn", "flash_attn", "torchdiffeq",
+    "matplotlib",
 }
 imported = optional & (set(sys.modules) - modules)
 assert not imported, f"imported along: {imported}"
