@@ -13,6 +13,7 @@ from .fusion import (
     conv_without_bias,
     is_depthwise3x3,
     layout_of,
+    multiscale_qkv,
     upsample,
     upsample_conv_without_bias,
 )
@@ -126,7 +127,7 @@ class GLUMBConv(Branch):
 
 
 class LiteMLA(Branch):
-    operators = (*ConvLayer.operators, "relu_linear_attention")
+    operators = (*ConvLayer.operators, "multiscale_qkv", "relu_linear_attention")
 
     def add(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         normalised = getattr(self, "norm_qk", False) or getattr(self, "norm_q", None) is not None
@@ -137,7 +138,8 @@ class LiteMLA(Branch):
 
     def body(self, x: torch.Tensor) -> torch.Tensor:
         qkv = self.qkv(x)
-        return ops.relu_linear_attention([qkv, *(scale(qkv) for scale in self.aggreg)], self.dim, self.eps)
+        scales = [multiscale_qkv(scale, scale[0], scale[1], qkv) for scale in self.aggreg]
+        return ops.relu_linear_attention([qkv, *scales], self.dim, self.eps)
 
     def last_layer(self) -> nn.Module:
         return self.proj

@@ -13,6 +13,7 @@ from .fusion import (
     conv_without_bias,
     is_depthwise3x3,
     layout_of,
+    multiscale_qkv,
     upsample_conv_without_bias,
 )
 from .module import FastModule, kind, plain
@@ -82,7 +83,7 @@ class GLUMBConv(FastModule):
 
 
 class SanaMultiscaleLinearAttention(FastModule):
-    operators = ("rms_norm", "relu_linear_attention")
+    operators = ("multiscale_qkv", "relu_linear_attention", "rms_norm")
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         fusable = kind(self.norm_out) == "RMSNorm" and can_fuse_norm(self.norm_out)
@@ -90,8 +91,8 @@ class SanaMultiscaleLinearAttention(FastModule):
         if not fusable or not default or activation_name(self.nonlinearity) != "relu":
             return self.eager(x)
         qkv = self._qkv(channels_last(x).movedim(1, -1)).movedim(-1, 1)
-        scales = [qkv, *(scale(qkv) for scale in self.to_qkv_multiscale)]
-        y = ops.relu_linear_attention(scales, self.attention_head_dim, self.eps)
+        scales = [multiscale_qkv(scale, scale.proj_in, scale.proj_out, qkv) for scale in self.to_qkv_multiscale]
+        y = ops.relu_linear_attention([qkv, *scales], self.attention_head_dim, self.eps)
         y = self.to_out(y.movedim(1, -1)).movedim(-1, 1)
         norm, residual = self.norm_out, x if self.residual_connection else None
         return ops.rms_norm(y, norm.weight, norm.bias, norm.eps, residual=residual, dtype=_norm_dtype(norm))

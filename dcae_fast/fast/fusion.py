@@ -117,6 +117,25 @@ def conv_norm_act(
     return ops.rms_norm(y, norm.weight, norm.bias, norm.eps, act, residual, norm_dtype)
 
 
+def multiscale_qkv(scale: nn.Module, depthwise: nn.Module, grouped: nn.Module, qkv: torch.Tensor) -> torch.Tensor:
+    """scale(qkv), in one pass if it is a depthwise and a grouped 1×1 convolution as in the released models."""
+    convolutions = type(depthwise) is nn.Conv2d and type(grouped) is nn.Conv2d and plain(scale, depthwise, grouped)
+    if not (convolutions and qkv.dtype == depthwise.weight.dtype == grouped.weight.dtype):
+        return scale(qkv)
+    side, channels = depthwise.kernel_size[0], qkv.shape[1]
+    known = (
+        depthwise.bias is grouped.bias is None
+        and depthwise.groups == depthwise.out_channels == grouped.out_channels == channels
+        and depthwise.kernel_size == (side, side)
+        and side % 2 == 1
+        and depthwise.padding == (side // 2, side // 2)
+        and depthwise.padding_mode == "zeros"
+        and depthwise.stride == depthwise.dilation == grouped.stride == grouped.kernel_size == (1, 1)
+        and grouped.padding == (0, 0)
+    )
+    return ops.multiscale_qkv(qkv, depthwise.weight, grouped.weight) if known else scale(qkv)
+
+
 def is_depthwise3x3(conv: nn.Module) -> bool:
     return (
         type(conv) is nn.Conv2d

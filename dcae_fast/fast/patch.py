@@ -19,6 +19,7 @@ OPERATORS = (
     "conv2d",
     "depthwise_glu",
     "duplicate_shuffle_add",
+    "multiscale_qkv",
     "relu_linear_attention",
     "rms_norm",
     "unshuffle_average_add",

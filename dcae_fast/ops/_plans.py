@@ -11,6 +11,7 @@ import statistics
 import threading
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -22,7 +23,9 @@ from ._library import cuda_extension
 MOST_CANDIDATES = 24
 MOST_WORKSPACE = 2**28  # bytes
 HOPELESS = 1.5  # times the best so far: not timed again
-FINALISTS, ROUNDS = 4, 7
+FINALISTS, ROUNDS, BURST = 5, 3, 8.0  # BURST: milliseconds
+LAUNCH = 200_000  # clock cycles, more than a launch from Python takes
+COMPILERS = 8  # threads
 NO_PLAN = -1  # in the place of a candidate: the fallback is the fastest
 
 Epilogue = list[tuple[str, torch.Tensor | None]]
@@ -79,35 +82,61 @@ def _find(name, x, weight, stride, padding, epilogue, fallback):
 
 
 def _search(convolution, run: Callable, fallback: Callable):
-    """The fastest candidate and its plan: all are timed once, the best of them and the fallback in several rounds.
+    """The fastest candidate and its plan.
 
-    A plan that was built is kept, not built again: cuDNN compiles a candidate no more than once.
+    Every candidate is timed once, the best of them and the fallback in bursts without a pause: a GPU at its power limit
+    prefers other kernels than a cool one. cuDNN compiles a candidate no more than once, so plans are kept.
     """
-    plans, runs, times = {NO_PLAN: None}, {NO_PLAN: fallback}, {}
-    for candidate in range(min(len(convolution), MOST_CANDIDATES)):
-        try:
-            plan = convolution.build(candidate)
-        except RuntimeError:  # not for this GPU or shape
-            continue
-        if plan.workspace_size <= MOST_WORKSPACE:
-            plans[candidate], runs[candidate] = plan, lambda plan=plan: run(plan)
+    with ThreadPoolExecutor(COMPILERS) as pool:
+        built = list(pool.map(lambda candidate: _build(convolution, candidate), range(_size(convolution))))
+    plans = {candidate: plan for candidate, plan in enumerate(built) if plan is not None}
+    runs = {NO_PLAN: fallback} | {candidate: lambda plan=plan: run(plan) for candidate, plan in plans.items()}
+    once = {}
     for candidate, call in runs.items():
-        times[candidate] = _milliseconds(call)  # with what the first call of a kernel costs
-        if times[candidate] < HOPELESS * min(times.values()):
-            times[candidate] = _milliseconds(call)
-    finalists = {NO_PLAN, *sorted(times, key=times.get)[:FINALISTS]}
-    rounds = [{candidate: _milliseconds(runs[candidate]) for candidate in finalists} for _ in range(ROUNDS)]
-    best = min(finalists, key=lambda candidate: statistics.median(part[candidate] for part in rounds))
-    return best, plans[best]
+        once[candidate] = _milliseconds(call)  # with what the first call of a kernel costs
+        if once[candidate] < HOPELESS * min(once.values()):
+            once[candidate] = _milliseconds(call)
+    bursts = {candidate: [] for candidate in (NO_PLAN, *sorted(once, key=once.get)[:FINALISTS])}
+    calls = min(max(round(BURST / min(once.values())), 3), 50)
+    for _ in range(ROUNDS):
+        for candidate, events in bursts.items():
+            events.append(_record(runs[candidate], calls))
+    torch.cuda.synchronize()
+    best = min(bursts, key=lambda candidate: statistics.median(map(_elapsed, bursts[candidate])))
+    return best, plans.get(best)
+
+
+def _size(convolution) -> int:
+    return min(len(convolution), MOST_CANDIDATES)
+
+
+def _build(convolution, candidate: int):
+    """The candidate's plan, None if it is not for this GPU or shape, or needs much memory."""
+    try:
+        plan = convolution.build(candidate)
+    except RuntimeError:
+        return None
+    return plan if plan.workspace_size <= MOST_WORKSPACE else None
+
+
+def _record(call: Callable, calls: int = 1) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(LAUNCH * calls)  # so that launching takes none of the time between the events
+    start.record()
+    for _ in range(calls):
+        call()
+    end.record()
+    return start, end
+
+
+def _elapsed(events: tuple[torch.cuda.Event, torch.cuda.Event]) -> float:
+    return events[0].elapsed_time(events[1])
 
 
 def _milliseconds(call: Callable) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
+    events = _record(call)
+    events[1].synchronize()
+    return _elapsed(events)
 
 
 def _cache_file() -> Path:

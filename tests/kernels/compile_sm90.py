@@ -46,6 +46,7 @@ def main():
     from dcae_fast.kernels.bias_act import launch_bias_act, launch_bias_act_backward, launch_fold_batch_norm
     from dcae_fast.kernels.depthwise_glu import launch_depthwise_glu, launch_depthwise_glu_backward
     from dcae_fast.kernels.duplicate_shuffle_add import launch_duplicate_shuffle_add
+    from dcae_fast.kernels.multiscale_qkv import launch_multiscale_qkv
     from dcae_fast.kernels.relu_linear_attention import (
         launch_relu_linear_attention,
         launch_relu_linear_attention_backward,
@@ -72,6 +73,7 @@ def main():
         qkv, dout = tensor(2, 1536, 16, 16, dtype=dtype), tensor(2, 512, 16, 16, dtype=dtype)
         launch_relu_linear_attention([qkv], 32, 1e-15)
         launch_relu_linear_attention_backward(dout, [qkv], 32, 1e-15)
+        launch_multiscale_qkv(qkv, tensor(1536, 1, 5, 5, dtype=dtype), tensor(1536, 32, 1, 1, dtype=dtype))
         x, weight, bias = tensor(2, 256, 16, 16, dtype=dtype), tensor(256, 1, 3, 3), tensor(256)
         launch_depthwise_glu(x, weight, bias)
         launch_depthwise_glu_backward(x[:, :128], x, weight, bias)

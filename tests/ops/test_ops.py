@@ -1,5 +1,7 @@
 """Every operator against its formula in float64: results, gradients, layouts, odd and empty sizes, registration."""
 
+import sys
+
 import pytest
 import torch
 
@@ -97,6 +99,11 @@ CASES = {
     "conv2d-empty": conv2d_case(0, 8, 8, 4, 4, "silu"),
     "upsample_conv2d": (ops.upsample_conv2d, [(2, 16, 3, 5), (24, 16, 3, 3)]),
     "upsample_conv2d-odd": (ops.upsample_conv2d, [(1, 3, 4, 1), (5, 3, 3, 3)]),
+    "multiscale_qkv": (ops.multiscale_qkv, [(2, 64, 5, 7), (64, 1, 5, 5), (64, 32, 1, 1)]),
+    "multiscale_qkv-one_pixel": (ops.multiscale_qkv, [(1, 48, 1, 1), (48, 1, 3, 3), (48, 16, 1, 1)]),
+    "multiscale_qkv-tiles": (ops.multiscale_qkv, [(1, 32, 9, 18), (32, 1, 5, 5), (32, 32, 1, 1)]),
+    "multiscale_qkv-odd_groups": (ops.multiscale_qkv, [(1, 24, 4, 4), (24, 1, 3, 3), (24, 8, 1, 1)]),
+    "multiscale_qkv-empty": (ops.multiscale_qkv, [(0, 64, 5, 7), (64, 1, 5, 5), (64, 32, 1, 1)]),
     "attention": attention_case(2, 2, 9, 11, 1),
     "attention-two_scales": attention_case(1, 3, 13, 7, 2),
     "attention-32_positions": attention_case(2, 1, 4, 8, 1),
@@ -147,16 +154,7 @@ def relative_error(got, exact):
 def eager_errors(op, tensors, exact, monkeypatch):
     """Errors of the plain PyTorch reference in the same dtype."""
     with monkeypatch.context() as patch:
-        for name in (
-            "rms_norm",
-            "bias_act",
-            "conv2d",
-            "relu_linear_attention",
-            "depthwise_glu",
-            "shuffle",
-            "upsample_conv2d",
-        ):
-            module = __import__(f"dcae_fast.ops.{name}", fromlist=["_"])
+        for module in [module for name, module in sys.modules.items() if name.startswith("dcae_fast.ops.")]:
             for attribute, op_of_module in list(vars(module).items()):
                 if isinstance(op_of_module, Operator):
                     name_of_op = op_of_module.overload._schema.name.split("::")[1]
@@ -180,8 +178,9 @@ def test_matches_the_formula_in_float64(op, shapes, dtype, monkeypatch):
 
 @case
 def test_layout_in_does_not_matter_and_layout_out_is_channels_last(op, shapes, request):
+    case_id = request.node.callspec.id
     exactly = (
-        {"atol": 1e-4, "rtol": 1e-5} if "conv2d" in request.node.callspec.id else {"atol": 0, "rtol": 0}
+        {"atol": 1e-4, "rtol": 1e-5} if "conv2d" in case_id or "multiscale" in case_id else {"atol": 0, "rtol": 0}
     )  # libraries' convolutions differ
     nhwc, nchw = make(shapes, torch.float32), make(shapes, torch.float32, NCHW)
     strided = [t.detach().repeat_interleave(2, dim=-1)[..., ::2].requires_grad_() for t in nchw]
@@ -237,7 +236,7 @@ def test_gradients_of_the_reference(name):
     op, shapes = CASES[name]
     shapes = [tuple(min(size, 4) if i > 1 and len(shape) == 4 and shape[2:] != (3, 3) else size
                     for i, size in enumerate(shape)) for shape in shapes]  # fmt: skip
-    if "average" in name or "duplicate" in name:
+    if any(word in name for word in ("average", "duplicate", "multiscale")):
         shapes = CASES[name][1]
     generator = torch.Generator().manual_seed(1)
     tensors = [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
@@ -282,6 +281,7 @@ def test_mixed_precision_sums_are_promoted():
         (lambda x: ops.conv2d(x, x[:, :3]), "expected"),
         (lambda x: ops.conv2d(x, x, scale=x[0, :, 0, 0]), "all of them with a bias"),
         (lambda x: ops.upsample_conv2d(x, x), "expected"),
+        (lambda x: ops.multiscale_qkv(x, x, x), "expected"),
         (lambda x: ops.relu_linear_attention([]), "empty"),
         (lambda x: ops.relu_linear_attention([x]), "multiple of 96"),
         (lambda x: ops.relu_linear_attention([x, x.double()], 8), "float"),
@@ -298,7 +298,9 @@ def test_bad_input_is_refused(call, message):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("op", ["rms_norm", "bias_act", "depthwise_glu", "average", "duplicate", "attention"])
+@pytest.mark.parametrize(
+    "op", ["rms_norm", "bias_act", "depthwise_glu", "average", "duplicate", "attention", "multiscale_qkv"]
+)
 def test_more_than_2_to_the_31_elements(op):
     """The last image of a batch that crosses 2³¹ elements equals the same image alone."""
     big = torch.randn(2**31 // (96 * 512 * 512) + 2, 96, 512, 512, device="cuda", dtype=torch.bfloat16)
@@ -311,6 +313,7 @@ def test_more_than_2_to_the_31_elements(op):
         "average": lambda x: ops.unshuffle_average_add(None, x, channel),
         "duplicate": lambda x: ops.duplicate_shuffle_add(None, x, channel),
         "attention": lambda x: ops.relu_linear_attention([x]),
+        "multiscale_qkv": lambda x: ops.multiscale_qkv(x, x.new_ones(96, 1, 5, 5), x.new_ones(96, 32, 1, 1)),
     }[op]
     whole, alone = call(big)[-1:], call(big[-1:].clone(memory_format=NHWC))
     torch.testing.assert_close(whole, alone, atol=2e-2 if op == "attention" else 0, rtol=0)
