@@ -9,6 +9,7 @@ import json
 import os
 import statistics
 import threading
+import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,8 @@ from ._library import cuda_extension
 MOST_CANDIDATES = 24
 MOST_WORKSPACE = 2**28  # bytes
 HOPELESS = 1.5  # times the best so far: not timed again
-FINALISTS, ROUNDS, BURST = 5, 3, 8.0  # BURST: milliseconds
+FINALISTS, ROUNDS = 5, 5
+BURST, PAUSE = 3.0, 0.008  # milliseconds of work, seconds without
 LAUNCH = 200_000  # clock cycles, more than a launch from Python takes
 COMPILERS = 8  # threads
 NO_PLAN = -1  # in the place of a candidate: the fallback is the fastest
@@ -84,8 +86,9 @@ def _find(name, x, weight, stride, padding, epilogue, fallback):
 def _search(convolution, run: Callable, fallback: Callable):
     """The fastest candidate and its plan.
 
-    Every candidate is timed once, the best of them and the fallback in bursts without a pause: a GPU at its power limit
-    prefers other kernels than a cool one. cuDNN compiles a candidate no more than once, so plans are kept.
+    Every candidate is timed once, the best of them and the fallback in short bursts with pauses: after some 50 ms
+    without one the GPU comes to its power limit and slows down, whatever runs then. cuDNN compiles a candidate no more
+    than once, so plans are kept.
     """
     with ThreadPoolExecutor(COMPILERS) as pool:
         built = list(pool.map(lambda candidate: _build(convolution, candidate), range(_size(convolution))))
@@ -97,10 +100,11 @@ def _search(convolution, run: Callable, fallback: Callable):
         if once[candidate] < HOPELESS * min(once.values()):
             once[candidate] = _milliseconds(call)
     bursts = {candidate: [] for candidate in (NO_PLAN, *sorted(once, key=once.get)[:FINALISTS])}
-    calls = min(max(round(BURST / min(once.values())), 3), 50)
+    calls = min(max(round(BURST / min(once.values())), 2), 20)
     for _ in range(ROUNDS):
         for candidate, events in bursts.items():
             events.append(_record(runs[candidate], calls))
+            time.sleep(PAUSE)
     torch.cuda.synchronize()
     best = min(bursts, key=lambda candidate: statistics.median(map(_elapsed, bursts[candidate])))
     return best, plans.get(best)
