@@ -28,6 +28,7 @@ FINALISTS, ROUNDS = 5, 5
 BURST, PAUSE = 3.0, 0.008  # milliseconds of work, seconds without
 LAUNCH = 200_000  # clock cycles, more than a launch from Python takes
 COMPILERS = 8  # threads
+WORTH_A_SEARCH = 5e7  # multiplications; the smallest convolution of the released models at 512 pixels has 7.5e7
 NO_PLAN = -1  # in the place of a candidate: the fallback is the fastest
 
 Epilogue = list[tuple[str, torch.Tensor | None]]
@@ -52,18 +53,23 @@ def find(
     """The ConvolutionPlan for tensors like these; None if `fallback` does the same work faster.
 
     epilogue: (step, its operand or None) in order, as in csrc/convolution.h. A new shape is searched for, which takes
-    up to some seconds; None is also the answer for a new shape while a CUDA graph is captured.
+    up to some seconds; None is also the answer for a new shape while a CUDA graph is captured, and for tiny ones.
     """
     steps = tuple((step, None if operand is None else operand.dtype) for step, operand in epilogue)
     key = (x.device.index, x.dtype, tuple(x.shape), tuple(weight.shape), stride, padding, steps)
     if key in _plans:
         return _plans[key]
-    if torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_current_stream_capturing() or _products(x, weight, stride) < WORTH_A_SEARCH:
         return None
     with _lock, torch.cuda.device(x.device), torch.no_grad():
         if key not in _plans:
             _plans[key] = _find(repr(key[1:]), x, weight, stride, padding, epilogue, fallback)
     return _plans[key]
+
+
+def _products(x: torch.Tensor, weight: torch.Tensor, stride: int) -> float:
+    """About how many multiplications a convolution takes."""
+    return x.numel() // x.shape[1] * weight.numel() / stride**2
 
 
 def _find(name, x, weight, stride, padding, epilogue, fallback):
