@@ -41,6 +41,15 @@ def cuda_extension():
         return None
 
 
+def halves_on_hopper(*tensors: torch.Tensor) -> bool:
+    """What the CUDA extension is written for: half precision of one type, 16-byte alignment, compute capability 9."""
+    return (
+        tensors[0].dtype in (torch.bfloat16, torch.float16)
+        and all(tensor.dtype == tensors[0].dtype and tensor.data_ptr() % 16 == 0 for tensor in tensors)
+        and torch.cuda.get_device_capability(tensors[0].device)[0] == 9
+    )
+
+
 def define(
     schema: str,
     reference: Callable,
@@ -65,10 +74,10 @@ def define(
         if not accepts(*args):
             return plain(*args)
         args = [_channels_last(arg) for arg in args]
-        if cuda_accepts and cuda_extension() and args[0].is_cuda and cuda_accepts(*args):
+        device = _device(args)
+        if cuda_accepts and cuda_extension() and device.type == "cuda" and cuda_accepts(*args):
             return getattr(cuda_extension(), name)(*args)
         launch = launcher(operator or name, f"launch_{name}")
-        device = _device(args)
         if device.type != "cuda" or device.index == torch.cuda.current_device():
             return launch(*args)
         with torch.cuda.device(device):

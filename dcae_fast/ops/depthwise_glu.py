@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ._elementwise import activate_backward, sum_to_channels
-from ._library import KERNEL_DTYPES, define, differentiable, differentiable_again
+from ._library import KERNEL_DTYPES, define, differentiable, differentiable_again, halves_on_hopper
 
 
 def _convolution(x, weight, bias):
@@ -35,15 +35,10 @@ def _accepts(x, weight, bias):
     return all(tensor.dtype in KERNEL_DTYPES for tensor in (x, weight, bias))
 
 
-def _cuda_accepts(x, weight, bias):
-    """The CUDA extension's kernel: half precision of one type, channels in groups of 16, Hopper."""
-    return (
-        x.dtype in (torch.bfloat16, torch.float16)
-        and weight.dtype == bias.dtype == x.dtype
-        and x.shape[1] % 16 == 0
-        and all(tensor.data_ptr() % 16 == 0 for tensor in (x, weight, bias))
-        and torch.cuda.get_device_capability(x.device)[0] == 9
-    )
+def _cuda_accepts(x, weight, bias, *gradient):
+    """The CUDA extension's kernels, which round parameters in float32 (autocast): channels in groups of 16."""
+    parameters = [tensor.dtype in (x.dtype, torch.float32) and tensor.data_ptr() % 16 == 0 for tensor in (weight, bias)]
+    return halves_on_hopper(x, *gradient) and x.shape[1] % 16 == 0 and all(parameters)
 
 
 _forward = define(
@@ -57,6 +52,7 @@ _backward = define(
     depthwise_glu_backward_reference,
     lambda dout, *args: _accepts(*args),
     operator="depthwise_glu",
+    cuda_accepts=lambda dout, *args: _cuda_accepts(*args, dout),
 )
 
 
