@@ -2,7 +2,7 @@
 
 The extension is built where nvcc and a CUDA build of torch are found; otherwise one line says why it is left out.
 DCAE_FAST_BUILD_CUDA=1 makes that an error, DCAE_FAST_BUILD_CUDA=0 leaves it out. TORCH_CUDA_ARCH_LIST as in torch,
-numbers alone; 9.0a by default.
+numbers alone, of which those below 9.0 are left out; 9.0a by default.
 """
 
 import importlib.util
@@ -35,8 +35,9 @@ def find_nvcc() -> str | None:
 
 
 def cuda_architectures() -> str:
-    """TORCH_CUDA_ARCH_LIST ("9.0a 8.0+PTX") in CMake's words ("90a-real;80")."""
-    names = re.split(r"[ ;,]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or "9.0a")
+    """TORCH_CUDA_ARCH_LIST ("8.0 9.0a 10.0+PTX") in CMake's words ("90a-real;100"), from Hopper on."""
+    names = re.split(r"[ ;,]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
+    names = [name for name in names if int(name.split(".")[0] or 0) >= 9] or ["9.0a"]
     return ";".join(
         name.removesuffix("+PTX").replace(".", "") + ("" if name.endswith("+PTX") else "-real") for name in names
     )

@@ -4,6 +4,8 @@
 
 #include <climits>
 #include <optional>
+#include <tuple>
+#include <vector>
 
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -14,42 +16,135 @@
 
 namespace {
 
-DType dtype_of(const at::Tensor& x) {
-  require_type(x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16,
-               "x must be float16 or bfloat16, got ", x.scalar_type());
+DType dtype_of(const char* name, const at::Tensor& x) {
+  require_type(x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16, name,
+               " must be float16 or bfloat16, got ", x.scalar_type());
   return x.scalar_type() == at::kHalf ? DType::kFloat16 : DType::kBFloat16;
 }
 
-// Checks that `tensor` is a dense parameter of x's dtype and device with the given shape; returns where it starts.
-const void* parameter(const char* name, const at::Tensor& tensor, const at::Tensor& x, at::IntArrayRef shape) {
+// Checks that `tensor` is a dense parameter of the given shape on x's device; returns it in x's dtype.
+at::Tensor parameter(const char* name, const at::Tensor& tensor, const at::Tensor& x, at::IntArrayRef shape) {
   require_value(tensor.sizes() == shape, name, " must have shape ", shape, ", got ", tensor.sizes());
-  require_type(tensor.scalar_type() == x.scalar_type(), name, " must be ", x.scalar_type(), " as x, got ",
-               tensor.scalar_type());
+  require_type(tensor.scalar_type() == x.scalar_type() || tensor.scalar_type() == at::kFloat, name, " must be ",
+               x.scalar_type(), " as x or Float, got ", tensor.scalar_type());
   require_value(tensor.device() == x.device(), name, " must be on ", x.device(), ", got ", tensor.device());
   require_value(tensor.is_contiguous(), name, " must be contiguous");
+  require_value(is_aligned(tensor), name, " must be aligned to 16 bytes");
+  return tensor.to(x.scalar_type());
+}
+
+// Checks that `tensor` is dense in channels-last and aligned; returns where it starts.
+const void* channels_last(const char* name, const at::Tensor& tensor) {
+  require_value(tensor.is_cuda(), name, " must be on a CUDA device, got ", tensor.device());
+  require_value(tensor.dim() == 4 && tensor.is_contiguous(at::MemoryFormat::ChannelsLast), name,
+                " must be dense in channels-last memory format");
   require_value(is_aligned(tensor), name, " must be aligned to 16 bytes");
   return tensor.const_data_ptr();
 }
 
-at::Tensor depthwise_glu(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
-  require_value(x.is_cuda(), "x must be on a CUDA device, got ", x.device());
-  require_value(x.dim() == 4 && x.size(1) > 0 && x.size(1) % 16 == 0,
-                "x must have shape [B, 2M, H, W] with M a positive multiple of 8, got ", x.sizes());
-  require_value(x.is_contiguous(at::MemoryFormat::ChannelsLast), "x must be dense in channels-last memory format");
-  require_value(is_aligned(x), "x must be aligned to 16 bytes");
-  require_value(x.size(1) <= INT_MAX && x.size(2) <= INT_MAX / 2 && x.size(3) <= INT_MAX / 2,
-                "x is too large along one dimension: ", x.sizes());
-  const int64_t channels = x.size(1) / 2;
-  const DType dtype = dtype_of(x);
-  const void* weight_data = parameter("weight", weight, x, {2 * channels, 1, 3, 3});
-  const void* bias_data = bias ? parameter("bias", *bias, x, {2 * channels}) : nullptr;
+at::Tensor empty_channels_last(const at::Tensor& like, int64_t channels) {
+  return at::empty({like.size(0), channels, like.size(2), like.size(3)}, like.options(),
+                   at::MemoryFormat::ChannelsLast);
+}
 
-  const c10::cuda::CUDAGuard guard(x.device());
-  at::Tensor out = at::empty({x.size(0), channels, x.size(2), x.size(3)}, x.options(), at::MemoryFormat::ChannelsLast);
+// The arguments of the convolution, checked, on the current device while this lives.
+struct DepthwiseConvolution {
+  const void* x;
+  c10::cuda::CUDAGuard guard;
+  DType dtype;
+  int64_t batch;
+  int height, width, channels;  // channels: of the result
+  at::Tensor weight, bias;      // bias: may be undefined
+
+  DepthwiseConvolution(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias)
+      : x(channels_last("x", x)), guard(x.device()), dtype(dtype_of("x", x)), batch(x.size(0)) {
+    require_value(x.size(1) > 0 && x.size(1) % 16 == 0,
+                  "x must have shape [B, 2M, H, W] with M a positive multiple of 8, got ", x.sizes());
+    require_value(x.size(1) <= INT_MAX / 2 && x.size(2) <= INT_MAX / 2 && x.size(3) <= INT_MAX / 2,
+                  "x is too large along one dimension: ", x.sizes());
+    height = static_cast<int>(x.size(2));
+    width = static_cast<int>(x.size(3));
+    channels = static_cast<int>(x.size(1) / 2);
+    this->weight = parameter("weight", weight, x, {x.size(1), 1, 3, 3});
+    if (bias) this->bias = parameter("bias", *bias, x, {x.size(1)});
+  }
+
+  const void* weight_data() const { return weight.const_data_ptr(); }
+  const void* bias_data() const { return bias.defined() ? bias.const_data_ptr() : nullptr; }
+};
+
+at::Tensor depthwise_glu(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+  const DepthwiseConvolution conv(x, weight, bias);
+  at::Tensor out = empty_channels_last(x, conv.channels);
   if (out.numel() > 0) {
-    C10_CUDA_CHECK(launch_depthwise_glu(x.const_data_ptr(), weight_data, bias_data, out.mutable_data_ptr(), x.size(0),
-                                        static_cast<int>(x.size(2)), static_cast<int>(x.size(3)),
-                                        static_cast<int>(channels), dtype, c10::cuda::getCurrentCUDAStream()));
+    C10_CUDA_CHECK(launch_depthwise_glu(conv.x, conv.weight_data(), conv.bias_data(), out.mutable_data_ptr(),
+                                        conv.batch, conv.height, conv.width, conv.channels, conv.dtype,
+                                        c10::cuda::getCurrentCUDAStream()));
+  }
+  return out;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> depthwise_glu_backward(const at::Tensor& dout, const at::Tensor& x,
+                                                                      const at::Tensor& weight,
+                                                                      const at::Tensor& bias) {
+  const DepthwiseConvolution conv(x, weight, bias);
+  const void* dout_data = channels_last("dout", dout);
+  const std::vector<int64_t> shape = {x.size(0), conv.channels, x.size(2), x.size(3)};
+  require_value(dout.sizes() == shape, "dout must have shape ", shape, ", got ", dout.sizes());
+  require_type(dout.scalar_type() == x.scalar_type(), "dout must be ", x.scalar_type(), " as x, got ",
+               dout.scalar_type());
+  require_value(dout.device() == x.device(), "dout must be on ", x.device(), ", got ", dout.device());
+
+  at::Tensor dx = empty_channels_last(x, x.size(1));
+  if (x.numel() == 0) return {dx, at::zeros_like(weight), at::zeros_like(bias)};
+  const auto channels = static_cast<int>(x.size(1));
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+  int splits;
+  C10_CUDA_CHECK(depthwise_backward_splits(conv.batch, conv.height, conv.width, channels, &splits));
+  const at::Tensor dconv = at::empty_like(dx);
+  const at::Tensor partial = at::empty({splits, 10, channels}, x.options().dtype(at::kFloat));
+  C10_CUDA_CHECK(launch_depthwise_glu_gate_backward(dout_data, conv.x, conv.weight_data(), conv.bias_data(),
+                                                    dconv.mutable_data_ptr(), conv.batch, conv.height, conv.width,
+                                                    conv.channels, conv.dtype, stream));
+  C10_CUDA_CHECK(launch_depthwise_backward(dconv.const_data_ptr(), conv.x, conv.weight_data(), dx.mutable_data_ptr(),
+                                           partial.mutable_data_ptr(), conv.batch, conv.height, conv.width, channels,
+                                           conv.dtype, stream));
+  const at::Tensor sums = partial.sum(0);
+  at::Tensor dweight = at::empty_like(weight);
+  dweight.view({channels, 9}).copy_(sums.narrow(0, 0, 9).t());
+  return {dx, dweight, sums.select(0, 9).to(bias.scalar_type())};
+}
+
+at::Tensor relu_linear_attention(const std::vector<at::Tensor>& qkvs, int64_t head_dim, double eps) {
+  constexpr int kHeadDim = 32;
+  require_value(head_dim == kHeadDim, "head_dim must be 32, got ", std::to_string(head_dim));
+  require_value(!qkvs.empty(), "qkvs is empty; expected at least one packed qkv tensor");
+  const at::Tensor& first = qkvs[0];
+  int64_t channels = 0;
+  for (const at::Tensor& qkv : qkvs) {
+    channels_last("qkv", qkv);
+    require_type(qkv.scalar_type() == first.scalar_type(), "qkv must be ", first.scalar_type(), " as the first, got ",
+                 qkv.scalar_type());
+    require_value(qkv.device() == first.device(), "qkv must be on ", first.device(), ", got ", qkv.device());
+    require_value(qkv.size(0) == first.size(0) && qkv.sizes().slice(2) == first.sizes().slice(2) &&
+                      qkv.size(1) % (3 * kHeadDim) == 0,
+                  "qkv must have the first one's batch and size and a multiple of 96 channels, got ", qkv.sizes());
+    channels += qkv.size(1) / 3;
+  }
+  const DType dtype = dtype_of("qkv", first);
+  const int64_t positions = first.size(2) * first.size(3);
+  require_value(positions <= INT_MAX / 2 && channels <= INT_MAX / 3, "qkv is too large: ", first.sizes());
+
+  const c10::cuda::CUDAGuard guard(first.device());
+  at::Tensor out = empty_channels_last(first, channels);
+  auto* target = static_cast<uint16_t*>(out.mutable_data_ptr());
+  for (const at::Tensor& qkv : qkvs) {
+    if (qkv.numel() == 0) continue;
+    const int heads = static_cast<int>(qkv.size(1) / (3 * kHeadDim));
+    C10_CUDA_CHECK(launch_relu_linear_attention(qkv.const_data_ptr(), target, qkv.size(0), static_cast<int>(positions),
+                                                heads, static_cast<int>(channels), static_cast<float>(eps), dtype,
+                                                c10::cuda::getCurrentCUDAStream()));
+    target += heads * kHeadDim;
   }
   return out;
 }
@@ -58,7 +153,11 @@ at::Tensor depthwise_glu(const at::Tensor& x, const at::Tensor& weight, const st
 
 PYBIND11_MODULE(_C, module) {
   module.def("depthwise_glu", &depthwise_glu, pybind11::arg("x"), pybind11::arg("weight"), pybind11::arg("bias"),
-             "c[:, :M] * silu(c[:, M:]) with c the depthwise 3x3 convolution of x, in channels-last; inference alone.");
+             "c[:, :M] * silu(c[:, M:]) with c the depthwise 3x3 convolution of x, in channels-last.");
+  module.def("depthwise_glu_backward", &depthwise_glu_backward, pybind11::arg("dout"), pybind11::arg("x"),
+             pybind11::arg("weight"), pybind11::arg("bias"), "The gradients of depthwise_glu by x, weight and bias.");
+  module.def("relu_linear_attention", &relu_linear_attention, pybind11::arg("qkvs"), pybind11::arg("head_dim"),
+             pybind11::arg("eps"), "ReLU linear attention of packed qkv tensors in channels-last, side by side.");
 #ifdef DCAE_FAST_CUDNN
   bind_convolution(module);
 #endif

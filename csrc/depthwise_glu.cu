@@ -1,221 +1,199 @@
 // Depthwise 3x3 convolution and gated linear unit in one pass over memory. See ops.h for the formula and the layout.
 //
-// A block owns 64 value channels, the 64 gate channels that belong to them, 16 columns, and walks down its rows. Each
-// row of input (18 columns with the halo, zeros outside the image) is brought to shared memory once by 16-byte
-// asynchronous copies, three rows ahead of the arithmetic. A thread owns 4 + 4 channels at two neighbouring columns:
-// their 72 weights stay in registers as fp32, and so do the partial sums of the two output rows that an input row
-// does not complete, so that a thread reads a row from shared memory once and never again.
-
-#include <algorithm>
-#include <climits>
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+// A thread has two value and two gate channels at four columns (strips.cuh): their 36 weights stay in registers as
+// fp32, and so do the partial sums of the two output rows that an input row does not complete, so that a thread reads a
+// row once and never again. The backward kernel recomputes the convolution and writes the gradient of its result.
 
 #include "ops.h"
+#include "strips.cuh"
 
 namespace {
 
-using Quad = uint2;  // four neighbouring channels in 16 bits each
+// The weights of the gate are multiplied by -log2(e), those of the value by -ln(2) forward, so that value * silu(gate)
+// is value * gate / (1 + exp2(gate)).
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-constexpr int kQuads = 16;       // of a block in each half: 128 bytes of a pixel
-constexpr int kColumns = 16;     // output columns of a block
-constexpr int kThreads = 128;    // 16 quads x 8 pairs of columns
-constexpr int kStages = 4;       // input rows in shared memory
-constexpr int kBlocksPerSM = 3;  // as many as the registers allow
-constexpr int kMinRows = 8;      // output rows of a block, unless the image has fewer: it reads two more
+template <bool kBackward>
+constexpr int kMaxWarps = kBackward ? 8 : 4;  // of a block; measured, as the stages
+template <bool kBackward>
+constexpr int kStages = kBackward ? 2 : 3;  // of the ring; a step fills one
 
-template <typename T>
-__device__ float2 widen(unsigned pair);
-
-template <>
-__device__ float2 widen<__nv_bfloat16>(unsigned pair) {  // two instructions; __bfloat1622float2 takes three
-  return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
-}
-
-template <>
-__device__ float2 widen<__half>(unsigned pair) {
-  return __half22float2(reinterpret_cast<const __half2&>(pair));
-}
-
-template <typename T>
-__device__ void widen(Quad quad, float (&to)[4]) {
-  const float2 low = widen<T>(quad.x), high = widen<T>(quad.y);
-  to[0] = low.x, to[1] = low.y, to[2] = high.x, to[3] = high.y;
-}
-
-template <typename T>
-__device__ unsigned narrow(float low, float high);
-
-template <>
-__device__ unsigned narrow<__nv_bfloat16>(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return reinterpret_cast<const unsigned&>(pair);
-}
-
-template <>
-__device__ unsigned narrow<__half>(float low, float high) {
-  const __half2 pair = __floats2half2_rn(low, high);
-  return reinterpret_cast<const unsigned&>(pair);
-}
-
-// x / (1 + exp(-x)) with the hardware's exp2 and reciprocal: a relative error of a few 2^-22 for x above -80.
-__device__ float silu(float x) {
+// 1 / (1 + exp2(x)) with the hardware's exp2 and reciprocal: a relative error of a few 2^-22 for x below 115.
+__device__ float sigmoid2(float x) {
   float power, reciprocal;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * -1.4426950408889634f));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(1.0f + power));
-  return x * reciprocal;
+  return reciprocal;
 }
 
-// Starts to copy 16 bytes to shared memory, or writes zeros there and reads nothing.
-__device__ void copy_async(unsigned to, const Quad* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
-}
+// Forward: out is the result [.., M]. Backward: out is the gradient of the convolution [.., 2M], dout that of the
+// result.
+template <typename T, bool kBackward>
+__global__ void __launch_bounds__(32 * kMaxWarps<kBackward>, kWarpsPerSM / kMaxWarps<kBackward>)
+    depthwise_glu_kernel(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap dout,
+                         const Pair* __restrict__ weight, const Pair* __restrict__ bias, Pair* __restrict__ out,
+                         const Cut cut) {
+  constexpr int kParts = kBackward ? 2 : 1, kRing = kStages<kBackward>;
+  // [stage]: x [row][column with halo][half][pair], then backward dout [row][column][pair]
+  extern __shared__ __align__(128) Pair ring[];
+  __shared__ uint64_t full[kRing];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int dout_row_size = cut.warps * kColumns * kPairs, row_size = 2 * (dout_row_size + 2 * kPairs);
+  const int stage_size = kRows * (row_size + kBackward * dout_row_size);
+  const int first_pair = blockIdx.x * kPairs, first_strip = blockIdx.y;
 
-__device__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-template <int kPending>
-__device__ void wait_for_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
-__device__ bool within(int index, int size) { return static_cast<unsigned>(index) < static_cast<unsigned>(size); }
-
-// quads: those of one half of x's channels. Blocks count over (quads, columns, rows, batch), the first fastest.
-template <typename T>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSM)
-    depthwise_glu_kernel(const Quad* __restrict__ x, const Quad* __restrict__ weight, const Quad* __restrict__ bias,
-                         Quad* __restrict__ out, int height, int width, int quads, int rows, int quad_blocks,
-                         int column_blocks, int row_blocks) {
-  struct alignas(16) Row {
-    Quad quads[2][kColumns + 2][kQuads];  // value and gate
-  };
-  __shared__ Row tile[kStages];
-
-  int block = blockIdx.x;
-  const int first_quad = block % quad_blocks * kQuads;
-  block /= quad_blocks;
-  const int first_column = block % column_blocks * kColumns;
-  block /= column_blocks;
-  const int first_row = block % row_blocks * rows;
-  const int64_t image = block / row_blocks;
-  const int steps = min(rows, height - first_row) + 2;  // input rows: one above and one below the output rows
-  const int64_t row_quads = static_cast<int64_t>(width) * quads;
-
-  // Copying: 8 threads bring the 128 bytes of one pixel and half; 16 threads come again for the last two columns.
-  const int copy_quad = threadIdx.x % 8 * 2;
-  const int copy_column = threadIdx.x / 8;
-  const int image_column = first_column - 1 + copy_column;
-  const bool has_quad = first_quad + copy_quad < quads;
-  const bool inside = has_quad && within(image_column, width);
-  const bool inside_last = has_quad && within(image_column + kColumns, width);
-  const Quad* source = x + ((image * height + first_row - 1) * width + image_column) * 2 * quads + first_quad + copy_quad;
-  const auto copy_to = static_cast<unsigned>(__cvta_generic_to_shared(&tile[0].quads[0][copy_column][copy_quad]));
-  constexpr unsigned kGate = sizeof(Row) / 2, kLast = kColumns * kQuads * sizeof(Quad);
-  const auto copy_row = [&](int step) {
-    if (step < steps) {
-      const bool valid = within(first_row - 1 + step, height);
-      const unsigned to = copy_to + step % kStages * sizeof(Row);
-      copy_async(to, source, valid && inside);
-      copy_async(to + kGate, source + quads, valid && inside);
-      if (copy_column < 2) {
-        const Quad* last = source + static_cast<int64_t>(quads) * 2 * kColumns;
-        copy_async(to + kLast, last, valid && inside_last);
-        copy_async(to + kLast + kGate, last + quads, valid && inside_last);
-      }
-      source += 2 * row_quads;
+  const auto bring_step = [&](int stage, Strip from, int index, int step) {
+    if (step >= cut.steps) {  // of a later strip
+      index += step / cut.steps * cut.lanes, step %= cut.steps;
+      if (index >= cut.strips) return;
+      from = strip(cut, index);
     }
-    commit_copies();
+    const Pair* to = ring + stage * stage_size;
+    const int row = from.halo_row + step * kRows;
+    expect(&full[stage], stage_size * sizeof(Pair));
+    bring(to, &x, first_pair, from.column - 1, row, from.image, &full[stage]);
+    if (kBackward) bring(to + kRows * row_size, &dout, first_pair, from.column, row - 1, from.image, &full[stage]);
   };
-#pragma unroll
-  for (int step = 0; step < kStages - 1; ++step) copy_row(step);
+  if (threadIdx.x == 0) {
+    initialize(full);
+    const Strip first = strip(cut, first_strip);
+    for (int step = 0; step < kRing - 1; ++step) bring_step(step, first, first_strip, step);
+  }
 
-  // Computing: neighbouring threads take neighbouring quads.
-  const int lane = threadIdx.x % kQuads;
-  const int column = threadIdx.x / kQuads * 2;
-  const int quad = first_quad + lane;
-  const bool active = quad < quads && first_column + column < width;
-  const bool has_second_column = first_column + column + 1 < width;
-  float taps[2][4][9] = {}, start[2][4] = {};
-  if (active) {
+  const int pair = first_pair + lane;
+  float taps[2][2][9] = {}, start[2][2] = {};
+  if (pair < cut.pairs) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int64_t index = static_cast<int64_t>(half) * quads + quad;
-#pragma unroll
-      for (int i = 0; i < 9; ++i) {
-        float four[4];
-        widen<T>(weight[index * 9 + i], four);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) taps[half][(4 * i + j) / 9][(4 * i + j) % 9] = four[j];
+      const float scale = half == 1 ? -kLog2E : kBackward ? 1.0f : -kLn2;
+      const int64_t index = static_cast<int64_t>(half) * cut.pairs + pair;
+      load_weights<T>(taps[half], weight, index, scale);
+      if (bias != nullptr) {
+        const float2 two = widen<T>(bias[index]);
+        start[half][0] = two.x * scale, start[half][1] = two.y * scale;
       }
-      if (bias != nullptr) widen<T>(bias[index], start[half]);
     }
   }
-  Quad* target = out + ((image * height + first_row) * width + first_column + column) * quads + quad;
+  __syncthreads();  // the barriers are ready
 
-  // What the input rows so far add to two output rows: the one above the coming input row, and the one level with it.
-  float above[2][2][4] = {}, level[2][2][4] = {};
-#pragma unroll 1
-  for (int step = 0; step < steps; ++step) {
-    wait_for_copies<kStages - 2>();
-    __syncthreads();  // this row has come, and the row before it is no longer needed
-    copy_row(step + kStages - 1);
-    if (!active) continue;
+  int stage = 0;
+  unsigned parity = 0;
+  for (int index = first_strip; index < cut.strips; index += cut.lanes) {
+    const Strip to = strip(cut, index);
+    const int column = to.column + warp * kColumns;
+    const int columns = pair < cut.pairs ? cut.width - column : 0;  // that this thread may write
+    const int64_t first_pixel = (static_cast<int64_t>(to.image) * cut.height + to.row) * cut.width + column;
+    Pair* target = out + first_pixel * kParts * cut.pairs + pair;
+    int written = 0;  // rows
+    const auto write_row = [&](const float (&conv)[2][kColumns][2], const Pair* incoming) {
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) {
+        float y[kParts][2];
+        const float2 dy = widen<T>(kBackward ? incoming[j * kPairs] : 0);
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const float value = conv[0][j][c], gate = conv[1][j][c], sigmoid = sigmoid2(gate);
+          if constexpr (kBackward) {
+            const float silu = gate * -kLn2 * sigmoid, d = c == 0 ? dy.x : dy.y;
+            y[0][c] = d * silu;
+            y[1][c] = d * value * (sigmoid + fmaf(silu, -sigmoid, silu));
+          } else {
+            y[0][c] = value * (gate * sigmoid);
+          }
+        }
+        if (j < columns) {
+#pragma unroll
+          for (int part = 0; part < kParts; ++part) {
+            target[static_cast<int64_t>(j * kParts + part) * cut.pairs] = narrow<T>(y[part][0], y[part][1]);
+          }
+        }
+      }
+      target += static_cast<int64_t>(cut.width) * kParts * cut.pairs;
+      ++written;
+    };
 
-    float done[2][2][4];
-    const Row& row = tile[step % kStages];
+    // What the rows so far add to two output rows: the one above the coming row, and the one level with it.
+    float above[2][kColumns][2] = {}, level[2][kColumns][2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float in[4][4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) widen<T>(row.quads[half][column + i][lane], in[i]);
+      for (int j = 0; j < kColumns; ++j) level[half][j][0] = start[half][0], level[half][j][1] = start[half][1];
+    }
+#pragma unroll 1
+    for (int step = 0; step < cut.steps; ++step) {
+      wait(&full[stage], parity);
+      __syncthreads();  // all are through with the step before
+      if (threadIdx.x == 0) bring_step(stage == 0 ? kRing - 1 : stage - 1, to, index, step + kRing - 1);
+      const Pair* rows = ring + stage * stage_size + lane;
+      if (++stage == kRing) stage = 0, parity ^= 1;
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
+      for (int r = 0; r < kRows; ++r) {
+        const Pair* row = rows + r * row_size + warp * kColumns * 2 * kPairs;
+        float done[2][kColumns][2];
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          float sums[3] = {start[half][c], level[half][j][c], above[half][j][c]};
+        for (int half = 0; half < 2; ++half) {
+          float in[kColumns + 2][2];
 #pragma unroll
-          for (int tap = 0; tap < 9; ++tap) {
-            sums[tap / 3] = fmaf(in[j + tap % 3][c], taps[half][c][tap], sums[tap / 3]);
+          for (int i = 0; i < kColumns + 2; ++i) {
+            const float2 two = widen<T>(row[(2 * i + half) * kPairs]);
+            in[i][0] = two.x, in[i][1] = two.y;
           }
-          level[half][j][c] = sums[0], above[half][j][c] = sums[1], done[half][j][c] = sums[2];
+#pragma unroll
+          for (int j = 0; j < kColumns; ++j) {
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+              float sums[3] = {start[half][c], level[half][j][c], above[half][j][c]};
+#pragma unroll
+              for (int tap = 0; tap < 9; ++tap) {
+                sums[tap / 3] = fmaf(in[j + tap % 3][c], taps[half][c][tap], sums[tap / 3]);
+              }
+              level[half][j][c] = sums[0], above[half][j][c] = sums[1], done[half][j][c] = sums[2];
+            }
+          }
+        }
+        if (within(to.halo_row + step * kRows + r - 1 - to.row, to.rows)) {  // else the row above is not this strip's
+          write_row(done, rows + kRows * row_size + r * dout_row_size + warp * kColumns * kPairs);
         }
       }
     }
-    if (step < 2) continue;  // the row just completed is above this block's
-
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      float y[4];
-#pragma unroll
-      for (int c = 0; c < 4; ++c) y[c] = done[0][j][c] * silu(done[1][j][c]);
-      if (j == 0 || has_second_column) target[j * quads] = {narrow<T>(y[0], y[1]), narrow<T>(y[2], y[3])};
+    if constexpr (!kBackward) {
+      if (written < to.rows) write_row(above, nullptr);  // the last row of the image
     }
-    target += row_quads;
   }
+}
+
+template <typename T, bool kBackward>
+cudaError_t launch(const void* x, const void* weight, const void* bias, const void* dout, void* out, int64_t batch,
+                   int height, int width, int channels, cudaStream_t stream) {
+  Cut cut;
+  const int pairs = channels / 2;
+  if (const auto error = cut_into_strips(&cut, batch, height, width, pairs, kMaxWarps<kBackward>, kBackward)) {
+    return error;
+  }
+  CUtensorMap map, dout_map;
+  const int columns = cut.warps * kColumns;
+  if (const auto error = describe(&map, x, batch, cut, 2, columns + 2)) return error;
+  if (const auto error = describe(&dout_map, kBackward ? dout : x, batch, cut, 1, columns)) return error;
+  const int row_pixels = 2 * (columns + 2) + kBackward * columns;
+  const int bytes = kStages<kBackward> * kRows * row_pixels * kPairs * static_cast<int>(sizeof(Pair));
+  const auto kernel = depthwise_glu_kernel<T, kBackward>;
+  if (const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return error;
+  kernel<<<dim3(cut.pair_blocks, cut.lanes), 32 * cut.warps, bytes, stream>>>(
+      map, dout_map, static_cast<const Pair*>(weight), static_cast<const Pair*>(bias), static_cast<Pair*>(out), cut);
+  return cudaGetLastError();
 }
 
 }  // namespace
 
 cudaError_t launch_depthwise_glu(const void* x, const void* weight, const void* bias, void* out, int64_t batch,
                                  int height, int width, int channels, DType dtype, cudaStream_t stream) {
-  int device, processors;
-  if (const auto error = cudaGetDevice(&device)) return error;
-  if (const auto error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return error;
+  const auto f = dtype == DType::kFloat16 ? launch<__half, false> : launch<__nv_bfloat16, false>;
+  return f(x, weight, bias, nullptr, out, batch, height, width, channels, stream);
+}
 
-  const auto divide_up = [](int a, int b) { return (a + b - 1) / b; };
-  const int quads = channels / 4;
-  const int quad_blocks = divide_up(quads, kQuads);
-  const int column_blocks = divide_up(width, kColumns);
-  const auto blocks = [&](int rows) { return batch * quad_blocks * column_blocks * divide_up(height, rows); };
-  int rows = height;  // fewer where that leaves the processors idle
-  while (rows > kMinRows && blocks(rows) < 2 * kBlocksPerSM * processors) rows = std::max(kMinRows, divide_up(rows, 2));
-  if (blocks(rows) > INT_MAX) return cudaErrorInvalidConfiguration;
-
-  const auto kernel =
-      dtype == DType::kFloat16 ? depthwise_glu_kernel<__half> : depthwise_glu_kernel<__nv_bfloat16>;
-  kernel<<<static_cast<unsigned>(blocks(rows)), kThreads, 0, stream>>>(
-      static_cast<const Quad*>(x), static_cast<const Quad*>(weight), static_cast<const Quad*>(bias),
-      static_cast<Quad*>(out), height, width, quads, rows, quad_blocks, column_blocks, divide_up(height, rows));
-  return cudaGetLastError();
+cudaError_t launch_depthwise_glu_gate_backward(const void* dout, const void* x, const void* weight, const void* bias,
+                                               void* dconv, int64_t batch, int height, int width, int channels,
+                                               DType dtype, cudaStream_t stream) {
+  const auto f = dtype == DType::kFloat16 ? launch<__half, true> : launch<__nv_bfloat16, true>;
+  return f(x, weight, bias, dout, dconv, batch, height, width, channels, stream);
 }

@@ -7,9 +7,31 @@
 
 enum class DType { kFloat16, kBFloat16 };
 
-// out = c[:, :M] * silu(c[:, M:]) with c = depthwise_conv3x3(x, weight) + bias, padding 1, accumulated in fp32.
+// In all of these, tensors are dense, of one dtype and aligned to 16 bytes; sums are accumulated in fp32.
+
+// out = c[:, :M] * silu(c[:, M:]) with c = depthwise_conv3x3(x, weight) + bias, padding 1.
 //
-// x: [batch, height, width, 2M]; weight: [2M, 3, 3]; bias: [2M] or null; out: [batch, height, width, M]; all dense, of
-// one dtype, M = channels a positive multiple of 8, x aligned to 16 bytes and the others to 8.
+// x: [batch, height, width, 2M]; weight: [2M, 3, 3]; bias: [2M] or null; out: [batch, height, width, M]; M = channels a
+// positive multiple of 8.
 cudaError_t launch_depthwise_glu(const void* x, const void* weight, const void* bias, void* out, int64_t batch,
                                  int height, int width, int channels, DType dtype, cudaStream_t stream);
+
+// The gradient of c, dconv: [batch, height, width, 2M], from that of out, dout.
+cudaError_t launch_depthwise_glu_gate_backward(const void* dout, const void* x, const void* weight, const void* bias,
+                                               void* dconv, int64_t batch, int height, int width, int channels,
+                                               DType dtype, cudaStream_t stream);
+
+// From dconv the other gradients: dx, and parts of the sums that are dweight, for each of the nine taps, and dbias.
+//
+// sums: [splits, 10, channels] in fp32, to be added up; depthwise_backward_splits says how many splits there are.
+// channels: all of x's, a positive multiple of 8.
+cudaError_t depthwise_backward_splits(int64_t batch, int height, int width, int channels, int* splits);
+cudaError_t launch_depthwise_backward(const void* dconv, const void* x, const void* weight, void* dx, void* sums,
+                                      int64_t batch, int height, int width, int channels, DType dtype,
+                                      cudaStream_t stream);
+
+// out_i = sum_j v_j (k_j . q_i) / (sum_j k_j . q_i + eps) over the positions of an image, with relu(q) and relu(k).
+//
+// qkv: [batch, positions, heads, 3, 32]; out: the first 32 * heads of out_channels, [batch, positions, out_channels].
+cudaError_t launch_relu_linear_attention(const void* qkv, void* out, int64_t batch, int positions, int heads,
+                                         int out_channels, float eps, DType dtype, cudaStream_t stream);

@@ -1,4 +1,4 @@
-"""dcae_fast._C.depthwise_glu against PyTorch in float64."""
+"""dcae_fast._C.depthwise_glu and its backward against PyTorch in float64."""
 
 import importlib.util
 
@@ -62,6 +62,41 @@ def test_agrees_with_float64(depthwise_glu, shape, with_bias, dtype):
     assert relative_error(got, expected) <= min(2 * eager, CEILINGS[dtype])
 
 
+def gradients(dout, x, weight, bias):
+    tensors = [tensor.detach().requires_grad_() for tensor in (x, weight, bias)]
+    return torch.autograd.grad(formula(*tensors), tensors, dout)
+
+
+@pytest.mark.parametrize("dtype", CEILINGS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gradients_agree_with_float64(shape, dtype):
+    from dcae_fast import _C
+
+    x, weight, bias = inputs(dtype, *shape)
+    dout = torch.randn_like(x[:, : shape[1]])
+    got = _C.depthwise_glu_backward(dout.contiguous(memory_format=torch.channels_last), x, weight, bias)
+    expected = gradients(dout.double(), x.double(), weight.double(), bias.double())
+    eager = gradients(dout, x, weight, bias)
+    assert got[0].is_contiguous(memory_format=torch.channels_last)
+    for mine, plain, exact in zip(got, eager, expected, strict=True):
+        assert mine.dtype == dtype and mine.shape == exact.shape
+        assert relative_error(mine, exact) <= min(2 * relative_error(plain, exact), CEILINGS[dtype])
+
+
+@pytest.mark.parametrize("dtype", CEILINGS, ids=str)
+def test_parameters_in_float32_are_rounded_and_their_gradients_are_not(depthwise_glu, dtype):
+    from dcae_fast import _C
+
+    x, weight, bias = inputs(dtype, 2, 72, 9, 17)
+    dout = torch.randn_like(x[:, :72]).contiguous(memory_format=torch.channels_last)
+    wide = weight.float() * (1 + torch.finfo(dtype).eps / 8), bias.float()
+    assert torch.equal(depthwise_glu(x, *wide), depthwise_glu(x, weight, bias))
+    exact, rounded = _C.depthwise_glu_backward(dout, x, *wide), _C.depthwise_glu_backward(dout, x, weight, bias)
+    assert exact[1].dtype == exact[2].dtype == torch.float32
+    for got, want in zip(exact, rounded, strict=True):
+        assert torch.equal(got.to(dtype), want)
+
+
 @pytest.mark.parametrize("dtype", CEILINGS, ids=str)
 def test_extreme_values(depthwise_glu, dtype):
     x, weight, bias = inputs(dtype, 2, 24, 7, 19)
@@ -89,9 +124,14 @@ def test_more_than_2_to_the_31_elements(depthwise_glu):
 
 @pytest.mark.parametrize("shape", [(0, 16, 4, 4), (2, 16, 0, 4)], ids=str)
 def test_empty(depthwise_glu, shape):
+    from dcae_fast import _C
+
     x = torch.empty(shape, dtype=torch.bfloat16, device="cuda", memory_format=torch.channels_last)
     weight = torch.ones(16, 1, 3, 3, dtype=torch.bfloat16, device="cuda")
-    assert depthwise_glu(x, weight, None).shape == (shape[0], 8, *shape[2:])
+    out = depthwise_glu(x, weight, None)
+    assert out.shape == (shape[0], 8, *shape[2:])
+    dx, dweight, dbias = _C.depthwise_glu_backward(out, x, weight, weight[:, 0, 0, 0].clone())
+    assert dx.shape == x.shape and not dweight.any() and not dbias.any()
 
 
 def test_runs_on_the_current_stream_and_in_a_graph(depthwise_glu):
@@ -106,6 +146,8 @@ def test_runs_on_the_current_stream_and_in_a_graph(depthwise_glu):
 
 
 def test_errors_name_the_argument(depthwise_glu):
+    from dcae_fast import _C
+
     x, weight, bias = inputs(torch.bfloat16, 1, 8, 4, 4)
     with pytest.raises(ValueError, match="x must have shape"):
         depthwise_glu(x[:, :8].contiguous(memory_format=torch.channels_last), weight, bias)
@@ -116,6 +158,8 @@ def test_errors_name_the_argument(depthwise_glu):
     with pytest.raises(TypeError, match="x must be float16 or bfloat16"):
         depthwise_glu(x.float(), weight, bias)
     with pytest.raises(TypeError, match="bias must be"):
-        depthwise_glu(x, weight, bias.float())
+        depthwise_glu(x, weight, bias.double())
     with pytest.raises(ValueError, match="x must be on a CUDA device"):
         depthwise_glu(x.cpu(), weight, bias)
+    with pytest.raises(ValueError, match="dout must have shape"):
+        _C.depthwise_glu_backward(x, x, weight, bias)

@@ -41,6 +41,15 @@ def cuda_extension():
         return None
 
 
+def halves_on_hopper(*tensors: torch.Tensor) -> bool:
+    """What the CUDA extension is written for: half precision of one type, 16-byte alignment, compute capability 9."""
+    return (
+        tensors[0].dtype in (torch.bfloat16, torch.float16)
+        and all(tensor.dtype == tensors[0].dtype and tensor.data_ptr() % 16 == 0 for tensor in tensors)
+        and torch.cuda.get_device_capability(tensors[0].device)[0] == 9
+    )
+
+
 class Operator:
     """A registered operator. Inference on plain CUDA tensors goes straight to its kernel, past torch's dispatcher."""
 
@@ -51,12 +60,19 @@ class Operator:
         return self.kernel(*args) if _is_plain_inference(args) else self.overload(*args)
 
 
-def define(schema: str, reference: Callable, accepts: Callable[..., bool], launch: Callable | str) -> Operator:
+def define(
+    schema: str,
+    reference: Callable,
+    accepts: Callable[..., bool],
+    launch: Callable | str,
+    cuda_accepts: Callable[..., bool] | None = None,
+) -> Operator:
     """Register dcae_fast::<schema>.
 
     reference: the result in plain PyTorch. accepts: whether the kernel takes these arguments; they reach it
     channels-last (4-D) and contiguous (others). launch: calls the kernel; or the name of the Triton kernel's file, for
-    its launch_<name in the schema>.
+    its launch_<name in the schema>. cuda_accepts: the same for the function of that name in the CUDA extension, which
+    goes first where it is built.
     """
     name = schema.split("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -70,6 +86,8 @@ def define(schema: str, reference: Callable, accepts: Callable[..., bool], launc
             return plain(*args)
         args = [_channels_last(arg) for arg in args]
         device = _first_tensor(args).device
+        if cuda_accepts and device.type == "cuda" and cuda_extension() and cuda_accepts(*args):
+            return getattr(cuda_extension(), name)(*args)
         if device.type != "cuda" or device.index == torch.cuda.current_device():
             return run(*args)
         with torch.cuda.device(device):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ._elementwise import activate_backward, sum_to_channels
-from ._library import KERNEL_DTYPES, cuda_extension, define, differentiable, differentiable_as, launcher
+from ._library import KERNEL_DTYPES, define, differentiable, differentiable_as, halves_on_hopper
 
 
 def _convolution(x, weight, bias):
@@ -35,33 +35,25 @@ def _accepts(x, weight, bias):
     return all(tensor.dtype in KERNEL_DTYPES for tensor in (x, weight, bias))
 
 
-def _suits_the_cuda_extension(x, weight, bias):
-    """Half precision of one type, channels in groups of 16, Hopper."""
-    return (
-        x.is_cuda
-        and x.dtype in (torch.bfloat16, torch.float16)
-        and weight.dtype == bias.dtype == x.dtype
-        and x.shape[1] % 16 == 0
-        and all(tensor.data_ptr() % 16 == 0 for tensor in (x, weight, bias))
-        and torch.cuda.get_device_capability(x.device)[0] == 9
-        and cuda_extension() is not None
-    )
-
-
-def _launch(x, weight, bias):
-    if _suits_the_cuda_extension(x, weight, bias):
-        return cuda_extension().depthwise_glu(x, weight, bias)
-    return launcher("depthwise_glu", "launch_depthwise_glu")(x, weight, bias)
+def _cuda_accepts(x, weight, bias, *gradient):
+    """The CUDA extension's kernels, which round parameters in float32 (autocast): channels in groups of 16."""
+    parameters = [tensor.dtype in (x.dtype, torch.float32) and tensor.data_ptr() % 16 == 0 for tensor in (weight, bias)]
+    return halves_on_hopper(x, *gradient) and x.shape[1] % 16 == 0 and all(parameters)
 
 
 _forward = define(
-    "depthwise_glu(Tensor x, Tensor weight, Tensor bias) -> Tensor", depthwise_glu_reference, _accepts, _launch
+    "depthwise_glu(Tensor x, Tensor weight, Tensor bias) -> Tensor",
+    depthwise_glu_reference,
+    _accepts,
+    "depthwise_glu",
+    _cuda_accepts,
 )
 _backward = define(
     "depthwise_glu_backward(Tensor dout, Tensor x, Tensor weight, Tensor bias) -> (Tensor, Tensor, Tensor)",
     depthwise_glu_backward_reference,
     lambda dout, *args: _accepts(*args),
     "depthwise_glu",
+    lambda dout, *args: _cuda_accepts(*args, dout),
 )
 
 

@@ -12,7 +12,7 @@ import torch
 
 from dcae_fast.models import functional
 
-from ._library import KERNEL_DTYPES, define, differentiable, differentiable_as
+from ._library import KERNEL_DTYPES, define, differentiable, differentiable_as, halves_on_hopper
 
 HEAD_DIMS = (16, 32, 64)
 
@@ -46,11 +46,16 @@ def _accepts(qkvs, head_dim, _):
     return all(qkv.dtype in KERNEL_DTYPES for qkv in qkvs) and head_dim in HEAD_DIMS
 
 
+def _cuda_accepts(qkvs, head_dim, _):
+    return halves_on_hopper(*qkvs) and head_dim == 32
+
+
 _forward = define(
     "relu_linear_attention(Tensor[] qkvs, int head_dim, float eps) -> Tensor",
     relu_linear_attention_reference,
     _accepts,
     "relu_linear_attention",
+    _cuda_accepts,
 )
 _backward = define(
     "relu_linear_attention_backward(Tensor dout, Tensor[] qkvs, int head_dim, float eps) -> Tensor[]",

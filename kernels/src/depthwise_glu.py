@@ -165,15 +165,16 @@ def _depthwise_glu_weight_backward_kernel(
     split = tl.program_id(0) // blocks_c
     c = tl.program_id(0) % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
     c_mask = c < channels
-    for tap in range(10):
-        total = tl.zeros((BLOCK_C,), tl.float32)
-        for tile in range(split, tiles, splits):
-            image, h, w = _tile(tile, height, width, tiles_h, tiles_w, TILE_H, TILE_W)
-            dconv = _shifted(dconv_ptr, image, h, w, c, c_mask, height, width, channels)
-            if tap < 9:
-                dconv *= _shifted(x_ptr, image, h + tap // 3 - 1, w + tap % 3 - 1, c, c_mask, height, width, channels)
-            total += tl.sum(dconv, 0)
-        tl.store(partial_ptr + (split * 10 + tap) * channels + c, total, c_mask)
+    row = tl.arange(0, 16)[:, None]  # ten sums, and six rows of zeros: sizes are powers of two
+    totals = tl.zeros((16, BLOCK_C), tl.float32)
+    for tile in range(split, tiles, splits):
+        image, h, w = _tile(tile, height, width, tiles_h, tiles_w, TILE_H, TILE_W)
+        dconv = _shifted(dconv_ptr, image, h, w, c, c_mask, height, width, channels)
+        totals += tl.where(row == 9, tl.sum(dconv, 0)[None, :], 0.0)
+        for tap in tl.static_range(9):
+            x = _shifted(x_ptr, image, h + tap // 3 - 1, w + tap % 3 - 1, c, c_mask, height, width, channels)
+            totals += tl.where(row == tap, tl.sum(dconv * x, 0)[None, :], 0.0)
+    tl.store(partial_ptr + (split * 10 + row) * channels + c[None, :], totals, (row < 10) & c_mask[None, :])
 
 
 def _sizes(x, channels):

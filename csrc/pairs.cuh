@@ -1,0 +1,35 @@
+// Two neighbouring channels in half precision as one 32-bit word, and their way to fp32 and back.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+using Pair = unsigned;
+
+template <typename T>
+__device__ float2 widen(Pair pair);
+
+template <>
+__device__ inline float2 widen<__nv_bfloat16>(Pair pair) {  // two instructions; __bfloat1622float2 takes three
+  return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+}
+
+template <>
+__device__ inline float2 widen<__half>(Pair pair) {
+  return __half22float2(reinterpret_cast<const __half2&>(pair));
+}
+
+template <typename T>
+__device__ Pair narrow(float low, float high);
+
+template <>
+__device__ inline Pair narrow<__nv_bfloat16>(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<const Pair&>(pair);
+}
+
+template <>
+__device__ inline Pair narrow<__half>(float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return reinterpret_cast<const Pair&>(pair);
+}

@@ -1,0 +1,159 @@
+// How a channels-last tensor is cut into strips, and how their rows come to shared memory.
+//
+// A strip is 64 channels, of each part where the channels come in two, of some columns and rows of an image. A block
+// walks down strips of the same channels, one after the other. A warp has four columns, a thread of it two channels
+// there. The tensor memory accelerator brings rows to a ring in shared memory, some steps ahead of the arithmetic, with
+// zeros outside the image.
+#pragma once
+
+#include <algorithm>
+#include <climits>
+#include <cstdint>
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include "pairs.cuh"
+
+constexpr int kPairs = 32;       // of channels of a strip: one for each lane, 128 bytes of a pixel
+constexpr int kColumns = 4;      // of a warp
+constexpr int kRows = 2;         // of a step
+constexpr int kWarpsPerSM = 16;  // as many as 128 registers for each thread allow
+
+struct Cut {
+  int height, width, pairs;        // of the tensor; pairs of one part
+  int rows, warps;                 // of a strip
+  int column_blocks, row_blocks;   // strips of the same channels count over (columns, rows, batch), the first fastest
+  int strips, lanes, pair_blocks;  // strips of the same channels, and blocks that share them; such sets of channels
+  int steps;                       // of a strip
+};
+
+// Where a strip starts, how many rows it has, and the first row that bears on them: the one above, if there is one.
+struct Strip {
+  int column, row, image, rows, halo_row;
+};
+
+__device__ inline Strip strip(const Cut& cut, int index) {
+  Strip strip;
+  strip.column = index % cut.column_blocks * cut.warps * kColumns;
+  index /= cut.column_blocks;
+  strip.row = index % cut.row_blocks * cut.rows;
+  strip.image = index / cut.row_blocks;
+  strip.rows = min(cut.rows, cut.height - strip.row);
+  strip.halo_row = max(strip.row - 1, 0);
+  return strip;
+}
+
+// Chooses the height of strips with which the blocks, all at work at the same time, are done first.
+//
+// row_below: whether a strip's steps go on to the row below it also at the bottom of the image, where it is zero.
+inline cudaError_t cut_into_strips(Cut* cut, int64_t batch, int height, int width, int pairs, int max_warps,
+                                   bool row_below) {
+  int device, processors;
+  if (const auto error = cudaGetDevice(&device)) return error;
+  if (const auto error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return error;
+
+  const auto divide_up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  const int64_t warps = std::min<int64_t>(max_warps, divide_up(width, kColumns));
+  const int64_t pair_blocks = divide_up(pairs, kPairs), column_blocks = divide_up(width, warps * kColumns);
+  const int64_t lanes = std::max<int64_t>(1, kWarpsPerSM / warps * processors / pair_blocks);
+  int64_t shortest = INT64_MAX, rows = 0, row_blocks = 0, strips = 0;
+  for (int cuts = 1; cuts <= std::min(height, 64); ++cuts) {
+    const int64_t cut_rows = divide_up(height, cuts), cut_blocks = divide_up(height, cut_rows);
+    const int64_t cut_strips = batch * column_blocks * cut_blocks;
+    const int64_t time = divide_up(cut_strips, lanes) * (cut_rows + 2);
+    if (time < shortest) shortest = time, rows = cut_rows, row_blocks = cut_blocks, strips = cut_strips;
+  }
+  if (strips > INT_MAX) return cudaErrorInvalidConfiguration;
+  const int64_t steps = divide_up(std::min<int64_t>(rows + 2, static_cast<int64_t>(height) + row_below), kRows);
+  *cut = {height,
+          width,
+          pairs,
+          static_cast<int>(rows),
+          static_cast<int>(warps),
+          static_cast<int>(column_blocks),
+          static_cast<int>(row_blocks),
+          static_cast<int>(strips),
+          static_cast<int>(std::min(strips, lanes)),
+          static_cast<int>(pair_blocks),
+          static_cast<int>(steps)};
+  return cudaSuccess;
+}
+
+// Describes a tensor [batch, height, width, parts, 2 * pairs] of 16-bit elements to the tensor memory accelerator,
+// which shall bring boxes of one step, [kRows, columns, parts, 64].
+inline cudaError_t describe(CUtensorMap* map, const void* x, int64_t batch, const Cut& cut, int parts, int columns) {
+  static const auto encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+  }();
+  if (encode == nullptr) return cudaErrorNotSupported;
+  using Size = cuuint64_t;
+  const Size part = sizeof(Pair) * static_cast<Size>(cut.pairs), pixel = part * parts;
+  const Size sizes[] = {Size(2 * cut.pairs), Size(parts), Size(cut.width), Size(cut.height), Size(batch)};
+  const Size strides[] = {part, pixel, pixel * cut.width, pixel * cut.width * cut.height};
+  const cuuint32_t box[] = {2 * kPairs, cuuint32_t(parts), cuuint32_t(columns), kRows, 1}, every[] = {1, 1, 1, 1, 1};
+  const CUresult result =
+      encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 5, const_cast<void*>(x), sizes, strides, box, every,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+__device__ inline unsigned shared_address(const void* pointer) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+}
+
+// Readies the barriers of a ring; the block must synchronize before any other thread waits for them.
+template <int kStages>
+__device__ void initialize(uint64_t (&barriers)[kStages]) {
+  for (uint64_t& barrier : barriers) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&barrier)) : "memory");
+  }
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// Lets the current phase of a barrier wait for so many bytes.
+__device__ inline void expect(uint64_t* barrier, unsigned bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
+
+// Starts to bring a box of a described tensor to shared memory.
+__device__ inline void bring(const Pair* to, const CUtensorMap* x, int pair, int column, int row, int image,
+                             uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%2, 0, %3, %4, %5}], [%6];" ::"r"(shared_address(to)),
+      "l"(x), "r"(2 * pair), "r"(column), "r"(row), "r"(image), "r"(shared_address(barrier))
+      : "memory");
+}
+
+// Waits until the phase of this parity is complete.
+__device__ inline void wait(uint64_t* barrier, unsigned parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred complete;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 complete, [%0], %1;\n"
+      "@!complete bra again;\n"
+      "}\n" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+__device__ inline bool within(int index, int size) {
+  return static_cast<unsigned>(index) < static_cast<unsigned>(size);
+}
+
+// Nine weights for each channel of a pair, times scale.
+template <typename T>
+__device__ void load_weights(float (&to)[2][9], const Pair* weight, int64_t pair, float scale) {
+#pragma unroll
+  for (int i = 0; i < 9; ++i) {
+    const float2 two = widen<T>(weight[pair * 9 + i]);
+    to[2 * i / 9][2 * i % 9] = two.x * scale, to[(2 * i + 1) / 9][(2 * i + 1) % 9] = two.y * scale;
+  }
+}

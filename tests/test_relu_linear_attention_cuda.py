@@ -1,0 +1,98 @@
+"""dcae_fast._C.relu_linear_attention against the formula in float64."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from dcae_fast.models import functional
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(importlib.util.find_spec("dcae_fast._C") is None, reason="dcae_fast._C is not built"),
+]
+
+SHAPES = [  # batch, heads, height, width; alone and shared by two, four and eight blocks
+    (3, 1, 5, 7),
+    (2, 5, 33, 31),
+    (8, 32, 16, 16),
+    (1, 32, 32, 32),
+    (8, 16, 64, 64),
+    (1, 16, 64, 64),
+    (1, 1, 100, 90),
+    (40, 32, 16, 16),
+]
+CEILINGS = {torch.bfloat16: 1e-2, torch.float16: 1e-3}
+HEAD_DIM, EPS = 32, 1e-15
+
+
+@pytest.fixture
+def attention():
+    from dcae_fast import _C
+
+    return lambda *qkvs: _C.relu_linear_attention(list(qkvs), HEAD_DIM, EPS)
+
+
+def packed(dtype, batch, heads, height, width):
+    qkv = torch.randn(batch, heads * 3 * HEAD_DIM, height, width, dtype=dtype, device="cuda")
+    return qkv.contiguous(memory_format=torch.channels_last)
+
+
+def relative_error(got, expected):
+    return ((got.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("dtype", CEILINGS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_agrees_with_float64(attention, shape, dtype):
+    qkv = packed(dtype, *shape)
+    expected = functional.relu_linear_attention(qkv.double(), HEAD_DIM, EPS)
+    eager = relative_error(functional.relu_linear_attention(qkv, HEAD_DIM, EPS), expected)
+    got = attention(qkv)
+    assert got.dtype == dtype and got.shape == expected.shape
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    assert relative_error(got, expected) <= min(2 * eager, CEILINGS[dtype])
+
+
+def test_scales_lie_side_by_side(attention):
+    first, second = packed(torch.bfloat16, 2, 3, 9, 11), packed(torch.bfloat16, 2, 1, 9, 11)
+    got = attention(first, second)
+    assert torch.equal(got, torch.cat([attention(first), attention(second)], dim=1))
+
+
+def test_extreme_values(attention):
+    """Sums far beyond the range of float16; all zeros, where the quotient is 0 / eps."""
+    large = torch.full((1, 96, 64, 64), 1e4, dtype=torch.float16, device="cuda").contiguous(
+        memory_format=torch.channels_last
+    )
+    torch.testing.assert_close(attention(large), large[:, :32], atol=0, rtol=1e-3)
+    assert not attention(-large).any()
+
+
+def test_more_than_2_to_the_31_elements(attention):
+    qkv = packed(torch.bfloat16, 1, 1, 64, 64)
+    many = qkv.expand(2**31 // qkv.numel() + 2, -1, -1, -1).contiguous(memory_format=torch.channels_last)
+    assert torch.equal(attention(many)[-1:], attention(many[:200])[-1:])
+
+
+def test_runs_in_a_graph(attention):
+    qkv = packed(torch.bfloat16, 1, 4, 32, 32)
+    expected = attention(qkv)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = attention(qkv)
+    got.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(got, expected)
+
+
+def test_errors_name_the_argument(attention):
+    qkv = packed(torch.bfloat16, 1, 1, 4, 4)
+    with pytest.raises(ValueError, match="qkv must be dense in channels-last"):
+        attention(qkv.contiguous())
+    with pytest.raises(ValueError, match="the first one's batch and size"):
+        attention(qkv, packed(torch.bfloat16, 2, 1, 4, 4))
+    with pytest.raises(TypeError, match="qkv must be"):
+        attention(qkv, qkv.half())
+    with pytest.raises(TypeError, match="qkv must be float16 or bfloat16"):
+        attention(qkv.float())
