@@ -1,0 +1,688 @@
+"""CUDA graphs of whole calls: when a call is captured, replayed or left alone. Without a GPU graphs are played back."""
+
+import copy
+import io
+import pickle
+import threading
+import warnings
+import weakref
+
+import pytest
+import torch
+from small_models import DEVICE, MODELS, build, build_block, image, step
+from test_interference import CHANGES
+from torch import nn
+from torch.nn.utils import parametrizations
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.flop_counter import FlopCounterMode
+
+import dcae_fast
+from dcae_fast import ops
+from dcae_fast.fast import graphs
+from dcae_fast.fast.graphs import Captured, Pool
+
+
+class Tape:
+    """In place of a captured graph: calls the function again. Counts captures and replays."""
+
+    captures = replays = 0
+
+    def __init__(self, pool, function, args, kwargs):
+        Tape.captures += 1
+        _, *self.rest = args
+        self.function, self.kwargs = function, kwargs
+
+    def replay(self, x):
+        Tape.replays += 1
+        return self.function(x, *self.rest, **self.kwargs)
+
+
+class NoPool:
+    def __init__(self, device):
+        self.device = device
+
+    def wait(self):
+        pass
+
+
+@pytest.fixture
+def tape(monkeypatch) -> type[Tape]:
+    monkeypatch.setattr(graphs, "Captured", Tape)
+    monkeypatch.setattr(graphs, "Pool", NoPool)
+    monkeypatch.setattr(
+        graphs,
+        "can_graph",
+        lambda x: x.numel() > 0 and ops.has_kernels(x) and not torch.is_autocast_enabled(DEVICE),
+    )
+    Tape.captures = Tape.replays = 0
+    return Tape
+
+
+@pytest.fixture
+def encoder() -> nn.Module:
+    model = build("adaptive")
+    dcae_fast.patch(model, cuda_graphs=True)
+    return model.encoder
+
+
+def counts(function, *args, **kwargs) -> tuple[int, int]:
+    """Captures and replays of one call."""
+    before = Tape.captures, Tape.replays
+    function(*args, **kwargs)
+    return Tape.captures - before[0], Tape.replays - before[1]
+
+
+SEEN, CAPTURED, REPLAYED = (0, 0), (1, 1), (0, 1)
+
+
+# Which calls share a graph.
+
+
+@torch.no_grad()
+def test_captured_the_second_time(tape, encoder):
+    x = image(1, 3, 8, 8)
+    expected = encoder(x)
+    assert counts(encoder, x) == CAPTURED
+    assert counts(encoder, x) == REPLAYED
+    assert torch.equal(encoder(x), expected)
+
+
+@torch.no_grad()
+def test_kinds_of_calls(tape, encoder, monkeypatch):
+    def settle(*args, **kwargs):
+        assert counts(encoder, *args, **kwargs) == SEEN
+        assert counts(encoder, *args, **kwargs) == CAPTURED
+        assert counts(encoder, *args, **kwargs) == REPLAYED
+
+    x = image(1, 3, 8, 8)
+    settle(x)
+    settle(image(2, 3, 8, 8))
+    settle(x, 3)
+    settle(x, latent_channels=[3, 5])
+    settle(x, [5, 3])
+    for latent, channels in zip(encoder(x, [5, 3]), [5, 3], strict=True):
+        assert latent.shape[1] == channels
+    assert counts(encoder, x.contiguous(memory_format=torch.channels_last)) == REPLAYED
+    assert counts(encoder, x.mT.contiguous().mT) == REPLAYED
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", not torch.backends.cudnn.benchmark)
+    settle(x)
+    encoder.requires_grad_(False)
+    with torch.enable_grad():
+        settle(x)
+
+
+@torch.no_grad()
+def test_the_least_recently_used_is_dropped(tape, encoder, monkeypatch):
+    monkeypatch.setattr(graphs, "LIMIT", 2)
+    a, b, c = (image(1, 3, 8, width) for width in (8, 12, 16))
+    for x in (a, b):
+        encoder(x)
+        encoder(x)
+    assert counts(encoder, a) == REPLAYED
+    encoder(c)
+    assert counts(encoder, c) == CAPTURED and len(encoder.fast_options.graphs) == 2
+    assert counts(encoder, a) == REPLAYED
+    assert counts(encoder, b)[0] == 1
+    assert len(encoder.fast_options.graphs) == 2
+
+
+def not_captured(function, *args, **kwargs) -> None:
+    for _ in range(3):
+        assert counts(function, *args, **kwargs) == SEEN
+
+
+@torch.no_grad()
+def test_calls_that_are_left_alone(tape, encoder):
+    x = image(1, 3, 8, 8)
+    encoder(x)
+    encoder(x)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        not_captured(encoder, x)
+    with FlopCounterMode(display=False):
+        not_captured(encoder, x)
+    not_captured(encoder, x=x)
+    not_captured(encoder, x[:0])
+    not_captured(encoder.double(), x.double())
+
+
+@torch.no_grad()
+def test_calls_of_transforms(tape, encoder):
+    x = image(1, 3, 8, 8)
+    not_captured(torch.func.vmap(encoder), x[None])
+    with torch.autograd.forward_ad.dual_level():
+        not_captured(encoder, x)
+
+
+def test_default_device(tape, encoder):
+    """A mode of PyTorch's own that changes no operator."""
+    with torch.no_grad(), torch.device(DEVICE):
+        x = image(1, 3, 8, 8)
+        encoder(x)
+        assert counts(encoder, x) == CAPTURED
+
+
+def test_gradients_are_never_lost(tape, encoder):
+    x = image(1, 3, 8, 8)
+    not_captured(encoder, x)
+    assert encoder(x).requires_grad
+    with torch.no_grad():
+        encoder(x)
+        encoder(x)
+        assert counts(encoder, x.clone().requires_grad_()) == REPLAYED
+    assert encoder(x).requires_grad
+    encoder.requires_grad_(False)
+    leaf = x.clone().requires_grad_()
+    encoder(x)
+    encoder(x)
+    assert counts(encoder, x) == REPLAYED
+    not_captured(encoder, leaf)
+    assert torch.autograd.grad(encoder(leaf).sum(), leaf)[0].isfinite().all()
+    next(encoder.parameters()).requires_grad_()
+    assert encoder(x).requires_grad
+
+
+def test_training_is_left_alone(tape):
+    model, x = build("strided"), image(1, 3, 8, 8)
+    dcae_fast.patch(model, cuda_graphs=True)
+    decoder = model.decoder.train()
+    with torch.no_grad():
+        z = model.encoder(x)
+        not_captured(decoder, z)
+        before = [buffer.clone() for buffer in decoder.buffers()]
+        decoder(z)
+        changed = [not torch.equal(a, b) for a, b in zip(before, decoder.buffers(), strict=True)]
+        assert changed and all(changed)
+        decoder.eval()
+        decoder(z)
+        assert counts(decoder, z) == CAPTURED
+    step(model, x)
+
+
+@torch.no_grad()
+def test_parts_are_not_captured(tape):
+    model, x = build("adaptive"), image(1, 3, 64, 8)
+    dcae_fast.patch(model, cuda_graphs=True, max_memory=1)
+    not_captured(model.encoder, x)
+
+
+# What a graph has taken from the model.
+
+
+@pytest.mark.parametrize("change", ["edited in place", "loaded", "optimizer", "running statistics"])
+def test_weights_written_in_place_need_no_new_graph(change, tape, compare):
+    model, twin, z = build("strided"), build("strided"), image(1, 8, 4, 4)
+    dcae_fast.patch(model, cuda_graphs=True)
+    with torch.no_grad():
+        model.decoder(z)
+        before = model.decoder(z)
+    for each in (model, twin):
+        CHANGES[change](each)
+    with torch.no_grad():
+        assert counts(model.decoder, z) == REPLAYED
+        compare("eager", model.decoder(z), twin.decoder(z), 5e-6)
+        assert not torch.equal(model.decoder(z), before)
+
+
+def hooked(coder: nn.Module) -> None:
+    coder.stages[1].op_list[0].main.conv1.act.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def own_forward(coder: nn.Module) -> None:
+    act = coder.stages[1].op_list[0].main.conv1.act
+    act.forward = lambda x: x.sin()
+
+
+def parametrised(coder: nn.Module) -> None:
+    conv = coder.stages[1].op_list[0].main.conv1.conv
+    parametrizations.weight_norm(conv)
+    conv.parametrizations.weight.original0.mul_(2)
+
+
+STRUCTURE = {
+    **{name: CHANGES[name] for name in ("assigned", "half and back", "replaced")},
+    "replaced activation": lambda coder: setattr(coder.stages[1].op_list[0].main.conv1, "act", nn.ReLU()),
+    "removed layer": lambda coder: coder.stages[1].op_list.__delitem__(0),
+    "attribute": lambda coder: setattr(coder.stages[1].op_list[0].main.conv2.norm, "eps", 10.0),
+    "class": lambda coder: setattr(coder.stages[1].op_list[0].main.conv1.act, "__class__", nn.ReLU),
+    "hook": hooked,
+    "own forward": own_forward,
+    "parametrisation": parametrised,
+    "unpatched part": lambda coder: dcae_fast.unpatch(coder.stages),
+    "new address": lambda coder: [setattr(p, "data", 2 * p.data) for p in coder.parameters()],
+    "training": lambda coder: coder.stages.train(),
+}
+
+
+@pytest.mark.parametrize("change", STRUCTURE.values(), ids=STRUCTURE)
+@torch.no_grad()
+def test_other_changes_drop_the_graph(change, tape, encoder, compare):
+    """The first call after a change is computed anew, and right; so are those that follow it."""
+    twin, x = copy.deepcopy(encoder), image(1, 3, 8, 8)
+    dcae_fast.unpatch(twin)
+    for _ in range(2):
+        encoder(x)
+    change(encoder)
+    change(twin)
+    expected, got = twin(x), encoder(x)
+    compare("eager", got, expected, 5e-6)
+    assert len(encoder.fast_options.graphs) == 0
+    for _ in range(2):
+        compare("eager", encoder(x), expected, 5e-6)
+
+
+@torch.no_grad()
+def test_after_a_hook_is_removed(tape, encoder):
+    x = image(1, 3, 8, 8)
+    handle = encoder.stages[1].register_forward_hook(lambda *_: None)
+    not_captured(encoder, x)
+    handle.remove()
+    encoder(x)
+    assert counts(encoder, x) == CAPTURED
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        not_captured(encoder, x)
+    finally:
+        handle.remove()
+    assert counts(encoder, x) == REPLAYED
+
+
+@torch.no_grad()
+def test_hooks_of_the_coder_run_around_the_graph(tape, encoder):
+    x, seen = image(1, 3, 8, 8), []
+    encoder.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    for _ in range(3):
+        encoder(x)
+    assert tape.replays == 2 and len(seen) == 3
+
+
+@torch.no_grad()
+def test_unknown_modules_are_left_alone(tape, encoder):
+    class Doubled(nn.ReLU):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    encoder.stages[1].op_list[0].main.conv1.act = Doubled()
+    not_captured(encoder, image(1, 3, 8, 8))
+
+
+@torch.no_grad()
+def test_weights_of_somebody_else(tape, encoder):
+    """functional_call, with other tensors every time: nothing is captured for them, and none of them is mistaken."""
+    x = image(1, 3, 8, 8)
+    for _ in range(2):
+        expected = encoder(x)
+    for factor in (1.0, 2.0, 0.5):
+        weights = {name: factor * p for name, p in encoder.named_parameters()}
+        before = tape.captures
+        got = torch.func.functional_call(encoder, weights, x)
+        assert tape.captures == before
+        assert torch.equal(got, expected) == (factor == 1.0)
+    assert torch.equal(encoder(x), expected)
+
+
+# Where the graphs are.
+
+
+def test_options_come_and_go(tape):
+    model, x = build("adaptive"), image(1, 3, 8, 8)
+    attributes = [set(vars(module)) for module in model.modules()]
+    keys = model.state_dict().keys()
+    dcae_fast.patch(model, cuda_graphs=True, max_memory=2**40)
+    assert model.state_dict().keys() == keys
+    with torch.no_grad():
+        for _ in range(2):
+            model(x)
+    assert tape.captures == 2
+    captured = weakref.ref(next(iter(model.encoder.fast_options.graphs._graphs.values())))
+    dcae_fast.patch(model, max_memory=2**30)
+    assert captured() is None, "graphs are freed at once"
+    assert model.encoder.fast_options.graphs is None and model.encoder.fast_options.max_memory == 2**30
+    dcae_fast.patch(model)
+    assert [set(vars(module)) for module in model.modules()] == attributes
+    dcae_fast.patch(model, cuda_graphs=True)
+    dcae_fast.patch(model, disable="all", cuda_graphs=True)
+    assert [set(vars(module)) for module in model.modules()] == attributes
+    dcae_fast.patch(model, cuda_graphs=True)
+    with torch.no_grad():
+        for _ in range(2):
+            model(x)
+    captured = weakref.ref(next(iter(model.decoder.fast_options.graphs._graphs.values())))
+    dcae_fast.unpatch(model)
+    assert captured() is None
+    assert [set(vars(module)) for module in model.modules()] == attributes
+
+
+@pytest.mark.parametrize("bound", [0, -1])
+def test_bad_bound(bound):
+    model = build("adaptive")
+    with pytest.raises(ValueError, match=f"max_memory={bound}; expected a positive number"):
+        dcae_fast.patch(model, max_memory=bound)
+    with pytest.raises(ValueError), dcae_fast.patched(model, max_memory=bound):
+        pass
+    assert not any("fast_options" in vars(module) for module in model.modules())
+
+
+@torch.no_grad()
+def test_options_of_a_scope(tape, encoder):
+    x, outer = image(1, 3, 8, 8), encoder.fast_options
+    for _ in range(2):
+        encoder(x)
+    with dcae_fast.patched(encoder, max_memory=2**30):
+        assert encoder.fast_options.max_memory == 2**30
+        not_captured(encoder, x)
+    assert encoder.fast_options is outer
+    assert counts(encoder, x) == REPLAYED
+    with pytest.raises(ValueError), dcae_fast.patched(encoder, disable="nothing", cuda_graphs=True):
+        pass
+    assert encoder.fast_options is outer
+    dcae_fast.unpatch(encoder)
+    with dcae_fast.patched(encoder, cuda_graphs=True):
+        encoder(x)
+        assert counts(encoder, x) == CAPTURED
+    assert "fast_options" not in vars(encoder)
+
+
+def by_torch_save(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), by_torch_save, lambda m: AveragedModel(m).module],
+    ids=["deepcopy", "pickle", "torch.save", "moving average"],
+)
+@torch.no_grad()
+def test_copies_have_options_but_no_graphs(duplicate, tape):
+    model, x = build("adaptive"), image(1, 3, 8, 8)
+    dcae_fast.patch(model, cuda_graphs=True, max_memory=2**40)
+    for _ in range(2):
+        expected = model(x)
+    twin = duplicate(model)
+    assert twin.encoder.fast_options.max_memory == 2**40
+    assert len(model.encoder.fast_options.graphs) == 1 and len(twin.encoder.fast_options.graphs) == 0
+    for parameter in twin.parameters():
+        parameter.mul_(2)
+    for _ in range(3):
+        assert not torch.equal(twin(x), expected)
+        assert torch.equal(model(x), expected)
+    assert len(twin.encoder.fast_options.graphs) == 1
+
+
+@torch.no_grad()
+def test_a_failed_capture_is_not_tried_again(tape, encoder, monkeypatch):
+    a, b = image(1, 3, 8, 8), image(2, 3, 8, 8)
+    expected = encoder(a)
+
+    def fail(self, pool, function, args, kwargs):
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    with monkeypatch.context() as patch, pytest.warns(RuntimeWarning) as caught:
+        patch.setattr(Tape, "__init__", fail)
+        assert torch.equal(encoder(a), expected)
+    reason = "no CUDA graph for an input of shape [1, 3, 8, 8]: operation not permitted"
+    assert [str(warning.message) for warning in caught] == [reason]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        not_captured(encoder, a)
+        encoder(b)
+        assert counts(encoder, b) == CAPTURED
+
+
+@torch.no_grad()
+def test_replicas_have_no_graphs(tape, encoder):
+    """Data parallel replicas share the original's attributes, and run in threads."""
+    x = image(1, 3, 8, 8)
+    replica = encoder._replicate_for_data_parallel()
+    replica._modules = encoder._modules
+    not_captured(replica, x)
+
+
+@torch.no_grad()
+def test_compiled_models_have_no_graphs(tape, encoder):
+    x = image(1, 3, 8, 8)
+    torch._dynamo.reset()
+    not_captured(torch.compile(encoder, fullgraph=True, backend="eager"), x)
+
+
+# On a GPU.
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_results_are_bit_equal(name, dtype, mode):
+    model = build(name).to(dtype)
+    plain = copy.deepcopy(model)
+    dcae_fast.patch(plain)
+    dcae_fast.patch(model, cuda_graphs=True)
+    ratio = model.spatial_compression_ratio
+    with mode():
+        channels = plain.encoder(image(1, 3, 16, 16).to(dtype)).shape[1]
+        for coder, twin, shape in (
+            (model.encoder, plain.encoder, (2, 3, 32, 16)),
+            (model.decoder, plain.decoder, (2, channels, 32 // ratio, 16 // ratio)),
+        ):
+            for seed, memory_format in enumerate([torch.contiguous_format, torch.channels_last] * 3):
+                x = image(*shape, seed=seed).to(dtype, memory_format=memory_format)
+                got, expected = coder(x), twin(x)
+                assert torch.equal(got, expected) and got.stride() == expected.stride()
+                assert got.is_inference() == expected.is_inference() and not got.requires_grad
+            assert len(coder.fast_options.graphs) == 1
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_results_are_kept_on_a_gpu():
+    """A result lies in memory of its own, whatever is called after it; an input may be written to at once."""
+    model = build("adaptive")
+    plain = copy.deepcopy(model)
+    dcae_fast.patch(plain)
+    dcae_fast.patch(model, cuda_graphs=True)
+    inputs = [image(1, 3, 64, 32 * (1 + seed % 2), seed=seed) for seed in range(10)]
+    expected = [plain.encoder(x) for x in inputs]
+    results = []
+    for x in inputs:
+        scratch = x.clone()
+        results.append(model.encoder(scratch))
+        scratch.fill_(torch.nan)
+    for got, want in zip(results, expected, strict=True):
+        assert torch.equal(got, want)
+    for latent, want in zip(model.encoder(inputs[0], [3, 5]), plain.encoder(inputs[0], [3, 5]), strict=True):
+        assert torch.equal(latent, want)
+    assert len(model.encoder.fast_options.graphs) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("name", ["strided", "diffusers-strided"])
+def test_changed_weights_on_a_gpu(name, change):
+    model = build(name)
+    plain = copy.deepcopy(model)
+    dcae_fast.patch(plain)
+    dcae_fast.patch(model, cuda_graphs=True)
+    x = image(1, 3, 16, 16)
+    with torch.no_grad():
+        for _ in range(3):
+            before = model.encoder(x), model.decoder(plain.encoder(x))
+    for each in (model, plain):
+        change(each)
+    x = x.to(next(plain.parameters()).dtype)
+    with torch.no_grad():
+        for _ in range(3):
+            z = plain.encoder(x)
+            assert torch.equal(model.encoder(x), z)
+            y = plain.decoder(z)
+            assert torch.equal(model.decoder(z), y)
+    assert not torch.equal(y, before[1].to(y.dtype)) or change in (CHANGES["half and back"], CHANGES["cast"])
+
+
+@pytest.mark.gpu
+def test_modes_on_a_gpu():
+    """Calls that are not replayed between calls that are."""
+    model = build("strided")
+    plain = copy.deepcopy(model)
+    dcae_fast.patch(plain)
+    dcae_fast.patch(model, cuda_graphs=True)
+    x = image(1, 3, 16, 16)
+
+    def check():
+        with torch.no_grad():
+            for _ in range(2):
+                assert torch.equal(model.encoder(x), plain.encoder(x))
+
+    check()
+    check()
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        assert torch.equal(model.encoder(x), plain.encoder(x))
+    check()
+    assert model.encoder(x).requires_grad
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        static = x.clone()
+        with torch.cuda.graph(graph):
+            out = model.encoder(static)
+        static.copy_(2 * x)
+        graph.replay()
+        assert torch.equal(out, plain.encoder(2 * x))
+    check()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.encoder(x)
+    assert counter.get_total_flops() > 0
+    assert len(model.encoder.fast_options.graphs) == 1
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_streams_and_threads_on_a_gpu():
+    model = build("shuffled")
+    plain = copy.deepcopy(model)
+    dcae_fast.patch(plain)
+    dcae_fast.patch(model, cuda_graphs=True)
+    inputs = [image(1, 3, 64, 64 + 32 * (seed % 3), seed=seed) for seed in range(12)]
+    expected = [plain(x) for x in inputs]
+    torch.cuda.synchronize()
+    errors = []
+
+    def work(offset: int) -> None:
+        with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
+            for index in range(48):
+                k = (5 * offset + index) % len(inputs)
+                y = model(inputs[k])
+                torch.cuda.current_stream().synchronize()
+                if not torch.equal(y, expected[k]):
+                    errors.append((offset, index))
+
+    threads = [threading.Thread(target=work, args=(offset,)) for offset in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    torch.cuda.synchronize()
+    assert not errors
+    assert len(model.encoder.fast_options.graphs) == len(model.decoder.fast_options.graphs) == 3
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_memory_comes_back_on_a_gpu():
+    model, x = build("shuffled"), image(4, 3, 512, 512)
+    dcae_fast.patch(model)
+    model(x)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    dcae_fast.patch(model, cuda_graphs=True)
+    for _ in range(3):
+        model(x)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    held = torch.cuda.memory_reserved() - before
+    assert held > 2**23
+    dcae_fast.unpatch(model)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() - before < held / 4
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_dropped_graphs_on_a_gpu(monkeypatch):
+    """More shapes than graphs, in turns."""
+    monkeypatch.setattr(graphs, "LIMIT", 2)
+    model = build("adaptive")
+    plain = copy.deepcopy(model)
+    dcae_fast.patch(plain)
+    dcae_fast.patch(model, cuda_graphs=True)
+    inputs = [image(1, 3, 16, 16 * width) for width in (1, 2, 3, 4)]
+    for order in ([0, 0, 1, 1], [2, 2, 3, 3], [0, 0, 3, 3, 1, 1, 0, 0], [0, 1, 2, 3] * 2):
+        for k in order:
+            assert torch.equal(model.encoder(inputs[k]), plain.encoder(inputs[k]))
+    assert len(model.encoder.fast_options.graphs) <= 2
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_failed_captures_on_a_gpu(monkeypatch):
+    """A call that synchronises cannot be captured; the next capture works."""
+    model, x = build("adaptive"), image(1, 3, 16, 16)
+    dcae_fast.patch(model, cuda_graphs=True)
+    expected = model.encoder(x)
+    original = Captured.__init__
+
+    def synchronising(self, pool, function, args, kwargs):
+        def bad(x, *rest, **kwargs):
+            torch.ones(1, device=x.device).item()
+            return function(x, *rest, **kwargs)
+
+        original(self, pool, bad, args, kwargs)
+
+    with monkeypatch.context() as patch, pytest.warns(RuntimeWarning, match="no CUDA graph"):
+        patch.setattr(Captured, "__init__", synchronising)
+        assert torch.equal(model.encoder(x), expected)
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    for _ in range(3):
+        assert torch.equal(model.encoder(x), expected)
+    assert len(model.encoder.fast_options.graphs) == 0
+    other = image(2, 3, 16, 16)
+    first = model.encoder(other)
+    for _ in range(2):
+        assert torch.equal(model.encoder(other), first)
+    assert len(model.encoder.fast_options.graphs) == 1
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_tiling_of_diffusers_on_a_gpu():
+    model = build("diffusers-shuffled")
+    plain = copy.deepcopy(model)
+    x = image(1, 3, 48, 40)
+    for each in (model, plain):
+        each.enable_tiling(16, 16, 12, 12)
+    dcae_fast.patch(plain)
+    dcae_fast.patch(model, cuda_graphs=True)
+    expected = plain.encode(x).latent
+    for _ in range(3):
+        z = model.encode(x).latent
+        assert torch.equal(z, expected)
+        assert torch.equal(model.decode(z).sample, plain.decode(z).sample)
+    assert 0 < len(model.encoder.fast_options.graphs) <= 8
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_pool_waits_for_its_replays():
+    pool = Pool(torch.device("cuda", torch.cuda.current_device()))
+    pool.wait()  # nothing was replayed
+    pool.replayed.record()
+    pool.wait()
+    assert pool.replayed.query()
+
+
+def test_blocks_alone_have_no_options():
+    block, x = build_block("ResBlock")
+    dcae_fast.patch(block, cuda_graphs=True, max_memory=1)
+    assert not any("fast_options" in vars(module) for module in block.modules())
+    assert block(x).shape == x.shape
