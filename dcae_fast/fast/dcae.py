@@ -35,8 +35,8 @@ class Stages(Coder):
 
 
 class Encoder(Stages):
-    def has_layers(self, latent_channels: int | list[int] | None = None) -> bool:
-        return latent_channels is None or hasattr(self, "partial_latents")
+    def has_layers(self, *args, **kwargs) -> bool:
+        return _all_none(args, kwargs) or hasattr(self, "partial_latents")
 
     def layers(self, survey: Survey) -> list[Layer]:
         def stem(x: torch.Tensor) -> torch.Tensor:
@@ -44,8 +44,12 @@ class Encoder(Stages):
 
         return [survey.sampler(self.project_in, self.project_in, stem), *survey.blocks(self.stages)]
 
-    def finish(self, x: torch.Tensor, latent_channels: int | list[int] | None = None) -> Result:
-        return self.project_out(x) if latent_channels is None else self.partial_latents(x, latent_channels)
+    def finish(self, x: torch.Tensor, *args, **kwargs) -> Result:
+        return self.project_out(x) if _all_none(args, kwargs) else self.partial_latents(x, *args, **kwargs)
+
+
+def _all_none(args: tuple, kwargs: dict) -> bool:
+    return all(value is None for value in (*args, *kwargs.values()))
 
 
 class Decoder(Stages):

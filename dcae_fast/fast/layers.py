@@ -71,9 +71,9 @@ class Survey:
                 return self.blocks([module.context_module, module.local_module])
             case "ResidualBlock":
                 return [self._residual(module)]
-            case "ResBlock":
+            case "ResBlock" if hasattr(module, "nonlinearity"):
                 return [self._res_block(module, module.conv1, module.conv2, module.nonlinearity, module.norm)]
-            case "GLUMBConv":
+            case "GLUMBConv" if hasattr(module, "nonlinearity"):
                 convs = module.conv_inverted, module.conv_depth, module.conv_point
                 return [self._gated(module, *convs, module.nonlinearity, module.norm)]
             case "SanaMultiscaleLinearAttention":

@@ -70,5 +70,6 @@ class Watch:
         """All but the coder's options: they hold the graphs, which hold this, and would all stay alive."""
         own = [value for name, value in vars(module).items() if name != "fast_options"]
         attributes = itertools.chain.from_iterable(map(dict.values, map(vars, self._modules)))
-        layouts = zip(map(_LAYOUT, self._tensors), map(torch.Tensor.stride, self._tensors), strict=True)
+        tensors = [] if self._addresses is None else self._tensors
+        layouts = zip(map(_LAYOUT, tensors), map(torch.Tensor.stride, tensors), strict=True)
         return [type(module), *map(type, self._modules), *own, *attributes, *layouts]
