@@ -1,4 +1,4 @@
-"""CUDA graphs of whole calls: when one is captured, replayed or left alone. No GPU is needed: calls stand for graphs."""
+"""CUDA graphs of whole calls: when one is captured, replayed or left alone. Needs no GPU: calls stand for graphs."""
 
 import copy
 import io
