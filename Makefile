@@ -27,7 +27,7 @@ lint: $(VENV)/.lint
 bench: $(VENV)/.demo
 	$(BIN)/python -m benchmarks
 
-bench-report: $(VENV)/.demo
+bench-report: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.report
 
 clean:
@@ -38,7 +38,8 @@ $(BIN)/python:
 
 $(VENV)/.demo: PACKAGE := .
 $(VENV)/.test: PACKAGE := .[test]
-$(VENV)/.demo $(VENV)/.test: $(BUILD_FILES) | $(BIN)/python
+$(VENV)/.bench: PACKAGE := .[bench]
+$(VENV)/.demo $(VENV)/.test $(VENV)/.bench: $(BUILD_FILES) | $(BIN)/python
 	$(BIN)/python -c "import torch" 2> /dev/null || $(PIP) $(TORCH)
 	$(PIP) --editable "$(PACKAGE)"
 	touch $@

@@ -1,45 +1,49 @@
-"""python -m benchmarks: ceilings, operators and autoencoders on this machine; a rehearsal where there is no GPU."""
+"""python -m benchmarks: operators, autoencoders, memory and first calls on this machine; a rehearsal without a GPU."""
 
 import argparse
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
-from . import autoencoder, operators, report
-from .ceilings import measure_ceilings
+from . import autoencoder, first_call, operators, results, tables
+from .ceilings import Ceilings, measure_ceilings
+from .workloads import Workload, workloads
+
+PARTS = ("operators", "autoencoder", "memory", "first-call")
+
+
+def records_of(part: str, only: Callable[[str], bool], device: torch.device, ceilings: Ceilings) -> Iterator[dict]:
+    """The records of a part, as they are measured."""
+    if part == "operators":
+        yield from operators.benchmark(device, ceilings, only)
+        return
+    selected: list[Workload] = [workload for workload in workloads(part) if only(workload.name)]
+    if part == "autoencoder":
+        first_call.fill_caches(selected)
+    for workload in selected:
+        if part == "autoencoder":
+            yield autoencoder.benchmark(workload, device, ceilings)
+        elif part == "memory":
+            yield autoencoder.benchmark(workload, device, ceilings, reference_tf32=True, rounds=2, at_least=1)
+        else:
+            yield first_call.benchmark(workload)
 
 
 def main() -> None:
-    cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="*", default=["dc-ae-f32c32-in-1.0" if cuda else "dc-ae-tiny"])
-    parser.add_argument("--batches", nargs="*", type=int, default=[1, 8] if cuda else [1])
-    parser.add_argument("--size", type=int, default=512 if cuda else 64)
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes minutes")
-    parser.add_argument("--no-diffusers", action="store_true")
-    parser.add_argument("--out", type=Path, help="the JSON file; benchmarks/results/<gpu>.json by default")
+    parser.add_argument("--part", nargs="*", choices=PARTS, default=PARTS)
+    parser.add_argument("--only", nargs="*", default=[""], help="parts of the names of workloads and operators")
+    parser.add_argument("--out", type=Path, default=results.default_path(), help="the JSON file (%(default)s)")
     options = parser.parse_args()
-    device, dtype = torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
-
-    results = report.stamp()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ceilings = measure_ceilings(device)
-    results["ceilings"] = vars(ceilings)
-    print(f"{results['gpu'] or 'CPU'}: {ceilings.tflops:.0f} TFLOP/s bf16, copy {ceilings.copy:.2f} TB/s", flush=True)
-    results["operators"] = list(operators.benchmark(device, ceilings, shrink=1 if cuda else 16))
-    print(report.operator_table(results["operators"]), flush=True)
-    results["autoencoder"] = []
-    for name in options.models:
-        rows = autoencoder.benchmark(
-            name, options.batches, options.size, dtype, device, ceilings,
-            with_diffusers=not options.no_diffusers, compiled=not options.no_compile,
-        )  # fmt: skip
-        results["autoencoder"] += rows
-    print(report.autoencoder_table(results["autoencoder"]))
-    print(report.quality_table(results["autoencoder"]))
-    gpu = (results["gpu"] or "cpu").replace(" ", "_").lower()
-    path = options.out or report.RESULTS / f"{gpu}.json"
-    report.write(results, path)
-    print(f"written to {path}")
+    print(f"product {ceilings.tflops:.0f} TFLOP/s in bf16, copy {ceilings.copy:.2f} TB/s", flush=True)
+    for part in options.part:
+        for record in records_of(part, lambda name: any(text in name for text in options.only), device, ceilings):
+            results.merge(options.out, part, record | {"ceilings": vars(ceilings)})
+            print(tables.line(part, record), flush=True)
+    print(f"written to {options.out}")
 
 
 if __name__ == "__main__":

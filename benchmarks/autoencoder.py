@@ -1,124 +1,107 @@
-"""Encoding and decoding: eager, channels-last, torch.compile and patched, of this project's class and of diffusers'."""
+"""One direction of an autoencoder: every contender is checked against fp32, then those that are right are timed."""
 
-import copy
-from collections.abc import Callable, Iterator
+import gc
+import math
+from collections.abc import Callable
 
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import dcae_fast
-from dcae_fast.models import convert
 from dcae_fast.models.autoencoder import DCAE
 
+from . import contenders
 from .ceilings import Ceilings
-from .timing import measure
+from .timing import measure, with_peak_memory
+from .workloads import Workload
 
-CHANNELS_LAST = ("eager channels-last", "torch.compile", "patched channels-last")  # weights and input
-WRONG = 2e-2  # relative L2 error against fp32 above which a contender is reported as wrong and not timed
-
-
-def random_model(name: str, device: torch.device) -> DCAE:
-    """A model with random weights and batch norm statistics, fp32, on the device."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = DCAE.from_name(name)
-        for buffer_name, buffer in model.named_buffers():
-            if buffer_name.endswith("running_var"):
-                buffer.uniform_(0.5, 2)
-            elif buffer_name.endswith("running_mean"):
-                buffer.normal_(std=0.1)
-    return model.eval().requires_grad_(False)
-
-
-def diffusers_twin(model: DCAE) -> torch.nn.Module:
-    """The same model as diffusers' AutoencoderDC."""
-    from diffusers import AutoencoderDC
-
-    twin = AutoencoderDC(**convert.config_to_diffusers(model.config)).to(next(model.parameters()).device)
-    twin.load_state_dict(convert.state_dict_to_diffusers(model.state_dict()))
-    return twin.eval().requires_grad_(False)
-
-
-def contenders(reference: DCAE, dtype: torch.dtype, with_diffusers: bool, compiled: bool) -> dict[str, torch.nn.Module]:
-    plain = copy.deepcopy(reference).to(dtype)
-    models = {"eager": plain, "eager channels-last": copy.deepcopy(plain).to(memory_format=torch.channels_last)}
-    if compiled:
-        model = copy.deepcopy(models["eager channels-last"])
-        model.encoder.compile(dynamic=False)
-        model.decoder.compile(dynamic=False)
-        models["torch.compile"] = model
-    models["patched"] = copy.deepcopy(plain)
-    models["patched channels-last"] = copy.deepcopy(models["eager channels-last"])
-    dcae_fast.patch(models["patched"])
-    dcae_fast.patch(models["patched channels-last"])
-    if with_diffusers:
-        models["diffusers patched"] = diffusers_twin(reference).to(dtype)
-        dcae_fast.patch(models["diffusers patched"])
-    return models
-
-
-def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
-
-
-def workloads(
-    batch: int, size: int, reference: DCAE, device: torch.device
-) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
-    """(direction, input, exact result): the exact one in fp32 without TF32, image by image."""
-    ratio = reference.spatial_compression_ratio
-    x = torch.randn(batch, 3, size, size, device=device)
-    z = torch.randn(batch, reference.config.latent_channels, size // ratio, size // ratio, device=device)
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), torch.inference_mode():
-        latents = torch.cat([reference.encoder(image[None]) for image in x])
-        images = torch.cat([reference.decoder(latent[None]) for latent in z])
-    return [("encode", x, latents), ("decode", z, images)]
-
-
-def caller(model: torch.nn.Module, direction: str, x: torch.Tensor) -> Callable[[], torch.Tensor]:
-    half = model.encoder if direction == "encode" else model.decoder
-
-    @torch.inference_mode()
-    def run() -> torch.Tensor:
-        return half(x)
-
-    return run
+FP32_ERROR = 1e-4  # a limit below which no contender is wrong, whatever eager's own error
 
 
 def benchmark(
-    name: str,
-    batches: list[int],
-    size: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    ceilings: Ceilings,
-    with_diffusers: bool = True,
-    compiled: bool = True,
-) -> Iterator[dict]:
-    """One row for each workload and contender."""
-    reference = random_model(name, device)
-    models = contenders(reference, dtype, with_diffusers, compiled)
-    for batch in batches:
-        for direction, x, exact in workloads(batch, size, reference, device):
-            runs, errors = {}, {}
-            for contender, model in models.items():
-                layout = torch.channels_last if contender in CHANNELS_LAST else torch.contiguous_format
-                run = caller(model, direction, x.to(dtype, memory_format=layout))
-                errors[contender] = relative_error(run(), exact)
-                if errors[contender] < WRONG:
-                    runs[contender] = run
-            with FlopCounterMode(display=False) as counter:
-                caller(models["eager"], direction, x.to(dtype))()
-            floor = ceilings.floor(counter.get_total_flops(), 0)
-            timings = measure(runs)
-            for contender, error in errors.items():
-                row = {
-                    "workload": f"{name} {direction}", "batch": batch, "size": size, "dtype": str(dtype).split(".")[1],
-                    "contender": contender, "error": error, "floor_ms": floor,
-                }  # fmt: skip
-                if contender in timings:
-                    timing = timings[contender]
-                    row |= {
-                        "ms": timing.median, "ms_low": timing.low, "ms_high": timing.high,
-                        "peak_gib": timing.peak_memory, "tflops": counter.get_total_flops() / timing.median / 1e9,
-                    }  # fmt: skip
-                yield row
+    workload: Workload, device: torch.device, ceilings: Ceilings, reference_tf32: bool = False, **repetitions
+) -> dict:
+    """The record of a workload: error, peak memory and time of each contender, or why it has no time.
+
+    reference_tf32: lets the exact result be computed in TF32, whose rounding is a fraction of bf16's, where fp32 would
+    take too long. repetitions: of `timing.measure`. A contender is wrong if its error is more than twice eager's.
+    """
+    torch.compiler.reset()  # what was compiled for the workload before
+    reference = contenders.random_model(workload.model, device)
+    half = contenders.half_of(reference, workload)
+    exact = exact_result(half, contenders.example(workload, reference, device), reference_tf32)
+    rows, runs, limit = {}, {}, math.inf
+    for name in filter(contenders.is_available, workload.contenders):
+        rows[name], runs[name] = trial(name, workload, device, exact, limit)
+        if name == "eager":
+            limit = max(2 * (rows[name].get("error") or 0), FP32_ERROR)
+    timed = {name: run for name, run in runs.items() if "failure" not in rows[name]}
+    for name, timing in measure(timed, **repetitions).items():
+        rows[name] |= {"ms": timing.median, "ms_low": timing.low, "ms_high": timing.high}
+    flops = sum(flops_of(workload).values())
+    return {
+        "workload": workload.name, "model": workload.model, "direction": workload.direction, "batch": workload.batch,
+        "size": workload.size, "flops": flops, "floor_ms": ceilings.floor(flops), "contenders": rows,
+    }  # fmt: skip
+
+
+def trial(
+    name: str, workload: Workload, device: torch.device, exact: torch.Tensor | None, limit: float
+) -> tuple[dict, Callable[[], torch.Tensor] | None]:
+    """Error and peak memory of one call of a contender, and the call; a failure is the reason not to time it.
+
+    A call on another input goes before, so that one which replays what it computed then is found out. Where there is
+    no exact result the error is None: not checked.
+    """
+    run = None
+    try:
+        half, x = contenders.prepared(name, workload, device)
+        run = contenders.caller(half, x)
+        contenders.caller(half, -x)()
+        out, peak = with_peak_memory(run)
+        error = None if exact is None else relative_error(out, exact)
+        row = {"error": error, "peak_gib": peak}
+        if error is not None and not error <= limit:
+            row["failure"] = "wrong"
+    except Exception as failure:
+        row = {"failure": reason(failure)}
+    release()
+    return row, run
+
+
+def reason(failure: Exception) -> str:
+    message = str(failure).strip().partition("\n")[0]
+    return "out of memory" if "out of memory" in message.lower() else f"{type(failure).__name__}: {message}"[:200]
+
+
+def release() -> None:
+    """Give memory that is not in use back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
+    """‖got - exact‖ / ‖exact‖"""
+    return ((got.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+@torch.inference_mode()
+def exact_result(half: nn.Module, x: torch.Tensor, tf32: bool) -> torch.Tensor | None:
+    """half(x) image by image, None where the device cannot do it, for want of memory."""
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
+            return torch.cat([half(image[None]) for image in x])
+    except RuntimeError:
+        return None
+    finally:
+        release()
+
+
+def flops_of(workload: Workload) -> dict[str, int]:
+    """Arithmetic of the plain model, by operator ("convolution", "bmm", ...); counted without computing anything."""
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        model = DCAE.from_name(workload.model).eval()
+        contenders.half_of(model, workload)(torch.empty(contenders.input_shape(workload, model)))
+    return {op.__name__: flops for op, flops in counter.get_flop_counts()["Global"].items()}

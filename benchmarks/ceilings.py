@@ -7,23 +7,26 @@ import torch
 from .timing import measure
 
 
-@dataclass
+@dataclass(frozen=True)
 class Ceilings:
-    """tflops: of a large bf16 matrix product; copy: of a large device-to-device copy, TB/s read and written."""
+    """tflops: TFLOP/s of a large bf16 matrix product; copy: TB/s of a large copy on the device, read and written."""
 
     tflops: float
     copy: float
 
-    def floor(self, flops: float, bytes_moved: float) -> float:
+    def floor(self, flops: float, bytes_moved: float = 0) -> float:
         """Milliseconds below which the work cannot be done."""
         return max(flops / (self.tflops * 1e9), bytes_moved / (self.copy * 1e9))
 
 
 def measure_ceilings(device: torch.device) -> Ceilings:
-    size, elements = (8192, 2**30) if device.type == "cuda" else (512, 2**22)
+    size, elements = (8192, 2**30) if device.type == "cuda" else (256, 2**20)
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     source = torch.randint(0, 2**15, (elements,), device=device, dtype=torch.int16)
     target = torch.empty_like(source)
-    times = measure({"product": lambda: a @ b, "copy": lambda: target.copy_(source)})
+    runs = {"product": lambda: a @ b, "copy": lambda: target.copy_(source)}
+    for run in (*runs.values(), *runs.values()):  # warm
+        run()
+    times = measure(runs, seconds=0.2)
     copied = 2 * source.numel() * source.element_size()
     return Ceilings(2 * size**3 / times["product"].median / 1e9, copied / times["copy"].median / 1e9)

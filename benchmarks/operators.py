@@ -1,23 +1,35 @@
-"""Each operator at shapes of the released models: GB/s of the bytes it must move, against its plain PyTorch form."""
+"""Each operator at shapes of the released models, against the bytes that it must move or its arithmetic."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from dcae_fast import ops
+from dcae_fast.fast.fusion import conv_norm_act
 from dcae_fast.ops.bias_act import bias_act_reference
 from dcae_fast.ops.depthwise_glu import depthwise_glu_reference
 from dcae_fast.ops.relu_linear_attention import relu_linear_attention_reference
 from dcae_fast.ops.rms_norm import rms_norm_reference
 from dcae_fast.ops.shuffle import duplicate_shuffle_add_reference, unshuffle_average_add_reference
 
+from .autoencoder import relative_error
 from .ceilings import Ceilings
 from .timing import graphed, measure
 
 CALLS = 10  # in one captured graph
+WRONG = 1e-2  # relative L2 error against fp32, in bf16, above which an operator is reported as wrong and not timed
+Shape = tuple[int, int, int, int]
 
 # name, (B, C, H, W) of the main input; large enough not to stay in the cache
-SHAPES = [
+SHAPES: list[tuple[str, Shape]] = [
+    ("conv3x3 + bias + silu", (8, 256, 256, 256)),
+    ("conv3x3 + bias + silu", (8, 512, 128, 128)),
+    ("conv3x3 + bias + silu", (1, 512, 128, 128)),
+    ("conv3x3 + bias + residual", (8, 256, 256, 256)),
+    ("conv3x3 + bias + residual", (8, 512, 128, 128)),
     ("rms_norm", (8, 256, 256, 256)),
     ("rms_norm", (8, 512, 128, 128)),
     ("rms_norm", (32, 1024, 32, 32)),
@@ -32,56 +44,131 @@ SHAPES = [
 ]
 
 
-def case(name: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype):
-    """(operator, reference, tensors): the first two take the tensors."""
+@dataclass
+class Case:
+    """op, reference: functions of the tensors; flops: where arithmetic rather than bandwidth is the limit."""
+
+    op: Callable[..., torch.Tensor]
+    reference: Callable[..., torch.Tensor]
+    tensors: list[torch.Tensor]
+    flops: float = 0
+
+
+def rms_norm(random, b, c, h, w) -> Case:
+    return Case(
+        lambda x, weight, bias, residual: ops.rms_norm(x, weight, bias, residual=residual),
+        lambda x, weight, bias, residual: rms_norm_reference(x, weight, bias, 1e-5, "none", residual, x.dtype),
+        [random(b, c, h, w), random(c), random(c), random(b, c, h, w)],
+    )
+
+
+def bias_act(random, b, c, h, w) -> Case:
+    return Case(
+        lambda x, bias: ops.bias_act(x, bias, "silu"),
+        lambda x, bias: bias_act_reference(x, bias, "silu", None, None, None, 0.0, None, x.dtype),
+        [random(b, c, h, w), random(c)],
+    )
+
+
+def relu_linear_attention(random, b, c, h, w) -> Case:
+    return Case(
+        lambda qkv: ops.relu_linear_attention([qkv]),
+        lambda qkv: relu_linear_attention_reference([qkv], 32, 1e-15),
+        [random(b, c, h, w)],
+    )
+
+
+def depthwise_glu(random, b, c, h, w) -> Case:
+    return Case(ops.depthwise_glu, depthwise_glu_reference, [random(b, c, h, w), random(c, 1, 3, 3), random(c)])
+
+
+def unshuffle_average_add(random, b, c, h, w) -> Case:
+    return Case(
+        ops.unshuffle_average_add,
+        lambda x, main, bias: unshuffle_average_add_reference(x, main, bias, 2 * c, 2, 0.5),
+        [random(b, c, h, w), random(b, c // 2, h, w), random(c // 2)],
+    )
+
+
+def duplicate_shuffle_add(random, b, c, h, w) -> Case:
+    return Case(
+        ops.duplicate_shuffle_add,
+        lambda x, main, bias: duplicate_shuffle_add_reference(x, main, bias, c // 2, 2, 1.0),
+        [random(b, c, h, w), random(b, 2 * c, h, w), random(2 * c)],
+    )
+
+
+def convolution(random, b, c, h, w, act: str = "none", residual: bool = False) -> Case:
+    """What a patched block does with a plain convolution of its own; the weight stays out of `tensors`."""
+    conv = nn.Conv2d(c, c, 3, padding=1, device="meta")
+    weight, bias = random(c, c, 3, 3) / (3 * c**0.5), random(c)
+    conv.weight, conv.bias = nn.Parameter(weight, False), nn.Parameter(bias, False)
+
+    def reference(x, residual=None):
+        y = F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), padding=1)
+        y = F.silu(y) if act == "silu" else y
+        return y if residual is None else y + residual
+
+    return Case(
+        lambda x, residual=None: conv_norm_act(conv, None, act, x, residual),
+        reference,
+        [random(b, c, h, w) for _ in range(1 + residual)],
+        flops=2 * 9 * b * h * w * c**2,
+    )
+
+
+CASES: dict[str, Callable[..., Case]] = {
+    "conv3x3 + bias + silu": lambda *args: convolution(*args, act="silu"),
+    "conv3x3 + bias + residual": lambda *args: convolution(*args, residual=True),
+    "rms_norm": rms_norm,
+    "bias_act": bias_act,
+    "relu_linear_attention": relu_linear_attention,
+    "depthwise_glu": depthwise_glu,
+    "unshuffle_average_add": unshuffle_average_add,
+    "duplicate_shuffle_add": duplicate_shuffle_add,
+}
+
+
+def case(name: str, shape: Shape, device: torch.device) -> Case:
+    """The operator on random bf16 tensors, channels-last; shape: of the main input."""
 
     def random(*size: int) -> torch.Tensor:
-        x = torch.randn(size, device=device, dtype=dtype)
+        x = torch.randn(size, device=device, dtype=torch.bfloat16)
         return x.contiguous(memory_format=torch.channels_last) if len(size) == 4 else x
 
-    batch, c, h, w = shape
-    x = random(*shape)
-    if name == "rms_norm":
-        return (
-            lambda x, w, b, r: ops.rms_norm(x, w, b, residual=r),
-            lambda x, w, b, r: rms_norm_reference(x, w, b, 1e-5, "none", r, dtype),
-            [x, random(c), random(c), random(*shape)],
-        )
-    if name == "bias_act":
-        reference = lambda x, b: bias_act_reference(x, b, "silu", None, None, None, 0.0, None, dtype)  # noqa: E731
-        return lambda x, b: ops.bias_act(x, b, "silu"), reference, [x, random(c)]
-    if name == "relu_linear_attention":
-        reference = lambda x: relu_linear_attention_reference([x], 32, 1e-15)  # noqa: E731
-        return lambda x: ops.relu_linear_attention([x]), reference, [x]
-    if name == "depthwise_glu":
-        return ops.depthwise_glu, depthwise_glu_reference, [x, random(c, 1, 3, 3), random(c)]
-    if name == "unshuffle_average_add":
-        reference = lambda x, m, b: unshuffle_average_add_reference(x, m, b, 2 * c, 2, 0.5)  # noqa: E731
-        return ops.unshuffle_average_add, reference, [x, random(batch, c // 2, h, w), random(c // 2)]
-    reference = lambda x, m, b: duplicate_shuffle_add_reference(x, m, b, c // 2, 2, 1.0)  # noqa: E731
-    return ops.duplicate_shuffle_add, reference, [x, random(batch, 2 * c, h, w), random(2 * c)]
+    return CASES[name](random, *shape)
 
 
-def inference(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    return torch.inference_mode()(run)
+def shapes(device: torch.device) -> list[tuple[str, Shape]]:
+    """SHAPES; small images on a CPU, where it is a rehearsal."""
+    if device.type == "cuda":
+        return SHAPES
+    return [(name, (1, c, max(h // 32, 4), max(w // 32, 4))) for name, (_, c, h, w) in SHAPES]
 
 
-def benchmark(device: torch.device, ceilings: Ceilings, shrink: int = 1) -> Iterator[dict]:
-    """One row for each operator and shape. shrink: divides the sides, for a rehearsal on a CPU."""
-    for name, (batch, c, h, w) in SHAPES:
-        op, reference, tensors = case(name, (batch, c, h // shrink, w // shrink), device, torch.bfloat16)
-        out = op(*tensors)
-        exact = reference(*[tensor.float() for tensor in tensors])
-        error = ((out.float() - exact).norm() / exact.norm()).item()
-        moved = sum(tensor.nbytes for tensor in (*tensors, out))
-        row = {"operator": name, "shape": [batch, c, h // shrink, w // shrink], "error": error, "bytes": moved}
-        if error < 1e-2:
-            runs = {
-                "ours": graphed(inference(lambda op=op, tensors=tensors: op(*tensors)), CALLS),
-                "eager": graphed(inference(lambda reference=reference, tensors=tensors: reference(*tensors)), CALLS),
-            }
-            times = measure(runs, rounds=4, seconds=0.05)
-            ms, eager_ms = times["ours"].median / CALLS, times["eager"].median / CALLS
-            gb_per_s = moved / ms / 1e6
-            row |= {"ms": ms, "eager_ms": eager_ms, "gb_per_s": gb_per_s, "of_copy": gb_per_s / 1e3 / ceilings.copy}
-        yield row
+@torch.inference_mode()
+def error_of(case: Case) -> float:
+    """Against the reference in fp32."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        return relative_error(case.op(*case.tensors), case.reference(*[tensor.float() for tensor in case.tensors]))
+
+
+def repeated(function: Callable[..., torch.Tensor], tensors: list[torch.Tensor]) -> Callable[[], object]:
+    """CALLS calls without the time of their launches."""
+    return graphed(torch.inference_mode()(lambda: function(*tensors)), CALLS)
+
+
+def benchmark(device: torch.device, ceilings: Ceilings, only: Callable[[str], bool]) -> Iterator[dict]:
+    """A record for each operator and shape whose name `only` accepts: ms, rate, and its share of the ceiling."""
+    for name, shape in shapes(device):
+        if not only(name):
+            continue
+        this = case(name, shape, device)
+        moved = sum(tensor.nbytes for tensor in (*this.tensors, this.op(*this.tensors)))
+        record = {"operator": name, "shape": shape, "bytes": moved, "flops": this.flops, "error": error_of(this)}
+        if record["error"] <= WRONG:
+            runs = {"ours": repeated(this.op, this.tensors), "eager": repeated(this.reference, this.tensors)}
+            times = measure(runs, seconds=0.05)
+            record |= {"ms": times["ours"].median / CALLS, "eager_ms": times["eager"].median / CALLS}
+            record["floor_ms"] = ceilings.floor(this.flops, moved)
+        yield record

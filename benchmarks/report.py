@@ -1,125 +1,136 @@
-"""Results as JSON, stamped with machine, versions and commit, and as Markdown tables.
+"""python -m benchmarks.report: the README's table, a page with everything that was measured, and the plots.
 
-`python -m benchmarks.report` writes the README's tables from benchmarks/results.
+All of it comes from benchmarks/results; nothing is measured.
 """
 
-import json
-import os
-import platform
-import subprocess
-from datetime import datetime, timezone
+import textwrap
 from pathlib import Path
-
-import torch
 
 from dcae_fast.files import written_atomically
 
-RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parents[1] / "README.md"
+from . import plots, tables
+from .results import RESULTS, ROOT, read
+from .targets import VERDICTS
+from .workloads import WORKLOADS
+
+README = ROOT / "README.md"
+PAGES = ROOT / "docs" / "benchmarks"
 START, END = "<!-- benchmark -->", "<!-- /benchmark -->"
+Results = dict[str, list[dict]]  # part → records
+
+PLOTS = {  # name of the file → part, title
+    "speed": ("autoencoder", "Time of each contender against the floor"),
+    "memory": ("memory", "Peak memory and time against the size of the image"),
+}
+SECTIONS = {  # heading → part, table
+    "All contenders": ("autoencoder", tables.contender_table),
+    "Memory": ("memory", tables.memory_table),
+    "First calls": ("first-call", tables.first_call_table),
+    "Operators": ("operators", tables.operator_table),
+}
+EXPLANATION = """bf16, random weights; milliseconds of one call, medians over calls in which the contenders take turns.
+eager is the model as loaded; torch.compile and patched have channels-last weights and input. The floor is the plain
+model's arithmetic at the rate of a large matrix product in the same run ({rate} TFLOP/s). The last two columns are for
+the faster of the patched ones."""
+PAGE_EXPLANATION = """An error is the relative L2 error against fp32 (TF32 under Memory). Peak GiB is what one call
+allocates at the most; weights and the memory that a captured graph keeps do not count. "of ceiling" is the share of the
+measured copy's bandwidth, for convolutions of the matrix product's rate. A first call is that of a fresh process."""
 
 
-def stamp() -> dict:
-    cuda = torch.cuda.is_available()
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = None
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    return {
-        "gpu": torch.cuda.get_device_name() if cuda else None,
-        "cpu": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "cudnn": torch.backends.cudnn.version() if cuda else None,
-        "triton": triton_version,
-        "commit": commit or os.environ.get("DCAE_FAST_COMMIT"),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
+def load(path: Path) -> Results:
+    """A results file, workloads in the registry's order."""
+    results = read(path)
+    for part, workloads in WORKLOADS.items():
+        order = {workload.name: index for index, workload in enumerate(workloads)}
+        results.get(part, []).sort(key=lambda record: order.get(record["workload"], len(order)))
+    return results
 
 
-def write(results: dict, path: Path) -> None:
+def paragraph(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
+def stamps(results: Results, name: str) -> str:
+    """What the stamps of the records say under that name."""
+    values = [record["stamp"].get(name) for records in results.values() for record in records]
+    return ", ".join(dict.fromkeys(str(value) for value in values if value))
+
+
+def setting(results: Results) -> str:
+    """Machine, versions and what the figures mean."""
+    records = [record for records in results.values() for record in records]
+    date = max(record["stamp"]["date"] for record in records)[:10]
+    rates = sorted({f"{record['ceilings']['tflops']:.0f}" for record in records})
+    versions = ", ".join(f"{name} {stamps(results, name.lower())}" for name in ("torch", "cuDNN", "triton", "commit"))
+    rate = " to ".join(dict.fromkeys((rates[0], rates[-1])))
+    return paragraph(f"One {stamps(results, 'gpu')}, {versions}, {date}; {EXPLANATION.format(rate=rate)}")
+
+
+def verdict(results: Results, link: str) -> str:
+    """Errors, and how many of the targets are met."""
+    verdicts = [outcome.verdict for outcome in tables.outcomes(results)]
+    counts = ", ".join(f"{verdicts.count(kind)} {kind}" for kind in VERDICTS if kind in verdicts)
+    worst = [
+        f"{max(errors):.1e} {name}"
+        for name in ("patched channels-last", "eager")
+        if (errors := [row["error"] for row in tables.rows_of(results["autoencoder"], name) if row.get("error")])
+    ]
+    return paragraph(
+        f"Relative error against fp32: at most {', '.join(worst)}. Of the project's targets: {counts}. "
+        f"[Everything that was measured]({link}): all contenders, memory, first calls, operators, targets, profiles."
+    )
+
+
+def images(results: Results, folder: str) -> list[str]:
+    return [f"![{title}]({folder}_{plot}.png)" for plot, (part, title) in PLOTS.items() if results.get(part)]
+
+
+def summary(results: Results, name: str) -> str:
+    """What the README says of one machine."""
+    path = f"{PAGES.relative_to(README.parent).as_posix()}/{name}"
+    table = tables.speed_table(results["autoencoder"])
+    return "\n\n".join([setting(results), table, *images(results, path), verdict(results, f"{path}.md")])
+
+
+def page(results: Results, name: str) -> str:
+    """Everything that was measured on one machine."""
+    parts = [f"# Benchmarks on {stamps(results, 'gpu')}", "Written by `make bench-report`.", setting(results)]
+    parts += [tables.speed_table(results["autoencoder"]), *images(results, name), paragraph(PAGE_EXPLANATION)]
+    parts += ["## Targets", tables.target_table(results)]
+    for heading, (part, table) in SECTIONS.items():
+        if results.get(part):
+            parts += [f"## {heading}", table(results[part])]
+    for record in results.get("profile", []):
+        parts += [f"## Profile of {record['workload']}, {record['contender']}"]
+        parts += [tables.profile_table(record), tables.kernel_table(record)]
+    return "\n\n".join(parts) + "\n"
+
+
+def write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_atomically(path) as part:
-        part.write_text(json.dumps(results, indent=1) + "\n")
-
-
-def table(rows: list[list[str]]) -> str:
-    """Markdown; the first row is the heading."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
-
-
-def autoencoder_table(rows: list[dict]) -> str:
-    """One line per workload, one column per contender: ms, and how many times faster than eager."""
-    names = list(dict.fromkeys(row["contender"] for row in rows))
-    groups: dict[tuple, dict[str, dict]] = {}
-    for row in rows:
-        groups.setdefault((row["workload"], row["batch"], row["size"]), {})[row["contender"]] = row
-    lines = [["workload", "batch, size", *names, "floor"]]
-    for (workload, batch, size), cells in groups.items():
-        eager = cells["eager"].get("ms")
-        line = [workload, f"{batch}, {size}"]
-        for name in names:
-            ms = cells[name].get("ms")
-            line.append(f"{ms:.2f} ({eager / ms:.2f}×)" if ms else f"wrong: {cells[name]['error']:.0e}")
-        lines.append([*line, f"{cells['eager']['floor_ms']:.2f}"])
-    return table(lines)
-
-
-def quality_table(rows: list[dict]) -> str:
-    """Error against fp32 and memory of each contender."""
-    lines = [["workload", "batch, size", "contender", "relative error", "peak GiB", "TFLOP/s"]]
-    for row in rows:
-        lines.append([
-            row["workload"], f"{row['batch']}, {row['size']}", row["contender"], f"{row['error']:.2e}",
-            f"{row['peak_gib']:.2f}" if "ms" in row else "-", f"{row['tflops']:.0f}" if "ms" in row else "-",
-        ])  # fmt: skip
-    return table(lines)
-
-
-def operator_table(rows: list[dict]) -> str:
-    lines = [["operator", "shape", "ms", "GB/s", "of copy", "faster than eager"]]
-    for row in rows:
-        cells = ["wrong"] * 4
-        if "ms" in row:
-            cells = [
-                f"{row['ms']:.3f}", f"{row['gb_per_s']:.0f}", f"{row['of_copy']:.0%}",
-                f"{row['eager_ms'] / row['ms']:.1f}×",
-            ]  # fmt: skip
-        lines.append([row["operator"], "×".join(map(str, row["shape"])), *cells])
-    return table(lines)
-
-
-def summary(results: dict) -> str:
-    """What the README says of one machine's results."""
-    ceilings = results["ceilings"]
-    worst = {name: max(row["error"] for row in results["autoencoder"] if row["contender"] == name)
-             for name in ("eager", "patched")}  # fmt: skip
-    return "\n".join([
-        f"One {results['gpu']}, torch {results['torch']}, triton {results['triton']}, commit {results['commit']}, "
-        f"{results['date'][:10]}; bf16, random weights, median milliseconds of one call, in brackets how many times "
-        "faster than eager. The floor is the model's arithmetic at the rate of a large matrix product "
-        f"({ceilings['tflops']:.0f} TFLOP/s here).",
-        "",
-        autoencoder_table(results["autoencoder"]),
-        "",
-        f"Relative error against fp32: at most {worst['patched']:.1e} patched, {worst['eager']:.1e} eager. The "
-        f"operators, in bytes that must be moved per second, against the {ceilings['copy']:.2f} TB/s of a copy:",
-        "",
-        operator_table(results["operators"]),
-    ])  # fmt: skip
+        part.write_text(text)
 
 
 def write_readme(text: str) -> None:
     """Put `text` between the README's markers."""
-    readme = README.read_text()
-    before, rest = readme.split(START)
-    with written_atomically(README) as part:
-        part.write_text(f"{before}{START}\n{text}\n{END}{rest.split(END)[1]}")
+    before, rest = README.read_text().split(START)
+    write(README, f"{before}{START}\n{text}\n{END}{rest.split(END)[1]}")
+
+
+def main() -> None:
+    summaries = []
+    for path in sorted(RESULTS.glob("*.json")):
+        results, name = load(path), path.stem
+        if not results.get("autoencoder"):
+            continue
+        write(PAGES / f"{name}.md", page(results, name))
+        for plot, (part, _) in PLOTS.items():
+            if results.get(part):
+                getattr(plots, plot)(results[part], PAGES / f"{name}_{plot}.png")
+        summaries.append(summary(results, name))
+    write_readme("\n\n".join(summaries))
 
 
 if __name__ == "__main__":
-    write_readme("\n\n".join(summary(json.loads(path.read_text())) for path in sorted(RESULTS.glob("*.json"))))
+    main()

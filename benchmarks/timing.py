@@ -1,4 +1,4 @@
-"""Interleaved timing of several contenders for the same work, in one process."""
+"""Interleaved timing of several contenders for the same work, in one process, and peak memory."""
 
 import random
 import statistics
@@ -9,48 +9,63 @@ from dataclasses import dataclass
 import torch
 
 
-@dataclass
+@dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one call: median, and the 10th and 90th percentile; peak memory of one call in GiB."""
+    """Milliseconds of one call: median, and the 10th and 90th percentile."""
 
     median: float
     low: float
     high: float
-    peak_memory: float
 
 
-def measure(contenders: dict[str, Callable[[], object]], rounds: int = 5, seconds: float = 0.2) -> dict[str, Timing]:
-    """Time every contender in turn, `rounds` times over, about `seconds` each time, after a warm-up.
+def measure(
+    contenders: dict[str, Callable[[], object]], rounds: int = 4, seconds: float = 0.1, at_least: int = 3
+) -> dict[str, Timing]:
+    """Time every contender in turn, `rounds` times over, for about `seconds` and at least `at_least` calls each time.
 
-    The order is drawn anew for every round, so that none always follows one that heats the chip more or less. On a CPU
-    it is a rehearsal: two short rounds.
+    They have been called before, so that nothing is compiled now. The order is drawn anew for every round, so that none
+    always follows one that heats the chip more or less. On a CPU it is a rehearsal: two rounds of one call.
     """
     if not torch.cuda.is_available():
-        rounds, seconds = 2, 0.0
-    calls = {}
-    for name, run in contenders.items():
-        for _ in range(3):
-            run()
-        calls[name] = max(3, min(200, int(seconds * 1e3 / max(_times(run, 3)[1], 1e-3))))
+        rounds, seconds, at_least = 2, 0.0, 1
+    calls = {
+        name: max(at_least, min(200, int(seconds * 1e3 / max(_times(run, 1)[0], 1e-3))))
+        for name, run in contenders.items()
+    }
     samples = {name: [] for name in contenders}
     order = random.Random(0)
     for _ in range(rounds):
         for name in order.sample(list(contenders), len(contenders)):
             samples[name] += _times(contenders[name], calls[name])
-    return {name: _summary(samples[name], contenders[name]) for name in contenders}
+    return {name: _summary(values) for name, values in samples.items()}
 
 
 def graphed(run: Callable[[], object], calls: int = 10) -> Callable[[], object]:
     """`calls` calls in one: on a GPU the replay of a captured graph, so that launches do not count."""
+    run()
     if not torch.cuda.is_available():
         return lambda: [run() for _ in range(calls)]
-    run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(calls):
             run()
     return graph.replay
+
+
+def with_peak_memory(run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
+    """The result of one call, and the GiB that it allocated at the most; on a CPU 0.
+
+    What was there before, like weights, does not count, nor does the pool that a captured graph keeps.
+    """
+    if not torch.cuda.is_available():
+        return run(), 0.0
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = run()
+    torch.cuda.synchronize()
+    return result, (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
 def _times(run: Callable[[], object], calls: int) -> list[float]:
@@ -71,18 +86,6 @@ def _times(run: Callable[[], object], calls: int) -> list[float]:
     return [start.elapsed_time(end) for start, end in zip(events, events[1:], strict=False)]
 
 
-def _summary(samples: list[float], run: Callable[[], object]) -> Timing:
-    deciles = statistics.quantiles(samples, n=10)
-    return Timing(statistics.median(samples), deciles[0], deciles[-1], _peak_memory(run))
-
-
-def _peak_memory(run: Callable[[], object]) -> float:
-    """GiB allocated at the most during one call, weights of everything that is loaded not counted."""
-    if not torch.cuda.is_available():
-        return 0.0
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**30
+def _summary(samples: list[float]) -> Timing:
+    deciles = statistics.quantiles(samples, n=10, method="inclusive")
+    return Timing(statistics.median(samples), deciles[0], deciles[-1])

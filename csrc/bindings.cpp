@@ -1,38 +1,18 @@
 // The Python module dcae_fast._C: each function checks its arguments, allocates the result, and launches.
 
+#include "bindings.h"
+
 #include <climits>
 #include <optional>
-#include <string>
 
-#include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <torch/csrc/utils/pybind.h>
 
+#include "checks.h"
 #include "ops.h"
 
 namespace {
-
-// Messages are put together without streams: those of a statically linked C++ library and of torch's do not mix.
-std::string text(const char* words) { return words; }
-std::string text(at::ScalarType dtype) { return c10::toString(dtype); }
-std::string text(at::Device device) { return device.str(); }
-std::string text(at::IntArrayRef shape) {
-  std::string numbers;
-  for (const int64_t size : shape) numbers += (numbers.empty() ? "" : ", ") + std::to_string(size);
-  return "[" + numbers + "]";
-}
-
-template <typename... Parts>
-void require_value(bool satisfied, const Parts&... message) {
-  if (!satisfied) throw pybind11::value_error((text(message) + ...));
-}
-
-template <typename... Parts>
-void require_type(bool satisfied, const Parts&... message) {
-  if (!satisfied) throw pybind11::type_error((text(message) + ...));
-}
 
 DType dtype_of(const at::Tensor& x) {
   require_type(x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16,
@@ -47,9 +27,8 @@ const void* parameter(const char* name, const at::Tensor& tensor, const at::Tens
                tensor.scalar_type());
   require_value(tensor.device() == x.device(), name, " must be on ", x.device(), ", got ", tensor.device());
   require_value(tensor.is_contiguous(), name, " must be contiguous");
-  const void* data = tensor.const_data_ptr();
-  require_value(reinterpret_cast<uintptr_t>(data) % 16 == 0, name, " must be aligned to 16 bytes");
-  return data;
+  require_value(is_aligned(tensor), name, " must be aligned to 16 bytes");
+  return tensor.const_data_ptr();
 }
 
 at::Tensor depthwise_glu(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
@@ -57,7 +36,7 @@ at::Tensor depthwise_glu(const at::Tensor& x, const at::Tensor& weight, const st
   require_value(x.dim() == 4 && x.size(1) > 0 && x.size(1) % 16 == 0,
                 "x must have shape [B, 2M, H, W] with M a positive multiple of 8, got ", x.sizes());
   require_value(x.is_contiguous(at::MemoryFormat::ChannelsLast), "x must be dense in channels-last memory format");
-  require_value(reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0, "x must be aligned to 16 bytes");
+  require_value(is_aligned(x), "x must be aligned to 16 bytes");
   require_value(x.size(1) <= INT_MAX && x.size(2) <= INT_MAX / 2 && x.size(3) <= INT_MAX / 2,
                 "x is too large along one dimension: ", x.sizes());
   const int64_t channels = x.size(1) / 2;
@@ -80,4 +59,7 @@ at::Tensor depthwise_glu(const at::Tensor& x, const at::Tensor& weight, const st
 PYBIND11_MODULE(_C, module) {
   module.def("depthwise_glu", &depthwise_glu, pybind11::arg("x"), pybind11::arg("weight"), pybind11::arg("bias"),
              "c[:, :M] * silu(c[:, M:]) with c the depthwise 3x3 convolution of x, in channels-last; inference alone.");
+#ifdef DCAE_FAST_CUDNN
+  bind_convolution(module);
+#endif
 }

@@ -18,6 +18,7 @@ MAY_IMPORT = {  # by folder: what it may import, besides itself and the standard
     "dcae_fast/__init__.py": ["dcae_fast.fast"],
 }
 EXCEPTIONS = {
+    "dcae_fast/ops/_plans.py": ["dcae_fast.files"],
     "dcae_fast/models/checkpoint.py": ["safetensors", "huggingface_hub", "dcae_fast.files"],
     "dcae_fast/sampling/flow.py": ["torchdiffeq"],
 }
@@ -87,7 +88,8 @@ after = state()
 changed = [name for name in before if before[name] != after[name]]
 assert not changed, f"changed by the import: {changed}"
 optional = {
-    "diffusers", "transformers", "peft", "PIL", "tyro", "tqdm", "skimage", "sklearn", "flash_attn", "torchdiffeq"
+    "diffusers", "transformers", "peft", "PIL", "tyro", "tqdm", "skimage", "sklearn", "flash_attn", "torchdiffeq",
+    "matplotlib",
 }
 imported = optional & (set(sys.modules) - modules)
 assert not imported, f"imported along: {imported}"

@@ -14,6 +14,9 @@ from .fusion import (
     conv_without_bias,
     is_depthwise3x3,
     layout_of,
+    multiscale_qkv,
+    upsample,
+    upsample_conv_without_bias,
 )
 from .graphs import Result
 from .layers import Layer, Survey, UnknownModule
@@ -78,7 +81,7 @@ class RMSNorm2d(FastModule):
 class ConvLayer(FastModule):
     """Convolution, norm, activation: all but the convolution in one pass."""
 
-    operators = ("bias_act", "rms_norm")
+    operators = ("bias_act", "conv2d", "rms_norm")
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.add(x, None)
@@ -159,7 +162,7 @@ class GLUMBConv(Branch):
 
 
 class LiteMLA(Branch):
-    operators = (*ConvLayer.operators, "relu_linear_attention")
+    operators = (*ConvLayer.operators, "multiscale_qkv", "relu_linear_attention")
 
     def add(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         normalised = getattr(self, "norm_qk", False) or getattr(self, "norm_q", None) is not None
@@ -170,7 +173,8 @@ class LiteMLA(Branch):
 
     def body(self, x: torch.Tensor) -> torch.Tensor:
         qkv = self.qkv(x)
-        return ops.relu_linear_attention([qkv, *(scale(qkv) for scale in self.aggreg)], self.dim, self.eps)
+        scales = [multiscale_qkv(scale, scale[0], scale[1], qkv) for scale in self.aggreg]
+        return ops.relu_linear_attention([qkv, *scales], self.dim, self.eps)
 
     def last_layer(self) -> nn.Module:
         return self.proj
@@ -179,7 +183,7 @@ class LiteMLA(Branch):
 class PixelShuffleSampler(FastModule):
     """3×3 convolution and pixel (un)shuffle: the bias goes along with the shuffle."""
 
-    operators = ("unshuffle_average_add", "duplicate_shuffle_add")
+    operators = ("conv2d", "unshuffle_average_add", "duplicate_shuffle_add")
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         move = ops.unshuffle_average_add if "Unshuffle" in kind(self) else ops.duplicate_shuffle_add
@@ -190,6 +194,25 @@ class PixelShuffleSampler(FastModule):
         if isinstance(self.conv, ConvLayer) and plain(self.conv):
             return self.conv.without_bias(x)
         return self.conv(x), None
+
+
+class InterpolateSampler(FastModule):
+    """Nearest-neighbour up-sampling and 3×3 convolution."""
+
+    operators = (*ConvLayer.operators, "upsample_conv2d")
+
+    def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(upsample(x)) if self.is_known() else self.eager(x)
+
+    def without_bias(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What `ops.duplicate_shuffle_add` takes: the result or its planes before the bias, and the bias."""
+        conv = self.conv
+        if self.is_known() and isinstance(conv, ConvLayer) and plain(conv) and conv.is_bare():
+            return upsample_conv_without_bias(conv.conv, x)
+        return self(x), None
+
+    def is_known(self) -> bool:
+        return self.factor == 2 and getattr(self, "mode", "nearest") == "nearest"
 
 
 class ResidualBlock(FastModule):
@@ -211,6 +234,6 @@ class ResidualBlock(FastModule):
         return self.eager(x)
 
     def _main_without_bias(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if isinstance(self.main, (PixelShuffleSampler, ConvLayer)) and plain(self.main):
+        if isinstance(self.main, (PixelShuffleSampler, InterpolateSampler, ConvLayer)) and plain(self.main):
             return self.main.without_bias(x)
         return self.main(x), None

@@ -14,6 +14,8 @@ from .fusion import (
     conv_without_bias,
     is_depthwise3x3,
     layout_of,
+    multiscale_qkv,
+    upsample_conv_without_bias,
 )
 from .layers import Layer, Survey
 from .module import FastModule, kind, plain
@@ -31,7 +33,7 @@ def _conv_norm_add(conv: nn.Module, norm: nn.Module, x: torch.Tensor, residual: 
 class Encoder(Coder):
     """Channels-last inside, the caller's memory format outside; the head's shortcut in one pass."""
 
-    operators = ("unshuffle_average_add",)
+    operators = ("conv2d", "unshuffle_average_add")
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.conv_in(channels_last(x))
@@ -54,7 +56,7 @@ class Encoder(Coder):
 class Decoder(Coder):
     """Channels-last inside, the caller's memory format outside; the stem's shortcut and the head's norm in one pass."""
 
-    operators = ("duplicate_shuffle_add", "rms_norm")
+    operators = ("conv2d", "duplicate_shuffle_add", "rms_norm")
 
     def fast_forward(self, z: torch.Tensor) -> torch.Tensor:
         x = self.start(z)
@@ -83,7 +85,7 @@ class Decoder(Coder):
 
 
 class ResBlock(FastModule):
-    operators = ("bias_act", "rms_norm")
+    operators = ("bias_act", "conv2d", "rms_norm")
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         act = activation_name(self.nonlinearity)
@@ -93,7 +95,7 @@ class ResBlock(FastModule):
 
 
 class GLUMBConv(FastModule):
-    operators = ("bias_act", "rms_norm", "depthwise_glu")
+    operators = ("bias_act", "conv2d", "rms_norm", "depthwise_glu")
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         act = activation_name(self.nonlinearity)
@@ -105,7 +107,7 @@ class GLUMBConv(FastModule):
 
 
 class SanaMultiscaleLinearAttention(FastModule):
-    operators = ("rms_norm", "relu_linear_attention")
+    operators = ("multiscale_qkv", "relu_linear_attention", "rms_norm")
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         fusable = kind(self.norm_out) == "RMSNorm" and can_fuse_norm(self.norm_out)
@@ -113,8 +115,8 @@ class SanaMultiscaleLinearAttention(FastModule):
         if not fusable or not default or activation_name(self.nonlinearity) != "relu":
             return self.eager(x)
         qkv = self._qkv(channels_last(x).movedim(1, -1)).movedim(-1, 1)
-        scales = [qkv, *(scale(qkv) for scale in self.to_qkv_multiscale)]
-        y = ops.relu_linear_attention(scales, self.attention_head_dim, self.eps)
+        scales = [multiscale_qkv(scale, scale.proj_in, scale.proj_out, qkv) for scale in self.to_qkv_multiscale]
+        y = ops.relu_linear_attention([qkv, *scales], self.attention_head_dim, self.eps)
         y = self.to_out(y.movedim(1, -1)).movedim(-1, 1)
         norm, residual = self.norm_out, x if self.residual_connection else None
         return ops.rms_norm(y, norm.weight, norm.bias, norm.eps, residual=residual, dtype=_norm_dtype(norm))
@@ -129,7 +131,7 @@ class SanaMultiscaleLinearAttention(FastModule):
 
 
 class DCDownBlock2d(FastModule):
-    operators = ("unshuffle_average_add",)
+    operators = ("conv2d", "unshuffle_average_add")
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.downsample and not self.shortcut:
@@ -139,13 +141,13 @@ class DCDownBlock2d(FastModule):
 
 
 class DCUpBlock2d(FastModule):
-    operators = ("duplicate_shuffle_add",)
+    operators = ("conv2d", "duplicate_shuffle_add", "upsample_conv2d")
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.interpolate and not self.shortcut:
             return self.eager(x)
-        y = x
-        if self.interpolate:
-            y = nn.functional.interpolate(x, scale_factor=self.factor, mode=self.interpolation_mode)
-        main, bias = conv_without_bias(self.conv, y)
+        if self.interpolate and self.interpolation_mode != "nearest":
+            return self.eager(x)
+        convolve = upsample_conv_without_bias if self.interpolate else conv_without_bias
+        main, bias = convolve(self.conv, x)
         return ops.duplicate_shuffle_add(x if self.shortcut else None, main, bias, self.factor)

@@ -17,11 +17,14 @@ from .module import FastModule, fast_class, is_fast, original_class, qualified_n
 
 OPERATORS = (
     "bias_act",
+    "conv2d",
     "depthwise_glu",
     "duplicate_shuffle_add",
+    "multiscale_qkv",
     "relu_linear_attention",
     "rms_norm",
     "unshuffle_average_add",
+    "upsample_conv2d",
 )
 
 _BLOCKS = {
@@ -29,6 +32,7 @@ _BLOCKS = {
     "ConvPixelShuffleUpSampleLayer": dcae.PixelShuffleSampler,
     "ConvPixelUnshuffleDownSampleLayer": dcae.PixelShuffleSampler,
     "GLUMBConv": dcae.GLUMBConv,
+    "InterpolateConvUpSampleLayer": dcae.InterpolateSampler,
     "LiteMLA": dcae.LiteMLA,
     "OpSequential": dcae.OpSequential,
     "ResBlock": dcae.ResBlock,

@@ -2,17 +2,23 @@
 
 from ._library import has_kernels
 from .bias_act import bias_act
+from .conv2d import conv2d
 from .depthwise_glu import depthwise_glu
+from .multiscale_qkv import multiscale_qkv
 from .relu_linear_attention import relu_linear_attention
 from .rms_norm import rms_norm
 from .shuffle import duplicate_shuffle_add, unshuffle_average_add
+from .upsample_conv2d import upsample_conv2d
 
 __all__ = [
     "bias_act",
+    "conv2d",
     "depthwise_glu",
     "duplicate_shuffle_add",
     "has_kernels",
+    "multiscale_qkv",
     "relu_linear_attention",
     "rms_norm",
     "unshuffle_average_add",
+    "upsample_conv2d",
 ]

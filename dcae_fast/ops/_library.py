@@ -41,22 +41,26 @@ def cuda_extension():
         return None
 
 
-def define(
-    schema: str,
-    reference: Callable,
-    accepts: Callable[..., bool],
-    operator: str | None = None,
-    cuda_accepts: Callable[..., bool] | None = None,
-) -> torch._ops.OpOverload:
+class Operator:
+    """A registered operator. Inference on plain CUDA tensors goes straight to its kernel, past torch's dispatcher."""
+
+    def __init__(self, overload: torch._ops.OpOverload, kernel: Callable):
+        self.overload, self.kernel = overload, kernel
+
+    def __call__(self, *args):
+        return self.kernel(*args) if _is_plain_inference(args) else self.overload(*args)
+
+
+def define(schema: str, reference: Callable, accepts: Callable[..., bool], launch: Callable | str) -> Operator:
     """Register dcae_fast::<schema>.
 
-    reference: the result in plain PyTorch. accepts: whether the Triton kernel takes these arguments; they reach it
-    channels-last (4-D) and contiguous (others). operator: the kernel's file, if not the name in the schema.
-    cuda_accepts: the same for the function of that name in the CUDA extension, which goes first where it is built.
+    reference: the result in plain PyTorch. accepts: whether the kernel takes these arguments; they reach it
+    channels-last (4-D) and contiguous (others). launch: calls the kernel; or the name of the Triton kernel's file, for
+    its launch_<name in the schema>.
     """
     name = schema.split("(")[0]
-    tag = torch.Tag.pt2_compliant_tag
-    LIBRARY.define(schema, tags=(tag,))
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    run = (lambda *args: launcher(launch, f"launch_{name}")(*args)) if isinstance(launch, str) else launch
 
     def plain(*args):
         return _channels_last(reference(*args))
@@ -65,14 +69,11 @@ def define(
         if not accepts(*args):
             return plain(*args)
         args = [_channels_last(arg) for arg in args]
-        if cuda_accepts and cuda_extension() and args[0].is_cuda and cuda_accepts(*args):
-            return getattr(cuda_extension(), name)(*args)
-        launch = launcher(operator or name, f"launch_{name}")
-        device = _device(args)
+        device = _first_tensor(args).device
         if device.type != "cuda" or device.index == torch.cuda.current_device():
-            return launch(*args)
+            return run(*args)
         with torch.cuda.device(device):
-            return launch(*args)
+            return run(*args)
 
     LIBRARY.impl(name, plain, "CompositeExplicitAutograd")
     if HAS_TRITON:
@@ -80,16 +81,16 @@ def define(
     if INTERPRETED:
         LIBRARY.impl(name, kernel, "CPU")
     torch.library.register_fake(f"{NAMESPACE}::{name}", plain, lib=LIBRARY)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    return Operator(getattr(getattr(torch.ops, NAMESPACE), name).default, kernel)
 
 
-def differentiable(op: torch._ops.OpOverload, backward: Callable, setup_context: Callable) -> None:
+def differentiable(op: Operator, backward: Callable, setup_context: Callable) -> None:
     """Register the gradient of an operator."""
-    torch.library.register_autograd(op.name(), backward, setup_context=setup_context, lib=LIBRARY)
+    torch.library.register_autograd(op.overload.name(), backward, setup_context=setup_context, lib=LIBRARY)
 
 
-def differentiable_again(op: torch._ops.OpOverload, reference: Callable) -> None:
-    """Register the gradient of a backward operator: autograd through its reference, for second derivatives."""
+def differentiable_as(op: Operator, reference: Callable) -> None:
+    """Register autograd through `reference`, run again in the backward pass: for gradients that are seldom needed."""
 
     def setup_context(ctx, inputs, output):
         leaves, ctx.structure = tree_flatten(list(inputs))
@@ -105,7 +106,8 @@ def differentiable_again(op: torch._ops.OpOverload, reference: Callable) -> None
             outputs, grads = zip(*[(y, dy) for y, dy in pairs if dy is not None and y.requires_grad], strict=True)
             inputs = [tensor for tensor in tensors if tensor is not None]
             found = iter(torch.autograd.grad(outputs, inputs, grads, allow_unused=True))
-        return tuple(tree_unflatten([None if t is None else next(found) for t in tensors], ctx.structure))
+        gradients = tree_unflatten([None if t is None else next(found) for t in tensors], ctx.structure)
+        return tuple(None if all(leaf is None for leaf in tree_leaves(part)) else part for part in gradients)
 
     differentiable(op, gradient, setup_context)
 
@@ -119,11 +121,32 @@ def _channels_last(value):
     return value
 
 
-def _device(args) -> torch.device:
-    """That of the first tensor among the arguments."""
+def _first_tensor(args) -> torch.Tensor:
     for arg in args:
         if isinstance(arg, torch.Tensor):
-            return arg.device
-        if isinstance(arg, (list, tuple)):
-            return arg[0].device
+            return arg
+        if isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], torch.Tensor):
+            return arg[0]
     raise TypeError("an operator was called without a tensor")
+
+
+def _is_plain_inference(args) -> bool:
+    """Whether nobody would notice the dispatcher's absence: no gradients, modes, transforms, tracing or subclasses."""
+    return (
+        HAS_TRITON
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch.jit.is_tracing()
+        and _first_tensor(args).is_cuda
+        and all(type(leaf) in (torch.Tensor, torch.nn.Parameter) for leaf in _tensors(args))
+    )
+
+
+def _tensors(args):
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            yield arg
+        elif isinstance(arg, (list, tuple)):
+            yield from _tensors(arg)

@@ -10,7 +10,7 @@ with the residual's. mean and variance are constants: they get no gradient.
 import torch
 
 from ._elementwise import activate, activate_backward, check_activation, sum_dtype, sum_to_channels
-from ._library import KERNEL_DTYPES, define, differentiable, differentiable_again
+from ._library import KERNEL_DTYPES, define, differentiable, differentiable_as
 
 
 def _wide(x):
@@ -54,12 +54,13 @@ _forward = define(
     f"bias_act(Tensor x, Tensor bias, str act, {_NORM}, Tensor? residual, ScalarType dtype) -> Tensor",
     bias_act_reference,
     _accepts,
+    "bias_act",
 )
 _backward = define(
     f"bias_act_backward(Tensor dy, Tensor x, Tensor bias, str act, {_NORM}) -> (Tensor, Tensor, Tensor)",
     bias_act_backward_reference,
     lambda dy, *args: _accepts(*args),
-    operator="bias_act",
+    "bias_act",
 )
 
 
@@ -77,7 +78,7 @@ def _gradient(ctx, dy):
 
 
 differentiable(_forward, _gradient, _setup_context)
-differentiable_again(_backward, bias_act_backward_reference)
+differentiable_as(_backward, bias_act_backward_reference)
 
 
 def bias_act(

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ._elementwise import activate_backward, sum_to_channels
-from ._library import KERNEL_DTYPES, define, differentiable, differentiable_again
+from ._library import KERNEL_DTYPES, cuda_extension, define, differentiable, differentiable_as, launcher
 
 
 def _convolution(x, weight, bias):
@@ -35,28 +35,33 @@ def _accepts(x, weight, bias):
     return all(tensor.dtype in KERNEL_DTYPES for tensor in (x, weight, bias))
 
 
-def _cuda_accepts(x, weight, bias):
-    """The CUDA extension's kernel: half precision of one type, channels in groups of 16, Hopper."""
+def _suits_the_cuda_extension(x, weight, bias):
+    """Half precision of one type, channels in groups of 16, Hopper."""
     return (
-        x.dtype in (torch.bfloat16, torch.float16)
+        x.is_cuda
+        and x.dtype in (torch.bfloat16, torch.float16)
         and weight.dtype == bias.dtype == x.dtype
         and x.shape[1] % 16 == 0
         and all(tensor.data_ptr() % 16 == 0 for tensor in (x, weight, bias))
         and torch.cuda.get_device_capability(x.device)[0] == 9
+        and cuda_extension() is not None
     )
 
 
+def _launch(x, weight, bias):
+    if _suits_the_cuda_extension(x, weight, bias):
+        return cuda_extension().depthwise_glu(x, weight, bias)
+    return launcher("depthwise_glu", "launch_depthwise_glu")(x, weight, bias)
+
+
 _forward = define(
-    "depthwise_glu(Tensor x, Tensor weight, Tensor bias) -> Tensor",
-    depthwise_glu_reference,
-    _accepts,
-    cuda_accepts=_cuda_accepts,
+    "depthwise_glu(Tensor x, Tensor weight, Tensor bias) -> Tensor", depthwise_glu_reference, _accepts, _launch
 )
 _backward = define(
     "depthwise_glu_backward(Tensor dout, Tensor x, Tensor weight, Tensor bias) -> (Tensor, Tensor, Tensor)",
     depthwise_glu_backward_reference,
     lambda dout, *args: _accepts(*args),
-    operator="depthwise_glu",
+    "depthwise_glu",
 )
 
 
@@ -69,7 +74,7 @@ def _gradient(ctx, dout):
 
 
 differentiable(_forward, _gradient, _setup_context)
-differentiable_again(_backward, depthwise_glu_backward_reference)
+differentiable_as(_backward, depthwise_glu_backward_reference)
 
 
 def depthwise_glu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 
 from dcae_fast.models import functional
 
-from ._library import KERNEL_DTYPES, define, differentiable, differentiable_again
+from ._library import KERNEL_DTYPES, define, differentiable, differentiable_as
 
 HEAD_DIMS = (16, 32, 64)
 
@@ -47,13 +47,16 @@ def _accepts(qkvs, head_dim, _):
 
 
 _forward = define(
-    "relu_linear_attention(Tensor[] qkvs, int head_dim, float eps) -> Tensor", relu_linear_attention_reference, _accepts
+    "relu_linear_attention(Tensor[] qkvs, int head_dim, float eps) -> Tensor",
+    relu_linear_attention_reference,
+    _accepts,
+    "relu_linear_attention",
 )
 _backward = define(
     "relu_linear_attention_backward(Tensor dout, Tensor[] qkvs, int head_dim, float eps) -> Tensor[]",
     relu_linear_attention_backward_reference,
     lambda dout, *args: _accepts(*args),
-    operator="relu_linear_attention",
+    "relu_linear_attention",
 )
 
 
@@ -67,7 +70,7 @@ def _gradient(ctx, dout):
 
 
 differentiable(_forward, _gradient, _setup_context)
-differentiable_again(_backward, relu_linear_attention_backward_reference)
+differentiable_as(_backward, relu_linear_attention_backward_reference)
 
 
 def relu_linear_attention(qkvs: list[torch.Tensor], head_dim: int = 32, eps: float = 1e-15) -> torch.Tensor:

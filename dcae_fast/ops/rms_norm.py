@@ -11,7 +11,7 @@ import torch
 from dcae_fast.models import functional
 
 from ._elementwise import activate, activate_backward, check_activation, sum_dtype, sum_to_channels
-from ._library import KERNEL_DTYPES, define, differentiable, differentiable_again
+from ._library import KERNEL_DTYPES, define, differentiable, differentiable_as
 
 MAX_CHANNELS = 8192
 
@@ -40,13 +40,14 @@ _forward = define(
     "rms_norm(Tensor x, Tensor weight, Tensor bias, float eps, str act, Tensor? residual, ScalarType dtype) -> Tensor",
     rms_norm_reference,
     _accepts,
+    "rms_norm",
 )
 _backward = define(
     "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor bias, float eps, str act)"
     " -> (Tensor, Tensor, Tensor)",
     rms_norm_backward_reference,
     lambda dy, *args: _accepts(*args),
-    operator="rms_norm",
+    "rms_norm",
 )
 
 
@@ -62,7 +63,7 @@ def _gradient(ctx, dy):
 
 
 differentiable(_forward, _gradient, _setup_context)
-differentiable_again(_backward, rms_norm_backward_reference)
+differentiable_as(_backward, rms_norm_backward_reference)
 
 
 def rms_norm(

@@ -4,7 +4,8 @@
     duplicate_shuffle_add:  out = pixel_shuffle(repeat_interleave(x, repeats))  + main
 
 x: [B, C, H, W] channels-last. main, with the bias of its convolution, is either at the output's resolution or still at
-x's, and is then (un)shuffled on the way: the pixel (un)shuffle and the shortcut behind a convolution are one pass.
+x's, and is then (un)shuffled on the way: the pixel (un)shuffle and the shortcut behind a convolution are one pass. For
+duplicate_shuffle_add it can also be four planes, [4 B, O, H, W]: the output's pixels of each parity, row parity first.
 Without x, main alone is (un)shuffled. As linear maps of x the two are adjoint up to a scale, so each is the other's
 gradient. Summed in fp32; returns the promoted type of x and main. Source: residual autoencoding of DC-AE (arXiv
 2410.10733).
@@ -19,12 +20,27 @@ from ._elementwise import sum_to_channels
 from ._library import KERNEL_DTYPES, define, differentiable
 
 
+def to_planes(y: torch.Tensor) -> torch.Tensor:
+    """[B, C, 2 H, 2 W] → [4 B, C, H, W]: y[:, :, i::2, j::2] for (i, j) = (0, 0), (0, 1), (1, 0), (1, 1)."""
+    return y.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).permute(3, 5, 0, 1, 2, 4).flatten(0, 2)
+
+
+def _from_planes(planes):
+    return planes.unflatten(0, (2, 2, -1)).permute(2, 3, 4, 0, 5, 1).flatten(4).flatten(2, 3)
+
+
+def _are_planes(x, main):
+    return x is not None and main is not None and main.shape[0] == 4 * x.shape[0] and x.shape[0] > 0
+
+
 def _add_main(out, main, bias, move, unmoved_size):
     if main is None:
         return out
     if bias is not None:
         main = main + bias.to(main.dtype).view(1, -1, 1, 1)
-    if main.shape[2:] == unmoved_size:
+    if _are_planes(out, main):
+        main = _from_planes(main)
+    elif main.shape[2:] == unmoved_size:
         main = move(main)
     return main if out is None else out + main
 
@@ -54,14 +70,17 @@ def _accepts(x, main, bias, out_channels, factor, scale):
 
 # scale: of the sum over a group, and of the duplicates; 1 / group size for an average
 _SCHEMA = "(Tensor? x, Tensor? main, Tensor? bias, int out_channels, int factor, float scale) -> Tensor"
-_unshuffle = define("unshuffle_average_add" + _SCHEMA, unshuffle_average_add_reference, _accepts)
-_shuffle = define("duplicate_shuffle_add" + _SCHEMA, duplicate_shuffle_add_reference, _accepts)
+_unshuffle = define(
+    "unshuffle_average_add" + _SCHEMA, unshuffle_average_add_reference, _accepts, "unshuffle_average_add"
+)
+_shuffle = define("duplicate_shuffle_add" + _SCHEMA, duplicate_shuffle_add_reference, _accepts, "duplicate_shuffle_add")
 
 
 def _setup_context(ctx, inputs, output):
     x, main, bias, _, ctx.factor, ctx.scale = inputs
     ctx.x = None if x is None else (x.shape[1], x.dtype)
     ctx.main = None if main is None else (main.shape[1], main.dtype)
+    ctx.planes = _are_planes(x, main)
     ctx.moved = main is not None and main.shape[2:] != output.shape[2:]
     ctx.bias_dtype = None if bias is None else bias.dtype
 
@@ -74,7 +93,11 @@ def _gradient_with(adjoint):
             dx = adjoint(dout, None, None, channels, ctx.factor, ctx.scale).to(dtype)
         if ctx.main is not None:
             channels, dtype = ctx.main
-            dmain = (adjoint(dout, None, None, channels, ctx.factor, 1.0) if ctx.moved else dout).to(dtype)
+            if ctx.planes:
+                dmain = to_planes(dout)
+            else:
+                dmain = adjoint(dout, None, None, channels, ctx.factor, 1.0) if ctx.moved else dout
+            dmain = dmain.to(dtype)
         if ctx.bias_dtype is not None:
             dbias = sum_to_channels(dmain.float()).to(ctx.bias_dtype)
         return dx, dmain, dbias, None, None, None
@@ -86,12 +109,12 @@ differentiable(_unshuffle, _gradient_with(_shuffle), _setup_context)
 differentiable(_shuffle, _gradient_with(_unshuffle), _setup_context)
 
 
-def _check(x, main, bias, factor, moved_size):
+def _check(x, main, bias, factor, moved_size, planes=False):
     """Whether main is still unmoved; raises ValueError where the shapes do not fit."""
     unmoved = x is None or main.shape[2:] == x.shape[2:]
     if main.dim() != 4 or (not unmoved and tuple(main.shape[2:]) != moved_size):
         raise ValueError(f"main is {list(main.shape)}; its size must be x's {list(x.shape[2:])} or {list(moved_size)}")
-    if x is not None and x.shape[0] != main.shape[0]:
+    if x is not None and x.shape[0] != main.shape[0] and not (planes and _are_planes(x, main)):
         raise ValueError(f"x is {list(x.shape)}, main {list(main.shape)}: the batches differ")
     if bias is not None and bias.shape != main.shape[1:2]:
         raise ValueError(f"bias is {list(bias.shape)}; expected [{main.shape[1]}], main's channels")
@@ -124,11 +147,13 @@ def duplicate_shuffle_add(
     """duplicate_shuffle(x) + main (+ bias): the up-sampling shortcut with the main branch added.
 
     x: [B, C, H, W], or None for main alone. main: [B, O, H * factor, W * factor], or [B, O * factor², H, W], which is
-    shuffled; bias: its channels. Each channel of x is repeated factor² O / C times in place before the shuffle.
-    Returns [B, O, H * factor, W * factor] channels-last. Raises ValueError where shapes do not fit.
+    shuffled, or with factor 2 the planes [4 B, O, H, W]; bias: its channels. Each channel of x is repeated
+    factor² O / C times in place before the shuffle. Returns [B, O, H * factor, W * factor] channels-last. Raises
+    ValueError where shapes do not fit.
     """
     height, width = (main if x is None else x).shape[2:]
-    unmoved = _check(x, main, bias, factor, (height * factor, width * factor))
+    unmoved = _check(x, main, bias, factor, (height * factor, width * factor), planes=factor == 2)
+    unmoved = unmoved and not _are_planes(x, main)
     out_channels = main.shape[1] // factor**2 if unmoved else main.shape[1]
     if unmoved and main.shape[1] % factor**2:
         raise ValueError(f"main's {main.shape[1]} channels are no multiple of factor²={factor**2}")

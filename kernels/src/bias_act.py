@@ -73,6 +73,24 @@ def _bias_act_backward_kernel(
     tl.store(partial + channels, dscale, c_mask)
 
 
+@triton.jit
+def _fold_batch_norm_kernel(bias_ptr, scale_ptr, mean_ptr, variance_ptr, out_ptr, channels, eps, BLOCK_C: tl.constexpr):
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = c < channels
+    scale, shift, _ = _scale_and_shift(bias_ptr, scale_ptr, mean_ptr, variance_ptr, eps, c, mask, True)
+    tl.store(out_ptr + c, scale, mask)
+    tl.store(out_ptr + channels + c, shift, mask)
+
+
+def launch_fold_batch_norm(bias, scale, mean, variance, eps):
+    """[2, C] float32: s and b such that x * s + b is the batch norm of x."""
+    out = torch.empty(2, bias.numel(), dtype=torch.float32, device=bias.device)
+    _fold_batch_norm_kernel[(triton.cdiv(bias.numel(), 256),)](
+        bias, scale, mean, variance, out, bias.numel(), eps, BLOCK_C=256
+    )
+    return out
+
+
 def launch_bias_act(x, bias, act, scale, mean, variance, eps, residual, dtype):
     out, channels = like_channels_last(x, dtype=dtype), x.shape[1]
     if out.numel():

@@ -14,12 +14,14 @@ BLOCK_U, ELEMENTS = 1024, 4096  # channels before the shuffle, and elements, of 
 
 @triton.jit
 def _store_pixel(
-    values, main_ptr, bias_ptr, out_ptr, row, o, mask, out_channels, HAS_MAIN: tl.constexpr, HAS_BIAS: tl.constexpr
-):
-    """values + main + bias, at rows of the output's matrix; main and bias if they are of the output's shape."""
+    values, main_ptr, bias_ptr, out_ptr, main_row, row, o, mask, out_channels,
+    HAS_MAIN: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """values + main + bias at a row of the output's matrix; main and bias if they have the output's channels."""
     offset = row[:, None] * out_channels + o[None, :]
     if HAS_MAIN:
-        values += tl.load(main_ptr + offset, mask, 0.0).to(tl.float32)
+        main = tl.load(main_ptr + main_row[:, None] * out_channels + o[None, :], mask, 0.0)
+        values += main.to(tl.float32)
     if HAS_BIAS:
         values += tl.load(bias_ptr + o, o < out_channels, 0.0).to(tl.float32)[None, :]
     tl.store(out_ptr + offset, values.to(out_ptr.dtype.element_ty), mask)
@@ -29,9 +31,12 @@ def _store_pixel(
 def _duplicate_shuffle_add_kernel(
     x_ptr, main_ptr, bias_ptr, out_ptr, positions, width, in_channels, out_channels, blocks_u, scale,
     F: tl.constexpr, REPEATS: tl.constexpr, HAS_X: tl.constexpr, HAS_MAIN: tl.constexpr, HAS_BIAS: tl.constexpr,
-    SHUFFLE_MAIN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_U: tl.constexpr,
+    SHUFFLE_MAIN: tl.constexpr, PLANES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_U: tl.constexpr,
 ):  # fmt: skip
-    """positions, width: of the input. A program takes BLOCK_U of the F² · out_channels channels before the shuffle."""
+    """positions, width: of the input. A program takes BLOCK_U of the F² · out_channels channels before the shuffle.
+
+    PLANES: main holds the output's four parities one after the other.
+    """
     pid = tl.program_id(0)
     p = (pid // blocks_u).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     first = pid % blocks_u * BLOCK_U
@@ -53,22 +58,27 @@ def _duplicate_shuffle_add_kernel(
     o = first // (F * F) + tl.arange(0, BLOCK_U // (F * F))
     mask = (p < positions)[:, None] & (o < out_channels)[None, :]
     if F == 1:
-        _store_pixel(values, main_ptr, bias_ptr, out_ptr, p, o, mask, out_channels, ADD_MAIN, ADD_BIAS)
+        _store_pixel(values, main_ptr, bias_ptr, out_ptr, p, p, o, mask, out_channels, ADD_MAIN, ADD_BIAS)
     else:
         left, right = tl.split(tl.reshape(values, (BLOCK_P, BLOCK_U // 4, 2, 2)))
         x00, x10 = tl.split(left)
         x01, x11 = tl.split(right)
         row = (p // width) * 2 * (2 * width) + p % width * 2
         below = row + 2 * width
-        _store_pixel(x00, main_ptr, bias_ptr, out_ptr, row, o, mask, out_channels, ADD_MAIN, ADD_BIAS)
-        _store_pixel(x01, main_ptr, bias_ptr, out_ptr, row + 1, o, mask, out_channels, ADD_MAIN, ADD_BIAS)
-        _store_pixel(x10, main_ptr, bias_ptr, out_ptr, below, o, mask, out_channels, ADD_MAIN, ADD_BIAS)
-        _store_pixel(x11, main_ptr, bias_ptr, out_ptr, below + 1, o, mask, out_channels, ADD_MAIN, ADD_BIAS)
+        m00, m01, m10, m11 = row, row + 1, below, below + 1
+        if PLANES:
+            planes = tl.cast(positions, tl.int64)
+            m00, m01, m10, m11 = p, p + planes, p + 2 * planes, p + 3 * planes
+        _store_pixel(x00, main_ptr, bias_ptr, out_ptr, m00, row, o, mask, out_channels, ADD_MAIN, ADD_BIAS)
+        _store_pixel(x01, main_ptr, bias_ptr, out_ptr, m01, row + 1, o, mask, out_channels, ADD_MAIN, ADD_BIAS)
+        _store_pixel(x10, main_ptr, bias_ptr, out_ptr, m10, below, o, mask, out_channels, ADD_MAIN, ADD_BIAS)
+        _store_pixel(x11, main_ptr, bias_ptr, out_ptr, m11, below + 1, o, mask, out_channels, ADD_MAIN, ADD_BIAS)
 
 
 def launch_duplicate_shuffle_add(x, main, bias, out_channels, factor, scale):
     source = x if x is not None else main
-    shuffle_main = main is not None and factor > 1 and main.shape[2:] == source.shape[2:]
+    planes = main is not None and main.shape[0] != source.shape[0]
+    shuffle_main = main is not None and factor > 1 and main.shape[2:] == source.shape[2:] and not planes
     batch, _, height, width = source.shape
     out = like_channels_last(source, (batch, out_channels, height * factor, width * factor), promoted(x, main))
     if out.numel():
@@ -79,6 +89,6 @@ def launch_duplicate_shuffle_add(x, main, bias, out_channels, factor, scale):
         _duplicate_shuffle_add_kernel[(triton.cdiv(positions, block_p) * blocks_u,)](
             x, main, bias, out, positions, width, 0 if x is None else x.shape[1], out_channels, blocks_u, scale,
             F=factor, REPEATS=repeats, HAS_X=x is not None, HAS_MAIN=main is not None, HAS_BIAS=bias is not None,
-            SHUFFLE_MAIN=shuffle_main, BLOCK_P=block_p, BLOCK_U=block_u,
+            SHUFFLE_MAIN=shuffle_main, PLANES=planes, BLOCK_P=block_p, BLOCK_U=block_u,
         )  # fmt: skip
     return out

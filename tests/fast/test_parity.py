@@ -94,18 +94,17 @@ def test_double_precision_is_left_alone(name):
     assert torch.equal(reconstruct(model, x), expected)
 
 
+EVERY = (
+    "bias_act rms_norm depthwise_glu multiscale_qkv relu_linear_attention unshuffle_average_add duplicate_shuffle_add"
+)
+
+
 @pytest.mark.parametrize(
     "name, operators",
     [
-        (
-            "strided",
-            "bias_act rms_norm depthwise_glu relu_linear_attention unshuffle_average_add duplicate_shuffle_add",
-        ),
+        ("strided", EVERY),
         ("adaptive", "bias_act rms_norm unshuffle_average_add duplicate_shuffle_add"),
-        (
-            "diffusers-strided",
-            "bias_act rms_norm depthwise_glu relu_linear_attention unshuffle_average_add duplicate_shuffle_add",
-        ),
+        ("diffusers-strided", EVERY),
     ],
 )
 def test_kernels_are_used(name, operators):

@@ -43,15 +43,17 @@ def compile_instead(kernel, *args, grid, warmup, **named):
 
 
 def main():
-    from dcae_fast.kernels.bias_act import launch_bias_act, launch_bias_act_backward
+    from dcae_fast.kernels.bias_act import launch_bias_act, launch_bias_act_backward, launch_fold_batch_norm
     from dcae_fast.kernels.depthwise_glu import launch_depthwise_glu, launch_depthwise_glu_backward
     from dcae_fast.kernels.duplicate_shuffle_add import launch_duplicate_shuffle_add
+    from dcae_fast.kernels.multiscale_qkv import launch_multiscale_qkv
     from dcae_fast.kernels.relu_linear_attention import (
         launch_relu_linear_attention,
         launch_relu_linear_attention_backward,
     )
     from dcae_fast.kernels.rms_norm import launch_rms_norm, launch_rms_norm_backward
     from dcae_fast.kernels.unshuffle_average_add import launch_unshuffle_average_add
+    from dcae_fast.kernels.upsample_conv2d import launch_subpixel_weights
 
     def tensor(*shape, dtype=torch.bfloat16):
         return torch.empty(shape, dtype=dtype)
@@ -66,15 +68,19 @@ def main():
         launch_bias_act(x, c, "silu", None, None, None, 0.0, None, x.dtype)
         launch_bias_act(x, c, "none", c, c, c, 1e-5, x, x.dtype)
         launch_bias_act_backward(x, x, c, "silu", c, c, c, 1e-5)
+        launch_fold_batch_norm(c, c, c, c, 1e-5)
     for dtype in POINTER:
         qkv, dout = tensor(2, 1536, 16, 16, dtype=dtype), tensor(2, 512, 16, 16, dtype=dtype)
         launch_relu_linear_attention([qkv], 32, 1e-15)
         launch_relu_linear_attention_backward(dout, [qkv], 32, 1e-15)
+        launch_multiscale_qkv(qkv, tensor(1536, 1, 5, 5, dtype=dtype), tensor(1536, 32, 1, 1, dtype=dtype))
         x, weight, bias = tensor(2, 256, 16, 16, dtype=dtype), tensor(256, 1, 3, 3), tensor(256)
         launch_depthwise_glu(x, weight, bias)
         launch_depthwise_glu_backward(x[:, :128], x, weight, bias)
     launch_unshuffle_average_add(tensor(2, 256, 64, 64), tensor(2, 128, 64, 64), tensor(128), 512, 2, 0.5)
     launch_duplicate_shuffle_add(tensor(2, 512, 32, 32), tensor(2, 1024, 32, 32), tensor(1024), 256, 2, 1.0)
+    launch_duplicate_shuffle_add(tensor(2, 512, 32, 32), tensor(8, 256, 32, 32), tensor(256), 256, 2, 1.0)
+    launch_subpixel_weights(tensor(256, 512, 3, 3))
 
 
 if __name__ == "__main__":

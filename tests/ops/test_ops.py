@@ -1,9 +1,12 @@
 """Every operator against its formula in float64: results, gradients, layouts, odd and empty sizes, registration."""
 
+import sys
+
 import pytest
 import torch
 
 from dcae_fast import ops
+from dcae_fast.ops._library import Operator
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU the Triton kernels run in the interpreter
 CEILING = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-3}
@@ -60,6 +63,19 @@ def duplicate_case(x, main, factor=2, bias=True):
     return op, [shape for shape in (x, main, (main[1],) if bias else None) if shape]
 
 
+def conv2d_case(b, c, k, h, w, act="none", norm=False, residual=False, stride=1, padding=1, size=3):
+    def op(x, weight, bias, *rest):
+        rest, statistics = list(rest), {}
+        if norm:
+            ramp = torch.linspace(-1, 1, k, device=x.device, dtype=x.dtype)
+            statistics = {"scale": rest.pop(0), "mean": ramp, "variance": ramp.square() + 0.1, "eps": 1e-5}
+        residual_of_y = rest.pop(0) if residual else None
+        return ops.conv2d(x, weight, bias, act, residual_of_y, **statistics, stride=stride, padding=padding)
+
+    p, q = ((side + 2 * (size // 2) - size) // stride + 1 for side in (h, w))
+    return op, [(b, c, h, w), (k, c, size, size), (k,)] + [(k,)] * norm + [(b, k, p, q)] * residual
+
+
 CASES = {
     "rms_norm": rms_norm_case(2, 64, 5, 7, "none"),
     "rms_norm-silu": rms_norm_case(1, 257, 3, 5, "silu"),
@@ -73,6 +89,21 @@ CASES = {
     "bias_act-norm-silu": bias_act_case(1, 64, 3, 3, "silu", norm=True),
     "bias_act-many_channels": bias_act_case(1, 2500, 2, 2, "silu"),
     "bias_act-empty": bias_act_case(0, 64, 5, 7, "silu"),
+    "conv2d-relu": conv2d_case(2, 16, 24, 5, 7, "relu"),
+    "conv2d-silu": conv2d_case(1, 8, 16, 4, 6, "silu"),
+    "conv2d-norm-residual": conv2d_case(2, 16, 16, 3, 5, norm=True, residual=True),
+    "conv2d-residual": conv2d_case(1, 24, 24, 4, 4, "relu", residual=True),
+    "conv2d-pointwise": conv2d_case(2, 16, 40, 3, 3, "silu", size=1, padding=0),
+    "conv2d-stride_2": conv2d_case(1, 16, 8, 6, 8, stride=2),
+    "conv2d-odd": conv2d_case(1, 3, 5, 3, 4, "silu"),
+    "conv2d-empty": conv2d_case(0, 8, 8, 4, 4, "silu"),
+    "upsample_conv2d": (ops.upsample_conv2d, [(2, 16, 3, 5), (24, 16, 3, 3)]),
+    "upsample_conv2d-odd": (ops.upsample_conv2d, [(1, 3, 4, 1), (5, 3, 3, 3)]),
+    "multiscale_qkv": (ops.multiscale_qkv, [(2, 64, 5, 7), (64, 1, 5, 5), (64, 32, 1, 1)]),
+    "multiscale_qkv-one_pixel": (ops.multiscale_qkv, [(1, 48, 1, 1), (48, 1, 3, 3), (48, 16, 1, 1)]),
+    "multiscale_qkv-tiles": (ops.multiscale_qkv, [(1, 32, 9, 18), (32, 1, 5, 5), (32, 32, 1, 1)]),
+    "multiscale_qkv-odd_groups": (ops.multiscale_qkv, [(1, 24, 4, 4), (24, 1, 3, 3), (24, 8, 1, 1)]),
+    "multiscale_qkv-empty": (ops.multiscale_qkv, [(0, 64, 5, 7), (64, 1, 5, 5), (64, 32, 1, 1)]),
     "attention": attention_case(2, 2, 9, 11, 1),
     "attention-two_scales": attention_case(1, 3, 13, 7, 2),
     "attention-32_positions": attention_case(2, 1, 4, 8, 1),
@@ -93,6 +124,7 @@ CASES = {
     "duplicate-main_at_output": duplicate_case((1, 48, 1, 7), (1, 96, 2, 14), bias=False),
     "duplicate-factor_1": duplicate_case((2, 16, 3, 5), (2, 64, 3, 5), factor=1),
     "duplicate-main_alone": duplicate_case(None, (1, 12, 3, 2)),
+    "duplicate-planes": duplicate_case((2, 16, 3, 5), (8, 8, 3, 5)),
     "duplicate-empty": duplicate_case((0, 32, 3, 5), (0, 64, 3, 5)),
 }
 case = pytest.mark.parametrize("op, shapes", CASES.values(), ids=CASES)
@@ -122,12 +154,11 @@ def relative_error(got, exact):
 def eager_errors(op, tensors, exact, monkeypatch):
     """Errors of the plain PyTorch reference in the same dtype."""
     with monkeypatch.context() as patch:
-        for name in ("rms_norm", "bias_act", "relu_linear_attention", "depthwise_glu", "shuffle"):
-            module = __import__(f"dcae_fast.ops.{name}", fromlist=["_"])
-            for attribute in [a for a in vars(module) if a.startswith("_") and hasattr(vars(module)[a], "_schema")]:
-                overload = getattr(module, attribute)
-                reference = getattr(module, overload._schema.name.split("::")[1] + "_reference")
-                patch.setattr(module, attribute, reference)
+        for module in [module for name, module in sys.modules.items() if name.startswith("dcae_fast.ops.")]:
+            for attribute, op_of_module in list(vars(module).items()):
+                if isinstance(op_of_module, Operator):
+                    name_of_op = op_of_module.overload._schema.name.split("::")[1]
+                    patch.setattr(module, attribute, getattr(module, name_of_op + "_reference"))
         return [relative_error(got, want) for got, want in zip(run(op, tensors), exact, strict=True)]
 
 
@@ -146,14 +177,18 @@ def test_matches_the_formula_in_float64(op, shapes, dtype, monkeypatch):
 
 
 @case
-def test_layout_in_does_not_matter_and_layout_out_is_channels_last(op, shapes):
+def test_layout_in_does_not_matter_and_layout_out_is_channels_last(op, shapes, request):
+    case_id = request.node.callspec.id
+    exactly = (
+        {"atol": 1e-4, "rtol": 1e-5} if "conv2d" in case_id or "multiscale" in case_id else {"atol": 0, "rtol": 0}
+    )  # libraries' convolutions differ
     nhwc, nchw = make(shapes, torch.float32), make(shapes, torch.float32, NCHW)
     strided = [t.detach().repeat_interleave(2, dim=-1)[..., ::2].requires_grad_() for t in nchw]
     expected = run(op, nhwc)
     assert expected[0].is_contiguous(memory_format=NHWC)
     for tensors in (nchw, strided):
         for got, want in zip(run(op, tensors), expected, strict=True):
-            torch.testing.assert_close(got, want, atol=0, rtol=0)
+            torch.testing.assert_close(got, want, **exactly)
 
 
 @case
@@ -201,7 +236,7 @@ def test_gradients_of_the_reference(name):
     op, shapes = CASES[name]
     shapes = [tuple(min(size, 4) if i > 1 and len(shape) == 4 and shape[2:] != (3, 3) else size
                     for i, size in enumerate(shape)) for shape in shapes]  # fmt: skip
-    if "average" in name or "duplicate" in name:
+    if any(word in name for word in ("average", "duplicate", "multiscale")):
         shapes = CASES[name][1]
     generator = torch.Generator().manual_seed(1)
     tensors = [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
@@ -243,6 +278,10 @@ def test_mixed_precision_sums_are_promoted():
         (lambda x: ops.rms_norm(x, x[0, :, 0, 0], x[0, :, 0, 0], residual=x[:, :, :2]), "residual"),
         (lambda x: ops.bias_act(x, x[0, :4, 0, 0]), "expected"),
         (lambda x: ops.bias_act(x, x[0, :, 0, 0], scale=x[0, :, 0, 0]), "all of them or none"),
+        (lambda x: ops.conv2d(x, x[:, :3]), "expected"),
+        (lambda x: ops.conv2d(x, x, scale=x[0, :, 0, 0]), "all of them with a bias"),
+        (lambda x: ops.upsample_conv2d(x, x), "expected"),
+        (lambda x: ops.multiscale_qkv(x, x, x), "expected"),
         (lambda x: ops.relu_linear_attention([]), "empty"),
         (lambda x: ops.relu_linear_attention([x]), "multiple of 96"),
         (lambda x: ops.relu_linear_attention([x, x.double()], 8), "float"),
@@ -259,7 +298,9 @@ def test_bad_input_is_refused(call, message):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("op", ["rms_norm", "bias_act", "depthwise_glu", "average", "duplicate", "attention"])
+@pytest.mark.parametrize(
+    "op", ["rms_norm", "bias_act", "depthwise_glu", "average", "duplicate", "attention", "multiscale_qkv"]
+)
 def test_more_than_2_to_the_31_elements(op):
     """The last image of a batch that crosses 2³¹ elements equals the same image alone."""
     big = torch.randn(2**31 // (96 * 512 * 512) + 2, 96, 512, 512, device="cuda", dtype=torch.bfloat16)
@@ -272,6 +313,7 @@ def test_more_than_2_to_the_31_elements(op):
         "average": lambda x: ops.unshuffle_average_add(None, x, channel),
         "duplicate": lambda x: ops.duplicate_shuffle_add(None, x, channel),
         "attention": lambda x: ops.relu_linear_attention([x]),
+        "multiscale_qkv": lambda x: ops.multiscale_qkv(x, x.new_ones(96, 1, 5, 5), x.new_ones(96, 32, 1, 1)),
     }[op]
     whole, alone = call(big)[-1:], call(big[-1:].clone(memory_format=NHWC))
     torch.testing.assert_close(whole, alone, atol=2e-2 if op == "attention" else 0, rtol=0)

@@ -1,0 +1,133 @@
+"""The contenders: one random model, as it is, channels-last, compiled, patched, or as diffusers' class."""
+
+import copy
+import functools
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+import dcae_fast
+from dcae_fast.models import convert
+from dcae_fast.models.autoencoder import DCAE
+
+from .workloads import Workload
+
+
+def leave(half: nn.Module, workload: Workload) -> None:
+    pass
+
+
+def compiled(half: nn.Module, workload: Workload) -> None:
+    half.compile(dynamic=False)
+
+
+def patched(half: nn.Module, workload: Workload) -> None:
+    dcae_fast.patch(half)
+
+
+def patched_with_graphs(half: nn.Module, workload: Workload) -> None:
+    dcae_fast.patch(half, cuda_graphs=True)
+
+
+def patched_and_compiled(half: nn.Module, workload: Workload) -> None:
+    patched(half, workload)
+    compiled(half, workload)
+
+
+def patched_and_bounded(half: nn.Module, workload: Workload) -> None:
+    dcae_fast.patch(half, max_memory=workload.max_memory)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """prepare: what is done to a copy of the encoder or decoder; channels_last: its weights and its input.
+
+    diffusers: the same weights in diffusers' AutoencoderDC.
+    """
+
+    prepare: Callable[[nn.Module, Workload], None]
+    channels_last: bool = False
+    diffusers: bool = False
+
+
+CONTENDERS = {
+    "eager": Contender(leave),
+    "eager channels-last": Contender(leave, channels_last=True),
+    "torch.compile": Contender(compiled, channels_last=True),
+    "patched": Contender(patched),
+    "patched channels-last": Contender(patched, channels_last=True),
+    "patched + CUDA graphs": Contender(patched_with_graphs, channels_last=True),
+    "patched + torch.compile": Contender(patched_and_compiled, channels_last=True),
+    "patched, bounded memory": Contender(patched_and_bounded),
+    "diffusers patched": Contender(patched, diffusers=True),
+}
+
+
+def is_available(name: str) -> bool:
+    return not CONTENDERS[name].diffusers or importlib.util.find_spec("diffusers") is not None
+
+
+@functools.lru_cache(maxsize=1)
+def random_model(name: str, device: torch.device) -> DCAE:
+    """A model with random weights and batch norm statistics, fp32, on the device."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = DCAE.from_name(name)
+        for buffer_name, buffer in model.named_buffers():
+            if buffer_name.endswith("running_var"):
+                buffer.uniform_(0.5, 2)
+            elif buffer_name.endswith("running_mean"):
+                buffer.normal_(std=0.1)
+    return model.eval().requires_grad_(False)
+
+
+def diffusers_twin(model: DCAE) -> nn.Module:
+    """The same model as diffusers' AutoencoderDC."""
+    from diffusers import AutoencoderDC
+
+    with torch.device(next(model.parameters()).device):
+        twin = AutoencoderDC(**convert.config_to_diffusers(model.config))
+    twin.load_state_dict(convert.state_dict_to_diffusers(model.state_dict()))
+    return twin.eval().requires_grad_(False)
+
+
+def half_of(model: nn.Module, workload: Workload) -> nn.Module:
+    return model.encoder if workload.direction == "encode" else model.decoder
+
+
+def input_shape(workload: Workload, model: DCAE) -> tuple[int, int, int, int]:
+    if workload.direction == "encode":
+        return workload.batch, 3, workload.size, workload.size
+    side = workload.size // model.spatial_compression_ratio
+    return workload.batch, model.config.latent_channels, side, side
+
+
+def example(workload: Workload, model: DCAE, device: torch.device) -> torch.Tensor:
+    """A random input, fp32: images, or latents of such images."""
+    generator = torch.Generator(device).manual_seed(1)
+    return torch.randn(input_shape(workload, model), generator=generator, device=device)
+
+
+def prepared(name: str, workload: Workload, device: torch.device) -> tuple[nn.Module, torch.Tensor]:
+    """The contender of that name, a converted and prepared copy of the encoder or decoder; and its input."""
+    contender = CONTENDERS[name]
+    layout = torch.channels_last if contender.channels_last else torch.contiguous_format
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    reference = random_model(workload.model, device)
+    model = diffusers_twin(reference) if contender.diffusers else reference
+    half = copy.deepcopy(half_of(model, workload)).to(dtype).to(memory_format=layout)
+    contender.prepare(half, workload)
+    return half, example(workload, reference, device).to(dtype, memory_format=layout)
+
+
+def caller(half: nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """half(x) in inference mode, as a function without arguments."""
+
+    @torch.inference_mode()
+    def run() -> torch.Tensor:
+        return half(x)
+
+    return run

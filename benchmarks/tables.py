@@ -1,0 +1,172 @@
+"""Markdown tables of results, and one line for each record while a run goes on."""
+
+from .targets import GRAPHS, NOMINAL, PATCHED, TARGETS, Outcome, Target, evaluate
+
+MAIN = {  # columns of the README's table: heading → contender
+    "eager": "eager",
+    "torch.compile": "torch.compile",
+    "patched": PATCHED,
+    "patched, CUDA graphs": GRAPHS,
+}
+
+
+UNITS = {"ms": "ms", "peak_gib": "GiB", "cold_s": "s cold", "warm_s": "s warm"}
+QUANTITIES = {"ms": "time", "peak_gib": "peak memory", "error": "error", "cold_s": "first call", "warm_s": "first call"}
+
+
+def table(rows: list[list[str]]) -> str:
+    """Markdown; the first row is the heading."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def label(record: dict) -> str:
+    return f"{record['model'].removeprefix('dc-ae-')} {record['direction']}, {record['batch']} × {record['size']} px"
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def cell(row: dict | None, quantity: str = "ms", digits: int = 2) -> str:
+    """A contender's figure, or why there is none."""
+    if not row:
+        return "–"
+    return row["failure"] if "failure" in row else number(row.get(quantity), digits)
+
+
+def rows_of(records: list[dict], contender: str) -> list[dict]:
+    return [record["contenders"][contender] for record in records if contender in record["contenders"]]
+
+
+def ratio(rows: dict[str, dict], other: str) -> str:
+    """How many times faster than another contender the fastest patched one is."""
+    ours = [
+        row["ms"]
+        for name in ("patched channels-last", "patched + CUDA graphs")
+        if (row := rows.get(name, {})).get("ms")
+    ]
+    theirs = rows.get(other, {}).get("ms")
+    return f"{theirs / min(ours):.2f}×" if ours and theirs else "–"
+
+
+def speed_table(records: list[dict]) -> str:
+    """A row for each workload: the main contenders' ms, the floor, and the ratios that matter."""
+    rows = [["autoencoder", *MAIN, "floor", "over eager", "over compile"]]
+    for record in records:
+        contenders = record["contenders"]
+        times = [cell(contenders.get(name)) for name in MAIN.values()]
+        ratios = [ratio(contenders, name) for name in ("eager", "torch.compile")]
+        rows.append([label(record), *times, number(record["floor_ms"]), *ratios])
+    return table(rows)
+
+
+def contender_table(records: list[dict]) -> str:
+    """A row for each workload and contender: everything that was measured."""
+    rows = [["workload", "contender", "ms", "10–90 %", "TFLOP/s", "of floor", "error", "peak GiB"]]
+    for record in records:
+        for name, row in record["contenders"].items():
+            cells = [cell(row), "–", "–", "–"]
+            if "ms" in row:
+                cells[1:] = [
+                    f"{row['ms_low']:.2f}–{row['ms_high']:.2f}",
+                    f"{record['flops'] / row['ms'] / 1e9:.0f}",
+                    f"{row['ms'] / record['floor_ms']:.2f}×",
+                ]
+            error = row.get("error")
+            checked = "not checked" if "peak_gib" in row and error is None else "–" if error is None else f"{error:.1e}"
+            rows.append([label(record), name, *cells, checked, number(row.get("peak_gib"))])
+    return table(rows)
+
+
+def memory_table(records: list[dict]) -> str:
+    """A row for each workload: ms and peak GiB of each contender."""
+    names = list(dict.fromkeys(name for record in records for name in record["contenders"]))
+    rows = [["autoencoder", *[f"{name}: {what}" for name in names for what in ("ms", "GiB")]]]
+    for record in records:
+        cells = [
+            cell(record["contenders"].get(name), *column) for name in names for column in (("ms", 1), ("peak_gib", 2))
+        ]
+        rows.append([label(record), *cells])
+    return table(rows)
+
+
+def first_call_table(records: list[dict]) -> str:
+    rows = [["workload", "contender", "caches empty, s", "caches filled, s"]]
+    for record in records:
+        for name, row in record["contenders"].items():
+            rows.append([record["workload"], name, cell(row, "cold_s", 1), cell(row, "warm_s", 1)])
+    return table(rows)
+
+
+def operator_table(records: list[dict]) -> str:
+    rows = [["operator", "shape", "ms", "rate", "of ceiling", "faster than eager"]]
+    for record in records:
+        cells = ["wrong", "–", "–", "–"]
+        if "ms" in record:
+            gb_per_s, tflops = record["bytes"] / record["ms"] / 1e6, record["flops"] / record["ms"] / 1e9
+            cells = [
+                f"{record['ms']:.3f}",
+                f"{tflops:.0f} TFLOP/s" if record["flops"] else f"{gb_per_s:.0f} GB/s",
+                f"{record['floor_ms'] / record['ms']:.0%}",
+                f"{record['eager_ms'] / record['ms']:.1f}×",
+            ]
+        rows.append([record["operator"], "×".join(map(str, record["shape"])), *cells])
+    return table(rows)
+
+
+def profile_table(record: dict) -> str:
+    """GPU time by kind of kernel, the most expensive first."""
+    idle = record["idle_ms"]
+    total = sum(row["ms"] for row in record["kinds"].values()) + idle
+    rows = [["kind", "ms", "share", "kernels", "floor, ms"]]
+    for kind, row in sorted(record["kinds"].items(), key=lambda item: -item[1]["ms"]):
+        calls, floor = f"{row['calls']:.0f}", number(row["floor_ms"])
+        rows.append([kind, number(row["ms"]), f"{row['ms'] / total:.0%}", calls, floor])
+    rows.append(["idle", number(idle), f"{idle / total:.0%}", "–", "–"])
+    return table(rows)
+
+
+def kernel_table(record: dict) -> str:
+    rows = [["kernel", "kind", "ms", "calls"]]
+    for kernel in record["kernels"]:
+        name = kernel["name"].replace("|", "\\|")
+        rows.append([f"`{name}`", kernel["kind"], number(kernel["ms"], 3), f"{kernel['calls']:.0f}"])
+    return table(rows)
+
+
+def sentence(target: Target) -> str:
+    """What a target asks for, in words."""
+    caches = {"cold_s": ", caches empty", "warm_s": ", caches filled"}.get(target.quantity, "")
+    if target.against is None:
+        return f"{QUANTITIES[target.quantity]} ≤ {target.bound:g} s{caches}"
+    if target.faster:
+        return f"≥ {target.bound:.2f}× as fast as {target.against}"
+    against = f"the floor at {NOMINAL} TFLOP/s" if target.against == "floor" else f"{target.against}'s"
+    return f"{QUANTITIES[target.quantity]} ≤ {target.bound:.2f} × {against}"
+
+
+def outcomes(results: dict[str, list[dict]]) -> list[Outcome]:
+    return [evaluate(target, results) for target in TARGETS]
+
+
+def target_table(results: dict[str, list[dict]]) -> str:
+    rows = [["workload", "contender", "target", "measured", "verdict"]]
+    for outcome in outcomes(results):
+        target = outcome.target
+        workload = target.workload or "all of the above"
+        rows.append([workload, target.contender, sentence(target), number(outcome.value), outcome.verdict])
+    return table(rows)
+
+
+def line(part: str, record: dict) -> str:
+    """One record on one line, for the terminal."""
+    if part == "operators":
+        shape = "×".join(map(str, record["shape"]))
+        ms = f"{record['ms']:.3f} ms, eager {record['eager_ms']:.3f}" if "ms" in record else "wrong"
+        return f"{record['operator']} {shape}: {ms}"
+    cells = []
+    for name, row in record["contenders"].items():
+        figures = [f"{row[key]:.2f} {unit}" for key, unit in UNITS.items() if row.get(key) is not None]
+        cells.append(f"  {name}: {row.get('failure') or ', '.join(figures)}")
+    return "\n".join([record["workload"], *cells])

@@ -1,0 +1,78 @@
+"""What is measured: directions of autoencoders at batch and image sizes, and which contenders take part."""
+
+from dataclasses import dataclass
+
+import torch
+
+F32, SANA = "dc-ae-f32c32-in-1.0", "dc-ae-f32c32-sana-1.1"
+F64, F128 = "dc-ae-f64c128-in-1.0", "dc-ae-f128c512-in-1.0"
+DIRECTIONS = ("encode", "decode")
+
+# Names of `contenders.CONTENDERS`; eager goes first, for the others are held to its error.
+UNCOMPILED = ("eager", "eager channels-last", "patched channels-last", "patched + CUDA graphs")
+COMPILED = (*UNCOMPILED, "torch.compile")
+ALL = (*COMPILED, "patched", "patched + torch.compile", "diffusers patched")
+BOUNDED = ("eager", "patched", "patched, bounded memory")
+FIRST_CALL = ("patched", "torch.compile")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One direction of one model on `batch` images of size × size pixels."""
+
+    model: str
+    direction: str
+    batch: int
+    size: int
+    contenders: tuple[str, ...] = UNCOMPILED
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}-{self.direction}-b{self.batch}-{self.size}"
+
+    @property
+    def max_memory(self) -> int:
+        """The bound of "patched, bounded memory": 256 bytes for each pixel; the plain decoder takes about 900."""
+        return 256 * self.batch * self.size**2
+
+
+def _both(model: str, batch: int, size: int, contenders: tuple[str, ...]) -> list[Workload]:
+    return [Workload(model, direction, batch, size, contenders) for direction in DIRECTIONS]
+
+
+WORKLOADS: dict[str, list[Workload]] = {  # by part
+    "autoencoder": [
+        *_both(F32, 1, 512, ALL),
+        *_both(F32, 8, 512, ALL),
+        *_both(F32, 1, 1024, UNCOMPILED),
+        *_both(F32, 4, 1024, UNCOMPILED),
+        *_both(SANA, 8, 512, COMPILED),
+        *_both(F64, 8, 512, COMPILED),
+        *_both(F128, 8, 512, COMPILED),
+    ],
+    "memory": [workload for size in (1024, 2048, 4096, 8192) for workload in _both(F32, 1, size, BOUNDED)],
+    "first-call": [Workload(F32, "decode", 8, 512, FIRST_CALL)],
+}
+
+REHEARSAL: dict[str, list[Workload]] = {  # where there is no GPU
+    "autoencoder": _both("dc-ae-tiny", 1, 32, UNCOMPILED),
+    "memory": _both("dc-ae-tiny", 1, 64, BOUNDED),
+    "first-call": [Workload("dc-ae-tiny", "decode", 1, 32, FIRST_CALL[:1])],
+}
+
+
+def workloads(part: str) -> list[Workload]:
+    """Those of a part of the benchmarks on this machine."""
+    return (WORKLOADS if torch.cuda.is_available() else REHEARSAL)[part]
+
+
+def parse(name: str) -> Workload:
+    """The workload of that name, of whatever model and sizes. Raises ValueError."""
+    try:
+        model, direction, batch, size = name.rsplit("-", 3)
+        workload = Workload(model, direction, int(batch.removeprefix("b")), int(size))
+    except ValueError:
+        workload = None
+    if workload is None or workload.name != name or direction not in DIRECTIONS:
+        raise ValueError(f"{name!r} is no workload; expected MODEL-DIRECTION-bBATCH-SIZE")
+    return workload

@@ -1,0 +1,30 @@
+// Messages and checks of the files that see torch. Messages are put together without streams: those of a statically
+// linked C++ library and of torch's do not mix.
+#pragma once
+
+#include <string>
+
+#include <ATen/ATen.h>
+#include <torch/csrc/utils/pybind.h>
+
+inline std::string text(const char* words) { return words; }
+inline std::string text(const std::string& words) { return words; }
+inline std::string text(at::ScalarType dtype) { return c10::toString(dtype); }
+inline std::string text(at::Device device) { return device.str(); }
+inline std::string text(at::IntArrayRef shape) {
+  std::string numbers;
+  for (const int64_t size : shape) numbers += (numbers.empty() ? "" : ", ") + std::to_string(size);
+  return "[" + numbers + "]";
+}
+
+template <typename... Parts>
+void require_value(bool satisfied, const Parts&... message) {
+  if (!satisfied) throw pybind11::value_error((text(message) + ...));
+}
+
+template <typename... Parts>
+void require_type(bool satisfied, const Parts&... message) {
+  if (!satisfied) throw pybind11::type_error((text(message) + ...));
+}
+
+inline bool is_aligned(const at::Tensor& x) { return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0; }

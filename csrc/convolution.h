@@ -1,0 +1,87 @@
+// Convolution with a fused epilogue through cuDNN's graph API: the mechanism alone. Which of a convolution's candidates
+// is the fastest, and how that is remembered, is decided in Python (dcae_fast/ops/plans.py).
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include <cudnn.h>
+
+// cuDNN's backend descriptors: reference-counted, untyped, finalised once.
+class Descriptor {
+ public:
+  explicit Descriptor(cudnnBackendDescriptorType_t type);
+
+  template <typename T>
+  Descriptor& set(cudnnBackendAttributeName_t name, cudnnBackendAttributeType_t type, const std::vector<T>& values) {
+    return set(name, type, static_cast<int64_t>(values.size()), values.data());
+  }
+  template <typename T>
+  Descriptor& set(cudnnBackendAttributeName_t name, cudnnBackendAttributeType_t type, const T& value) {
+    return set(name, type, 1, &value);
+  }
+  Descriptor& set(cudnnBackendAttributeName_t name, const Descriptor& value);
+  Descriptor& set(cudnnBackendAttributeName_t name, const std::vector<Descriptor>& values);
+  const Descriptor& finalize() const;
+
+  // Copies up to `capacity` values to `values`; returns how many there are.
+  int64_t get(cudnnBackendAttributeName_t name, cudnnBackendAttributeType_t type, int64_t capacity, void* values) const;
+
+  cudnnBackendDescriptor_t raw() const { return descriptor_.get(); }
+
+ private:
+  Descriptor& set(cudnnBackendAttributeName_t name, cudnnBackendAttributeType_t type, int64_t count, const void* values);
+
+  std::shared_ptr<void> descriptor_;
+};
+
+// One way to run a convolution: a kernel of cuDNN's, compiled. `run` may be called from several threads at once.
+class ConvolutionPlan {
+ public:
+  ConvolutionPlan(cudnnHandle_t handle, const Descriptor& config);
+
+  int64_t workspace_size() const { return workspace_size_; }
+
+  // Device pointers: input, weight, output, then the epilogue's operands in its order.
+  void run(cudnnHandle_t handle, const std::vector<void*>& pointers, void* workspace) const;
+
+ private:
+  Descriptor plan_;
+  int64_t workspace_size_;
+};
+
+// y = epilogue(conv(x, weight)): x [n, c, h, w], weight [k, c, r, s], y [n, k, p, q], all channels-last and of one dtype;
+// computed and accumulated in fp32.
+struct ConvolutionShape {
+  cudnnDataType_t dtype;
+  std::array<int64_t, 4> x, weight;
+  int64_t stride;
+  std::array<int64_t, 4> padding;  // top, left, bottom, right
+
+  std::array<int64_t, 4> output() const;
+};
+
+// One step after the convolution: "scale" (times an operand [k]), "bias" (plus an operand [k]), "residual" (plus an
+// operand of y's shape and dtype), "relu" or "silu". dtype: of the operand.
+struct EpilogueStep {
+  std::string name;
+  cudnnDataType_t dtype;
+};
+
+class Convolution {
+ public:
+  // Throws std::runtime_error if cuDNN has no such graph.
+  Convolution(cudnnHandle_t handle, const ConvolutionShape& shape, const std::vector<EpilogueStep>& epilogue);
+
+  // Deterministic candidates that keep to fp32 sums, those that cuDNN thinks the fastest first.
+  int64_t candidates() const { return static_cast<int64_t>(configs_.size()); }
+
+  // Compiles a candidate, which can take half a second. Throws std::runtime_error if cuDNN cannot.
+  ConvolutionPlan build(cudnnHandle_t handle, int64_t candidate) const { return {handle, configs_.at(candidate)}; }
+
+ private:
+  std::vector<Descriptor> configs_;
+};

@@ -1,0 +1,116 @@
+"""Convolution with what follows it, in one kernel of cuDNN's where that is the fastest.
+
+    y = act(conv(x, weight) + bias) + residual
+    y = act((conv(x, weight) - mean) * rsqrt(variance + eps) * scale + bias) + residual
+
+x: [B, C, H, W] channels-last; weight: [K, C, R, S]; bias, scale, mean, variance: [K]; residual and y: [B, K, P, Q].
+Sums in fp32, and nothing is rounded between the convolution and y. mean and variance are constants: they get no
+gradient. The gradient runs the convolution again; training is better served by a convolution and `bias_act`.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from . import _plans
+from ._elementwise import check_activation
+from ._library import define, differentiable_as, launcher
+from .bias_act import bias_act_reference
+
+
+def conv2d_reference(x, weight, bias, act, scale, mean, variance, eps, residual, stride, padding):
+    top, left, bottom, right = padding
+    if (top, left) == (bottom, right):
+        y = F.conv2d(x, weight, None, stride, (top, left))
+    else:
+        y = F.conv2d(F.pad(x, (left, right, top, bottom)), weight, None, stride)
+    if bias is not None:
+        return bias_act_reference(y, bias, act, scale, mean, variance, eps, residual, x.dtype)
+    y = y if act == "none" else getattr(F, act)(y)
+    return y if residual is None else y + residual
+
+
+def _accepts(x, weight, bias, act, scale, mean, variance, eps, residual, stride, padding):
+    """Half precision of one type; the extension's kernels take addresses of whole 16 bytes."""
+    tensors = [tensor for tensor in (x, weight, bias, residual) if tensor is not None]
+    return (
+        x.is_cuda
+        and x.dtype in (torch.float16, torch.bfloat16)
+        and all(tensor.dtype == x.dtype and tensor.data_ptr() % 16 == 0 for tensor in tensors)
+        and x.numel() > 0
+    )
+
+
+def _launch(x, weight, bias, act, scale, mean, variance, eps, residual, stride, padding):
+    def fallback():
+        return _convolve_then_add(x, weight, bias, act, scale, mean, variance, eps, residual, stride, padding)
+
+    if not _plans.available():
+        return fallback()
+    factor, shift = None, bias
+    if scale is not None:
+        factor, shift = launcher("bias_act", "launch_fold_batch_norm")(bias, scale, mean, variance, eps)
+    epilogue = [(step, value) for step, value in (("scale", factor), ("bias", shift)) if value is not None]
+    epilogue += [(act, None)] if act != "none" else []
+    epilogue += [("residual", residual)] if residual is not None else []
+    plan = _plans.find(x, weight, stride, tuple(padding), epilogue, fallback)
+    return fallback() if plan is None else plan(x, weight, [value for _, value in epilogue if value is not None])
+
+
+def convolve(x, weight, padding, out):
+    """conv(x, weight) with stride 1 into `out`; dense and channels-last, all of them."""
+
+    def fallback():
+        return out.copy_(conv2d_reference(x, weight, None, "none", None, None, None, 0.0, None, 1, padding))
+
+    plan = None
+    if _plans.available() and _accepts(x, weight, None, "none", None, None, None, 0.0, None, 1, padding):
+        plan = _plans.find(x, weight, 1, padding, [], fallback)
+    return fallback() if plan is None else plan(x, weight, [], out)
+
+
+def _convolve_then_add(x, weight, bias, act, scale, mean, variance, eps, residual, stride, padding):
+    """torch's convolution, and the rest in one pass over its result."""
+    if bias is None:
+        return conv2d_reference(x, weight, bias, act, scale, mean, variance, eps, residual, stride, padding)
+    if act == "relu" and scale is None and residual is None and padding[:2] == padding[2:]:
+        return torch.cudnn_convolution_relu(x, weight, bias, [stride] * 2, padding[:2], [1, 1], 1)
+    y = conv2d_reference(x, weight, None, "none", None, None, None, 0.0, None, stride, padding)
+    return launcher("bias_act", "launch_bias_act")(y, bias, act, scale, mean, variance, eps, residual, x.dtype)
+
+
+_forward = define(
+    "conv2d(Tensor x, Tensor weight, Tensor? bias, str act, Tensor? scale, Tensor? mean, Tensor? variance, float eps,"
+    " Tensor? residual, int stride, int[] padding) -> Tensor",
+    conv2d_reference,
+    _accepts,
+    _launch,
+)
+differentiable_as(_forward, conv2d_reference)
+
+
+def conv2d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    act: str = "none",
+    residual: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    mean: torch.Tensor | None = None,
+    variance: torch.Tensor | None = None,
+    eps: float = 0.0,
+    stride: int = 1,
+    padding: int | tuple[int, int, int, int] = 0,
+) -> torch.Tensor:
+    """act(norm(conv(x, weight)) + bias) + residual; see the head of this file.
+
+    act: "none", "relu" or "silu". padding: with zeros, on all sides or (top, left, bottom, right). Returns
+    channels-last, x.dtype. Raises ValueError on other activations, unless x is [B, C, H, W] and weight [K, C, R, S],
+    and unless scale, mean and variance come together and with a bias.
+    """
+    check_activation(act)
+    if x.dim() != 4 or weight.dim() != 4 or x.shape[1] != weight.shape[1]:
+        raise ValueError(f"x is {list(x.shape)}, weight {list(weight.shape)}: expected [B, C, H, W] and [K, C, R, S]")
+    if not (scale is None) == (mean is None) == (variance is None) or (scale is not None and bias is None):
+        raise ValueError("scale, mean and variance: expected all of them with a bias, or none")
+    padding = [padding] * 4 if isinstance(padding, int) else list(padding)
+    return _forward(x, weight, bias, act, scale, mean, variance, eps, residual, stride, padding)

@@ -1,0 +1,50 @@
+"""One more scale of a multi-scale attention's qkv: depthwise k×k and grouped 1×1 convolution in one pass.
+
+    z[o] = Σ_{c in the group of o} grouped[o, c] · (depthwise[c] ∗ x[c])
+
+x, z: [B, C, H, W] channels-last, zero padding k // 2; depthwise: [C, 1, k, k], k odd; grouped: [C, D, 1, 1], groups of
+D channels. No biases. Sums in fp32; returns x.dtype. Source: EfficientViT (arXiv 2205.14756), SANA's DC-AE.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from ._library import KERNEL_DTYPES, define, differentiable_as
+
+GROUPS = (16, 32, 64)  # channels of a group that the kernel takes
+
+
+def multiscale_qkv_reference(x, depthwise, grouped):
+    channels, size = x.shape[1], depthwise.shape[2]
+    x = F.conv2d(x, depthwise.to(x.dtype), padding=size // 2, groups=channels)
+    return F.conv2d(x, grouped.to(x.dtype), groups=channels // grouped.shape[1])
+
+
+def _accepts(x, depthwise, grouped):
+    return all(tensor.dtype in KERNEL_DTYPES for tensor in (x, depthwise, grouped)) and grouped.shape[1] in GROUPS
+
+
+_forward = define(
+    "multiscale_qkv(Tensor x, Tensor depthwise, Tensor grouped) -> Tensor",
+    multiscale_qkv_reference,
+    _accepts,
+    "multiscale_qkv",
+)
+differentiable_as(_forward, multiscale_qkv_reference)
+
+
+def multiscale_qkv(x: torch.Tensor, depthwise: torch.Tensor, grouped: torch.Tensor) -> torch.Tensor:
+    """Grouped 1×1 convolution of the depthwise k×k convolution of x; see the head of this file.
+
+    x: [B, C, H, W]; depthwise: [C, 1, k, k]; grouped: [C, D, 1, 1]. Returns [B, C, H, W] channels-last, x.dtype. Raises
+    ValueError on other shapes.
+    """
+    channels = x.shape[1] if x.dim() == 4 else -1
+    size, dim = depthwise.shape[-1], grouped.shape[1]
+    fits = depthwise.shape == (channels, 1, size, size) and size % 2 == 1
+    if not fits or grouped.shape != (channels, dim, 1, 1) or channels % dim:
+        raise ValueError(
+            f"x {list(x.shape)}, depthwise {list(depthwise.shape)}, grouped {list(grouped.shape)}:"
+            " expected [B, C, H, W], [C, 1, k, k] with k odd, and [C, D, 1, 1] with C a multiple of D"
+        )
+    return _forward(x, depthwise, grouped)

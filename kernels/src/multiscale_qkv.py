@@ -1,0 +1,57 @@
+"""Depthwise k×k convolution and grouped 1×1 convolution in one pass: [B, C, H, W] → [B, C, H, W], groups of D channels.
+
+A program owns the D channels of a group on a tile of pixels. It adds up the taps in fp32 and multiplies by the group's
+D × D matrix; the halo comes from the cache.
+"""
+
+import triton
+import triton.language as tl
+
+from .common import like_channels_last
+
+ROWS, COLUMNS = 8, 16  # of a tile
+
+
+@triton.jit
+def _multiscale_qkv_kernel(
+    x_ptr, depthwise_ptr, grouped_ptr, out_ptr, height, width, channels, tiles_y, tiles_x,
+    D: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Programs count over (groups, columns, rows, batch), the first fastest, so that neighbours share cache lines."""
+    groups = channels // D
+    group, tile = tl.program_id(0) % groups, tl.program_id(0) // groups
+    p = tl.arange(0, ROWS * COLUMNS)
+    row = tile // tiles_x % tiles_y * ROWS + p // COLUMNS
+    column = tile % tiles_x * COLUMNS + p % COLUMNS
+    d = tl.arange(0, D)
+    c = group * D + d
+    image = (tile // (tiles_x * tiles_y)).to(tl.int64) * height * width
+    offset = (image + row * width + column)[:, None] * channels + c[None, :]
+    total = tl.zeros((ROWS * COLUMNS, D), tl.float32)
+    for i in range(K):
+        for j in tl.static_range(K):
+            y, x = row + i - K // 2, column + j - K // 2
+            inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+            shift = ((i - K // 2) * width + j - K // 2) * channels
+            value = tl.load(x_ptr + offset + shift, inside[:, None], 0.0).to(tl.float32)
+            total += value * tl.load(depthwise_ptr + c * (K * K) + i * K + j).to(tl.float32)[None, :]
+    # as in a convolution of its own, the depthwise result is rounded to x's type; tf32 holds half precision exactly
+    PRECISION: tl.constexpr = "tf32x3" if x_ptr.dtype.element_ty == tl.float32 else "tf32"
+    total = total.to(out_ptr.dtype.element_ty).to(tl.float32)
+    matrix = tl.load(grouped_ptr + c[None, :] * D + d[:, None]).to(tl.float32)
+    out = tl.dot(total, matrix, input_precision=PRECISION)
+    mask = (row < height) & (column < width)
+    tl.store(out_ptr + offset, out.to(out_ptr.dtype.element_ty), mask[:, None])
+
+
+def launch_multiscale_qkv(x, depthwise, grouped):
+    batch, channels, height, width = x.shape
+    tiles_y, tiles_x = triton.cdiv(height, ROWS), triton.cdiv(width, COLUMNS)
+    out = like_channels_last(x)
+    if out.numel():
+        dim = grouped.shape[1]
+        _multiscale_qkv_kernel[(batch * tiles_y * tiles_x * (channels // dim),)](
+            x, depthwise, grouped, out, height, width, channels, tiles_y, tiles_x,
+            D=dim, K=depthwise.shape[2], ROWS=ROWS, COLUMNS=COLUMNS,
+        )  # fmt: skip
+    return out
