@@ -8,7 +8,7 @@ from torch import nn
 
 from dcae_fast import ops
 
-from .fusion import activation_name, can_fuse_norm
+from .fusion import activation_name, can_fuse_conv, can_fuse_norm
 from .module import is_fast, kind
 
 
@@ -49,7 +49,7 @@ class Survey:
     """
 
     def __init__(self, x: torch.Tensor):
-        self.kernels = ops.has_kernels(x)
+        self.x, self.kernels = x, ops.has_kernels(x)
         device = x.device.type
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         self.itemsize = max(4, x.element_size()) if autocast else x.element_size()
@@ -132,14 +132,15 @@ class Survey:
     def sampler(self, module: nn.Module, block: nn.Module, run: Callable | None = None) -> Layer:
         """A convolution that may change the resolution, with the shortcut that `block` adds; run: instead of block.
 
-        Alive: the input, enlarged too where the convolution follows, the convolution and the result; in plain PyTorch
-        the shortcut as well.
+        Alive: the input, enlarged too where that is done before the convolution, the convolution and the result; in
+        plain PyTorch the shortcut as well.
         """
         conv, how, factor = _resampling(module)
         up, down = (factor, 1) if how in ("shuffle", "nearest") else (1, factor)
         reach = _reach(conv, stride=factor if how == "stride" else 1)
         channels = conv.out_channels * down**2 // up**2 if "shuffle" in how else conv.out_channels
-        enlarged = conv.in_channels * up**2 if how == "nearest" else 0
+        planes = self._lean(block) and can_fuse_conv(conv, self.x)  # instead of an enlarged image
+        enlarged = conv.in_channels * up**2 if how == "nearest" and not planes else 0
         out = channels * up**2 / down**2
         peak = conv.in_channels + enlarged + 2 * out
         if not self._lean(block):

@@ -314,8 +314,8 @@ def test_memory_is_bounded(name, as_if_on_gpu):
         for coder, x in meta_inputs(model, pixels):
             dcae_fast.patch(coder, max_memory=bound)
             live = peak_of(coder, x)
-            assert 0.4 * bound < live.peak <= bound
-            assert live.elements <= plan.MAX_ELEMENTS
+            assert live.peak <= bound and live.elements <= plan.MAX_ELEMENTS
+            assert live.peak > 0.4 * bound or live.elements > 0.8 * plan.MAX_ELEMENTS
             for part in banded_steps(coder, x):
                 assert part.size > 8 * part.halos[0]
 
