@@ -115,10 +115,25 @@ def differentiable_as(op: Operator, reference: Callable) -> None:
 def _channels_last(value):
     """Dense: 4-D tensors channels-last, others contiguous; also those in a list or tuple."""
     if isinstance(value, torch.Tensor):
-        return value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value.contiguous()
+        memory_format = torch.channels_last if value.dim() == 4 else torch.contiguous_format
+        if value.is_contiguous(memory_format=memory_format):
+            return value
+        if _is_weight(value):
+            return launcher("weight_layout", "launch_weight_layout")(value)
+        return value.contiguous(memory_format=memory_format)
     if isinstance(value, (list, tuple)):
         return type(value)(_channels_last(item) for item in value)
     return value
+
+
+def _is_weight(value: torch.Tensor) -> bool:
+    """Whether a 4-D tensor has the form of a convolution's weight, which torch is slow to bring to channels-last."""
+    return _is_plain(value) and HAS_TRITON and value.is_contiguous() and 1 < value.shape[2] * value.shape[3] <= 16
+
+
+def _is_plain(value: torch.Tensor) -> bool:
+    """On a GPU, and of no subclass that computes otherwise."""
+    return value.is_cuda and type(value) in (torch.Tensor, torch.nn.Parameter)
 
 
 def _first_tensor(args) -> torch.Tensor:
@@ -139,8 +154,7 @@ def _is_plain_inference(args) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch.jit.is_tracing()
-        and _first_tensor(args).is_cuda
-        and all(type(leaf) in (torch.Tensor, torch.nn.Parameter) for leaf in _tensors(args))
+        and all(map(_is_plain, _tensors(args)))
     )
 
 

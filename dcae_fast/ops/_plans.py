@@ -9,6 +9,7 @@ import json
 import os
 import statistics
 import threading
+import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,9 +24,11 @@ from ._library import cuda_extension
 MOST_CANDIDATES = 24
 MOST_WORKSPACE = 2**28  # bytes
 HOPELESS = 1.5  # times the best so far: not timed again
-FINALISTS, ROUNDS, BURST = 5, 3, 8.0  # BURST: milliseconds
+FINALISTS, ROUNDS = 5, 5
+BURST, PAUSE = 3.0, 0.008  # milliseconds of work, seconds without
 LAUNCH = 200_000  # clock cycles, more than a launch from Python takes
 COMPILERS = 8  # threads
+WORTH_A_SEARCH = 5e7  # multiplications; the smallest convolution of the released models at 512 pixels has 7.5e7
 NO_PLAN = -1  # in the place of a candidate: the fallback is the fastest
 
 Epilogue = list[tuple[str, torch.Tensor | None]]
@@ -50,18 +53,23 @@ def find(
     """The ConvolutionPlan for tensors like these; None if `fallback` does the same work faster.
 
     epilogue: (step, its operand or None) in order, as in csrc/convolution.h. A new shape is searched for, which takes
-    up to some seconds; None is also the answer for a new shape while a CUDA graph is captured.
+    up to some seconds; None is also the answer for a new shape while a CUDA graph is captured, and for tiny ones.
     """
     steps = tuple((step, None if operand is None else operand.dtype) for step, operand in epilogue)
     key = (x.device.index, x.dtype, tuple(x.shape), tuple(weight.shape), stride, padding, steps)
     if key in _plans:
         return _plans[key]
-    if torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_current_stream_capturing() or _products(x, weight, stride) < WORTH_A_SEARCH:
         return None
     with _lock, torch.cuda.device(x.device), torch.no_grad():
         if key not in _plans:
             _plans[key] = _find(repr(key[1:]), x, weight, stride, padding, epilogue, fallback)
     return _plans[key]
+
+
+def _products(x: torch.Tensor, weight: torch.Tensor, stride: int) -> float:
+    """About how many multiplications a convolution takes."""
+    return x.numel() // x.shape[1] * weight.numel() / stride**2
 
 
 def _find(name, x, weight, stride, padding, epilogue, fallback):
@@ -84,8 +92,9 @@ def _find(name, x, weight, stride, padding, epilogue, fallback):
 def _search(convolution, run: Callable, fallback: Callable):
     """The fastest candidate and its plan.
 
-    Every candidate is timed once, the best of them and the fallback in bursts without a pause: a GPU at its power limit
-    prefers other kernels than a cool one. cuDNN compiles a candidate no more than once, so plans are kept.
+    Every candidate is timed once, the best of them and the fallback in short bursts with pauses: after some 50 ms
+    without one the GPU comes to its power limit and slows down, whatever runs then. cuDNN compiles a candidate no more
+    than once, so plans are kept.
     """
     with ThreadPoolExecutor(COMPILERS) as pool:
         built = list(pool.map(lambda candidate: _build(convolution, candidate), range(_size(convolution))))
@@ -97,10 +106,11 @@ def _search(convolution, run: Callable, fallback: Callable):
         if once[candidate] < HOPELESS * min(once.values()):
             once[candidate] = _milliseconds(call)
     bursts = {candidate: [] for candidate in (NO_PLAN, *sorted(once, key=once.get)[:FINALISTS])}
-    calls = min(max(round(BURST / min(once.values())), 3), 50)
+    calls = min(max(round(BURST / min(once.values())), 2), 20)
     for _ in range(ROUNDS):
         for candidate, events in bursts.items():
             events.append(_record(runs[candidate], calls))
+            time.sleep(PAUSE)
     torch.cuda.synchronize()
     best = min(bursts, key=lambda candidate: statistics.median(map(_elapsed, bursts[candidate])))
     return best, plans.get(best)

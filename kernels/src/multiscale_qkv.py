@@ -14,7 +14,7 @@ ROWS, COLUMNS = 8, 16  # of a tile
 
 @triton.jit
 def _multiscale_qkv_kernel(
-    x_ptr, depthwise_ptr, grouped_ptr, out_ptr, height, width, channels, tiles_y, tiles_x,
+    x_ptr, taps_ptr, grouped_ptr, out_ptr, height, width, channels, tiles_y, tiles_x,
     D: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Programs count over (groups, columns, rows, batch), the first fastest, so that neighbours share cache lines."""
@@ -34,7 +34,7 @@ def _multiscale_qkv_kernel(
             inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
             shift = ((i - K // 2) * width + j - K // 2) * channels
             value = tl.load(x_ptr + offset + shift, inside[:, None], 0.0).to(tl.float32)
-            total += value * tl.load(depthwise_ptr + c * (K * K) + i * K + j).to(tl.float32)[None, :]
+            total += value * tl.load(taps_ptr + (i * K + j) * channels + c).to(tl.float32)[None, :]
     # as in a convolution of its own, the depthwise result is rounded to x's type; tf32 holds half precision exactly
     PRECISION: tl.constexpr = "tf32x3" if x_ptr.dtype.element_ty == tl.float32 else "tf32"
     total = total.to(out_ptr.dtype.element_ty).to(tl.float32)
@@ -49,9 +49,9 @@ def launch_multiscale_qkv(x, depthwise, grouped):
     tiles_y, tiles_x = triton.cdiv(height, ROWS), triton.cdiv(width, COLUMNS)
     out = like_channels_last(x)
     if out.numel():
-        dim = grouped.shape[1]
+        dim, taps = grouped.shape[1], depthwise.flatten(1).t().contiguous()
         _multiscale_qkv_kernel[(batch * tiles_y * tiles_x * (channels // dim),)](
-            x, depthwise, grouped, out, height, width, channels, tiles_y, tiles_x,
+            x, taps, grouped, out, height, width, channels, tiles_y, tiles_x,
             D=dim, K=depthwise.shape[2], ROWS=ROWS, COLUMNS=COLUMNS,
         )  # fmt: skip
     return out

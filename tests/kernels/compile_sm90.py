@@ -54,6 +54,7 @@ def main():
     from dcae_fast.kernels.rms_norm import launch_rms_norm, launch_rms_norm_backward
     from dcae_fast.kernels.unshuffle_average_add import launch_unshuffle_average_add
     from dcae_fast.kernels.upsample_conv2d import launch_subpixel_weights
+    from dcae_fast.kernels.weight_layout import launch_weight_layout
 
     def tensor(*shape, dtype=torch.bfloat16):
         return torch.empty(shape, dtype=dtype)
@@ -81,6 +82,7 @@ def main():
     launch_duplicate_shuffle_add(tensor(2, 512, 32, 32), tensor(2, 1024, 32, 32), tensor(1024), 256, 2, 1.0)
     launch_duplicate_shuffle_add(tensor(2, 512, 32, 32), tensor(8, 256, 32, 32), tensor(256), 256, 2, 1.0)
     launch_subpixel_weights(tensor(256, 512, 3, 3))
+    launch_weight_layout(tensor(256, 512, 3, 3))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,117 @@
+"""Plans of cuDNN's: right, found once, remembered in a file that may be absent or broken."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dcae_fast import ops
+from dcae_fast.ops import _plans
+from dcae_fast.ops.conv2d import conv2d_reference
+
+
+@pytest.fixture
+def empty_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("DCAE_FAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(_plans, "_plans", {})
+    return tmp_path
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[1]", '{"a": 1, "b": "x"}'])
+def test_a_broken_file_is_an_empty_one(tmp_path, content):
+    file = tmp_path / "cache" / "plans.json"
+    if content is not None:
+        file.parent.mkdir()
+        file.write_text(content)
+    assert _plans._read(file) == ({"a": 1} if content and '"a"' in content else {})
+    _plans._write(file, "c", 2)
+    assert _plans._read(file)["c"] == 2
+    assert [path.name for path in file.parent.iterdir()] == ["plans.json"]
+
+
+def test_a_file_that_cannot_be_written_does_no_harm(tmp_path):
+    (tmp_path / "file").touch()
+    _plans._write(tmp_path / "file" / "plans.json", "a", 1)
+
+
+def random(*shape, dtype):
+    x = torch.randn(shape, device="cuda", dtype=dtype)
+    return x.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else x
+
+
+def arguments(kind, dtype):
+    """Arguments of `conv2d_reference`, large enough for a search."""
+    x, weight, bias = (
+        random(2, 64, 40, 48, dtype=dtype),
+        random(96, 64, 3, 3, dtype=dtype) / 24,
+        random(96, dtype=dtype),
+    )
+    none, residual, ones = [None, None, None, 0.0], random(2, 96, 40, 48, dtype=dtype), [1, [1, 1, 1, 1]]
+    statistics = [bias * 2, bias * 3, bias.square() + 0.1, 1e-5]
+    return {
+        "plain": [x, weight, None, "none", *none, None, *ones],
+        "relu": [x, weight, bias, "relu", *none, None, *ones],
+        "silu": [x, weight, bias, "silu", *none, None, *ones],
+        "silu-residual": [x, weight, bias, "silu", *none, residual, *ones],
+        "norm-residual": [x, weight, bias, "none", *statistics, residual, *ones],
+        "stride_2": [x, weight, bias, "silu", *none, None, 2, [1, 1, 1, 1]],
+        "pointwise": [
+            x,
+            random(512, 64, 1, 1, dtype=dtype) / 8,
+            random(512, dtype=dtype),
+            "silu",
+            *none,
+            None,
+            1,
+            [0] * 4,
+        ],
+        "padded_on_two_sides": [x, random(96, 64, 2, 2, dtype=dtype) / 16, None, "none", *none, None, 1, [1, 0, 0, 1]],
+    }[kind]
+
+
+def relative_error(got, exact):
+    return ((got.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "kind",
+    ["plain", "relu", "silu", "silu-residual", "norm-residual", "stride_2", "pointwise", "padded_on_two_sides"],
+)
+@torch.no_grad()
+def test_every_candidate_is_right(kind, dtype, empty_cache):
+    args = arguments(kind, dtype)
+    exact = conv2d_reference(*[a.double() if isinstance(a, torch.Tensor) else a for a in args])
+    eager_error = relative_error(conv2d_reference(*args), exact)
+    x, weight, bias, act, scale, mean, variance, eps, residual, stride, padding = args
+    run = lambda: ops.conv2d(x, weight, bias, act, residual, scale, mean, variance, eps, stride, padding)  # noqa: E731
+    assert relative_error(run(), exact) <= max(2 * eager_error, 4 * torch.finfo(dtype).eps)
+    if not _plans.available():
+        pytest.skip("dcae_fast._C was not built with cuDNN")
+    (key,), (file,) = _plans._plans, empty_cache.iterdir()
+    (name,) = json.loads(file.read_text())
+    for candidate in range(_plans.NO_PLAN, 5):
+        _plans._plans.clear()
+        file.write_text(json.dumps({name: candidate}))
+        got = run()
+        assert relative_error(got, exact) <= max(2 * eager_error, 4 * torch.finfo(dtype).eps)
+        assert got.is_contiguous(memory_format=torch.channels_last) and got.dtype == dtype
+        assert torch.equal(run(), got), "not deterministic"
+        assert key in _plans._plans
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_new_shape_within_a_capture(empty_cache):
+    x, weight, bias = arguments("silu", torch.bfloat16)[:3]
+    graph = torch.cuda.CUDAGraph()
+    F.conv2d(x, weight, padding=1)
+    ops.bias_act(x, bias[:64], "silu")
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        got = ops.conv2d(x, weight, bias, "silu", padding=1)
+    graph.replay()
+    assert not _plans._plans
+    torch.testing.assert_close(got, F.silu(F.conv2d(x, weight, bias, padding=1)), atol=2e-2, rtol=2e-2)
