@@ -5,6 +5,7 @@ from torch import nn
 
 from dcae_fast import ops
 
+from .coder import Coder, channels_last_for_kernels
 from .fusion import (
     activation_name,
     can_fuse_norm,
@@ -17,6 +18,8 @@ from .fusion import (
     upsample,
     upsample_conv_without_bias,
 )
+from .graphs import Result
+from .layers import Layer, Survey, UnknownModule
 from .module import FastModule, kind, plain
 
 IDENTITIES = ("Identity", "IdentityLayer")
@@ -24,14 +27,46 @@ AVERAGING = ("PixelUnshuffleChannelAveragingDownSampleLayer",)
 DUPLICATING = ("ChannelDuplicatingPixelShuffleUpSampleLayer", "ChannelDuplicatingPixelUnshuffleUpSampleLayer")
 
 
-class Coder(FastModule):
+class Stages(Coder):
     """Encoder or decoder: channels-last inside, the caller's memory format outside."""
 
-    def fast_forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor | list[torch.Tensor]:
+    def fast_forward(self, x: torch.Tensor, *args, **kwargs) -> Result:
         out = self.eager(channels_last(x), *args, **kwargs)
         if isinstance(out, torch.Tensor):
             return layout_of(out, x)
         return [layout_of(part, x) for part in out]
+
+
+class Encoder(Stages):
+    def has_layers(self, *args, **kwargs) -> bool:
+        return _all_none(args, kwargs) or hasattr(self, "partial_latents")
+
+    def layers(self, survey: Survey) -> list[Layer]:
+        def stem(x: torch.Tensor) -> torch.Tensor:
+            return self.project_in(channels_last_for_kernels(x))
+
+        return [survey.sampler(self.project_in, self.project_in, stem), *survey.blocks(self.stages)]
+
+    def finish(self, x: torch.Tensor, *args, **kwargs) -> Result:
+        return self.project_out(x) if _all_none(args, kwargs) else self.partial_latents(x, *args, **kwargs)
+
+
+def _all_none(args: tuple, kwargs: dict) -> bool:
+    return all(value is None for value in (*args, *kwargs.values()))
+
+
+class Decoder(Stages):
+    def enlargement(self) -> int:
+        return 2 ** (len(self.stages) - 1)
+
+    def start(self, x: torch.Tensor) -> torch.Tensor:
+        return self.project_in(channels_last_for_kernels(x))
+
+    def layers(self, survey: Survey) -> list[Layer]:
+        head = self.project_out
+        if kind(head) != "OpSequential" or len(head.op_list) != 3:
+            raise UnknownModule(type(head).__name__)
+        return [*survey.blocks(reversed(self.stages)), survey.head(head, head, *head.op_list)]
 
 
 class RMSNorm2d(FastModule):

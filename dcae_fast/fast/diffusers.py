@@ -5,6 +5,7 @@ from torch import nn
 
 from dcae_fast import ops
 
+from .coder import Coder, channels_last_for_kernels
 from .fusion import (
     activation_name,
     can_fuse_norm,
@@ -16,6 +17,7 @@ from .fusion import (
     multiscale_qkv,
     upsample_conv_without_bias,
 )
+from .layers import Layer, Survey
 from .module import FastModule, kind, plain
 
 
@@ -28,36 +30,58 @@ def _conv_norm_add(conv: nn.Module, norm: nn.Module, x: torch.Tensor, residual: 
     return conv_norm_act(conv, norm, "none", x, residual, _norm_dtype(norm))
 
 
-class Encoder(FastModule):
+class Encoder(Coder):
     """Channels-last inside, the caller's memory format outside; the head's shortcut in one pass."""
 
     operators = ("conv2d", "unshuffle_average_add")
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.out_shortcut:
-            return layout_of(self.eager(channels_last(x)), x)
         y = self.conv_in(channels_last(x))
         for block in self.down_blocks:
             y = block(y)
-        return layout_of(ops.unshuffle_average_add(y, *conv_without_bias(self.conv_out, y), factor=1), x)
+        return layout_of(self.finish(y), x)
+
+    def layers(self, survey: Survey) -> list[Layer]:
+        def stem(x: torch.Tensor) -> torch.Tensor:
+            return self.conv_in(channels_last_for_kernels(x))
+
+        return [survey.sampler(self.conv_in, self.conv_in, stem), *survey.blocks(self.down_blocks)]
+
+    def finish(self, x: torch.Tensor) -> torch.Tensor:
+        if self.out_shortcut:
+            return ops.unshuffle_average_add(x, *conv_without_bias(self.conv_out, x), factor=1)
+        return self.conv_out(x)
 
 
-class Decoder(FastModule):
+class Decoder(Coder):
     """Channels-last inside, the caller's memory format outside; the stem's shortcut and the head's norm in one pass."""
 
     operators = ("conv2d", "duplicate_shuffle_add", "rms_norm")
 
     def fast_forward(self, z: torch.Tensor) -> torch.Tensor:
-        act = activation_name(self.conv_act)
-        if not self.in_shortcut or act is None or kind(self.norm_out) != "RMSNorm" or not can_fuse_norm(self.norm_out):
-            return layout_of(self.eager(channels_last(z)), z)
-        x = channels_last(z)
-        x = ops.duplicate_shuffle_add(x, *conv_without_bias(self.conv_in, x), factor=1)
+        x = self.start(z)
         for block in reversed(self.up_blocks):
             x = block(x)
-        norm = self.norm_out
-        x = ops.rms_norm(x, norm.weight, norm.bias, norm.eps, act, dtype=_norm_dtype(norm))
-        return layout_of(self.conv_out(x), z)
+        return layout_of(self.head(x), z)
+
+    def enlargement(self) -> int:
+        return 2 ** (len(self.up_blocks) - 1)
+
+    def start(self, z: torch.Tensor) -> torch.Tensor:
+        x = channels_last_for_kernels(z)
+        if self.in_shortcut:
+            return ops.duplicate_shuffle_add(x, *conv_without_bias(self.conv_in, x), factor=1)
+        return self.conv_in(x)
+
+    def layers(self, survey: Survey) -> list[Layer]:
+        head = survey.head(self.head, self, self.norm_out, self.conv_act, self.conv_out)
+        return [*survey.blocks(reversed(self.up_blocks)), head]
+
+    def head(self, x: torch.Tensor) -> torch.Tensor:
+        norm, act = self.norm_out, activation_name(self.conv_act)
+        if act is None or kind(norm) != "RMSNorm" or not can_fuse_norm(norm) or not ops.has_kernels(x):
+            return self.conv_out(self.conv_act(norm(x.movedim(1, -1)).movedim(-1, 1)))
+        return self.conv_out(ops.rms_norm(x, norm.weight, norm.bias, norm.eps, act, dtype=_norm_dtype(norm)))
 
 
 class ResBlock(FastModule):

@@ -12,6 +12,7 @@ from torch import nn
 from dcae_fast.ops._library import HAS_TRITON, INTERPRETED
 
 from . import dcae, diffusers
+from .coder import Coder, configure, release
 from .module import FastModule, fast_class, is_fast, original_class, qualified_name
 
 OPERATORS = (
@@ -37,7 +38,7 @@ _BLOCKS = {
     "ResBlock": dcae.ResBlock,
     "ResidualBlock": dcae.ResidualBlock,
 }
-_CODERS = {"Encoder": dcae.Coder, "Decoder": dcae.Coder}
+_CODERS = {"Encoder": dcae.Encoder, "Decoder": dcae.Decoder}
 _DIFFUSERS = "diffusers.models.autoencoders.autoencoder_dc"
 
 
@@ -87,16 +88,28 @@ class Report:
         return "\n".join([*table, self.note] if self.note else table)
 
 
-def patch(model: nn.Module, disable: Iterable[str] = ()) -> Report:
+def patch(
+    model: nn.Module, disable: Iterable[str] = (), cuda_graphs: bool = False, max_memory: int | None = None
+) -> Report:
     """Make a DC-AE fast: this project's, diffusers' `AutoencoderDC` or the original DC-Gen / efficientvit one.
 
     Every module whose exact class is known gets a subclass with a fast forward; parameters, buffers, names and hooks
     stay. A module that needs an operator named in `disable`, or in the environment variable DCAE_FAST_DISABLE ("all" or
-    names separated by commas), keeps or gets back its own. Patching twice is the same as once.
+    names separated by commas), keeps or gets back its own. Patching twice is the same as once; other options replace
+    the former ones.
 
-    Returns a report that prints as a table. Raises ValueError on an unknown operator name.
+    cuda_graphs: inference calls of a patched encoder or decoder are captured the second time that they have the same
+    shape and type, and replayed from then on; eight graphs each are kept, with the memory that they compute in.
+    max_memory: bytes that an encoder or decoder may allocate in an inference call, its result included; where it would
+    take more it computes a few images at a time, and the layers that do not fit in bands of rows, with the same result
+    to rounding. None: what is free on the GPU, no bound on a CPU.
+
+    Returns a report that prints as a table. Raises ValueError on an unknown operator name and unless max_memory is
+    positive.
     """
     disabled = _disabled(disable)
+    if max_memory is not None and max_memory <= 0:
+        raise ValueError(f"max_memory={max_memory}; expected a positive number of bytes")
     report = Report()
     for path, module in model.named_modules():
         mixin = REGISTRY.get(qualified_name(original_class(module)))
@@ -105,11 +118,14 @@ def patch(model: nn.Module, disable: Iterable[str] = ()) -> Report:
         name = original_class(module).__name__
         reason = _reason_to_skip(module, mixin, disabled)
         if reason:
+            release(module)
             module.__class__ = original_class(module)
             report.skipped.append((path, name, reason))
             continue
         if not is_fast(module):
             module.__class__ = fast_class(mixin, type(module))
+        if issubclass(mixin, Coder):
+            configure(module, cuda_graphs, max_memory)
         report.replaced[name] += 1
     report.note = _note(model, report)
     return report
@@ -119,20 +135,31 @@ def unpatch(model: nn.Module) -> None:
     """Give every patched module its own class back."""
     for module in model.modules():
         if is_fast(module):
+            release(module)
             module.__class__ = original_class(module)
 
 
 @contextlib.contextmanager
-def patched(model: nn.Module, disable: Iterable[str] = ()) -> Iterator[Report]:
-    """`patch` for a scope: every module whose class it changes has the former one back on the way out."""
-    before = [(module, type(module)) for module in model.modules()]
-    report = patch(model, disable)
-    changed = [(module, cls) for module, cls in before if type(module) is not cls]
+def patched(
+    model: nn.Module, disable: Iterable[str] = (), cuda_graphs: bool = False, max_memory: int | None = None
+) -> Iterator[Report]:
+    """`patch` for a scope: every module whose class it changes has the former one back on the way out, and its options.
+
+    Graphs that were captured before serve again afterwards.
+    """
+    before = [(module, type(module), vars(module).pop("fast_options", None)) for module in model.modules()]
+    changed = []
     try:
+        report = patch(model, disable, cuda_graphs, max_memory)
+        changed += [(module, cls) for module, cls, _ in before if type(module) is not cls]
         yield report
     finally:
         for module, cls in changed:
             module.__class__ = cls
+        for module, _, options in before:
+            release(module)
+            if options is not None:
+                module.fast_options = options
 
 
 def _disabled(disable: Iterable[str]) -> set[str]:

@@ -114,8 +114,10 @@ class Encoder(nn.Module):
         x = self.project_in(x)
         for stage in self.stages:
             x = stage(x)
-        if latent_channels is None:
-            return self.project_out(x)
+        return self.project_out(x) if latent_channels is None else self.partial_latents(x, latent_channels)
+
+    def partial_latents(self, x: torch.Tensor, latent_channels: int | list[int]) -> torch.Tensor | list[torch.Tensor]:
+        """The first channels of the latent, or of one latent for each number, from what the stages give."""
         head = self.project_out.op_list[0]
         if isinstance(latent_channels, int):
             return head(x, latent_channels)

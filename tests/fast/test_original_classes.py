@@ -11,6 +11,7 @@ from small_models import build, build_block, image, operators_called, step
 from torch import nn
 
 import dcae_fast
+from dcae_fast.fast.bands import Bands
 from dcae_fast.models import autoencoder, blocks, functional
 
 CODERS = {"dc_gen": "dc_gen.aecore.models.dc_ae", "efficientvit": "efficientvit.models.efficientvit.dc_ae"}
@@ -115,6 +116,18 @@ def test_step(name, as_original, same_step):
     same_step(step(original, x), expected)
     with torch.no_grad():
         assert operators_called(original, x) == operators_called(ours, x)
+
+
+@pytest.mark.parametrize("name", ["strided", "shuffled"])
+@torch.no_grad()
+def test_bounded_memory(name, as_original, compare):
+    model, x = as_original(build(name).double()), image(1, 3, 128, 8).double()
+    latent = model.encoder(x)
+    expected = model.decoder(latent)
+    dcae_fast.patch(model, max_memory=1)
+    for coder, value, want in ((model.encoder, x, latent), (model.decoder, latent, expected)):
+        assert any(isinstance(step, Bands) for step in coder.plan(value).steps)
+        compare("whole", coder(value), want, 1e-12)
 
 
 def test_copies_and_back(as_original):

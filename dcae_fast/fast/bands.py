@@ -1,0 +1,111 @@
+"""Layers on parts of a batch: a few images at a time, or bands of the rows of one.
+
+A band is computed from its rows and a halo above and below, cut out of the whole image, so that zero padding happens
+at the image's own borders alone. At an edge that was cut, the rows that miss their neighbours lie within the halo and
+are thrown away: the result is that of the whole image, but for the rounding of other convolution algorithms.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .layers import Layer
+
+
+@dataclass(frozen=True)
+class Bands:
+    """Local layers, one after the other, on one image in bands of rows.
+
+    Rows are counted at the lowest resolution that the layers have. size: of a band with its halos. halos[k]: rows on
+    either side that the layers from the k-th on need.
+    """
+
+    layers: Sequence[Layer]
+    size: int
+    halos: Sequence[int]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[1, C, H, W] → what the layers make of it, in memory of its own."""
+        rows, out = x.shape[2] // coarsest(self.layers), None
+        for top, bottom in bands(rows, self.size, self.halos[0]):
+            y = self._band(x, top, bottom, rows)
+            scale = y.shape[2] // (bottom - top)
+            if out is None:
+                out = empty_like(y, 2, rows * scale)
+            out[:, :, top * scale : bottom * scale] = y
+            del y
+        return out
+
+    def _band(self, x: torch.Tensor, top: int, bottom: int, rows: int) -> torch.Tensor:
+        """Rows top ... bottom of the result. Rows that are not needed any more are cut off where the size changes."""
+        scale, first = coarsest(self.layers), 0
+        for k, (layer, halo) in enumerate(zip(self.layers, self.halos, strict=True)):
+            if k == 0 or layer.up != layer.down:
+                start, end = max(0, top - halo), min(rows, bottom + halo)
+                x, first = x[:, :, (start - first) * scale : (end - first) * scale], start
+            x = layer.run(x)
+            scale = scale * layer.up // layer.down
+        return x[:, :, (top - first) * scale : (bottom - first) * scale]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to compute a batch: so many images at a time, each time by these steps."""
+
+    images: int
+    steps: Sequence[Callable[[torch.Tensor], torch.Tensor]]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        out = None
+        for first in range(0, x.shape[0], self.images):
+            y = x[first : first + self.images]
+            for step in self.steps:
+                y = step(y)
+            if len(y) == x.shape[0]:
+                return y
+            if out is None:
+                out = empty_like(y, 0, x.shape[0])
+            out[first : first + self.images] = y
+            del y
+        return out
+
+
+def bands(rows: int, size: int, halo: int) -> Iterator[tuple[int, int]]:
+    """First row and end of each band without its halos; with those inside the image all are `size` rows high.
+
+    The last two may overlap. So the convolutions see few different shapes, whatever the number of bands.
+    """
+    edge, inner = size - halo, size - 2 * halo
+    yield 0, edge
+    for top in range(edge, rows - edge, inner):
+        yield top, top + inner
+    yield rows - edge, rows
+
+
+def coarsest(layers: Sequence[Layer]) -> int:
+    """Rows of the first layer's input for one row at the lowest resolution."""
+    return math.prod(layer.down for layer in layers)
+
+
+def halos(layers: Sequence[Layer]) -> tuple[int, ...]:
+    """For each layer: rows above and below a row of the result that it and those behind it need.
+
+    Both are rows at the lowest resolution, to which cuts are aligned.
+    """
+    scale, needed = math.prod(layer.up for layer in layers), []
+    for k in range(len(layers)):
+        rows = 0
+        for layer in layers[k:]:
+            rows = layer.spoilt(rows)
+        needed.append(math.ceil(rows / scale))
+    return tuple(needed)
+
+
+def empty_like(x: torch.Tensor, dim: int, size: int) -> torch.Tensor:
+    """Uninitialised, in x's type and memory format, and of x's shape but for one dimension."""
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    shape = [size if d == dim else n for d, n in enumerate(x.shape)]
+    memory_format = torch.channels_last if last else torch.contiguous_format
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)

@@ -1,0 +1,119 @@
+"""What concerns a whole call of an encoder or decoder: replaying captured graphs, and bounded memory."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from dcae_fast import ops
+
+from . import plan as planning
+from .bands import Plan
+from .fusion import channels_last, layout_of
+from .graphs import Graphs, Result
+from .layers import Layer, Survey, UnknownModule
+from .module import FastModule, in_transform, plain
+
+SHARE = 0.9  # of the memory, which layers may fill; the rest is for what convolutions need besides, and for gaps
+SMALL = 512 * 512  # pixels of pictures that are not worth asking how much memory there is
+CHANNELS, BYTES = 2**9, 2**14  # more than the largest tensor, and than all that are alive, have for a pixel
+
+
+@dataclass(frozen=True)
+class Options:
+    """graphs: of this coder, None without CUDA graphs. max_memory: bytes that a call may allocate, None: what is free.
+
+    They hang on a patched coder as `fast_options` where they are not these.
+    """
+
+    graphs: Graphs | None = None
+    max_memory: int | None = None
+
+
+class Coder(FastModule):
+    """Encoder or decoder: a replayed graph if there is one, else in parts if memory is short, else its forward.
+
+    A library's encoder and decoder say what they are made of: `layers` and what comes before and after those, `start`
+    and `finish`, which is small enough to run on the whole image.
+    """
+
+    fast_options = Options()
+
+    def forward(self, *args, **kwargs) -> Result:
+        if torch.compiler.is_compiling() or not args or type(args[0]) is not torch.Tensor or in_transform():
+            return super().forward(*args, **kwargs)
+        graphs = None if getattr(self, "_is_replica", False) else self.fast_options.graphs
+        result = None if graphs is None else graphs.replay(self, args, kwargs)
+        if result is not None:
+            return result
+        plan = self.plan(*args, **kwargs)
+        if plan is not None:
+            return self._in_parts(plan, *args, **kwargs)
+        if graphs is not None:
+            return graphs.run(self, super().forward, args, kwargs)
+        return super().forward(*args, **kwargs)
+
+    def plan(self, x: torch.Tensor, *args, **kwargs) -> Plan | None:
+        """How to keep within the memory; None to compute at once: it is enough, or there is no other way.
+
+        There is none where gradients are wanted, where anybody would notice that a module sees a part of the image
+        (hooks), where a module is unknown, and for small images unless there is an explicit bound.
+        """
+        if x.dim() != 4:
+            return None
+        pixels = x.shape[0] * x.shape[2] * x.shape[3] * self.enlargement() ** 2
+        memory = self.fast_options.max_memory
+        if memory is None:
+            if not x.is_cuda or pixels <= SMALL or torch.cuda.is_current_stream_capturing():
+                return None
+            memory = planning.free_memory(x.device)
+        if pixels * CHANNELS <= planning.MAX_ELEMENTS and pixels * BYTES <= SHARE * memory:
+            return None
+        gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *self.parameters()))
+        if gradient or not plain(*list(self.modules())[1:]) or not self.has_layers(*args, **kwargs):
+            return None
+        survey = Survey(x)
+        try:
+            return planning.plan(self.layers(survey), x.shape, survey.itemsize, SHARE * memory)
+        except UnknownModule:
+            return None
+
+    def _in_parts(self, plan: Plan, x: torch.Tensor, *args, **kwargs) -> Result:
+        out = self.finish(plan(self.start(x)), *args, **kwargs)
+        return layout_of(out, x) if isinstance(out, torch.Tensor) else [layout_of(part, x) for part in out]
+
+    def enlargement(self) -> int:
+        """Pixels of the picture for a position of the input, along each side."""
+        return 1
+
+    def has_layers(self, *args, **kwargs) -> bool:
+        """Whether `layers` and the rest do what forward does with these arguments."""
+        return not args and not kwargs
+
+    def layers(self, survey: Survey) -> list[Layer]:
+        raise NotImplementedError
+
+    def start(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def finish(self, x: torch.Tensor) -> Result:
+        return x
+
+
+def channels_last_for_kernels(x: torch.Tensor) -> torch.Tensor:
+    return channels_last(x) if ops.has_kernels(x) else x
+
+
+def configure(module: nn.Module, cuda_graphs: bool, max_memory: int | None) -> None:
+    """Give a patched coder its options instead of those that it had."""
+    release(module)
+    if cuda_graphs or max_memory is not None:
+        module.fast_options = Options(Graphs() if cuda_graphs else None, max_memory)
+
+
+def release(module: nn.Module) -> None:
+    """Take the options of a coder away, and free its graphs."""
+    options: Any = vars(module).pop("fast_options", None)
+    if options is not None and options.graphs is not None:
+        options.graphs.clear()

@@ -1,0 +1,75 @@
+"""Whether a module is what it was when a CUDA graph was captured, but for the values of its weights."""
+
+import itertools
+import operator
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+
+from .module import kind, plain
+
+_HOOKS = operator.attrgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_LAYOUT = operator.attrgetter("dtype", "shape")
+
+
+class Watch:
+    """Everything that a graph has taken from a module: submodules, their classes, attributes and hooks, and tensors,
+    their addresses, types and layouts; in a form that is compared in some tens of microseconds.
+
+    device: that of all tensors; None if no graph must be captured: in training, with hooks on submodules, with
+    modules or kinds of tensors that are unknown. The module's own hooks run around its forward and do not count.
+    """
+
+    def __init__(self, module: nn.Module):
+        modules = list(module.modules())
+        dicts = [d for m in modules for d in (m._modules, m._parameters, m._buffers)]
+        self._module, self._modules = weakref.ref(module), modules[1:]
+        self._filled, self._empty = [d for d in dicts if d], [d for d in dicts if not d]
+        self._contents = self._read_contents()
+        self._tensors = [value for value in self._contents if isinstance(value, torch.Tensor)]
+        self._hooks = [hooks for m in self._modules for hooks in _HOOKS(m)]
+        ordinary = {type(tensor) for tensor in self._tensors} <= {nn.Parameter, torch.Tensor}
+        self._addresses = self._read_addresses() if ordinary else None
+        devices = {tensor.device for tensor in self._tensors}
+        known = ordinary and all(map(kind, modules)) and plain(*self._modules) and not any(m.training for m in modules)
+        self.device = devices.pop() if known and len(devices) == 1 else None
+        self._rest, self._hooked = self._read_rest(module), any(self._hooks)
+
+    def same_addresses(self, module: nn.Module) -> bool:
+        """Whether the submodules and the tensors are the same ones, and lie where they lay."""
+        contents = self._read_contents()
+        return (
+            self._module() is module
+            and not any(self._empty)
+            and len(contents) == len(self._contents)
+            and all(map(operator.is_, contents, self._contents))
+            and (self._addresses is None or self._read_addresses() == self._addresses)
+        )
+
+    def same_otherwise(self, module: nn.Module) -> bool:
+        """Whether everything else is as it was."""
+        try:
+            return any(self._hooks) == self._hooked and self._read_rest(module) == self._rest
+        except (RuntimeError, ValueError):  # attributes that have no truth value when compared: tensors
+            return False
+
+    def wants_gradient(self, x: torch.Tensor) -> bool:
+        """Whether the result for x would have a gradient."""
+        requires_grad = (tensor.requires_grad for tensor in (x, *self._tensors))
+        return torch.is_grad_enabled() and any(requires_grad)
+
+    def _read_contents(self) -> list[nn.Module | torch.Tensor | None]:
+        return list(itertools.chain.from_iterable(map(dict.values, self._filled)))
+
+    def _read_addresses(self) -> list[int]:
+        return list(map(torch.Tensor.data_ptr, self._tensors))
+
+    def _read_rest(self, module: nn.Module) -> list[Any]:
+        """All but the coder's options: they hold the graphs, which hold this, and would all stay alive."""
+        own = [value for name, value in vars(module).items() if name != "fast_options"]
+        attributes = itertools.chain.from_iterable(map(dict.values, map(vars, self._modules)))
+        tensors = [] if self._addresses is None else self._tensors
+        layouts = zip(map(_LAYOUT, tensors), map(torch.Tensor.stride, tensors), strict=True)
+        return [type(module), *map(type, self._modules), *own, *attributes, *layouts]
