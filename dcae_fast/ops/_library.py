@@ -108,7 +108,10 @@ def differentiable(op: Operator, backward: Callable, setup_context: Callable) ->
 
 
 def differentiable_as(op: Operator, reference: Callable) -> None:
-    """Register autograd through `reference`, run again in the backward pass: for gradients that are seldom needed."""
+    """Register autograd through `reference`, run again in the backward pass, for gradients that are seldom needed.
+
+    The gradient is differentiable again, to any order.
+    """
 
     def setup_context(ctx, inputs, output):
         leaves, ctx.structure = tree_flatten(list(inputs))
@@ -116,14 +119,16 @@ def differentiable_as(op: Operator, reference: Callable) -> None:
         ctx.constants = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
 
     def gradient(ctx, *grads):
+        again = torch.is_grad_enabled()  # somebody asks for a gradient of the gradient
         with torch.enable_grad():
-            tensors = [None if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
+            connected = (t if t is None or (again and t.requires_grad) else t.detach() for t in ctx.saved_tensors)
+            tensors = [t if t is None or t.requires_grad else t.requires_grad_() for t in connected]
             leaves = [c if t is None else t for t, c in zip(tensors, ctx.constants, strict=True)]
             outputs = tree_leaves(reference(*tree_unflatten(leaves, ctx.structure)))
             pairs = zip(outputs, tree_leaves(grads), strict=True)
             outputs, grads = zip(*[(y, dy) for y, dy in pairs if dy is not None and y.requires_grad], strict=True)
             inputs = [tensor for tensor in tensors if tensor is not None]
-            found = iter(torch.autograd.grad(outputs, inputs, grads, allow_unused=True))
+            found = iter(torch.autograd.grad(outputs, inputs, grads, allow_unused=True, create_graph=again))
         gradients = tree_unflatten([None if t is None else next(found) for t in tensors], ctx.structure)
         return tuple(None if all(leaf is None for leaf in tree_leaves(part)) else part for part in gradients)
 

@@ -99,7 +99,8 @@ def _gradient_with(adjoint):
                 dmain = adjoint(dout, None, None, channels, ctx.factor, 1.0) if ctx.moved else dout
             dmain = dmain.to(dtype)
         if ctx.bias_dtype is not None:
-            dbias = sum_to_channels(dmain.float()).to(ctx.bias_dtype)
+            wide = torch.promote_types(dmain.dtype, torch.float32)
+            dbias = sum_to_channels(dmain.to(wide)).to(ctx.bias_dtype)
         return dx, dmain, dbias, None, None, None
 
     return gradient

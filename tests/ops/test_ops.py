@@ -241,6 +241,7 @@ def test_gradients_of_the_reference(name):
     generator = torch.Generator().manual_seed(1)
     tensors = [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
     torch.autograd.gradcheck(op, tensors, fast_mode=True)
+    torch.autograd.gradgradcheck(op, tensors, fast_mode=True)
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-4, 1e4])
