@@ -40,6 +40,12 @@ def can_fuse_norm(norm: nn.Module | None) -> bool:
     return kind(norm) in RMS_NORMS or (type(norm) is nn.BatchNorm2d and not norm.training and norm.track_running_stats)
 
 
+def autocasts(x: torch.Tensor) -> bool:
+    """Whether autocast is on for x's device."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def can_fuse_conv(conv: nn.Module | None, x: torch.Tensor, residual: torch.Tensor | None = None) -> bool:
     """Whether `ops.conv2d` does the work of conv(x) + residual: inference in half precision of one type."""
     return (
@@ -54,7 +60,7 @@ def can_fuse_conv(conv: nn.Module | None, x: torch.Tensor, residual: torch.Tenso
         and conv.stride[0] == conv.stride[1]
         and plain(conv)
         and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled(x.device.type)
+        and not autocasts(x)
     )
 
 
