@@ -4,8 +4,9 @@
     y = act((conv(x, weight) - mean) * rsqrt(variance + eps) * scale + bias) + residual
 
 x: [B, C, H, W] channels-last; weight: [K, C, R, S]; bias, scale, mean, variance: [K]; residual and y: [B, K, P, Q].
-Sums in fp32, and nothing is rounded between the convolution and y. mean and variance are constants: they get no
-gradient. The gradient runs the convolution again; training is better served by a convolution and `bias_act`.
+Sums in fp32, and nothing is rounded between the convolution and y; a batch norm is folded into the weight and the bias,
+whose products are rounded to their type. mean and variance are constants: they get no gradient. The gradient runs the
+convolution again; training is better served by a convolution and `bias_act`.
 """
 
 import torch
@@ -65,14 +66,17 @@ def _launch(x, weight, bias, act, scale, mean, variance, eps, residual, stride, 
 
     if not _plans.available():
         return fallback()
-    factor, shift = None, bias
+    folded, shift = weight, bias
     if scale is not None:
-        factor, shift = launcher("bias_act", "launch_fold_batch_norm")(bias, scale, mean, variance, eps)
-    epilogue = [(step, value) for step, value in (("scale", factor), ("bias", shift)) if value is not None]
-    epilogue += [(act, None)] if act != "none" else []
-    epilogue += [("residual", residual)] if residual is not None else []
-    plan = _plans.find(x, weight, stride, tuple(padding), epilogue, fallback)
-    return fallback() if plan is None else plan(x, weight, [value for _, value in epilogue if value is not None])
+        folded, shift = launcher("bias_act", "launch_fold_batch_norm")(weight, bias, scale, mean, variance, eps)
+    epilogue = [("bias", shift)] if shift is not None else []
+    if residual is not None and act == "none":
+        epilogue.insert(0, ("residual", residual))  # in this order cuDNN need not compile anything
+    else:
+        epilogue += [(act, None)] if act != "none" else []
+        epilogue += [("residual", residual)] if residual is not None else []
+    plan = _plans.find(x, folded, stride, tuple(padding), epilogue, fallback)
+    return fallback() if plan is None else plan(x, folded, [value for _, value in epilogue if value is not None])
 
 
 def convolve(x, weight, padding, out):

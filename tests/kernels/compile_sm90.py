@@ -73,7 +73,7 @@ def main():
         launch_bias_act(x, c, "silu", None, None, None, 0.0, None, x.dtype)
         launch_bias_act(x, c, "none", c, c, c, 1e-5, x, x.dtype)
         launch_bias_act_backward(x, x, c, "silu", c, c, c, 1e-5)
-        launch_fold_batch_norm(c, c, c, c, 1e-5)
+        launch_fold_batch_norm(tensor(channels, 64, 3, 3), c, c, c, c, 1e-5)
     for dtype in POINTER:
         qkv, dout = tensor(2, 1536, 16, 16, dtype=dtype), tensor(2, 512, 16, 16, dtype=dtype)
         launch_relu_linear_attention([qkv], 32, 1e-15)
