@@ -12,6 +12,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from dcae_fast.files import written_atomically
 
@@ -151,6 +152,14 @@ def check(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor
     found = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in problems.items() if names]
     if found:
         raise CheckpointError("\n  ".join([f"{path} does not fit the model:", *found]))
+
+
+def assemble(build: Callable[[], nn.Module], state: State) -> nn.Module:
+    """The module that `build` makes with these tensors as they are, no copies, in evaluation mode."""
+    with torch.device("meta"):
+        module = build()
+    module.load_state_dict(state, assign=True)
+    return module.eval()
 
 
 def write(folder: Path, state: Mapping[str, torch.Tensor], files: list[str], config: Mapping) -> None:
