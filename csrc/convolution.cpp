@@ -51,7 +51,6 @@ Descriptor convolution(const ConvolutionShape& shape, const Descriptor& x, const
 }
 
 cudnnPointwiseMode_t pointwise_mode(const std::string& step) {
-  if (step == "scale") return CUDNN_POINTWISE_MUL;
   if (step == "bias" || step == "residual") return CUDNN_POINTWISE_ADD;
   if (step == "relu") return CUDNN_POINTWISE_RELU_FWD;
   if (step == "silu") return CUDNN_POINTWISE_SWISH_FWD;

@@ -64,8 +64,8 @@ struct ConvolutionShape {
   std::array<int64_t, 4> output() const;
 };
 
-// One step after the convolution: "scale" (times an operand [k]), "bias" (plus an operand [k]), "residual" (plus an
-// operand of y's shape and dtype), "relu" or "silu". dtype: of the operand.
+// One step after the convolution: "bias" (plus an operand [k]), "residual" (plus an operand of y's shape and dtype),
+// "relu" or "silu". dtype: of the operand.
 struct EpilogueStep {
   std::string name;
   cudnnDataType_t dtype;

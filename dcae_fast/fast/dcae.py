@@ -9,12 +9,14 @@ from .coder import Coder, channels_last_for_kernels
 from .fusion import (
     activation_name,
     can_fuse_norm,
+    can_fuse_unshuffle,
     channels_last,
     conv_norm_act,
     conv_without_bias,
     is_depthwise3x3,
     layout_of,
     multiscale_qkv,
+    norm_act_conv,
     upsample,
     upsample_conv_without_bias,
 )
@@ -101,26 +103,34 @@ class ConvLayer(FastModule):
         return self.norm is None and self.act is None and getattr(self, "dropout", None) is None
 
 
-class OpSequential(FastModule):
-    """The operations one after the other; an RMS norm takes the activation behind it along."""
+def bare_conv(layer: nn.Module) -> nn.Module | None:
+    """The convolution that is all there is to a layer; None if there is more."""
+    return layer.conv if isinstance(layer, ConvLayer) and plain(layer) and layer.is_bare() else None
 
-    operators = ("rms_norm",)
+
+class OpSequential(FastModule):
+    """The operations one after the other; an RMS norm takes along the activation and a small convolution behind it."""
+
+    operators = ("rms_norm", "rms_norm_conv2d")
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
-        pending = None  # an RMS norm that waits for the next operation
-        for op in self.op_list:
-            if pending is not None:
-                act = activation_name(op)
-                if act is not None:
-                    x = ops.rms_norm(x, pending.weight, pending.bias, pending.eps, act)
-                    pending = None
-                    continue
-                x, pending = pending(x), None
-            if isinstance(op, RMSNorm2d) and can_fuse_norm(op):
-                pending = op
-            else:
+        rest = list(self.op_list)
+        while rest:
+            op = rest.pop(0)
+            act = activation_name(rest[0]) if rest and isinstance(op, RMSNorm2d) and can_fuse_norm(op) else None
+            if act is None:
                 x = op(x)
-        return x if pending is None else pending(x)
+                continue
+            y = self._norm_act_conv(op, act, rest[1], x) if len(rest) > 1 else None
+            x, rest = (y, rest[2:]) if y is not None else (ops.rms_norm(x, op.weight, op.bias, op.eps, act), rest[1:])
+        return x
+
+    def _norm_act_conv(self, norm: nn.Module, act: str, head: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+        """head(act(norm(x))) where the norm and the head's convolution are one operator; else None."""
+        if isinstance(head, PixelShuffleSampler) and plain(head):
+            y = norm_act_conv(norm, act, bare_conv(head.conv), x)
+            return None if y is None else head.shuffle(y, None)
+        return norm_act_conv(norm, act, bare_conv(head), x)
 
 
 class Branch(FastModule):
@@ -181,13 +191,19 @@ class LiteMLA(Branch):
 
 
 class PixelShuffleSampler(FastModule):
-    """3×3 convolution and pixel (un)shuffle: the bias goes along with the shuffle."""
+    """3×3 convolution and pixel (un)shuffle: the bias goes along with the shuffle, or both with the convolution."""
 
-    operators = ("conv2d", "unshuffle_average_add", "duplicate_shuffle_add")
+    operators = ("conv2d", "conv2d_unshuffle", "unshuffle_average_add", "duplicate_shuffle_add")
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
+        conv = bare_conv(self.conv)
+        if "Unshuffle" in kind(self) and self.factor == 2 and can_fuse_unshuffle(conv, x):
+            return ops.conv2d_unshuffle(x, conv.weight, conv.bias)
+        return self.shuffle(*self.without_bias(x))
+
+    def shuffle(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         move = ops.unshuffle_average_add if "Unshuffle" in kind(self) else ops.duplicate_shuffle_add
-        return move(None, *self.without_bias(x), self.factor)
+        return move(None, x, bias, self.factor)
 
     def without_bias(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The convolution before its bias and the shuffle, and the bias if it is still to be added."""

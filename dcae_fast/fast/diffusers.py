@@ -8,13 +8,16 @@ from dcae_fast import ops
 from .coder import Coder, channels_last_for_kernels
 from .fusion import (
     activation_name,
+    can_fuse_conv,
     can_fuse_norm,
+    can_fuse_unshuffle,
     channels_last,
     conv_norm_act,
     conv_without_bias,
     is_depthwise3x3,
     layout_of,
     multiscale_qkv,
+    norm_act_conv,
     upsample_conv_without_bias,
 )
 from .layers import Layer, Survey
@@ -30,20 +33,25 @@ def _conv_norm_add(conv: nn.Module, norm: nn.Module, x: torch.Tensor, residual: 
     return conv_norm_act(conv, norm, "none", x, residual, _norm_dtype(norm))
 
 
+def _stem(conv: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """conv(x); conv: the encoder's first convolution, or a down-sampling block."""
+    return conv_norm_act(conv, None, "none", x) if can_fuse_conv(conv, x) else conv(x)
+
+
 class Encoder(Coder):
     """Channels-last inside, the caller's memory format outside; the head's shortcut in one pass."""
 
     operators = ("conv2d", "unshuffle_average_add")
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.conv_in(channels_last(x))
+        y = _stem(self.conv_in, channels_last(x))
         for block in self.down_blocks:
             y = block(y)
         return layout_of(self.finish(y), x)
 
     def layers(self, survey: Survey) -> list[Layer]:
         def stem(x: torch.Tensor) -> torch.Tensor:
-            return self.conv_in(channels_last_for_kernels(x))
+            return _stem(self.conv_in, channels_last_for_kernels(x))
 
         return [survey.sampler(self.conv_in, self.conv_in, stem), *survey.blocks(self.down_blocks)]
 
@@ -56,7 +64,7 @@ class Encoder(Coder):
 class Decoder(Coder):
     """Channels-last inside, the caller's memory format outside; the stem's shortcut and the head's norm in one pass."""
 
-    operators = ("conv2d", "duplicate_shuffle_add", "rms_norm")
+    operators = ("conv2d", "duplicate_shuffle_add", "rms_norm", "rms_norm_conv2d")
 
     def fast_forward(self, z: torch.Tensor) -> torch.Tensor:
         x = self.start(z)
@@ -81,7 +89,17 @@ class Decoder(Coder):
         norm, act = self.norm_out, activation_name(self.conv_act)
         if act is None or kind(norm) != "RMSNorm" or not can_fuse_norm(norm) or not ops.has_kernels(x):
             return self.conv_out(self.conv_act(norm(x.movedim(1, -1)).movedim(-1, 1)))
-        return self.conv_out(ops.rms_norm(x, norm.weight, norm.bias, norm.eps, act, dtype=_norm_dtype(norm)))
+        return _norm_act_head(norm, act, self.conv_out, x)
+
+
+def _norm_act_head(norm: nn.Module, act: str, head: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """head(act(norm(x))); head: the decoder's last convolution, or an up-sampling block."""
+    shuffled = isinstance(head, DCUpBlock2d) and plain(head) and not head.interpolate and not head.shortcut
+    if _norm_dtype(norm) in (None, x.dtype):
+        y = norm_act_conv(norm, act, head.conv if shuffled else head, x)
+        if y is not None:
+            return ops.duplicate_shuffle_add(None, y, None, head.factor) if shuffled else y
+    return head(ops.rms_norm(x, norm.weight, norm.bias, norm.eps, act, dtype=_norm_dtype(norm)))
 
 
 class ResBlock(FastModule):
@@ -131,11 +149,13 @@ class SanaMultiscaleLinearAttention(FastModule):
 
 
 class DCDownBlock2d(FastModule):
-    operators = ("conv2d", "unshuffle_average_add")
+    operators = ("conv2d", "conv2d_unshuffle", "unshuffle_average_add")
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.downsample and not self.shortcut:
             return self.eager(x)
+        if not self.shortcut and self.factor == 2 and can_fuse_unshuffle(self.conv, x):
+            return ops.conv2d_unshuffle(x, self.conv.weight, self.conv.bias)
         main, bias = conv_without_bias(self.conv, x)
         return ops.unshuffle_average_add(x if self.shortcut else None, main, bias, self.factor)
 

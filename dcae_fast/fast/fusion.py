@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from dcae_fast import ops
+from dcae_fast.ops.conv2d import FEW_CHANNELS
+from dcae_fast.ops.rms_norm_conv2d import MOST_CHANNELS, MOST_FILTERS
 
 from .module import kind, plain
 
@@ -38,11 +40,17 @@ def can_fuse_norm(norm: nn.Module | None) -> bool:
     return kind(norm) in RMS_NORMS or (type(norm) is nn.BatchNorm2d and not norm.training and norm.track_running_stats)
 
 
-def can_fuse_conv(conv: nn.Module, x: torch.Tensor, residual: torch.Tensor | None = None) -> bool:
+def autocasts(x: torch.Tensor) -> bool:
+    """Whether autocast is on for x's device."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def can_fuse_conv(conv: nn.Module | None, x: torch.Tensor, residual: torch.Tensor | None = None) -> bool:
     """Whether `ops.conv2d` does the work of conv(x) + residual: inference in half precision of one type."""
     return (
         type(conv) is nn.Conv2d
-        and x.is_cuda
+        and ops.has_kernels(x)
         and x.dtype in (torch.bfloat16, torch.float16)
         and all(t is None or t.dtype == x.dtype for t in (conv.weight, conv.bias, residual))
         and conv.groups == 1
@@ -52,8 +60,18 @@ def can_fuse_conv(conv: nn.Module, x: torch.Tensor, residual: torch.Tensor | Non
         and conv.stride[0] == conv.stride[1]
         and plain(conv)
         and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cuda")
+        and not autocasts(x)
     )
+
+
+def can_fuse_conv3x3(conv: nn.Module | None, x: torch.Tensor) -> bool:
+    """`can_fuse_conv` for a 3×3 convolution with padding and stride 1."""
+    return can_fuse_conv(conv, x) and conv.kernel_size == (3, 3) and conv.padding == conv.stride == (1, 1)
+
+
+def can_fuse_unshuffle(conv: nn.Module | None, x: torch.Tensor) -> bool:
+    """Whether `ops.conv2d_unshuffle` is the way to compute conv(x) and a pixel-unshuffle by 2."""
+    return can_fuse_conv3x3(conv, x) and conv.in_channels <= FEW_CHANNELS
 
 
 def _fused(conv: nn.Module, x: torch.Tensor, bias: torch.Tensor | None, act: str = "none", *rest) -> torch.Tensor:
@@ -75,7 +93,7 @@ def upsample_conv_without_bias(conv: nn.Module, x: torch.Tensor) -> tuple[torch.
 
     Planes are what `ops.duplicate_shuffle_add` takes. conv: 3×3 with padding 1.
     """
-    if can_fuse_conv(conv, x) and conv.kernel_size == (3, 3) and conv.padding == conv.stride == (1, 1):
+    if can_fuse_conv3x3(conv, x):
         return ops.upsample_conv2d(x, conv.weight), conv.bias
     return conv_without_bias(conv, upsample(x))
 
@@ -134,6 +152,16 @@ def multiscale_qkv(scale: nn.Module, depthwise: nn.Module, grouped: nn.Module, q
         and grouped.padding == (0, 0)
     )
     return ops.multiscale_qkv(qkv, depthwise.weight, grouped.weight) if known else scale(qkv)
+
+
+def norm_act_conv(norm: nn.Module, act: str, conv: nn.Module | None, x: torch.Tensor) -> torch.Tensor | None:
+    """conv(act(norm(x))) where that is one operator, for convolutions to few channels; else None.
+
+    norm: an RMS norm that satisfies `can_fuse_norm`, its result of its input's type.
+    """
+    if can_fuse_conv3x3(conv, x) and conv.in_channels <= MOST_CHANNELS and conv.out_channels <= MOST_FILTERS:
+        return ops.rms_norm_conv2d(x, norm.weight, norm.bias, conv.weight, conv.bias, norm.eps, act)
+    return None
 
 
 def is_depthwise3x3(conv: nn.Module) -> bool:

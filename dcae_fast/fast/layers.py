@@ -8,7 +8,7 @@ from torch import nn
 
 from dcae_fast import ops
 
-from .fusion import activation_name, can_fuse_conv, can_fuse_norm
+from .fusion import activation_name, autocasts, can_fuse_conv, can_fuse_norm
 from .module import is_fast, kind
 
 
@@ -50,9 +50,7 @@ class Survey:
 
     def __init__(self, x: torch.Tensor):
         self.x, self.kernels = x, ops.has_kernels(x)
-        device = x.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        self.itemsize = max(4, x.element_size()) if autocast else x.element_size()
+        self.itemsize = max(4, x.element_size()) if autocasts(x) else x.element_size()
         self.wide = 3 * max(4, self.itemsize) / self.itemsize
 
     def blocks(self, modules: Iterable[nn.Module]) -> list[Layer]:

@@ -18,11 +18,13 @@ from .module import FastModule, fast_class, is_fast, original_class, qualified_n
 OPERATORS = (
     "bias_act",
     "conv2d",
+    "conv2d_unshuffle",
     "depthwise_glu",
     "duplicate_shuffle_add",
     "multiscale_qkv",
     "relu_linear_attention",
     "rms_norm",
+    "rms_norm_conv2d",
     "unshuffle_average_add",
     "upsample_conv2d",
 )

@@ -3,22 +3,26 @@
 from ._library import has_kernels
 from .bias_act import bias_act
 from .conv2d import conv2d
+from .conv2d_unshuffle import conv2d_unshuffle
 from .depthwise_glu import depthwise_glu
 from .multiscale_qkv import multiscale_qkv
 from .relu_linear_attention import relu_linear_attention
 from .rms_norm import rms_norm
+from .rms_norm_conv2d import rms_norm_conv2d
 from .shuffle import duplicate_shuffle_add, unshuffle_average_add
 from .upsample_conv2d import upsample_conv2d
 
 __all__ = [
     "bias_act",
     "conv2d",
+    "conv2d_unshuffle",
     "depthwise_glu",
     "duplicate_shuffle_add",
     "has_kernels",
     "multiscale_qkv",
     "relu_linear_attention",
     "rms_norm",
+    "rms_norm_conv2d",
     "unshuffle_average_add",
     "upsample_conv2d",
 ]

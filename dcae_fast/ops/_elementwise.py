@@ -1,4 +1,4 @@
-"""What the element-wise operators share: activations, their gradients, the residual's check, sums to channels."""
+"""What operators share: activations, their gradients, checks of the bias and the residual, sums to channels."""
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,12 @@ ACTIVATIONS = ("none", "relu", "silu")
 def check_activation(act: str) -> None:
     if act not in ACTIVATIONS:
         raise ValueError(f"act={act!r}; expected one of {ACTIVATIONS}")
+
+
+def check_bias(bias: torch.Tensor | None, weight: torch.Tensor) -> None:
+    """Raises ValueError unless bias has one element for each filter of weight."""
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias is {list(bias.shape)}; expected [{weight.shape[0]}], one for each filter")
 
 
 def activate(x: torch.Tensor, act: str) -> torch.Tensor:

@@ -1,20 +1,23 @@
-"""Convolution with what follows it, in one kernel of cuDNN's where that is the fastest.
+"""Convolution with what follows it, in one kernel: of cuDNN's where that is the fastest, our own for few channels.
 
     y = act(conv(x, weight) + bias) + residual
     y = act((conv(x, weight) - mean) * rsqrt(variance + eps) * scale + bias) + residual
 
 x: [B, C, H, W] channels-last; weight: [K, C, R, S]; bias, scale, mean, variance: [K]; residual and y: [B, K, P, Q].
-Sums in fp32, and nothing is rounded between the convolution and y. mean and variance are constants: they get no
-gradient. The gradient runs the convolution again; training is better served by a convolution and `bias_act`.
+Sums in fp32, and nothing is rounded between the convolution and y; a batch norm is folded into the weight and the bias,
+whose products are rounded to their type. mean and variance are constants: they get no gradient. The gradient runs the
+convolution again; training is better served by a convolution and `bias_act`.
 """
 
 import torch
 import torch.nn.functional as F
 
 from . import _plans
-from ._elementwise import check_activation
-from ._library import define, differentiable_as, launcher
+from ._elementwise import check_activation, check_bias
+from ._library import KERNEL_DTYPES, define, differentiable_as, launcher
 from .bias_act import bias_act_reference
+
+FEW_CHANNELS, MOST_TAPS = 4, 7  # what the Triton kernel takes: input channels, and size of the window
 
 
 def conv2d_reference(x, weight, bias, act, scale, mean, variance, eps, residual, stride, padding):
@@ -29,8 +32,22 @@ def conv2d_reference(x, weight, bias, act, scale, mean, variance, eps, residual,
     return y if residual is None else y + residual
 
 
+def has_few_channels(x, weight, bias, scale=None, residual=None):
+    """Whether the Triton kernel takes this convolution. cuDNN leaves most of the memory's bandwidth unused here."""
+    return (
+        scale is None
+        and residual is None
+        and 0 < x.shape[1] <= FEW_CHANNELS
+        and max(weight.shape[2:]) <= MOST_TAPS
+        and weight.dtype == x.dtype
+        and all(tensor is None or tensor.dtype in KERNEL_DTYPES for tensor in (x, bias))
+    )
+
+
 def _accepts(x, weight, bias, act, scale, mean, variance, eps, residual, stride, padding):
-    """Half precision of one type; the extension's kernels take addresses of whole 16 bytes."""
+    """Few channels; or half precision of one type, where the extension takes addresses of whole 16 bytes."""
+    if has_few_channels(x, weight, bias, scale, residual):
+        return True
     tensors = [tensor for tensor in (x, weight, bias, residual) if tensor is not None]
     return (
         x.is_cuda
@@ -41,19 +58,25 @@ def _accepts(x, weight, bias, act, scale, mean, variance, eps, residual, stride,
 
 
 def _launch(x, weight, bias, act, scale, mean, variance, eps, residual, stride, padding):
+    if has_few_channels(x, weight, bias, scale, residual):
+        return launcher("conv2d", "launch_conv2d")(x, weight, bias, act, stride, padding)
+
     def fallback():
         return _convolve_then_add(x, weight, bias, act, scale, mean, variance, eps, residual, stride, padding)
 
     if not _plans.available():
         return fallback()
-    factor, shift = None, bias
+    folded, shift = weight, bias
     if scale is not None:
-        factor, shift = launcher("bias_act", "launch_fold_batch_norm")(bias, scale, mean, variance, eps)
-    epilogue = [(step, value) for step, value in (("scale", factor), ("bias", shift)) if value is not None]
-    epilogue += [(act, None)] if act != "none" else []
-    epilogue += [("residual", residual)] if residual is not None else []
-    plan = _plans.find(x, weight, stride, tuple(padding), epilogue, fallback)
-    return fallback() if plan is None else plan(x, weight, [value for _, value in epilogue if value is not None])
+        folded, shift = launcher("bias_act", "launch_fold_batch_norm")(weight, bias, scale, mean, variance, eps)
+    epilogue = [("bias", shift)] if shift is not None else []
+    if residual is not None and act == "none":
+        epilogue.insert(0, ("residual", residual))  # in this order cuDNN need not compile anything
+    else:
+        epilogue += [(act, None)] if act != "none" else []
+        epilogue += [("residual", residual)] if residual is not None else []
+    plan = _plans.find(x, folded, stride, tuple(padding), epilogue, fallback)
+    return fallback() if plan is None else plan(x, folded, [value for _, value in epilogue if value is not None])
 
 
 def convolve(x, weight, padding, out):
@@ -104,13 +127,14 @@ def conv2d(
     """act(norm(conv(x, weight)) + bias) + residual; see the head of this file.
 
     act: "none", "relu" or "silu". padding: with zeros, on all sides or (top, left, bottom, right). Returns
-    channels-last, x.dtype. Raises ValueError on other activations, unless x is [B, C, H, W] and weight [K, C, R, S],
-    and unless scale, mean and variance come together and with a bias.
+    channels-last, x.dtype. Raises ValueError on other activations, unless x is [B, C, H, W], weight [K, C, R, S] and
+    bias [K], and unless scale, mean and variance come together and with a bias.
     """
     check_activation(act)
     if x.dim() != 4 or weight.dim() != 4 or x.shape[1] != weight.shape[1]:
         raise ValueError(f"x is {list(x.shape)}, weight {list(weight.shape)}: expected [B, C, H, W] and [K, C, R, S]")
     if not (scale is None) == (mean is None) == (variance is None) or (scale is not None and bias is None):
         raise ValueError("scale, mean and variance: expected all of them with a bias, or none")
+    check_bias(bias, weight)
     padding = [padding] * 4 if isinstance(padding, int) else list(padding)
     return _forward(x, weight, bias, act, scale, mean, variance, eps, residual, stride, padding)

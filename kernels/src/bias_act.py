@@ -74,21 +74,29 @@ def _bias_act_backward_kernel(
 
 
 @triton.jit
-def _fold_batch_norm_kernel(bias_ptr, scale_ptr, mean_ptr, variance_ptr, out_ptr, channels, eps, BLOCK_C: tl.constexpr):
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask = c < channels
-    scale, shift, _ = _scale_and_shift(bias_ptr, scale_ptr, mean_ptr, variance_ptr, eps, c, mask, True)
-    tl.store(out_ptr + c, scale, mask)
-    tl.store(out_ptr + channels + c, shift, mask)
+def _fold_batch_norm_kernel(
+    weight_ptr, bias_ptr, scale_ptr, mean_ptr, variance_ptr, folded_ptr, shift_ptr, size, eps, BLOCK: tl.constexpr
+):
+    """A program takes BLOCK of the `size` elements of a filter."""
+    blocks = tl.cdiv(size, BLOCK)
+    k, block = tl.program_id(0) // blocks + tl.arange(0, 1), tl.program_id(0) % blocks
+    scale, shift, _ = _scale_and_shift(bias_ptr, scale_ptr, mean_ptr, variance_ptr, eps, k, k >= 0, True)
+    i = block * BLOCK + tl.arange(0, BLOCK)
+    offset = k.to(tl.int64) * size + i
+    weight = tl.load(weight_ptr + offset, i < size, 0.0).to(tl.float32)
+    tl.store(folded_ptr + offset, (weight * scale).to(folded_ptr.dtype.element_ty), i < size)
+    if block == 0:
+        tl.store(shift_ptr + k, shift.to(shift_ptr.dtype.element_ty))
 
 
-def launch_fold_batch_norm(bias, scale, mean, variance, eps):
-    """[2, C] float32: s and b such that x * s + b is the batch norm of x."""
-    out = torch.empty(2, bias.numel(), dtype=torch.float32, device=bias.device)
-    _fold_batch_norm_kernel[(triton.cdiv(bias.numel(), 256),)](
-        bias, scale, mean, variance, out, bias.numel(), eps, BLOCK_C=256
+def launch_fold_batch_norm(weight, bias, scale, mean, variance, eps):
+    """Weight and bias, of weight's type, of the convolution that conv(x, weight) and the batch norm are together."""
+    folded, shift = torch.empty_like(weight), torch.empty_like(bias, dtype=weight.dtype)
+    filters, size = weight.shape[0], weight.numel() // weight.shape[0]
+    _fold_batch_norm_kernel[(filters * triton.cdiv(size, 1024),)](
+        weight, bias, scale, mean, variance, folded, shift, size, eps, BLOCK=1024
     )
-    return out
+    return folded, shift
 
 
 def launch_bias_act(x, bias, act, scale, mean, variance, eps, residual, dtype):

@@ -1,8 +1,12 @@
-"""What several kernels share: activations and their derivatives, and the shape of a launch."""
+"""What several kernels share: activations and their derivatives, products, and the shape of a launch."""
+
+import os
 
 import torch
 import triton
 import triton.language as tl
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
@@ -32,6 +36,15 @@ def activate_backward(x, dy, ACT: tl.constexpr):
         return dy
 
 
+@triton.jit
+def dot(a, b, acc):
+    """acc + a @ b in fp32. a is rounded to b's type; products of float32 are as accurate as float32."""
+    if INTERPRETED:  # the interpreter knows no product of bfloat16, and truncates where a GPU rounds to it
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    else:
+        return tl.dot(a.to(b.dtype), b, acc, input_precision="tf32x3")
+
+
 def like_channels_last(
     x: torch.Tensor, shape: tuple[int, ...] | None = None, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
@@ -57,7 +70,10 @@ def row_tile(channels: int, most_channels: int, elements: int = 4096) -> tuple[i
     return max(1, elements // block), block
 
 
-def persistent_splits(x: torch.Tensor, tiles: int, independent: int = 1) -> int:
-    """Into how many programs to split a loop over `tiles`, when `independent` such loops run side by side."""
-    programs = 4 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
+def persistent_splits(x: torch.Tensor, tiles: int, independent: int = 1, per_processor: int = 4) -> int:
+    """Into how many programs to split a loop over `tiles`, when `independent` such loops run side by side.
+
+    per_processor: programs that one multiprocessor shall have, of all loops together.
+    """
+    programs = per_processor * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
     return min(tiles, max(1, programs // max(independent, 1)))

@@ -82,6 +82,7 @@ BLOCKS: dict[str, tuple[int, Callable[[], nn.Module]]] = {  # channels of the in
     "down-conv": (8, lambda: down_sample("conv", 8, 16)),
     "up-pixel": (16, lambda: up_sample("pixel", 16, 8)),
     "up-interpolate": (16, lambda: up_sample("interpolate", 16, 8)),
+    "stem": (3, lambda: DCAE(CONFIGS["adaptive"]).encoder.project_in),
     "head": (8, lambda: DCAE(CONFIGS["adaptive"]).decoder.project_out),
     "diffusers-ResBlock": (8, lambda: diffusers_block("ResBlock", 8, 8, "rms_norm", "silu")),
     "diffusers-ResBlock-batch": (8, lambda: diffusers_block("ResBlock", 8, 8, "batch_norm", "relu")),

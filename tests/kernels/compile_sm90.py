@@ -15,6 +15,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+SHARED_MEMORY = 227 * 1024  # bytes that a program can have
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -34,6 +35,7 @@ def compile_instead(kernel, *args, grid, warmup, **named):
                 hints[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, hints)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert compiled.metadata.shared <= SHARED_MEMORY, f"{kernel.__name__}: {compiled.metadata.shared} bytes of shared"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -44,6 +46,7 @@ def compile_instead(kernel, *args, grid, warmup, **named):
 
 def main():
     from dcae_fast.kernels.bias_act import launch_bias_act, launch_bias_act_backward, launch_fold_batch_norm
+    from dcae_fast.kernels.conv2d import launch_conv2d, launch_conv2d_unshuffle
     from dcae_fast.kernels.depthwise_glu import launch_depthwise_glu, launch_depthwise_glu_backward
     from dcae_fast.kernels.duplicate_shuffle_add import launch_duplicate_shuffle_add
     from dcae_fast.kernels.multiscale_qkv import launch_multiscale_qkv
@@ -52,6 +55,7 @@ def main():
         launch_relu_linear_attention_backward,
     )
     from dcae_fast.kernels.rms_norm import launch_rms_norm, launch_rms_norm_backward
+    from dcae_fast.kernels.rms_norm_conv2d import launch_rms_norm_conv2d
     from dcae_fast.kernels.unshuffle_average_add import launch_unshuffle_average_add
     from dcae_fast.kernels.upsample_conv2d import launch_subpixel_weights
     from dcae_fast.kernels.weight_layout import launch_weight_layout
@@ -69,7 +73,7 @@ def main():
         launch_bias_act(x, c, "silu", None, None, None, 0.0, None, x.dtype)
         launch_bias_act(x, c, "none", c, c, c, 1e-5, x, x.dtype)
         launch_bias_act_backward(x, x, c, "silu", c, c, c, 1e-5)
-        launch_fold_batch_norm(c, c, c, c, 1e-5)
+        launch_fold_batch_norm(tensor(channels, 64, 3, 3), c, c, c, c, 1e-5)
     for dtype in POINTER:
         qkv, dout = tensor(2, 1536, 16, 16, dtype=dtype), tensor(2, 512, 16, 16, dtype=dtype)
         launch_relu_linear_attention([qkv], 32, 1e-15)
@@ -78,6 +82,15 @@ def main():
         x, weight, bias = tensor(2, 256, 16, 16, dtype=dtype), tensor(256, 1, 3, 3), tensor(256)
         launch_depthwise_glu(x, weight, bias)
         launch_depthwise_glu_backward(x[:, :128], x, weight, bias)
+    for dtype in POINTER:
+        x, weight, bias = tensor(2, 3, 64, 64, dtype=dtype), tensor(128, 3, 3, 3, dtype=dtype), tensor(128, dtype=dtype)
+        launch_conv2d(x, weight, bias, "none", 1, (1, 1, 1, 1))
+        launch_conv2d(x, weight, None, "silu", 2, (1, 1, 1, 1))
+        launch_conv2d_unshuffle(x, weight[:64], bias[:64])
+    for channels, filters in ((128, 3), (256, 3), (256, 12), (1024, 16)):
+        for dtype in (torch.bfloat16, torch.float16):
+            x, weight = tensor(2, channels, 64, 64, dtype=dtype), tensor(filters, channels, 3, 3, dtype=dtype)
+            launch_rms_norm_conv2d(x, tensor(channels), tensor(channels), 1e-5, "silu", weight, tensor(filters))
     launch_unshuffle_average_add(tensor(2, 256, 64, 64), tensor(2, 128, 64, 64), tensor(128), 512, 2, 0.5)
     launch_duplicate_shuffle_add(tensor(2, 512, 32, 32), tensor(2, 1024, 32, 32), tensor(1024), 256, 2, 1.0)
     launch_duplicate_shuffle_add(tensor(2, 512, 32, 32), tensor(8, 256, 32, 32), tensor(256), 256, 2, 1.0)

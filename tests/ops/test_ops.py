@@ -72,8 +72,15 @@ def conv2d_case(b, c, k, h, w, act="none", norm=False, residual=False, stride=1,
         residual_of_y = rest.pop(0) if residual else None
         return ops.conv2d(x, weight, bias, act, residual_of_y, **statistics, stride=stride, padding=padding)
 
-    p, q = ((side + 2 * (size // 2) - size) // stride + 1 for side in (h, w))
+    p, q = ((side + 2 * padding - size) // stride + 1 for side in (h, w))
     return op, [(b, c, h, w), (k, c, size, size), (k,)] + [(k,)] * norm + [(b, k, p, q)] * residual
+
+
+def norm_conv2d_case(b, c, n, h, w, act="none", bias=True):
+    def op(x, norm_weight, norm_bias, weight, *rest):
+        return ops.rms_norm_conv2d(x, norm_weight, norm_bias, weight, *rest, act=act)
+
+    return op, [(b, c, h, w), (c,), (c,), (n, c, 3, 3)] + [(n,)] * bias
 
 
 CASES = {
@@ -97,6 +104,21 @@ CASES = {
     "conv2d-stride_2": conv2d_case(1, 16, 8, 6, 8, stride=2),
     "conv2d-odd": conv2d_case(1, 3, 5, 3, 4, "silu"),
     "conv2d-empty": conv2d_case(0, 8, 8, 4, 4, "silu"),
+    "conv2d-few_channels": conv2d_case(2, 3, 136, 5, 70, "silu"),
+    "conv2d-few_channels-stride_2": conv2d_case(1, 4, 8, 9, 6, "relu", stride=2),
+    "conv2d-few_channels-window": conv2d_case(2, 2, 16, 6, 8, stride=3, padding=2, size=5),
+    "conv2d-one_channel-pointwise": conv2d_case(3, 1, 5, 3, 9, size=1, padding=0),
+    "conv2d-few_channels-empty": conv2d_case(0, 3, 8, 4, 4),
+    "conv2d_unshuffle": (ops.conv2d_unshuffle, [(2, 3, 6, 10), (8, 3, 3, 3), (8,)]),
+    "conv2d_unshuffle-wide": (ops.conv2d_unshuffle, [(1, 4, 2, 134), (35, 4, 3, 3)]),
+    "conv2d_unshuffle-many_channels": (ops.conv2d_unshuffle, [(1, 6, 4, 2), (4, 6, 3, 3), (4,)]),
+    "conv2d_unshuffle-empty": (ops.conv2d_unshuffle, [(0, 3, 4, 4), (4, 3, 3, 3), (4,)]),
+    "rms_norm_conv2d": norm_conv2d_case(2, 64, 12, 9, 35, "relu"),
+    "rms_norm_conv2d-silu-no_bias": norm_conv2d_case(1, 24, 3, 17, 5, "silu", bias=False),
+    "rms_norm_conv2d-many_channels": norm_conv2d_case(1, 272, 16, 3, 7),
+    "rms_norm_conv2d-many_filters": norm_conv2d_case(1, 16, 17, 3, 4),
+    "rms_norm_conv2d-one_pixel": norm_conv2d_case(3, 16, 1, 1, 1),
+    "rms_norm_conv2d-empty": norm_conv2d_case(0, 32, 3, 5, 7),
     "upsample_conv2d": (ops.upsample_conv2d, [(2, 16, 3, 5), (24, 16, 3, 3)]),
     "upsample_conv2d-odd": (ops.upsample_conv2d, [(1, 3, 4, 1), (5, 3, 3, 3)]),
     "multiscale_qkv": (ops.multiscale_qkv, [(2, 64, 5, 7), (64, 1, 5, 5), (64, 32, 1, 1)]),
@@ -281,6 +303,11 @@ def test_mixed_precision_sums_are_promoted():
         (lambda x: ops.bias_act(x, x[0, :, 0, 0], scale=x[0, :, 0, 0]), "all of them or none"),
         (lambda x: ops.conv2d(x, x[:, :3]), "expected"),
         (lambda x: ops.conv2d(x, x, scale=x[0, :, 0, 0]), "all of them with a bias"),
+        (lambda x: ops.conv2d(x, x, x[0, :, 0, 0]), "bias"),
+        (lambda x: ops.conv2d_unshuffle(x[:, :, 1:], x[:, :, :3, :3].expand(24, -1, -1, -1)), "even"),
+        (lambda x: ops.conv2d_unshuffle(x, x[:, :, 1:, 1:], x[0, :3, 0, 0]), "bias"),
+        (lambda x: ops.rms_norm_conv2d(x, x[0, :3, 0, 0], x[0, :, 0, 0], x[:, :, 1:, 1:]), "expected"),
+        (lambda x: ops.rms_norm_conv2d(x, x[0, :, 0, 0], x[0, :, 0, 0], x), "expected"),
         (lambda x: ops.upsample_conv2d(x, x), "expected"),
         (lambda x: ops.multiscale_qkv(x, x, x), "expected"),
         (lambda x: ops.relu_linear_attention([]), "empty"),
@@ -300,7 +327,19 @@ def test_bad_input_is_refused(call, message):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "op", ["rms_norm", "bias_act", "depthwise_glu", "average", "duplicate", "attention", "multiscale_qkv"]
+    "op",
+    [
+        "rms_norm",
+        "bias_act",
+        "depthwise_glu",
+        "average",
+        "duplicate",
+        "attention",
+        "multiscale_qkv",
+        "conv2d",
+        "conv2d_unshuffle",
+        "rms_norm_conv2d",
+    ],
 )
 def test_more_than_2_to_the_31_elements(op):
     """The last image of a batch that crosses 2³¹ elements equals the same image alone."""
@@ -315,6 +354,9 @@ def test_more_than_2_to_the_31_elements(op):
         "duplicate": lambda x: ops.duplicate_shuffle_add(None, x, channel),
         "attention": lambda x: ops.relu_linear_attention([x]),
         "multiscale_qkv": lambda x: ops.multiscale_qkv(x, x.new_ones(96, 1, 5, 5), x.new_ones(96, 32, 1, 1)),
+        "conv2d": lambda x: ops.conv2d(x[:, :3], big[0, :, :9, :3].reshape(96, 3, 3, 3), channel, padding=1),
+        "conv2d_unshuffle": lambda x: ops.conv2d_unshuffle(x[:, :3], big[0, :, :9, :3].reshape(96, 3, 3, 3), channel),
+        "rms_norm_conv2d": lambda x: ops.rms_norm_conv2d(x, channel, channel, big[0, :, :9, :9].reshape(9, 96, 3, 3)),
     }[op]
     whole, alone = call(big)[-1:], call(big[-1:].clone(memory_format=NHWC))
     torch.testing.assert_close(whole, alone, atol=2e-2 if op == "attention" else 0, rtol=0)

@@ -1,0 +1,48 @@
+"""3×3 convolution, bias and pixel-unshuffle by 2, as one 4×4 convolution with stride 2.
+
+    y = pixel_unshuffle(conv3x3(x, weight) + bias, 2)
+
+The four pixels that the unshuffle stacks see 3×3 windows of the same 4×4 pixels, so each is a filter of its own, with
+zeros around its nine weights. x: [B, C, H, W] channels-last; weight: [K, C, 3, 3], padding 1; bias: [K]; y: [B, 4 K,
+H / 2, W / 2]. Written once instead of three times; the kernel is for few channels.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from dcae_fast.models import functional
+
+from ._elementwise import check_bias
+from ._library import define, differentiable_as, launcher
+from .conv2d import has_few_channels
+
+
+def conv2d_unshuffle_reference(x, weight, bias):
+    return functional.pixel_unshuffle(F.conv2d(x, weight, bias, padding=1), 2)
+
+
+def _launch(x, weight, bias):
+    return launcher("conv2d", "launch_conv2d_unshuffle")(x, weight, bias)
+
+
+_forward = define(
+    "conv2d_unshuffle(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    conv2d_unshuffle_reference,
+    has_few_channels,
+    _launch,
+)
+differentiable_as(_forward, conv2d_unshuffle_reference)
+
+
+def conv2d_unshuffle(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """pixel_unshuffle(conv(x, weight) + bias, 2); see the head of this file.
+
+    x: [B, C, H, W], H and W even; weight: [K, C, 3, 3]; bias: [K]. Returns [B, 4 K, H / 2, W / 2] channels-last,
+    x.dtype. Raises ValueError on other shapes.
+    """
+    if x.dim() != 4 or x.shape[2] % 2 or x.shape[3] % 2 or weight.shape[1:] != (x.shape[1], 3, 3):
+        raise ValueError(
+            f"x is {list(x.shape)}, weight {list(weight.shape)}: expected [B, C, H, W] with even H and W, [K, C, 3, 3]"
+        )
+    check_bias(bias, weight)
+    return _forward(x, weight, bias)

@@ -1,0 +1,68 @@
+"""Channel RMS norm, activation and 3×3 convolution to few channels, as at the end of the decoders.
+
+    y = conv3x3(act(x * rsqrt(mean_c(x²) + eps) * norm_weight + norm_bias), weight) + bias
+
+x: [B, C, H, W] channels-last; norm_weight, norm_bias: [C]; weight: [N, C, 3, 3], padding 1; bias: [N]; y: [B, N, H, W].
+Statistics and sums in fp32; what is convolved, and each tap's sum over the channels, is rounded to x.dtype.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from dcae_fast.models import functional
+
+from ._elementwise import activate, check_activation, check_bias
+from ._library import KERNEL_DTYPES, define, differentiable_as
+
+MOST_CHANNELS, MOST_FILTERS = 1024, 16  # of the kernel
+
+
+def rms_norm_conv2d_reference(x, norm_weight, norm_bias, eps, act, weight, bias):
+    y = activate(functional.rms_norm(x, norm_weight, norm_bias, eps), act)
+    return F.conv2d(y, weight, bias, padding=1)
+
+
+def _accepts(x, norm_weight, norm_bias, eps, act, weight, bias):
+    """Half precision of one type; fp32 is better served by `rms_norm` and a library's convolution."""
+    return (
+        x.dtype in (torch.float16, torch.bfloat16)
+        and weight.dtype == x.dtype
+        and all(tensor is None or tensor.dtype in KERNEL_DTYPES for tensor in (norm_weight, norm_bias, bias))
+        and x.shape[1] <= MOST_CHANNELS
+        and weight.shape[0] <= MOST_FILTERS
+    )
+
+
+_forward = define(
+    "rms_norm_conv2d(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, str act, Tensor weight, Tensor? bias)"
+    " -> Tensor",
+    rms_norm_conv2d_reference,
+    _accepts,
+    "rms_norm_conv2d",
+)
+differentiable_as(_forward, rms_norm_conv2d_reference)
+
+
+def rms_norm_conv2d(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    act: str = "none",
+) -> torch.Tensor:
+    """conv3x3(act(rms_norm(x))) + bias; see the head of this file.
+
+    x: [B, C, H, W]; norm_weight, norm_bias: [C]; weight: [N, C, 3, 3]; bias: [N]; act: "none", "relu" or "silu".
+    Returns [B, N, H, W] channels-last, x.dtype. Raises ValueError on other shapes or activations.
+    """
+    check_activation(act)
+    channels = x.shape[1:2]
+    if x.dim() != 4 or not norm_weight.shape == norm_bias.shape == channels or weight.shape[1:] != (*channels, 3, 3):
+        raise ValueError(
+            f"x {list(x.shape)}, norm {list(norm_weight.shape)} {list(norm_bias.shape)}, weight {list(weight.shape)}:"
+            " expected [B, C, H, W], [C], [C], [N, C, 3, 3]"
+        )
+    check_bias(bias, weight)
+    return _forward(x, norm_weight, norm_bias, eps, act, weight, bias)
