@@ -133,6 +133,8 @@ class DCAEDiffusion(nn.Module):
             raise ValueError(f"{len(null_labels)} null_labels for {len(labels)} labels")
         shape = (len(labels), channels or network.in_channels, network.input_size, network.input_size)
         noise = torch.randn(shape, generator=generator, dtype=torch.float32, device=weight.device)
+        if not len(labels):  # adaptive solvers find no step without an error to measure
+            return noise
 
         def call(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
             out = self.diffusion_model(x.to(weight.dtype), t, y)

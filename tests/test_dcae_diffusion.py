@@ -110,8 +110,10 @@ def test_fewer_channels_of_adaptive_models():
         build().generate(LABELS, channels=5)
 
 
-def test_no_labels():
-    assert build().generate(LABELS[:0], cfg_scale=2.0).shape == (0, 8, 4, 4)
+@pytest.mark.parametrize("sampler", TRAINING)
+def test_no_labels(sampler):
+    model = build({"DPM_Solver": UVIT, "SiTSampler": FLOW, "GaussianDiffusion": DIT}[TRAINING[sampler]])
+    assert model.generate(LABELS[:0], cfg_scale=2.0, sampler=sampler).shape == (0, 8, 4, 4)
 
 
 @pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "weights"])
