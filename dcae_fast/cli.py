@@ -1,4 +1,4 @@
-"""The command line: dcae-fast reconstruct | encode | decode | convert | models | info."""
+"""The command line: dcae-fast reconstruct | encode | decode | sample | convert | models | info."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -15,8 +15,11 @@ from tqdm import tqdm
 import dcae_fast
 
 from . import describe, images
+from . import sample as sampling
+from .diffusion import DCAEDiffusion
+from .models import diffusion_zoo
 from .models.autoencoder import DCAE
-from .models.checkpoint import CheckpointError
+from .models.weights import CheckpointError
 from .models.zoo import AUTOENCODERS
 from .reconstruction import (
     DeviceError,
@@ -31,6 +34,7 @@ from .reconstruction import (
 from .reconstruction import reconstruct as reconstruct_photograph
 
 Fit = Literal["crop", "pad"]
+Sampler = Literal["DPM_Solver", "ODE_dopri5", "ODE_heun2", "SDE", "GaussianDiffusion"]
 Paths = tyro.conf.Positional[tuple[Path, ...]]
 
 
@@ -159,6 +163,63 @@ def decode(latents: Paths, *, out: Path = Path("outputs"), compute: Compute) -> 
     return failed
 
 
+def sample(
+    *,
+    model: str = sampling.TINY,
+    labels: tuple[int, ...] = (),
+    cfg: float = 6.0,
+    seed: int = 0,
+    sampler: Sampler | None = None,
+    steps: int | None = None,
+    out: Path = Path("outputs/samples.png"),
+    latents: Path | None = None,
+    compute: Compute,
+) -> int:
+    """Draw pictures of the given classes with a diffusion model, into one grid.
+
+    Args:
+        model: a name from `dcae-fast models`, a Hugging Face repository, a folder or a weight file
+        labels: a class for each picture; by default sixteen, the original's demonstration for ImageNet
+        cfg: scale of the classifier-free guidance; 1 is without
+        seed: of the noise; the same seed and labels give the same pictures
+        sampler: by default the model's own
+        steps: by default the model's own
+        out: PNG file for the grid
+        latents: safetensors file for the latents too
+    """
+    if out.suffix.lower() != ".png":
+        raise UsageError(f"--out {out}: expected a name that ends in .png")
+    network = _load_diffusion_model(model, compute)
+    config = network.config
+    labels = labels or sampling.default_labels(config.network.num_classes)
+    steps = config.num_inference_steps if steps is None else steps
+    request = sampling.Request(labels, cfg, seed, sampler or config.eval_scheduler, steps)
+    try:
+        z = sampling.sample(network, request)
+        pictures = sampling.decode(network, z)
+    except (ImportError, ValueError) as error:  # without torchdiffeq; labels or steps out of range
+        raise UsageError(str(error)) from error
+    except torch.OutOfMemoryError as error:
+        raise UsageError(f"{len(labels)} pictures do not fit in the device's memory") from error
+    if latents is not None:
+        latents.parent.mkdir(parents=True, exist_ok=True)
+        sampling.save_latents(z, request, model, latents)
+        print(f"Latents are in {latents.resolve()}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    images.save_png(images.grid(pictures, request.columns), out)
+    print(f"{request}\nThe pictures are in {out.resolve()}")
+    return 0
+
+
+def _load_diffusion_model(model: str, compute: Compute) -> DCAEDiffusion:
+    try:
+        return sampling.load(model, compute.device, compute.dtype, compute.patch)
+    except CheckpointError as error:
+        if model in diffusion_zoo.DIFFUSION_MODELS:
+            raise UsageError(f"{error}\n{sampling.how_to_get(model)}") from error
+        raise
+
+
 def convert(
     source: tyro.conf.Positional[str],
     destination: tyro.conf.Positional[Path],
@@ -177,8 +238,8 @@ def convert(
 
 
 def models() -> int:
-    """List the autoencoders: ratio, latent channels, parameters, and the cost of encoding and decoding a picture."""
-    print(describe.models_table())
+    """List the autoencoders and the diffusion models with their size and cost."""
+    print(describe.models_table(), describe.diffusion_models_table(), sep="\n\n")
     return 0
 
 
@@ -188,12 +249,14 @@ def info(model: tyro.conf.Positional[str]) -> int:
     Args:
         model: a name from `dcae-fast models`, a Hugging Face repository, a folder or a weight file
     """
-    if model in AUTOENCODERS:  # the architecture is enough: nothing to download
+    if model in (*diffusion_zoo.DIFFUSION_MODELS, *AUTOENCODERS):  # the architecture is enough: nothing to download
         with torch.device("meta"):
-            network = DCAE.from_name(model)
+            network = (DCAE if model in AUTOENCODERS else DCAEDiffusion).from_name(model)
+    elif model in diffusion_zoo.BUNDLED:
+        network = DCAEDiffusion.from_pretrained(model)
     else:
         network = DCAE.from_pretrained(model)
-    print(describe.config_table(network.config), dcae_fast.patch(network), sep="\n\n")
+    print(describe.model_tables(network), dcae_fast.patch(network), sep="\n\n")
     return 0
 
 
@@ -247,7 +310,7 @@ def _for_each(files: Sequence[Path], work: Callable[[Path, str], str], out: Path
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; the exit status is 0, 1 if some files failed, or 2 if the request could not be met at all."""
-    commands = {command.__name__: command for command in (reconstruct, encode, decode, convert, models, info)}
+    commands = {command.__name__: command for command in (reconstruct, encode, decode, sample, convert, models, info)}
     try:
         return tyro.extras.subcommand_cli_from_dict(
             commands,

@@ -1,10 +1,12 @@
-"""Tables about autoencoders: what they cost and what they are made of. No weights are needed."""
+"""Tables about the models: what they cost and what they are made of. No weights are needed."""
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from .diffusion import DCAEDiffusion
 from .models.autoencoder import DCAE, DCAEConfig
+from .models.diffusion_zoo import DiffusionConfig, diffusion_config, diffusion_names
 from .models.zoo import autoencoder_config, autoencoder_names
 
 
@@ -41,6 +43,51 @@ def models_table() -> str:
         ratio = 2 ** (len(config.encoder.depth) - 1)
         row = (name, ratio, config.latent_channels, f"{parameters / 1e6:.1f}", f"{flops / 1e9:.0f}")
         rows.append(tuple(map(str, row)))
+    return table(rows)
+
+
+def diffusion_cost(config: DiffusionConfig) -> tuple[int, int]:
+    """Parameters, and the floating point operations of one call of the network for one latent, counted likewise."""
+    network = config.network
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model = config.build().eval()
+        x = torch.empty(1, network.in_channels, network.input_size, network.input_size)
+        model(x, torch.empty(1), torch.zeros(1, dtype=torch.int64))
+    return sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops()
+
+
+def diffusion_models_table() -> str:
+    """All diffusion models of the zoo."""
+    rows = [("name", "tokens", "parameters (M)", "GFLOP of a call", "sampler", "steps")]
+    for name in diffusion_names():
+        config = diffusion_config(name)
+        parameters, flops = diffusion_cost(config)
+        cost = (f"{parameters / 1e6:.1f}", f"{flops / 1e9:.0f}")
+        rows.append((name, str(config.network.tokens), *cost, config.eval_scheduler, str(config.num_inference_steps)))
+    return table(rows)
+
+
+def model_tables(model: DCAE | DCAEDiffusion) -> str:
+    """What a model is made of; of a diffusion model first the transformer, then the autoencoder."""
+    if isinstance(model, DCAE):
+        return config_table(model.config)
+    return f"{diffusion_config_table(model.config)}\n\n{config_table(model.autoencoder.config)}"
+
+
+def diffusion_config_table(config: DiffusionConfig) -> str:
+    """A diffusion model's latents, network, training and sampling."""
+    network = config.network
+    parameters, _ = diffusion_cost(config)
+    latents = f"{network.in_channels}x{network.input_size}x{network.input_size}, scaling factor {config.scaling_factor}"
+    size = f"depth {network.depth}, width {network.hidden_size}, {network.num_heads} heads"
+    rows = [
+        ("autoencoder", config.autoencoder),
+        ("latents", latents),
+        ("transformer", f"{size}, {network.tokens} tokens, {parameters / 1e6:.1f} M parameters"),
+        ("classes", f"{network.num_classes}, and one for none"),
+        ("training", config.train_scheduler),
+        ("sampler", f"{config.eval_scheduler}, {config.num_inference_steps} steps"),
+    ]
     return table(rows)
 
 

@@ -131,6 +131,17 @@ def side_by_side(pictures: list[tuple[Image.Image, str]], title: str) -> Image.I
     return sheet
 
 
+def grid(x: torch.Tensor, columns: int) -> Image.Image:
+    """Pictures, uint8 [B, 3, H, W], row by row with 2 white pixels between them."""
+    gap, (count, _, height, width) = 2, x.shape
+    rows = -(-count // columns)
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    for index in range(count):
+        row, column = divmod(index, columns)
+        sheet.paste(to_image(x[index : index + 1]), (column * (width + gap), row * (height + gap)))
+    return sheet
+
+
 def save_png(image: Image.Image, path: Path) -> None:
     """Writes a PNG that is either whole or absent."""
     with written_atomically(path) as temporary:

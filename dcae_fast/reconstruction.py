@@ -27,11 +27,10 @@ class LatentError(ValueError):
     """A file that does not hold a latent written by `save_latent`; the message names it."""
 
 
-def load_model(source: str, device: str | None, dtype: str | None) -> DCAE:
-    """`DCAE.from_pretrained(source)` on a device, channels-last, in one of `DTYPES`.
+def choose_device(device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
+    """A device, CUDA where there is one and else the CPU, and one of `DTYPES`, bfloat16 on CUDA and else float32.
 
-    device: CUDA where there is one, else the CPU. dtype: bfloat16 on CUDA, else float32. Raises DeviceError and
-    `CheckpointError`.
+    Raises DeviceError if it is not there or cannot compute in that dtype.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
@@ -41,7 +40,13 @@ def load_model(source: str, device: str | None, dtype: str | None) -> DCAE:
     except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch was built without CUDA
         reason = str(error).partition("\n")[0]
         raise DeviceError(f"cannot compute in {dtype} on device {device!r}: {reason}") from error
-    return DCAE.from_pretrained(source).to(device, DTYPES[dtype], memory_format=torch.channels_last)
+    return torch.device(device), DTYPES[dtype]
+
+
+def load_model(source: str, device: str | None, dtype: str | None) -> DCAE:
+    """`DCAE.from_pretrained(source)` as `choose_device` says, channels-last. Raises DeviceError and CheckpointError."""
+    place = choose_device(device, dtype)
+    return DCAE.from_pretrained(source).to(*place, memory_format=torch.channels_last)
 
 
 def load_photograph(path: Path, model: DCAE, how: str) -> tuple[torch.Tensor, tuple[int, int]]:

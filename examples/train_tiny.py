@@ -5,17 +5,13 @@
 Needs scikit-image and scikit-learn for their photographs. Writes model.safetensors (float16), config.json and a card.
 """
 
-import argparse
-import copy
 import math
-import time
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tiny_photographs import PHOTOGRAPHS, Crops
+from tiny_training import device_name, parse_options, train, whole_folder
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
@@ -36,9 +32,6 @@ CONFIG = DCAEConfig(
         act=("relu",) * 3 + ("silu",) * 3,
     ),
 )
-LEARNING_RATE = 1e-3
-WARM_UP = 0.05  # of the time
-EMA_DECAY = 0.999
 
 
 def reconstruction_loss(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -52,47 +45,16 @@ def reconstruction_loss(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def learning_rate(progress: float) -> float:
-    """Linear warm-up, then a cosine to zero; progress from 0 to 1."""
-    return LEARNING_RATE * min(progress / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * progress))
-
-
-def clock(seconds: float) -> Iterator[float]:
-    """Fractions of `seconds` that have passed, until it is over, with a progress bar."""
-    start = time.perf_counter()
-    with tqdm(total=round(seconds), unit="s", bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} s{postfix}") as bar:
-        while (passed := time.perf_counter() - start) < seconds:
-            if int(passed) > bar.n:
-                bar.update(int(passed) - bar.n)
-            yield passed / seconds
-
-
-def train(model: DCAE, crops: Crops, batch: int, minutes: float) -> tuple[DCAE, int]:
+def train_autoencoder(model: DCAE, crops: Crops, batch: int, minutes: float) -> tuple[DCAE, int]:
     """Trains `model` in place for that long; returns the moving average of its weights and the number of steps."""
-    average = copy.deepcopy(model)
-    weights, average_weights = list(model.parameters()), list(average.parameters())
-    on_cuda = crops.device.type == "cuda"
-    optimizer = torch.optim.AdamW(weights, LEARNING_RATE, betas=(0.9, 0.99), fused=on_cuda)
-    step = 0
-    for progress in clock(60 * minutes):
-        optimizer.param_groups[0]["lr"] = learning_rate(progress)
+
+    def draw_loss() -> torch.Tensor:
         x = crops.draw(batch).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(crops.device.type, torch.bfloat16, enabled=on_cuda):
+        with torch.autocast(crops.device.type, torch.bfloat16, enabled=crops.device.type == "cuda"):
             y = model(x)
-        loss = reconstruction_loss(y, x)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        step += 1
-        with torch.no_grad():
-            decay = min(EMA_DECAY, step / (step + 10))
-            torch._foreach_lerp_(average_weights, weights, 1 - decay)
-        if step % 100 == 1 and not math.isfinite(value := loss.item()):
-            raise RuntimeError(f"training diverged: the loss is {value} at step {step}")
-        elif step % 100 == 1:
-            tqdm.write(f"step {step}: loss {value:.4f}")
-    return average, step
+        return reconstruction_loss(y, x)
+
+    return train(model, draw_loss, minutes)
 
 
 def round_to_float16(model: DCAE) -> None:
@@ -145,32 +107,16 @@ def card(model: DCAE, results: dict[str, tuple[str, float]], **facts: object) ->
     return CARD.format(parameters=parameters, channels=channels, seen=seen, rows="\n".join(rows), **facts)
 
 
-def save(model: DCAE, text: str, out: Path) -> None:
-    """The folder appears whole or not at all."""
-    part = out.with_name(f".{out.name}.part")
-    checkpoint.save(model.half(), part, "original")
-    (part / "README.md").write_text(text, encoding="utf-8")
-    part.rename(out)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder to make; must not exist")
-    parser.add_argument("--minutes", type=float, default=6.5, help="time to train")
-    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args()
-    if options.out.exists():
-        parser.error(f"--out {options.out} exists already")
-    options.out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    options = parse_options(__doc__, minutes=6.5)
     on_cuda = options.device.type == "cuda"
     batch, size = (64, 256) if on_cuda else (4, 128)  # on a CPU it is a rehearsal
-    device_name = torch.cuda.get_device_name(options.device) if on_cuda else "a CPU"
 
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
     crops = Crops([photograph for photograph in PHOTOGRAPHS if photograph.weight], size, options.device)
     model = DCAE(CONFIG).to(options.device, memory_format=torch.channels_last)
-    model, steps = train(model, crops, batch, options.minutes)
+    model, steps = train_autoencoder(model, crops, batch, options.minutes)
     round_to_float16(model)
     update_bn((crops.draw(batch) for _ in tqdm(range(50), desc="batch norm statistics")), model)
     round_to_float16(model)
@@ -178,8 +124,10 @@ def main() -> None:
     model = model.eval().cpu().to(memory_format=torch.contiguous_format)
     results, rms = evaluate(model)
     model.config = replace(model.config, scaling_factor=round(1 / rms, 4))
-    text = card(model, results, minutes=options.minutes, steps=steps, batch=batch, size=size, device=device_name)
-    save(model, text, options.out)
+    facts = {"minutes": options.minutes, "steps": steps, "batch": batch, "size": size}
+    text = card(model, results, **facts, device=device_name(options.device))
+    with whole_folder(options.out, text) as folder:
+        checkpoint.save(model.half(), folder, "original")
     print(text)
 
 

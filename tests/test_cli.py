@@ -147,10 +147,13 @@ def test_convert(model, tmp_path):
 
 def test_models_table(capsys, monkeypatch):
     monkeypatch.setattr(cli.describe, "autoencoder_names", lambda: list(AUTOENCODERS)[:2])
+    monkeypatch.setattr(cli.describe, "diffusion_names", lambda: ["dc-ae-f64c128-in-1.0-uvit-h-in-512px"])
     assert run("models") == 0
-    heading, first, second = capsys.readouterr().out.splitlines()
+    heading, first, second, _, other_heading, third = capsys.readouterr().out.splitlines()
     assert heading.startswith("name") and first.split()[:4] == ["dc-ae-f32c32-in-1.0", "32", "32", "323.4"]
     assert second.split()[:4] == ["dc-ae-f64c128-in-1.0", "64", "128", "676.9"]
+    assert other_heading.startswith("name")
+    assert third.split() == ["dc-ae-f64c128-in-1.0-uvit-h-in-512px", "64", "500.9", "66", "DPM_Solver", "30"]
     assert set(AUTOENCODERS) < set(autoencoder_names())
 
 
@@ -161,6 +164,14 @@ def test_info(model, capsys):
     assert re.search(r"LiteMLA +12", text)
     assert run("info", model) == 0
     assert "8x8 pixels to one position of 8 channels" in capsys.readouterr().out
+
+
+def test_info_of_a_diffusion_model(capsys):
+    assert run("info", "dc-ae-f64c128-in-1.0-uvit-h-in-512px") == 0
+    text = capsys.readouterr().out
+    assert re.search(r"latents +128x8x8, scaling factor 0.2889", text)
+    assert re.search(r"sampler +DPM_Solver, 30 steps", text)
+    assert "64x64 pixels to one position of 128 channels" in text and re.search(r"LiteMLA +\d+", text)
 
 
 @pytest.mark.parametrize(
@@ -192,4 +203,5 @@ def test_wrong_arguments(argv, capsys):
 
 def test_run_as_a_module():
     result = subprocess.run([sys.executable, "-m", "dcae_fast", "--help"], capture_output=True, text=True, check=True)
-    assert all(command in result.stdout for command in ("reconstruct", "encode", "decode", "convert", "models", "info"))
+    commands = ("reconstruct", "encode", "decode", "sample", "convert", "models", "info")
+    assert all(command in result.stdout for command in commands)

@@ -19,7 +19,7 @@ MAY_IMPORT = {  # by folder: what it may import, besides itself and the standard
 }
 EXCEPTIONS = {
     "dcae_fast/ops/_plans.py": ["dcae_fast.files"],
-    "dcae_fast/models/checkpoint.py": ["safetensors", "huggingface_hub", "dcae_fast.files"],
+    "dcae_fast/models/weights.py": ["safetensors", "huggingface_hub", "dcae_fast.files"],
     "dcae_fast/sampling/flow.py": ["torchdiffeq"],
 }
 SOURCES = [

@@ -189,17 +189,14 @@ class DCAE(nn.Module):
 
         source: a folder or weight file, a name of the zoo, or a Hugging Face repository; the first of these that it
         can be. revision, cache_dir, local_files_only: as in huggingface_hub; the latter two for repositories alone.
-        config: instead of the checkpoint's own. Raises `checkpoint.CheckpointError`.
+        config: instead of the checkpoint's own. Raises `weights.CheckpointError`.
         """
-        from . import checkpoint
+        from . import checkpoint, weights
 
         config, state = checkpoint.load(
             source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, config=config
         )
-        with torch.device("meta"):
-            model = cls(config)
-        model.load_state_dict(state, assign=True)
-        return model.eval()
+        return weights.assemble(lambda: cls(config), state)
 
     def save_pretrained(self, folder: str | os.PathLike, layout: str = "original") -> None:
         """Weights and config.json in a folder, for `from_pretrained` and the library of that layout.

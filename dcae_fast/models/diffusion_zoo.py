@@ -1,39 +1,77 @@
-"""The released diffusion models: name → network, autoencoder, and how it is trained and sampled.
+"""The released diffusion models: name → network, autoencoder, how it is trained and sampled, where its weights are.
 
-All make pictures of 512 pixels and 1000 classes. Schedulers and samplers have the names of the original (DC-Gen).
+All released ones make pictures of 512 pixels and 1000 classes. Schedulers and samplers have the names of the original
+(DC-Gen).
 """
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 from . import zoo
 from .dit import DiT, DiTConfig
 from .uvit import UViT, UViTConfig
 
 RESOLUTION = 512
+NETWORKS = {"uvit": UViTConfig, "dit": DiTConfig}
+SAMPLERS_AFTER = {  # by the training, the samplers that fit it
+    "DPM_Solver": ("DPM_Solver",),
+    "SiTSampler": ("ODE_dopri5", "ODE_heun2", "SDE"),
+    "GaussianDiffusion": ("GaussianDiffusion",),
+}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DiffusionConfig:
-    """network: configuration of the network; autoencoder: the name, in `zoo`, of the one whose latents it models.
+    """network: configuration of the network. autoencoder: of whose latents, a name of `zoo` or a repository.
 
-    train_scheduler: "DPM_Solver", "GaussianDiffusion" (noise prediction) or "SiTSampler" (flow). eval_scheduler: the
-    sampler it was released with, "DPM_Solver", "GaussianDiffusion" or "ODE_dopri5", and its num_inference_steps.
+    scaling_factor: what the autoencoder's latents are multiplied by before the network sees them.
+    train_scheduler: "DPM_Solver", "GaussianDiffusion" (noise prediction) or "SiTSampler" (flow). eval_scheduler:
+    the sampler it was released with, one of `SAMPLERS_AFTER` that training, and its num_inference_steps.
+    name: the model's name where it is one of `DIFFUSION_MODELS`.
     """
 
     network: UViTConfig | DiTConfig
     autoencoder: str
+    scaling_factor: float
     train_scheduler: str
     eval_scheduler: str
     num_inference_steps: int
+    name: str | None = field(default=None, compare=False)
 
-    @property
-    def scaling_factor(self) -> float:
-        """What the autoencoder's latents are multiplied by before the network sees them."""
-        return zoo.AUTOENCODERS[self.autoencoder].scaling_factor
+    def __post_init__(self):
+        if self.train_scheduler not in SAMPLERS_AFTER:
+            raise ValueError(f"train_scheduler={self.train_scheduler!r}; expected one of {', '.join(SAMPLERS_AFTER)}")
+        self.check_sampler(self.eval_scheduler)
+
+    def check_sampler(self, sampler: str) -> None:
+        """ValueError unless the sampler fits the training."""
+        fitting = SAMPLERS_AFTER[self.train_scheduler]
+        if sampler not in fitting:
+            raise ValueError(f"sampler {sampler!r}; after {self.train_scheduler} expected {' or '.join(fitting)}")
 
     def build(self) -> UViT | DiT:
         """The network with random weights."""
         return UViT(self.network) if isinstance(self.network, UViTConfig) else DiT(self.network)
+
+
+def config_to_json(config: DiffusionConfig) -> dict[str, Any]:
+    """For a config.json: {"model_name": ...} as the original's for a released model, else everything."""
+    if config == DIFFUSION_MODELS.get(config.name):
+        return {"model_name": config.name}
+    written = {"model": "uvit" if isinstance(config.network, UViTConfig) else "dit", **asdict(config)}
+    del written["name"]
+    return written
+
+
+def config_from_json(given: Mapping[str, Any]) -> DiffusionConfig:
+    """The inverse of `config_to_json`; KeyError, TypeError or ValueError for anything else."""
+    if "model_name" in given:
+        return diffusion_config(given["model_name"])
+    options = {key: value for key, value in given.items() if key not in ("model", "network")}
+    return DiffusionConfig(network=NETWORKS[given["model"]](**given["network"]), **options)
 
 
 SIZES = {
@@ -48,28 +86,32 @@ GAUSSIAN = {"train_scheduler": "GaussianDiffusion", "eval_scheduler": "GaussianD
 FLOW = {"train_scheduler": "SiTSampler", "eval_scheduler": "ODE_dopri5", "num_inference_steps": 250}
 
 
-def _latents(autoencoder: str) -> dict[str, int]:
-    config = zoo.AUTOENCODERS[autoencoder]
-    ratio = 2 ** (len(config.encoder.depth) - 1)
-    return {"in_channels": config.latent_channels, "input_size": RESOLUTION // ratio}
+def _model(network: type, autoencoder: str, size: str, schedulers: dict, **options) -> DiffusionConfig:
+    latents = zoo.AUTOENCODERS[autoencoder]
+    input_size = RESOLUTION // 2 ** (len(latents.encoder.depth) - 1)
+    sizes = {"in_channels": latents.latent_channels, "input_size": input_size, **SIZES[size]}
+    return DiffusionConfig(
+        network=network(**sizes, **options),
+        autoencoder=autoencoder,
+        scaling_factor=latents.scaling_factor,
+        **schedulers,
+    )
 
 
 def _uvit(autoencoder: str, size: str) -> DiffusionConfig:
-    return DiffusionConfig(UViTConfig(**SIZES[size], **_latents(autoencoder)), autoencoder, **DPM_SOLVER)
+    return _model(UViTConfig, autoencoder, size, DPM_SOLVER)
 
 
 def _usit(autoencoder: str, size: str) -> DiffusionConfig:
-    adaptive = zoo.AUTOENCODERS[autoencoder].adaptive
-    network = UViTConfig(**SIZES[size], **_latents(autoencoder), adaptive=adaptive)
-    return DiffusionConfig(network, autoencoder, **FLOW)
+    return _model(UViTConfig, autoencoder, size, FLOW, adaptive=zoo.AUTOENCODERS[autoencoder].adaptive)
 
 
 def _dit(autoencoder: str, size: str) -> DiffusionConfig:
-    return DiffusionConfig(DiTConfig(**SIZES[size], **_latents(autoencoder)), autoencoder, **GAUSSIAN)
+    return _model(DiTConfig, autoencoder, size, GAUSSIAN)
 
 
 def _sit(autoencoder: str, size: str) -> DiffusionConfig:
-    return DiffusionConfig(DiTConfig(**SIZES[size], **_latents(autoencoder), learn_sigma=False), autoencoder, **FLOW)
+    return _model(DiTConfig, autoencoder, size, FLOW, learn_sigma=False)
 
 
 DIFFUSION_MODELS = {
@@ -90,8 +132,24 @@ DIFFUSION_MODELS = {
 }
 
 
+ASSETS = Path(__file__).parents[1] / "assets"
+BUNDLED = {name: ASSETS / name for name in ("dc-ae-tiny-uvit-digits",) if (ASSETS / name).is_dir()}
+
+
+def diffusion_names() -> list[str]:
+    """All names that `diffusion_config` knows; those in `BUNDLED` come with this package, the others from the hub."""
+    return [*DIFFUSION_MODELS, *BUNDLED]
+
+
 def diffusion_config(name: str) -> DiffusionConfig:
-    """The entry of a diffusion model of the zoo; ValueError with the known names for any other."""
+    """The configuration of a diffusion model of the zoo; ValueError with the known names for any other."""
+    if name in BUNDLED:
+        return config_from_json(json.loads((BUNDLED[name] / "config.json").read_text()))
     if name not in DIFFUSION_MODELS:
-        raise ValueError(zoo.unknown_name("diffusion model", name, list(DIFFUSION_MODELS)))
-    return DIFFUSION_MODELS[name]
+        raise ValueError(zoo.unknown_name("diffusion model", name, diffusion_names()))
+    return replace(DIFFUSION_MODELS[name], name=name)
+
+
+def diffusion_hub_id(name: str) -> str:
+    """The Hugging Face repository with the original weights of one of `DIFFUSION_MODELS`."""
+    return f"mit-han-lab/{name}"

@@ -8,7 +8,7 @@ from .arguments import Model, Network
 def guided(
     network: Model,
     labels: torch.Tensor,
-    null_label: int,
+    null_label: int | torch.Tensor,
     scale: float = 1.0,
     interval: tuple[float, float] | None = None,
 ) -> Network:
@@ -20,14 +20,14 @@ def guided(
     conditional ones. Both come from one batch of 2B, [labels, null_label]. At scale 1, and at times outside
     `interval`, the network runs on the B labels alone.
 
-    labels: [B] int64; null_label: the label for none, num_classes in the original's networks.
+    labels: [B] integers; null_label: the label for none, num_classes in the original's networks, or one for each, [B].
     interval: (lo, hi), guidance where lo <= t <= hi, with t the network's own time: in DPM_Solver 1000 is pure noise
     and 1 data, in GaussianDiffusion 999 and 0, in the ODE and SDE samplers 0 and 1. ValueError if lo > hi.
     """
     if interval is not None and interval[0] > interval[1]:
         raise ValueError(f"interval={interval}; (lo, hi) with lo <= hi expected")
     lo, hi = interval or (-float("inf"), float("inf"))
-    with_null = torch.cat([labels, torch.full_like(labels, null_label)])
+    with_null = torch.cat([labels, torch.zeros_like(labels) + null_label])
 
     def call(x: torch.Tensor, t: float, y: torch.Tensor) -> torch.Tensor:
         times = torch.full(y.shape, t, dtype=x.dtype, device=x.device)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dcae_fast.models import checkpoint, convert, zoo
+from dcae_fast.models import checkpoint, convert, weights, zoo
 from dcae_fast.models.autoencoder import DCAE, CoderConfig, DCAEConfig
 from dcae_fast.models.checkpoint import CheckpointError
 
@@ -76,7 +76,7 @@ def test_round_trip(config, layout, tmp_path):
 
 
 @pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"state_dict": state, "step": 3}])
-@pytest.mark.parametrize("suffix", checkpoint.PICKLES)
+@pytest.mark.parametrize("suffix", weights.PICKLES)
 def test_pickles(wrap, suffix, tmp_path):
     torch.save(wrap(build().state_dict()), tmp_path / f"weights{suffix}")
     assert_same(DCAE.from_pretrained(tmp_path / f"weights{suffix}", config=CONFIG), build())
@@ -129,12 +129,12 @@ def test_shapes_tell_the_config_of_a_file_alone(layout, tmp_path, monkeypatch):
     monkeypatch.setitem(zoo.AUTOENCODERS, "dc-ae-test", CONFIG)
     model = build()
     model.save_pretrained(tmp_path, layout)
-    weights = shutil.move(tmp_path / checkpoint.WEIGHTS[layout][0], tmp_path / "alone.safetensors")
+    alone = shutil.move(tmp_path / checkpoint.WEIGHTS[layout][0], tmp_path / "alone.safetensors")
     (tmp_path / "config.json").unlink()
-    assert_same(DCAE.from_pretrained(weights), model)
-    assert DCAE.from_pretrained(weights).config.name == "dc-ae-test"
+    assert_same(DCAE.from_pretrained(alone), model)
+    assert DCAE.from_pretrained(alone).config.name == "dc-ae-test"
     monkeypatch.setitem(zoo.AUTOENCODERS, "dc-ae-twin", replace(CONFIG, scaling_factor=1.0))
-    ambiguous = DCAE.from_pretrained(weights).config
+    ambiguous = DCAE.from_pretrained(alone).config
     assert (ambiguous.name, ambiguous.scaling_factor) == (None, None)
 
 
@@ -433,7 +433,7 @@ def test_failing_save_leaves_the_old_file(folder, fails, monkeypatch):
         raise OSError("disk full")
 
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    monkeypatch.setattr(f"dcae_fast.models.checkpoint.{fails}", fail)
+    monkeypatch.setattr(f"dcae_fast.models.weights.{fails}", fail)
     other = build()
     other.decoder.project_in.main.conv.bias.data.zero_()
     with pytest.raises(OSError, match="disk full"):

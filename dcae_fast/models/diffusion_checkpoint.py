@@ -1,0 +1,133 @@
+"""Checkpoints of diffusion models; how their files are found and read is in `weights`.
+
+    repository   model.safetensors, names after "diffusion_model."; {"model_name": a name of `diffusion_zoo`}, else what
+                 `diffusion_zoo.config_to_json` gives; if it has an autoencoder of its own, that in autoencoder/
+    training     the original trainer's .pt: model_state_dict and ema = {decay: moving average}, names after "0."
+
+A weight file alone takes the config.json beside it, else the configuration of the zoo that its shapes fit.
+"""
+
+import os
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import checkpoint, diffusion_zoo, weights
+from .autoencoder import DCAE
+from .diffusion_zoo import DiffusionConfig
+from .dit import DiT, DiTConfig, position_table
+from .uvit import UViT
+from .weights import CheckpointError
+
+FILES = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "checkpoint.pt"]
+AUTOENCODER = "autoencoder"
+PREFIX = "diffusion_model."
+PREFIXES = (PREFIX, "0.", "uvit.", "dit.")  # of all names, in the original's files of several times
+
+
+def load(
+    source: str | os.PathLike,
+    *,
+    config: DiffusionConfig | None,
+    autoencoder: str | os.PathLike | None,
+    ema: bool,
+    revision: str | None,
+    **cache: Any,
+) -> tuple[DiffusionConfig, UViT | DiT, DCAE]:
+    """The configuration, the network and the autoencoder, both in float32 and evaluation mode.
+
+    For the arguments see `DCAEDiffusion.from_pretrained`. Raises CheckpointError.
+    """
+    file = Path(source) if os.path.isfile(source) else None
+    hub_ids = {name: diffusion_zoo.diffusion_hub_id(name) for name in diffusion_zoo.DIFFUSION_MODELS}
+    names = weights.Names("diffusion model", diffusion_zoo.BUNDLED, hub_ids)
+    find = weights.finder(source if file is None else file.parent, names, revision=revision, **cache)
+    config_file = find(weights.CONFIG)
+    if config is None and config_file:
+        config = _parse_config(weights.read_json(config_file), config_file)
+    file = file or weights.find_first(find, FILES, source)
+    state = _without_prefix(weights.read_weights(file, find, partial(_unwrap, ema=ema)))
+    config = config or _infer_config(state, file)
+    state, expected = _with_positions(state, config), _empty_state(config)
+    weights.check(state, expected, file)
+    state = {name: state[name].to(tensor.dtype) for name, tensor in expected.items()}
+    return config, weights.assemble(config.build, state), _load_autoencoder(find, source, config, autoencoder, cache)
+
+
+def save(config: DiffusionConfig, network: UViT | DiT, folder: str | os.PathLike) -> None:
+    """Writes the network's weights, then config.json, as a repository has them."""
+    state = {PREFIX + name: tensor for name, tensor in network.state_dict().items()}
+    weights.write(Path(folder), state, FILES, diffusion_zoo.config_to_json(config))
+
+
+def _load_autoencoder(
+    find: weights.Finder,
+    source: str | os.PathLike,
+    config: DiffusionConfig,
+    given: str | os.PathLike | None,
+    cache: dict[str, Any],
+) -> DCAE:
+    """The autoencoder asked for, else the checkpoint's own, else the one that the configuration names."""
+    if given is None and find(f"{AUTOENCODER}/{weights.CONFIG}"):
+        own = checkpoint.load_found(lambda file: find(f"{AUTOENCODER}/{file}"), f"{source}/{AUTOENCODER}", None, None)
+        return weights.assemble(partial(DCAE, own[0]), own[1])
+    return DCAE.from_pretrained(given or config.autoencoder, **cache)
+
+
+def _unwrap(content: Any, ema: bool) -> Any:
+    """The state dict in a file of the trainer, the (first) moving average if there is one and it is wanted."""
+    if not isinstance(content, dict):
+        return content
+    averages = content.get("ema") or content.get("ema_model_state_dict")
+    if ema and isinstance(averages, dict):
+        return next(iter(averages.values()))
+    return content.get("model_state_dict") or weights.under_state_dict(content)
+
+
+def _without_prefix(state: weights.State) -> weights.State:
+    for prefix in PREFIXES:
+        if state and all(name.startswith(prefix) for name in state):
+            return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state
+
+
+def _with_positions(state: weights.State, config: DiffusionConfig) -> weights.State:
+    """With DiT's position table, which is not trained, and therefore not in the trainer's files."""
+    network = config.network
+    if not isinstance(network, DiTConfig):
+        return state
+    return {"pos_embed": position_table(network.hidden_size, network.input_size // network.patch_size)} | state
+
+
+def _parse_config(given: Mapping[str, Any], path: Path) -> DiffusionConfig:
+    try:
+        return diffusion_zoo.config_from_json(given)
+    except KeyError as error:
+        raise CheckpointError(f"{path}: not the configuration of a diffusion model, {error} is absent") from error
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: not the configuration of a diffusion model: {error}") from error
+
+
+def _infer_config(state: weights.State, path: Path) -> DiffusionConfig:
+    """The configuration of the zoo that has these names and shapes."""
+    fits = []
+    for name in diffusion_zoo.DIFFUSION_MODELS:
+        config = diffusion_zoo.diffusion_config(name)
+        have, expected = _with_positions(state, config), _empty_state(config)
+        if {k: v.shape for k, v in have.items()} == {k: v.shape for k, v in expected.items()}:
+            fits.append(config)
+    if not fits:
+        raise CheckpointError(f"{path}: no config.json beside it, and of the shape of no known model; give config=")
+    if len(set(fits)) > 1:
+        names = ", ".join(config.name for config in fits)
+        raise CheckpointError(f"{path}: no config.json beside it, and of the shape of {names}; give config=")
+    return fits[0]
+
+
+def _empty_state(config: DiffusionConfig) -> weights.State:
+    """The network's state dict without data (on the meta device)."""
+    with torch.device("meta"):
+        return config.build().state_dict()

@@ -1,0 +1,115 @@
+"""Pictures by label: sampled, decoded, and their latents kept in a file; and where the weights for it come from."""
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+import dcae_fast
+
+from .diffusion import DCAEDiffusion
+from .files import written_atomically
+from .images import to_uint8
+from .models.diffusion_zoo import diffusion_config, diffusion_hub_id
+from .models.zoo import autoencoder_hub_id
+from .reconstruction import choose_device
+
+DEMO_LABELS = (279, 333, 979, 936, 933, 145, 497, 1, 248, 360, 793, 12, 387, 437, 938, 978)  # the original's, ImageNet
+DECODED_AT_ONCE = 8
+TINY = "dc-ae-tiny-uvit-digits"
+
+
+@dataclass(frozen=True)
+class Request:
+    """labels: a class for each picture; cfg: the scale of guidance; seed: of the noise; sampler, steps: how to sample.
+
+    The noise is drawn at once, as in the original: a picture depends on its own label and on its place.
+    """
+
+    labels: tuple[int, ...]
+    cfg: float
+    seed: int
+    sampler: str
+    steps: int
+
+    @property
+    def columns(self) -> int:
+        """Of the grid, which has at least as many rows."""
+        return math.isqrt(len(self.labels))
+
+    def __str__(self) -> str:
+        rows = [self.labels[i : i + self.columns] for i in range(0, len(self.labels), self.columns)]
+        return "Classes, row by row: " + "; ".join(" ".join(map(str, row)) for row in rows)
+
+
+def default_labels(classes: int) -> tuple[int, ...]:
+    """Sixteen: those of the original's demonstration where the classes are ImageNet's, else 0, 1, 2, ..."""
+    return DEMO_LABELS if classes == 1000 else tuple(i % classes for i in range(16))
+
+
+def load(source: str, device: str | None, dtype: str | None, patch: bool) -> DCAEDiffusion:
+    """`DCAEDiffusion.from_pretrained(source)` on a device, patched; the transformer stays in float32, for autocast.
+
+    device, dtype: as `choose_device` takes them. Raises DeviceError and CheckpointError.
+    """
+    place = choose_device(device, dtype)
+    model = DCAEDiffusion.from_pretrained(source)
+    model.diffusion_model.to(place[0])
+    model.autoencoder.to(*place, memory_format=torch.channels_last)
+    if patch:
+        dcae_fast.patch(model)
+    return model
+
+
+def sample(model: DCAEDiffusion, request: Request) -> torch.Tensor:
+    """Latents [B, C, h, w], with a progress bar; raises what `DCAEDiffusion.generate` does.
+
+    The transformer runs under autocast in the dtype of the autoencoder, as in the original's evaluation.
+    """
+    weight = next(model.autoencoder.parameters())
+    calls = {"ODE_heun2": 2 * (request.steps - 1), "ODE_dopri5": None}.get(request.sampler, request.steps)
+    autocast = torch.autocast(weight.device.type, weight.dtype, enabled=weight.dtype != torch.float32)
+    with autocast, tqdm(total=calls, desc=request.sampler, unit="call", disable=None) as bar:
+        return model.generate(
+            torch.tensor(request.labels, device=weight.device),
+            cfg_scale=request.cfg,
+            generator=torch.Generator(weight.device).manual_seed(request.seed),
+            sampler=request.sampler,
+            steps=request.steps,
+            progress=bar.update,
+        )
+
+
+@torch.inference_mode()
+def decode(model: DCAEDiffusion, latents: torch.Tensor) -> torch.Tensor:
+    """Latents → pictures, uint8 [B, 3, H, W] on the CPU, a few at a time."""
+    return torch.cat([to_uint8(model.decode(part)).cpu() for part in latents.split(DECODED_AT_ONCE)])
+
+
+def save_latents(latents: torch.Tensor, request: Request, model: str, path: Path) -> None:
+    """A safetensors file of "latents", scaled as `generate` gives them, and "labels"; it is whole or absent."""
+    tensors = {"latents": latents.contiguous().cpu(), "labels": torch.tensor(request.labels)}
+    facts = {name: str(fact) for name, fact in asdict(request).items() if name != "labels"}
+    with written_atomically(path) as temporary:
+        save_file(tensors, temporary, {"model": model, "scaled": "true", **facts})
+
+
+def how_to_get(name: str) -> str:
+    """What to do where a released model cannot be downloaded."""
+    autoencoder = diffusion_config(name).autoencoder
+    return f"""Its weights are downloaded when they are first used. On a machine with a connection that is
+
+    hf download {diffusion_hub_id(name)} --local-dir {name}
+    hf download {autoencoder_hub_id(autoencoder)} --local-dir {name}/autoencoder
+
+and the folder can be taken anywhere: --model ./{name}. It holds
+
+    config.json                     {{"model_name": "{name}"}}
+    model.safetensors               the transformer's weights, names after "diffusion_model."
+    autoencoder/config.json         {{"model_name": "{autoencoder}"}}
+    autoencoder/model.safetensors   the autoencoder's weights
+
+Instead of model.safetensors it may hold checkpoint.pt, as the original's trainer writes it."""

@@ -1,0 +1,86 @@
+"""The training pictures of dc-ae-tiny-uvit-digits: handwritten digits, drawn large and in colour; and a judge of them.
+
+They suit the tiny autoencoder, which keeps broad shapes and colours and blurs fine detail; ten classes that anybody can
+tell apart, of many hands each, so that samples are new digits rather than known pictures; and a classifier can count
+how many of the samples are the digit that was asked for.
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from sklearn.svm import SVC
+
+CLASSES = 10
+HELD_OUT = 5  # every fifth digit is kept from the training
+
+
+def uniform(shape: tuple[int, ...], low: float, high: float, device: torch.device) -> torch.Tensor:
+    return torch.empty(shape, device=device).uniform_(low, high)
+
+
+class Digits:
+    """Batches of scikit-learn's digits (8x8, 16 shades), drawn on a device; those held out, or all others."""
+
+    def __init__(self, size: int, device: torch.device, held_out: bool = False):
+        shades, labels = load_digits(return_X_y=True)
+        chosen = (torch.arange(len(labels)) % HELD_OUT == 0) == held_out
+        self.size, self.device = size, device
+        self.shades = torch.from_numpy(shades).float().view(-1, 1, 8, 8)[chosen].to(device) / 16
+        self.labels = torch.from_numpy(labels)[chosen].to(device)
+
+    def draw(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pictures [count, 3, size, size] in [-1, 1] and their labels [count].
+
+        Dark ink on light paper or the other way round: either is on its side of middle grey.
+        """
+        chosen = torch.randint(len(self.labels), (count,), device=self.device)
+        ink = self.enlarge(self.shades[chosen])
+        dark = uniform((count, 3, 1, 1), 0, 0.4, self.device)
+        light = uniform((count, 3, 1, 1), 0.6, 1, self.device)
+        swap = torch.rand(count, 1, 1, 1, device=self.device) < 0.5
+        paper, pen = torch.where(swap, dark, light), torch.where(swap, light, dark)
+        line = torch.linspace(-1, 1, self.size, device=self.device)
+        slope_u, slope_v = uniform((2, count, 3, 1, 1), -0.1, 0.1, self.device)
+        paper = (paper + slope_u * line.view(1, 1, 1, -1) + slope_v * line.view(1, 1, -1, 1)).clamp(0, 1)
+        return torch.lerp(paper, pen, ink) * 2 - 1, self.labels[chosen]
+
+    def enlarge(self, shades: torch.Tensor) -> torch.Tensor:
+        """[B, 1, 8, 8] → how much ink is where, [B, 1, size, size] in [0, 1], a little turned, moved and stretched."""
+        count, device = len(shades), self.device
+        turn = uniform((count, 1, 1), -0.12, 0.12, device)
+        zoom = torch.exp(uniform((count, 1, 1), math.log(1.1), math.log(1.35), device))
+        stretch = torch.exp(uniform((count, 1, 1), -0.12, 0.12, device))
+        line = torch.linspace(-1, 1, self.size, device=device)
+        v, u = torch.meshgrid(line, line, indexing="ij")
+        u, v = u * zoom * stretch, v * zoom / stretch
+        place = torch.stack([turn.cos() * u - turn.sin() * v, turn.sin() * u + turn.cos() * v], dim=3)
+        place = place + uniform((count, 1, 1, 2), -0.12, 0.12, device)
+        smooth = F.grid_sample(shades, place, mode="bicubic", align_corners=False)
+        return torch.sigmoid(20 * (smooth - 0.5))
+
+
+class Judge:
+    """A classifier of such pictures by shape alone: a support vector machine on 16x16 maps of where the ink is."""
+
+    def __init__(self, digits: Digits, batches: int, batch: int = 100):
+        maps, labels = [], []
+        for _ in range(batches):
+            x, y = digits.draw(batch)
+            maps.append(self.ink(x))
+            labels.append(y.cpu().numpy())
+        self.machine = SVC().fit(np.concatenate(maps), np.concatenate(labels))
+
+    def accuracy(self, x: torch.Tensor, labels: torch.Tensor) -> float:
+        """The share of the pictures [B, 3, H, W] that are taken for their labels [B]."""
+        return self.machine.score(self.ink(x), labels.cpu().numpy())
+
+    @staticmethod
+    def ink(x: torch.Tensor) -> np.ndarray:
+        """[B, 3, H, W] → [B, 256]: ink is on the other side of middle grey than most of the border."""
+        light = x.float().mean(dim=1, keepdim=True) > 0
+        border = torch.cat([light[..., 0, :], light[..., -1, :], light[..., :, 0], light[..., :, -1]], dim=-1)
+        paper = border.float().mean(dim=-1, keepdim=True)[..., None] > 0.5
+        return F.adaptive_avg_pool2d((light != paper).float(), 16).flatten(1).cpu().numpy()

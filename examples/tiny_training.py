@@ -1,0 +1,85 @@
+"""What the training of the tiny models shares: options, the loop, for a given time, and the folder at the end."""
+
+import argparse
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+LEARNING_RATE = 1e-3
+WARM_UP = 0.05  # of the time
+EMA_DECAY = 0.999
+
+
+def learning_rate(progress: float) -> float:
+    """Linear warm-up, then a cosine to zero; progress from 0 to 1."""
+    return LEARNING_RATE * min(progress / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * progress))
+
+
+def clock(seconds: float) -> Iterator[float]:
+    """Fractions of `seconds` that have passed, until it is over, with a progress bar."""
+    start = time.perf_counter()
+    with tqdm(total=round(seconds), unit="s", bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} s{postfix}") as bar:
+        while (passed := time.perf_counter() - start) < seconds:
+            if int(passed) > bar.n:
+                bar.update(int(passed) - bar.n)
+            yield passed / seconds
+
+
+def train(model: nn.Module, draw_loss: Callable[[], torch.Tensor], minutes: float) -> tuple[nn.Module, int]:
+    """Trains `model` in place; returns the moving average of its weights and the number of steps.
+
+    draw_loss: the loss of the model on a new batch. RuntimeError if it is ever infinite or no number.
+    """
+    average = copy.deepcopy(model)
+    weights, average_weights = list(model.parameters()), list(average.parameters())
+    optimizer = torch.optim.AdamW(weights, LEARNING_RATE, betas=(0.9, 0.99), fused=weights[0].is_cuda)
+    step = 0
+    for progress in clock(60 * minutes):
+        optimizer.param_groups[0]["lr"] = learning_rate(progress)
+        loss = draw_loss()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        with torch.no_grad():
+            decay = min(EMA_DECAY, step / (step + 10))
+            torch._foreach_lerp_(average_weights, weights, 1 - decay)
+        if step % 100 == 1 and not math.isfinite(value := loss.item()):
+            raise RuntimeError(f"training diverged: the loss is {value} at step {step}")
+        elif step % 100 == 1:
+            tqdm.write(f"step {step}: loss {value:.4f}")
+    return average, step
+
+
+def parse_options(description: str, minutes: float) -> argparse.Namespace:
+    """out, minutes (by default those given) and device of the command line."""
+    parser = argparse.ArgumentParser(description=description.partition("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder to make; must not exist")
+    parser.add_argument("--minutes", type=float, default=minutes, help="time to train")
+    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    if options.out.exists():
+        parser.error(f"--out {options.out} exists already")
+    options.out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    return options
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
+
+
+@contextmanager
+def whole_folder(out: Path, card: str) -> Iterator[Path]:
+    """A folder to write to that appears as `out`, with the card, if the block ends without an error."""
+    part = out.with_name(f".{out.name}.part")
+    yield part
+    (part / "README.md").write_text(card, encoding="utf-8")
+    part.rename(out)
