@@ -11,10 +11,11 @@ def check_activation(act: str) -> None:
         raise ValueError(f"act={act!r}; expected one of {ACTIVATIONS}")
 
 
-def check_bias(bias: torch.Tensor | None, weight: torch.Tensor) -> None:
-    """Raises ValueError unless bias has one element for each filter of weight."""
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias is {list(bias.shape)}; expected [{weight.shape[0]}], one for each filter")
+def check_filters(weight: torch.Tensor, **parameters: torch.Tensor | None) -> None:
+    """Raises ValueError unless each parameter that is there has one element for each filter of weight."""
+    for name, parameter in parameters.items():
+        if parameter is not None and parameter.shape != weight.shape[:1]:
+            raise ValueError(f"{name} is {list(parameter.shape)}; expected [{weight.shape[0]}], one for each filter")
 
 
 def activate(x: torch.Tensor, act: str) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from . import _plans
-from ._elementwise import check_activation, check_bias
+from ._elementwise import check_activation, check_filters
 from ._library import KERNEL_DTYPES, define, differentiable_as, launcher
 from .bias_act import bias_act_reference
 
@@ -135,6 +135,6 @@ def conv2d(
         raise ValueError(f"x is {list(x.shape)}, weight {list(weight.shape)}: expected [B, C, H, W] and [K, C, R, S]")
     if not (scale is None) == (mean is None) == (variance is None) or (scale is not None and bias is None):
         raise ValueError("scale, mean and variance: expected all of them with a bias, or none")
-    check_bias(bias, weight)
+    check_filters(weight, bias=bias, scale=scale, mean=mean, variance=variance)
     padding = [padding] * 4 if isinstance(padding, int) else list(padding)
     return _forward(x, weight, bias, act, scale, mean, variance, eps, residual, stride, padding)

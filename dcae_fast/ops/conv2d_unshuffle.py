@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from dcae_fast.models import functional
 
-from ._elementwise import check_bias
+from ._elementwise import check_filters
 from ._library import define, differentiable_as, launcher
 from .conv2d import has_few_channels
 
@@ -44,5 +44,5 @@ def conv2d_unshuffle(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
         raise ValueError(
             f"x is {list(x.shape)}, weight {list(weight.shape)}: expected [B, C, H, W] with even H and W, [K, C, 3, 3]"
         )
-    check_bias(bias, weight)
+    check_filters(weight, bias=bias)
     return _forward(x, weight, bias)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from dcae_fast.models import functional
 
-from ._elementwise import activate, check_activation, check_bias
+from ._elementwise import activate, check_activation, check_filters
 from ._library import KERNEL_DTYPES, define, differentiable_as
 
 MOST_CHANNELS, MOST_FILTERS = 1024, 16  # of the kernel
@@ -64,5 +64,5 @@ def rms_norm_conv2d(
             f"x {list(x.shape)}, norm {list(norm_weight.shape)} {list(norm_bias.shape)}, weight {list(weight.shape)}:"
             " expected [B, C, H, W], [C], [C], [N, C, 3, 3]"
         )
-    check_bias(bias, weight)
+    check_filters(weight, bias=bias)
     return _forward(x, norm_weight, norm_bias, eps, act, weight, bias)

@@ -302,6 +302,7 @@ def test_mixed_precision_sums_are_promoted():
         (lambda x: ops.bias_act(x, x[0, :4, 0, 0]), "expected"),
         (lambda x: ops.bias_act(x, x[0, :, 0, 0], scale=x[0, :, 0, 0]), "all of them or none"),
         (lambda x: ops.conv2d(x, x[:, :3]), "expected"),
+        (lambda x: ops.conv2d(x, x, x[0, :1, 0, 0], scale=x[0, :3, 0, 0], mean=x[0], variance=x[0]), "scale is"),
         (lambda x: ops.conv2d(x, x, scale=x[0, :, 0, 0]), "all of them with a bias"),
         (lambda x: ops.conv2d(x, x, x[0, :, 0, 0]), "bias"),
         (lambda x: ops.conv2d_unshuffle(x[:, :, 1:], x[:, :, :3, :3].expand(24, -1, -1, -1)), "even"),
