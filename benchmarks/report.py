@@ -81,8 +81,14 @@ def verdict(results: Results, link: str) -> str:
     )
 
 
+def plots_of(results: Results) -> list[str]:
+    """Those of PLOTS that there are results for; a curve needs two sizes."""
+    sizes = {record["size"] for record in results.get("memory", [])}
+    return [plot for plot, (part, _) in PLOTS.items() if results.get(part) and (part != "memory" or len(sizes) > 1)]
+
+
 def images(results: Results, folder: str) -> list[str]:
-    return [f"![{title}]({folder}_{plot}.png)" for plot, (part, title) in PLOTS.items() if results.get(part)]
+    return [f"![{PLOTS[plot][1]}]({folder}_{plot}.png)" for plot in plots_of(results)]
 
 
 def summary(results: Results, name: str) -> str:
@@ -125,9 +131,8 @@ def main() -> None:
         if not results.get("autoencoder"):
             continue
         write(PAGES / f"{name}.md", page(results, name))
-        for plot, (part, _) in PLOTS.items():
-            if results.get(part):
-                getattr(plots, plot)(results[part], PAGES / f"{name}_{plot}.png")
+        for plot in plots_of(results):
+            getattr(plots, plot)(results[PLOTS[plot][0]], PAGES / f"{name}_{plot}.png")
         summaries.append(summary(results, name))
     write_readme("\n\n".join(summaries))
 

@@ -41,7 +41,7 @@ def machine() -> dict:
         "triton": version("triton"),
         "diffusers": version("diffusers"),
         "extension": cuda_extension() is not None,
-        "commit": commit or os.environ.get("DCAE_FAST_COMMIT"),
+        "commit": os.environ.get("DCAE_FAST_COMMIT") or commit,
     }
 
 

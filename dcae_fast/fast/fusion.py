@@ -41,9 +41,8 @@ def can_fuse_norm(norm: nn.Module | None) -> bool:
 
 
 def autocasts(x: torch.Tensor) -> bool:
-    """Whether autocast is on for x's device."""
-    device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    """Whether autocast is on for x's device; the meta device has none."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def can_fuse_conv(conv: nn.Module | None, x: torch.Tensor, residual: torch.Tensor | None = None) -> bool:

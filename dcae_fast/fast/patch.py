@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from dcae_fast.ops._library import HAS_TRITON, INTERPRETED
+from dcae_fast.ops._library import HAS_TRITON, INTERPRETED, cuda_extension
 
 from . import dcae, diffusers
 from .coder import Coder, configure, release
@@ -191,4 +191,8 @@ def _note(model: nn.Module, report: Report) -> str:
         return "No CUDA device: on a CPU the modules' own forwards run."
     if not HAS_TRITON:
         return "Triton is not installed: the modules' own forwards run."
+    if torch.cuda.is_available() and cuda_extension() is None:
+        return "dcae_fast._C is not built: convolutions are torch's, everything else runs in Triton."
+    if torch.cuda.is_available() and not hasattr(cuda_extension(), "Convolution"):
+        return "dcae_fast._C is built without cuDNN: convolutions are torch's."
     return ""

@@ -102,6 +102,13 @@ def test_report_without_kernels(monkeypatch):
     assert report.note == str(report).splitlines()[-1] == "No CUDA device: on a CPU the modules' own forwards run."
 
 
+@pytest.mark.parametrize("extension, note", [(None, "_C is not built"), (object(), "_C is built without cuDNN")])
+def test_report_without_the_extension(monkeypatch, extension, note):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("dcae_fast.fast.patch.cuda_extension", lambda: extension)
+    assert note in dcae_fast.patch(build("adaptive")).note
+
+
 def test_report_of_what_was_left_out():
     model = build("adaptive")
     layer = model.encoder.stages[1].op_list[0].main.conv1
