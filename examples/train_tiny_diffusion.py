@@ -73,7 +73,8 @@ A demonstration, not for use: a class-conditional UViT of {parameters:.2f} M par
 that sampling can be tried without a download. Label n draws the digit n, on {size}x{size} pixels. It was trained from
 nothing by `examples/train_tiny_diffusion.py` for {minutes:g} minutes ({steps} steps of {batch}) on {device},
 on {pictures} pictures made of {digits} handwritten digits of 8x8 pixels: enlarged, a little turned and stretched, and
-coloured at random. It draws nothing else, and its digits are as smooth as such small ones are when enlarged.
+drawn in a light colour on a dark one. It draws nothing else, and its digits are as smooth as such small ones are when
+enlarged.
 
 Weights are stored as float16. The table says how many pictures a classifier, a support vector machine that sees the
 shape alone and was trained on such pictures, takes for the digit they should be; float32, weights as stored.

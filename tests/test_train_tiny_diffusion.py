@@ -43,7 +43,6 @@ def test_judge():
     judge = Judge(Digits(64, CPU), batches=6)
     x, labels = Digits(64, CPU, held_out=True).draw(200)
     assert judge.accuracy(x, labels) > 0.8
-    assert judge.accuracy(-x, labels) == judge.accuracy(x, labels)  # dark and light change places
     assert judge.accuracy(x, (labels + 1) % 10) < 0.1
 
 
