@@ -165,7 +165,7 @@ def decode(latents: Paths, *, out: Path = Path("outputs"), compute: Compute) -> 
 
 def sample(
     *,
-    model: str = sampling.TINY,
+    model: str,
     labels: tuple[int, ...] = (),
     cfg: float = 6.0,
     seed: int = 0,
