@@ -10,10 +10,14 @@ from torch import nn
 from dcae_fast import ops
 from dcae_fast.fast.fusion import conv_norm_act
 from dcae_fast.ops.bias_act import bias_act_reference
+from dcae_fast.ops.conv2d_unshuffle import conv2d_unshuffle_reference
 from dcae_fast.ops.depthwise_glu import depthwise_glu_reference
+from dcae_fast.ops.multiscale_qkv import multiscale_qkv_reference
 from dcae_fast.ops.relu_linear_attention import relu_linear_attention_reference
 from dcae_fast.ops.rms_norm import rms_norm_reference
+from dcae_fast.ops.rms_norm_conv2d import rms_norm_conv2d_reference
 from dcae_fast.ops.shuffle import duplicate_shuffle_add_reference, unshuffle_average_add_reference
+from dcae_fast.ops.upsample_conv2d import upsample_conv2d_reference
 
 from .autoencoder import relative_error
 from .ceilings import Ceilings
@@ -30,6 +34,9 @@ SHAPES: list[tuple[str, Shape]] = [
     ("conv3x3 + bias + silu", (1, 512, 128, 128)),
     ("conv3x3 + bias + residual", (8, 256, 256, 256)),
     ("conv3x3 + bias + residual", (8, 512, 128, 128)),
+    ("upsample_conv2d", (8, 512, 128, 128)),
+    ("conv2d_unshuffle", (8, 3, 512, 512)),
+    ("rms_norm_conv2d", (8, 256, 256, 256)),
     ("rms_norm", (8, 256, 256, 256)),
     ("rms_norm", (8, 512, 128, 128)),
     ("rms_norm", (32, 1024, 32, 32)),
@@ -37,6 +44,8 @@ SHAPES: list[tuple[str, Shape]] = [
     ("bias_act", (8, 4096, 64, 64)),
     ("relu_linear_attention", (8, 1536, 64, 64)),
     ("relu_linear_attention", (32, 3072, 32, 32)),
+    ("multiscale_qkv", (8, 1536, 64, 64)),
+    ("multiscale_qkv", (8, 3072, 32, 32)),
     ("depthwise_glu", (8, 4096, 64, 64)),
     ("depthwise_glu", (8, 8192, 32, 32)),
     ("unshuffle_average_add", (8, 256, 256, 256)),
@@ -98,6 +107,31 @@ def duplicate_shuffle_add(random, b, c, h, w) -> Case:
     )
 
 
+def multiscale_qkv(random, b, c, h, w) -> Case:
+    weights = [random(c, 1, 5, 5) / 5, random(c, 32, 1, 1) / 32**0.5]
+    return Case(ops.multiscale_qkv, multiscale_qkv_reference, [random(b, c, h, w), *weights])
+
+
+def upsample_conv2d(random, b, c, h, w) -> Case:
+    weight = random(c // 2, c, 3, 3) / (3 * c**0.5)
+    flops = 4 * 2 * 4 * b * h * w * c * c // 2  # 2×2 products for each of the four parities
+    return Case(ops.upsample_conv2d, upsample_conv2d_reference, [random(b, c, h, w), weight], flops)
+
+
+def conv2d_unshuffle(random, b, c, h, w) -> Case:
+    weight, bias = random(64, c, 3, 3) / (3 * c**0.5), random(64)
+    return Case(ops.conv2d_unshuffle, conv2d_unshuffle_reference, [random(b, c, h, w), weight, bias])
+
+
+def rms_norm_conv2d(random, b, c, h, w) -> Case:
+    weight, bias = random(12, c, 3, 3) / (3 * c**0.5), random(12)
+    return Case(
+        lambda x, g, shift, weight, bias: ops.rms_norm_conv2d(x, g, shift, weight, bias, 1e-5, "relu"),
+        lambda x, g, shift, weight, bias: rms_norm_conv2d_reference(x, g, shift, 1e-5, "relu", weight, bias),
+        [random(b, c, h, w), random(c), random(c), weight, bias],
+    )
+
+
 def convolution(random, b, c, h, w, act: str = "none", residual: bool = False) -> Case:
     """What a patched block does with a plain convolution of its own; the weight stays out of `tensors`."""
     conv = nn.Conv2d(c, c, 3, padding=1, device="meta")
@@ -120,9 +154,13 @@ def convolution(random, b, c, h, w, act: str = "none", residual: bool = False) -
 CASES: dict[str, Callable[..., Case]] = {
     "conv3x3 + bias + silu": lambda *args: convolution(*args, act="silu"),
     "conv3x3 + bias + residual": lambda *args: convolution(*args, residual=True),
+    "upsample_conv2d": upsample_conv2d,
+    "conv2d_unshuffle": conv2d_unshuffle,
+    "rms_norm_conv2d": rms_norm_conv2d,
     "rms_norm": rms_norm,
     "bias_act": bias_act,
     "relu_linear_attention": relu_linear_attention,
+    "multiscale_qkv": multiscale_qkv,
     "depthwise_glu": depthwise_glu,
     "unshuffle_average_add": unshuffle_average_add,
     "duplicate_shuffle_add": duplicate_shuffle_add,
