@@ -98,7 +98,7 @@ def upsample_conv_without_bias(conv: nn.Module, x: torch.Tensor) -> tuple[torch.
 
 
 def upsample(x: torch.Tensor) -> torch.Tensor:
-    """Nearest-neighbour 2× up-sampling, channels-last: a copy, ten times faster than torch's own in half precision."""
+    """Nearest-neighbour 2× up-sampling, channels-last: a copy. torch's own reaches a tenth of the bandwidth there."""
     batch, channels, height, width = x.shape
     pixels = x.movedim(1, -1)[:, :, None, :, None].expand(batch, height, 2, width, 2, channels)
     return pixels.reshape(batch, 2 * height, 2 * width, channels).movedim(-1, 1)
