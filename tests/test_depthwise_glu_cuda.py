@@ -1,15 +1,11 @@
 """dcae_fast._C.depthwise_glu and its backward against PyTorch in float64."""
 
-import importlib.util
-
 import pytest
 import torch
 import torch.nn.functional as F
+from cuda_extension import CEILINGS, NEEDED, check_in_a_graph, relative_error
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(importlib.util.find_spec("dcae_fast._C") is None, reason="dcae_fast._C is not built"),
-]
+pytestmark = NEEDED
 
 SHAPES = [  # batch, M, height, width
     (1, 8, 1, 1),
@@ -22,7 +18,6 @@ SHAPES = [  # batch, M, height, width
     (1, 2048, 64, 64),
     (8, 4096, 16, 16),
 ]
-CEILINGS = {torch.bfloat16: 1e-2, torch.float16: 1e-3}
 
 
 def formula(x, weight, bias):
@@ -35,10 +30,6 @@ def inputs(dtype, batch, channels, height, width):
     weight = torch.randn(2 * channels, 1, 3, 3, dtype=dtype, device="cuda") / 3
     bias = torch.randn(2 * channels, dtype=dtype, device="cuda")
     return x.contiguous(memory_format=torch.channels_last), weight, bias
-
-
-def relative_error(got, expected):
-    return ((got.double() - expected).norm() / expected.norm()).item()
 
 
 @pytest.fixture
@@ -136,13 +127,7 @@ def test_empty(depthwise_glu, shape):
 
 def test_runs_on_the_current_stream_and_in_a_graph(depthwise_glu):
     x, weight, bias = inputs(torch.bfloat16, 1, 64, 16, 16)
-    expected = depthwise_glu(x, weight, bias)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = depthwise_glu(x, weight, bias)
-    got.fill_(float("nan"))
-    graph.replay()
-    assert torch.equal(got, expected)
+    check_in_a_graph(lambda: depthwise_glu(x, weight, bias))
 
 
 def test_errors_name_the_argument(depthwise_glu):

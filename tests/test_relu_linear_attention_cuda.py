@@ -1,16 +1,12 @@
 """dcae_fast._C.relu_linear_attention against the formula in float64."""
 
-import importlib.util
-
 import pytest
 import torch
+from cuda_extension import CEILINGS, NEEDED, check_in_a_graph, relative_error
 
 from dcae_fast.models import functional
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(importlib.util.find_spec("dcae_fast._C") is None, reason="dcae_fast._C is not built"),
-]
+pytestmark = NEEDED
 
 SHAPES = [  # batch, heads, height, width; alone and shared by two, four and eight blocks
     (3, 1, 5, 7),
@@ -22,7 +18,6 @@ SHAPES = [  # batch, heads, height, width; alone and shared by two, four and eig
     (1, 1, 100, 90),
     (40, 32, 16, 16),
 ]
-CEILINGS = {torch.bfloat16: 1e-2, torch.float16: 1e-3}
 HEAD_DIM, EPS = 32, 1e-15
 
 
@@ -36,10 +31,6 @@ def attention():
 def packed(dtype, batch, heads, height, width):
     qkv = torch.randn(batch, heads * 3 * HEAD_DIM, height, width, dtype=dtype, device="cuda")
     return qkv.contiguous(memory_format=torch.channels_last)
-
-
-def relative_error(got, expected):
-    return ((got.double() - expected).norm() / expected.norm()).item()
 
 
 @pytest.mark.parametrize("dtype", CEILINGS, ids=str)
@@ -77,13 +68,7 @@ def test_more_than_2_to_the_31_elements(attention):
 
 def test_runs_in_a_graph(attention):
     qkv = packed(torch.bfloat16, 1, 4, 32, 32)
-    expected = attention(qkv)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = attention(qkv)
-    got.fill_(float("nan"))
-    graph.replay()
-    assert torch.equal(got, expected)
+    check_in_a_graph(lambda: attention(qkv))
 
 
 def test_errors_name_the_argument(attention):
