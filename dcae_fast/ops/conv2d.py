@@ -66,17 +66,22 @@ def _launch(x, weight, bias, act, scale, mean, variance, eps, residual, stride, 
 
     if not _plans.available():
         return fallback()
+    # the folded weight and bias are of the same shape and type as these
+    plan = _plans.find(x, weight, stride, tuple(padding), _epilogue(bias, act, residual), fallback)
+    if plan is None:
+        return fallback()
     folded, shift = weight, bias
     if scale is not None:
         folded, shift = launcher("bias_act", "launch_fold_batch_norm")(weight, bias, scale, mean, variance, eps)
-    epilogue = [("bias", shift)] if shift is not None else []
-    if residual is not None and act == "none":
-        epilogue.insert(0, ("residual", residual))  # in this order cuDNN need not compile anything
-    else:
-        epilogue += [(act, None)] if act != "none" else []
-        epilogue += [("residual", residual)] if residual is not None else []
-    plan = _plans.find(x, folded, stride, tuple(padding), epilogue, fallback)
-    return fallback() if plan is None else plan(x, folded, [value for _, value in epilogue if value is not None])
+    return plan(x, folded, [operand for _, operand in _epilogue(shift, act, residual) if operand is not None])
+
+
+def _epilogue(bias, act, residual):
+    """(step, operand) in order. cuDNN has kernels that add a residual before the bias; after it, it compiles them."""
+    biased = [("bias", bias)] if bias is not None else []
+    activated = [(act, None)] if act != "none" else []
+    added = [("residual", residual)] if residual is not None else []
+    return biased + activated + added if activated else added + biased
 
 
 def convolve(x, weight, padding, out):
@@ -95,9 +100,11 @@ def _convolve_then_add(x, weight, bias, act, scale, mean, variance, eps, residua
     """torch's convolution, and the rest in one pass over its result."""
     if bias is None:
         return conv2d_reference(x, weight, bias, act, scale, mean, variance, eps, residual, stride, padding)
-    if act == "relu" and scale is None and residual is None and padding[:2] == padding[2:]:
+    in_eights = x.shape[1] % 8 == weight.shape[0] % 8 == 0  # channels that cuDNN can add bias and ReLU to
+    if act == "relu" and scale is None and residual is None and padding[:2] == padding[2:] and in_eights:
         return torch.cudnn_convolution_relu(x, weight, bias, [stride] * 2, padding[:2], [1, 1], 1)
     y = conv2d_reference(x, weight, None, "none", None, None, None, 0.0, None, stride, padding)
+    y = y.contiguous(memory_format=torch.channels_last)  # not every implementation of torch's keeps to x's
     return launcher("bias_act", "launch_bias_act")(y, bias, act, scale, mean, variance, eps, residual, x.dtype)
 
 

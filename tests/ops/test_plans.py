@@ -8,7 +8,9 @@ import torch.nn.functional as F
 
 from dcae_fast import ops
 from dcae_fast.ops import _plans
-from dcae_fast.ops.conv2d import conv2d_reference
+from dcae_fast.ops.conv2d import _launch, conv2d_reference
+
+DEVICE, NHWC = "cuda" if torch.cuda.is_available() else "cpu", torch.channels_last
 
 
 @pytest.fixture
@@ -33,6 +35,39 @@ def test_a_broken_file_is_an_empty_one(tmp_path, content):
 def test_a_file_that_cannot_be_written_does_no_harm(tmp_path):
     (tmp_path / "file").touch()
     _plans._write(tmp_path / "file" / "plans.json", "a", 1)
+
+
+def plan_in_torch(x, weight, stride, padding, epilogue, fallback):
+    """What `find` returns, computed by PyTorch: the operands reach it in the epilogue's order."""
+
+    def plan(x, weight, operands):
+        y, operands = F.conv2d(x, weight, None, stride, padding[:2]), iter(operands)
+        for step, _ in epilogue:
+            if step == "bias":
+                y = y + next(operands).view(1, -1, 1, 1)
+            else:
+                y = y + next(operands) if step == "residual" else getattr(F, step)(y)
+        assert next(operands, None) is None
+        return y
+
+    return plan
+
+
+@pytest.mark.parametrize("found", [True, False])
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("act", ["none", "relu", "silu"])
+@pytest.mark.parametrize("before", ["nothing", "bias", "norm"])
+def test_a_plan_and_its_fallback_compute_the_same(before, act, residual, found, monkeypatch):
+    monkeypatch.setattr(_plans, "available", lambda: True)
+    monkeypatch.setattr(_plans, "find", plan_in_torch if found else lambda *args: None)
+    x, weight, vector = torch.randn(2, 12, 5, 6), torch.randn(12, 12, 3, 3) / 10, torch.randn(12)
+    x, weight = (tensor.to(DEVICE).contiguous(memory_format=NHWC) for tensor in (x, weight))
+    vector = vector.to(x.device)
+    bias = None if before == "nothing" else vector
+    statistics = [vector * 2, vector * 3, vector.square() + 0.1, 1e-5] if before == "norm" else [None, None, None, 0.0]
+    args = [x, weight, bias, act, *statistics, x * 2 if residual else None, 1, [1, 1, 1, 1]]
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        torch.testing.assert_close(_launch(*args), conv2d_reference(*args), atol=1e-4, rtol=1e-4)
 
 
 def random(*shape, dtype):
