@@ -53,7 +53,7 @@ struct BoundPlan {
     std::vector<void*> pointers{x.data_ptr(), weight.data_ptr(), y.data_ptr()};
     auto operand = operands.begin();
     for (const auto& step : epilogue) {
-      if (step.name == "relu" || step.name == "silu") continue;
+      if (!has_operand(step.name)) continue;
       require_value(operand != operands.end(), "too few operands for the epilogue");
       const char* name = step.name.c_str();
       check_operand(name, *operand, step.name == "residual" ? at::IntArrayRef(y_sizes) : at::IntArrayRef(y_sizes[1]),

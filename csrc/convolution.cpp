@@ -70,8 +70,6 @@ Descriptor pointwise(const std::string& step, const Descriptor& x, const Descrip
   return operation.finalize();
 }
 
-bool has_operand(const std::string& step) { return step != "relu" && step != "silu"; }
-
 // Whether an engine gives the same result each time and does not trade precision for speed.
 bool is_exact(const Descriptor& config) {
   Descriptor engine(CUDNN_BACKEND_ENGINE_DESCRIPTOR);
@@ -160,6 +158,8 @@ void ConvolutionPlan::run(cudnnHandle_t handle, const std::vector<void*>& pointe
       .finalize();
   check(cudnnBackendExecute(handle, plan_.raw(), arguments.raw()));
 }
+
+bool has_operand(const std::string& step) { return step != "relu" && step != "silu"; }
 
 std::array<int64_t, 4> ConvolutionShape::output() const {
   const auto side = [&](int axis) {

@@ -71,6 +71,9 @@ struct EpilogueStep {
   cudnnDataType_t dtype;
 };
 
+// Whether a step takes an operand.
+bool has_operand(const std::string& step);
+
 class Convolution {
  public:
   // Throws std::runtime_error if cuDNN has no such graph.

@@ -222,9 +222,9 @@ class InterpolateSampler(FastModule):
 
     def without_bias(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What `ops.duplicate_shuffle_add` takes: the result or its planes before the bias, and the bias."""
-        conv = self.conv
-        if self.is_known() and isinstance(conv, ConvLayer) and plain(conv) and conv.is_bare():
-            return upsample_conv_without_bias(conv.conv, x)
+        conv = bare_conv(self.conv)
+        if self.is_known() and conv is not None:
+            return upsample_conv_without_bias(conv, x)
         return self(x), None
 
     def is_known(self) -> bool:

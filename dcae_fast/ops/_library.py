@@ -160,11 +160,8 @@ def _is_plain(value: torch.Tensor) -> bool:
 
 
 def _first_tensor(args) -> torch.Tensor:
-    for arg in args:
-        if isinstance(arg, torch.Tensor):
-            return arg
-        if isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], torch.Tensor):
-            return arg[0]
+    for tensor in _tensors(args):
+        return tensor
     raise TypeError("an operator was called without a tensor")
 
 

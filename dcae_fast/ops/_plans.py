@@ -97,7 +97,8 @@ def _search(convolution, run: Callable, fallback: Callable):
     than once, so plans are kept.
     """
     with ThreadPoolExecutor(COMPILERS) as pool:
-        built = list(pool.map(lambda candidate: _build(convolution, candidate), range(_size(convolution))))
+        candidates = range(min(len(convolution), MOST_CANDIDATES))
+        built = list(pool.map(lambda candidate: _build(convolution, candidate), candidates))
     plans = {candidate: plan for candidate, plan in enumerate(built) if plan is not None}
     runs = {NO_PLAN: fallback} | {candidate: lambda plan=plan: run(plan) for candidate, plan in plans.items()}
     once = {}
@@ -114,10 +115,6 @@ def _search(convolution, run: Callable, fallback: Callable):
     torch.cuda.synchronize()
     best = min(bursts, key=lambda candidate: statistics.median(map(_elapsed, bursts[candidate])))
     return best, plans.get(best)
-
-
-def _size(convolution) -> int:
-    return min(len(convolution), MOST_CANDIDATES)
 
 
 def _build(convolution, candidate: int):

@@ -1,11 +1,15 @@
 """Small autoencoders and single blocks with random weights, and what the tests of `patch` do with them."""
 
+import copy
+import io
+import pickle
 from collections import Counter
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dcae_fast.models import blocks, convert
@@ -142,3 +146,16 @@ def operators_called(function: Callable, *args) -> Counter[str]:
     with Count():
         function(*args)
     return calls
+
+
+def by_torch_save(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
+duplicates = pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), by_torch_save, lambda m: AveragedModel(m).module],
+    ids=["deepcopy", "pickle", "torch.save", "moving average"],
+)

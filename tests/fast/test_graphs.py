@@ -1,18 +1,15 @@
 """CUDA graphs of whole calls: when one is captured, replayed or left alone. Needs no GPU: calls stand for graphs."""
 
 import copy
-import io
-import pickle
 import warnings
 import weakref
 
 import pytest
 import torch
-from small_models import DEVICE, build, build_block, image, step
+from small_models import DEVICE, build, build_block, duplicates, image, step
 from test_interference import CHANGES
 from torch import nn
 from torch.nn.utils import parametrizations
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.flop_counter import FlopCounterMode
 
 import dcae_fast
@@ -380,17 +377,7 @@ def test_options_of_a_scope(tape, encoder):
     assert "fast_options" not in vars(encoder)
 
 
-def by_torch_save(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
-
-
-@pytest.mark.parametrize(
-    "duplicate",
-    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), by_torch_save, lambda m: AveragedModel(m).module],
-    ids=["deepcopy", "pickle", "torch.save", "moving average"],
-)
+@duplicates
 @torch.no_grad()
 def test_copies_have_options_but_no_graphs(duplicate, tape):
     model, x = build("adaptive"), image(1, 3, 8, 8)

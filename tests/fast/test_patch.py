@@ -1,12 +1,8 @@
 """patch, unpatch, patched: the classes of modules and nothing else; the report; saving, copying, pickling."""
 
-import copy
-import io
-import pickle
-
 import pytest
 import torch
-from small_models import MODELS, build, image, operators_called, reconstruct, step
+from small_models import MODELS, build, duplicates, image, operators_called, reconstruct, step
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -186,17 +182,7 @@ def test_save_and_load(name, tmp_path):
         torch.testing.assert_close(state, model.state_dict(), atol=0, rtol=0, check_device=False)
 
 
-def by_torch_save(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
-
-
-@pytest.mark.parametrize(
-    "duplicate",
-    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), by_torch_save, lambda m: AveragedModel(m).module],
-    ids=["deepcopy", "pickle", "torch.save", "moving average"],
-)
+@duplicates
 @pytest.mark.parametrize("name", ["adaptive", "diffusers-shuffled"])
 def test_copies_are_patched_too(name, duplicate):
     model, x = build(name), image(1, 3, 8, 4)
