@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -16,6 +15,7 @@ import dcae_fast
 
 from . import describe, images
 from . import sample as sampling
+from .commands.common import Compute, UsageError
 from .diffusion import DCAEDiffusion
 from .models import diffusion_zoo
 from .models.autoencoder import DCAE
@@ -27,7 +27,6 @@ from .reconstruction import (
     LatentError,
     Reconstruction,
     load_latent,
-    load_model,
     load_photograph,
     save_latent,
 )
@@ -36,25 +35,6 @@ from .reconstruction import reconstruct as reconstruct_photograph
 Fit = Literal["crop", "pad"]
 Sampler = Literal["DPM_Solver", "ODE_dopri5", "ODE_heun2", "SDE", "GaussianDiffusion"]
 Paths = tyro.conf.Positional[tuple[Path, ...]]
-
-
-class UsageError(ValueError):
-    """A request that cannot be met; the message is all that is shown."""
-
-
-@dataclass(frozen=True)
-class Compute:
-    """Where and how to compute."""
-
-    device: str | None = None
-    """a PyTorch device; by default CUDA if there is any, else the CPU"""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """by default bfloat16 on CUDA, else float32"""
-    patch: bool = True
-    """use the fast operators"""
-
-    def load(self, model: str) -> DCAE:
-        return load_model(model, self.device, self.dtype)
 
 
 def reconstruct(

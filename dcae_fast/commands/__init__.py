@@ -1,0 +1,1 @@
+"""Commands of dcae-fast that have a file of their own; cli.py names them."""

@@ -1,0 +1,26 @@
+"""What the commands share: errors in a request, and where and how to compute."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dcae_fast.models.autoencoder import DCAE
+from dcae_fast.reconstruction import load_model
+
+
+class UsageError(ValueError):
+    """A request that cannot be met; the message is all that is shown."""
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and how to compute."""
+
+    device: str | None = None
+    """a PyTorch device; by default CUDA if there is any, else the CPU"""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """by default bfloat16 on CUDA, else float32"""
+    patch: bool = True
+    """use the fast operators"""
+
+    def load(self, model: str) -> DCAE:
+        return load_model(model, self.device, self.dtype)
