@@ -46,6 +46,7 @@ SHAPES: list[tuple[str, Shape]] = [
     ("relu_linear_attention", (32, 3072, 32, 32)),
     ("multiscale_qkv", (8, 1536, 64, 64)),
     ("multiscale_qkv", (8, 3072, 32, 32)),
+    ("multiscale_qkv", (8, 3072, 16, 16)),
     ("depthwise_glu", (8, 4096, 64, 64)),
     ("depthwise_glu", (8, 8192, 32, 32)),
     ("unshuffle_average_add", (8, 256, 256, 256)),

@@ -42,6 +42,11 @@ const void* channels_last(const char* name, const at::Tensor& tensor) {
   return tensor.const_data_ptr();
 }
 
+void require_int_sizes(const at::Tensor& x) {
+  require_value(x.size(1) <= INT_MAX / 2 && x.size(2) <= INT_MAX / 2 && x.size(3) <= INT_MAX / 2,
+                "x is too large along one dimension: ", x.sizes());
+}
+
 at::Tensor empty_channels_last(const at::Tensor& like, int64_t channels) {
   return at::empty({like.size(0), channels, like.size(2), like.size(3)}, like.options(),
                    at::MemoryFormat::ChannelsLast);
@@ -60,8 +65,7 @@ struct DepthwiseConvolution {
       : x(channels_last("x", x)), guard(x.device()), dtype(dtype_of("x", x)), batch(x.size(0)) {
     require_value(x.size(1) > 0 && x.size(1) % 16 == 0,
                   "x must have shape [B, 2M, H, W] with M a positive multiple of 8, got ", x.sizes());
-    require_value(x.size(1) <= INT_MAX / 2 && x.size(2) <= INT_MAX / 2 && x.size(3) <= INT_MAX / 2,
-                  "x is too large along one dimension: ", x.sizes());
+    require_int_sizes(x);
     height = static_cast<int>(x.size(2));
     width = static_cast<int>(x.size(3));
     channels = static_cast<int>(x.size(1) / 2);
@@ -149,6 +153,26 @@ at::Tensor relu_linear_attention(const std::vector<at::Tensor>& qkvs, int64_t he
   return out;
 }
 
+at::Tensor multiscale_qkv(const at::Tensor& x, const at::Tensor& depthwise, const at::Tensor& grouped) {
+  constexpr int kGroup = 32, kSize = 5;
+  const void* x_data = channels_last("x", x);
+  const c10::cuda::CUDAGuard guard(x.device());
+  const DType dtype = dtype_of("x", x);
+  require_value(x.size(1) > 0 && x.size(1) % kGroup == 0,
+                "x must have shape [B, C, H, W] with C a positive multiple of 32, got ", x.sizes());
+  require_int_sizes(x);
+  const at::Tensor taps = parameter("depthwise", depthwise, x, {x.size(1), 1, kSize, kSize});
+  const at::Tensor matrices = parameter("grouped", grouped, x, {x.size(1), kGroup, 1, 1});
+  at::Tensor out = empty_channels_last(x, x.size(1));
+  if (out.numel() > 0) {
+    C10_CUDA_CHECK(launch_multiscale_qkv(x_data, taps.const_data_ptr(), matrices.const_data_ptr(),
+                                         out.mutable_data_ptr(), x.size(0), static_cast<int>(x.size(2)),
+                                         static_cast<int>(x.size(3)), static_cast<int>(x.size(1)), dtype,
+                                         c10::cuda::getCurrentCUDAStream()));
+  }
+  return out;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -158,6 +182,8 @@ PYBIND11_MODULE(_C, module) {
              pybind11::arg("weight"), pybind11::arg("bias"), "The gradients of depthwise_glu by x, weight and bias.");
   module.def("relu_linear_attention", &relu_linear_attention, pybind11::arg("qkvs"), pybind11::arg("head_dim"),
              pybind11::arg("eps"), "ReLU linear attention of packed qkv tensors in channels-last, side by side.");
+  module.def("multiscale_qkv", &multiscale_qkv, pybind11::arg("x"), pybind11::arg("depthwise"),
+             pybind11::arg("grouped"), "Grouped 1x1 convolution of the depthwise 5x5 one of x, in channels-last.");
 #ifdef DCAE_FAST_CUDNN
   bind_convolution(module);
 #endif

@@ -13,6 +13,7 @@ namespace {
 constexpr int kSums = 10;     // nine taps, then the bias
 constexpr int kMaxWarps = 8;  // of a block; measured, as the stages
 constexpr int kStages = 3;    // of the ring; a step fills one
+constexpr int kWarpsPerSM = 16;  // as many as 128 registers for each thread allow
 
 template <typename T>
 __global__ void __launch_bounds__(32 * kMaxWarps, kWarpsPerSM / kMaxWarps)
@@ -27,17 +28,13 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kWarpsPerSM / kMaxWarps)
   const int stage_size = kRows * (row_size + x_row_size);
   const int first_pair = blockIdx.x * kPairs, first_strip = blockIdx.y;
 
-  const auto bring_step = [&](int stage, Strip from, int index, int step) {
-    if (step >= cut.steps) {  // of a later strip
-      index += step / cut.steps * cut.lanes, step %= cut.steps;
-      if (index >= cut.strips) return;
-      from = strip(cut, index);
-    }
-    const Pair* to = ring + stage * stage_size;
-    const int row = from.halo_row + step * kRows;
-    expect(&full[stage], stage_size * sizeof(Pair));
-    bring(to, &dconv, first_pair, from.column - 1, row, from.image, &full[stage]);
-    bring(to + kRows * row_size, &x, first_pair, from.column, row, from.image, &full[stage]);
+  const auto bring_step = [&](int stage, const Strip& of, int index, int step) {
+    start_step(cut, of, index, step, [&](const Strip& from, int row) {
+      const Pair* to = ring + stage * stage_size;
+      expect(&full[stage], stage_size * sizeof(Pair));
+      bring(to, &dconv, first_pair, from.column - 1, row, from.image, &full[stage]);
+      bring(to + kRows * row_size, &x, first_pair, from.column, row, from.image, &full[stage]);
+    });
   };
   if (threadIdx.x == 0) {
     initialize(full);
@@ -137,7 +134,9 @@ cudaError_t launch(const void* dconv, const void* x, const void* weight, void* d
 
 cudaError_t depthwise_backward_splits(int64_t batch, int height, int width, int channels, int* splits) {
   Cut cut;
-  if (const auto error = cut_into_strips(&cut, batch, height, width, channels / 2, kMaxWarps, true)) return error;
+  if (const auto error = cut_into_strips(&cut, batch, height, width, channels / 2, kMaxWarps, kWarpsPerSM, 1)) {
+    return error;
+  }
   *splits = cut.lanes;
   return cudaSuccess;
 }
@@ -146,7 +145,9 @@ cudaError_t launch_depthwise_backward(const void* dconv, const void* x, const vo
                                       int64_t batch, int height, int width, int channels, DType dtype,
                                       cudaStream_t stream) {
   Cut cut;
-  if (const auto error = cut_into_strips(&cut, batch, height, width, channels / 2, kMaxWarps, true)) return error;
+  if (const auto error = cut_into_strips(&cut, batch, height, width, channels / 2, kMaxWarps, kWarpsPerSM, 1)) {
+    return error;
+  }
   const auto f = dtype == DType::kFloat16 ? launch<__half> : launch<__nv_bfloat16>;
   return f(dconv, x, weight, dx, sums, cut, batch, stream);
 }

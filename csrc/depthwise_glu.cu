@@ -17,6 +17,7 @@ template <bool kBackward>
 constexpr int kMaxWarps = kBackward ? 8 : 4;  // of a block; measured, as the stages
 template <bool kBackward>
 constexpr int kStages = kBackward ? 2 : 3;  // of the ring; a step fills one
+constexpr int kWarpsPerSM = 16;             // as many as 128 registers for each thread allow
 
 // 1 / (1 + exp2(x)) with the hardware's exp2 and reciprocal: a relative error of a few 2^-22 for x below 115.
 __device__ float sigmoid2(float x) {
@@ -42,17 +43,13 @@ __global__ void __launch_bounds__(32 * kMaxWarps<kBackward>, kWarpsPerSM / kMaxW
   const int stage_size = kRows * (row_size + kBackward * dout_row_size);
   const int first_pair = blockIdx.x * kPairs, first_strip = blockIdx.y;
 
-  const auto bring_step = [&](int stage, Strip from, int index, int step) {
-    if (step >= cut.steps) {  // of a later strip
-      index += step / cut.steps * cut.lanes, step %= cut.steps;
-      if (index >= cut.strips) return;
-      from = strip(cut, index);
-    }
-    const Pair* to = ring + stage * stage_size;
-    const int row = from.halo_row + step * kRows;
-    expect(&full[stage], stage_size * sizeof(Pair));
-    bring(to, &x, first_pair, from.column - 1, row, from.image, &full[stage]);
-    if (kBackward) bring(to + kRows * row_size, &dout, first_pair, from.column, row - 1, from.image, &full[stage]);
+  const auto bring_step = [&](int stage, const Strip& of, int index, int step) {
+    start_step(cut, of, index, step, [&](const Strip& from, int row) {
+      const Pair* to = ring + stage * stage_size;
+      expect(&full[stage], stage_size * sizeof(Pair));
+      bring(to, &x, first_pair, from.column - 1, row, from.image, &full[stage]);
+      if (kBackward) bring(to + kRows * row_size, &dout, first_pair, from.column, row - 1, from.image, &full[stage]);
+    });
   };
   if (threadIdx.x == 0) {
     initialize(full);
@@ -167,7 +164,8 @@ cudaError_t launch(const void* x, const void* weight, const void* bias, const vo
                    int height, int width, int channels, cudaStream_t stream) {
   Cut cut;
   const int pairs = channels / 2;
-  if (const auto error = cut_into_strips(&cut, batch, height, width, pairs, kMaxWarps<kBackward>, kBackward)) {
+  if (const auto error =
+          cut_into_strips(&cut, batch, height, width, pairs, kMaxWarps<kBackward>, kWarpsPerSM, 1, kBackward)) {
     return error;
   }
   CUtensorMap map, dout_map;

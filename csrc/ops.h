@@ -35,3 +35,10 @@ cudaError_t launch_depthwise_backward(const void* dconv, const void* x, const vo
 // qkv: [batch, positions, heads, 3, 32]; out: the first 32 * heads of out_channels, [batch, positions, out_channels].
 cudaError_t launch_relu_linear_attention(const void* qkv, void* out, int64_t batch, int positions, int heads,
                                          int out_channels, float eps, DType dtype, cudaStream_t stream);
+
+// out[o] = sum over c in the group of o of grouped[o, c] * depthwise_conv5x5(x, depthwise)[c], padding 2, groups of 32.
+//
+// x, out: [batch, height, width, channels], channels a positive multiple of 32; depthwise: [channels, 5, 5];
+// grouped: [channels, 32]. The depthwise result is rounded to x's dtype.
+cudaError_t launch_multiscale_qkv(const void* x, const void* depthwise, const void* grouped, void* out, int64_t batch,
+                                  int height, int width, int channels, DType dtype, cudaStream_t stream);

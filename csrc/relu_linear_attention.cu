@@ -11,12 +11,14 @@
 
 #include <cooperative_groups.h>
 
+#include "mma.cuh"
 #include "ops.h"
 #include "pairs.cuh"
 
 namespace {
 
 namespace cg = cooperative_groups;
+using ::multiply_add;  // beside the one for TF32 below
 
 constexpr int kDim = 32;                  // channels of q, k and v of a head
 constexpr int kSums = (kDim + 1) * kDim;  // those of relu(k) vᵀ, then those of relu(k)
@@ -46,27 +48,7 @@ __device__ Pair relu<__half>(Pair pair) {
 __device__ Pair first(Pair a, Pair b) { return __byte_perm(a, b, 0x5410); }
 __device__ Pair second(Pair a, Pair b) { return __byte_perm(a, b, 0x7632); }
 
-// c += a b on tensor cores, with a [16, 16], b [16, 8] in half precision and c [16, 8] in fp32.
-template <typename T>
-__device__ void multiply_add(float (&c)[4], const Pair (&a)[4], const Pair (&b)[2]);
-
-template <>
-__device__ void multiply_add<__nv_bfloat16>(float (&c)[4], const Pair (&a)[4], const Pair (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
-template <>
-__device__ void multiply_add<__half>(float (&c)[4], const Pair (&a)[4], const Pair (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
-// The same with a [16, 8] and b [8, 8] in TF32, which holds half precision exactly.
+// c += a b on tensor cores with a [16, 8] and b [8, 8] in TF32, which holds half precision exactly.
 __device__ void multiply_add(float (&c)[4], const float (&a)[4], const unsigned (&b)[2]) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"

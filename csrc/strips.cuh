@@ -13,22 +13,23 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include "mma.cuh"
 #include "pairs.cuh"
 
 constexpr int kPairs = 32;       // of channels of a strip: one for each lane, 128 bytes of a pixel
 constexpr int kColumns = 4;      // of a warp
 constexpr int kRows = 2;         // of a step
-constexpr int kWarpsPerSM = 16;  // as many as 128 registers for each thread allow
 
 struct Cut {
   int height, width, pairs;        // of the tensor; pairs of one part
   int rows, warps;                 // of a strip
   int column_blocks, row_blocks;   // strips of the same channels count over (columns, rows, batch), the first fastest
   int strips, lanes, pair_blocks;  // strips of the same channels, and blocks that share them; such sets of channels
+  int halo;                        // rows and columns that bear on a pixel, on each side of it
   int steps;                       // of a strip
 };
 
-// Where a strip starts, how many rows it has, and the first row that bears on them: the one above, if there is one.
+// Where a strip starts, how many rows it has, and the first row of the image that bears on them.
 struct Strip {
   int column, row, image, rows, halo_row;
 };
@@ -40,15 +41,15 @@ __device__ inline Strip strip(const Cut& cut, int index) {
   strip.row = index % cut.row_blocks * cut.rows;
   strip.image = index / cut.row_blocks;
   strip.rows = min(cut.rows, cut.height - strip.row);
-  strip.halo_row = max(strip.row - 1, 0);
+  strip.halo_row = max(strip.row - cut.halo, 0);
   return strip;
 }
 
 // Chooses the height of strips with which the blocks, all at work at the same time, are done first.
 //
-// row_below: whether a strip's steps go on to the row below it also at the bottom of the image, where it is zero.
+// rows_below: whether a strip's steps go on to the rows below it also at the bottom of the image, where they are zero.
 inline cudaError_t cut_into_strips(Cut* cut, int64_t batch, int height, int width, int pairs, int max_warps,
-                                   bool row_below) {
+                                   int warps_per_processor, int halo, bool rows_below = true) {
   int device, processors;
   if (const auto error = cudaGetDevice(&device)) return error;
   if (const auto error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return error;
@@ -56,16 +57,16 @@ inline cudaError_t cut_into_strips(Cut* cut, int64_t batch, int height, int widt
   const auto divide_up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const int64_t warps = std::min<int64_t>(max_warps, divide_up(width, kColumns));
   const int64_t pair_blocks = divide_up(pairs, kPairs), column_blocks = divide_up(width, warps * kColumns);
-  const int64_t lanes = std::max<int64_t>(1, kWarpsPerSM / warps * processors / pair_blocks);
+  const int64_t lanes = std::max<int64_t>(1, warps_per_processor / warps * processors / pair_blocks);
   int64_t shortest = INT64_MAX, rows = 0, row_blocks = 0, strips = 0;
   for (int cuts = 1; cuts <= std::min(height, 64); ++cuts) {
     const int64_t cut_rows = divide_up(height, cuts), cut_blocks = divide_up(height, cut_rows);
     const int64_t cut_strips = batch * column_blocks * cut_blocks;
-    const int64_t time = divide_up(cut_strips, lanes) * (cut_rows + 2);
+    const int64_t time = divide_up(cut_strips, lanes) * (cut_rows + 2 * halo);
     if (time < shortest) shortest = time, rows = cut_rows, row_blocks = cut_blocks, strips = cut_strips;
   }
   if (strips > INT_MAX) return cudaErrorInvalidConfiguration;
-  const int64_t steps = divide_up(std::min<int64_t>(rows + 2, static_cast<int64_t>(height) + row_below), kRows);
+  const int64_t steps = divide_up(std::min<int64_t>(rows + 2 * halo, height + halo * int64_t{rows_below}), kRows);
   *cut = {height,
           width,
           pairs,
@@ -76,6 +77,7 @@ inline cudaError_t cut_into_strips(Cut* cut, int64_t batch, int height, int widt
           static_cast<int>(strips),
           static_cast<int>(std::min(strips, lanes)),
           static_cast<int>(pair_blocks),
+          halo,
           static_cast<int>(steps)};
   return cudaSuccess;
 }
@@ -100,10 +102,6 @@ inline cudaError_t describe(CUtensorMap* map, const void* x, int64_t batch, cons
              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
-}
-
-__device__ inline unsigned shared_address(const void* pointer) {
-  return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 
 // Readies the barriers of a ring; the block must synchronize before any other thread waits for them.
@@ -131,6 +129,16 @@ __device__ inline void bring(const Pair* to, const CUtensorMap* x, int pair, int
       : "memory");
 }
 
+// Starts a step of strip `index`: bring_rows(strip, row), row the first of the step. One past the strip's last is a step
+// of the next strip of the same channels, if there is one.
+template <typename BringRows>
+__device__ void start_step(const Cut& cut, const Strip& of, int index, int step, const BringRows& bring_rows) {
+  const int later = index + step / cut.steps * cut.lanes;
+  if (later >= cut.strips) return;
+  const Strip from = later == index ? of : strip(cut, later);
+  bring_rows(from, from.halo_row + step % cut.steps * kRows);
+}
+
 // Waits until the phase of this parity is complete.
 __device__ inline void wait(uint64_t* barrier, unsigned parity) {
   asm volatile(
@@ -148,12 +156,12 @@ __device__ inline bool within(int index, int size) {
   return static_cast<unsigned>(index) < static_cast<unsigned>(size);
 }
 
-// Nine weights for each channel of a pair, times scale.
-template <typename T>
-__device__ void load_weights(float (&to)[2][9], const Pair* weight, int64_t pair, float scale) {
+// The weights of each channel of a pair, times scale.
+template <typename T, int kTaps>
+__device__ void load_weights(float (&to)[2][kTaps], const Pair* weight, int64_t pair, float scale) {
 #pragma unroll
-  for (int i = 0; i < 9; ++i) {
-    const float2 two = widen<T>(weight[pair * 9 + i]);
-    to[2 * i / 9][2 * i % 9] = two.x * scale, to[(2 * i + 1) / 9][(2 * i + 1) % 9] = two.y * scale;
+  for (int i = 0; i < kTaps; ++i) {
+    const float2 two = widen<T>(weight[pair * kTaps + i]);
+    to[2 * i / kTaps][2 * i % kTaps] = two.x * scale, to[(2 * i + 1) / kTaps][(2 * i + 1) % kTaps] = two.y * scale;
   }
 }

@@ -50,6 +50,11 @@ def halves_on_hopper(*tensors: torch.Tensor) -> bool:
     )
 
 
+def rounded_on_hopper(x: torch.Tensor, *parameters: torch.Tensor) -> bool:
+    """Whether the CUDA extension takes them beside x: of its type, or in float32 (autocast), which it rounds."""
+    return all(p.dtype in (x.dtype, torch.float32) and p.data_ptr() % 16 == 0 for p in parameters)
+
+
 class Operator:
     """A registered operator. Inference on plain CUDA tensors goes straight to its kernel, past torch's dispatcher."""
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ._elementwise import activate_backward, sum_to_channels
-from ._library import KERNEL_DTYPES, define, differentiable, differentiable_as, halves_on_hopper
+from ._library import KERNEL_DTYPES, define, differentiable, differentiable_as, halves_on_hopper, rounded_on_hopper
 
 
 def _convolution(x, weight, bias):
@@ -36,9 +36,8 @@ def _accepts(x, weight, bias):
 
 
 def _cuda_accepts(x, weight, bias, *gradient):
-    """The CUDA extension's kernels, which round parameters in float32 (autocast): channels in groups of 16."""
-    parameters = [tensor.dtype in (x.dtype, torch.float32) and tensor.data_ptr() % 16 == 0 for tensor in (weight, bias)]
-    return halves_on_hopper(x, *gradient) and x.shape[1] % 16 == 0 and all(parameters)
+    """The CUDA extension's kernels: channels in groups of 16."""
+    return halves_on_hopper(x, *gradient) and x.shape[1] % 16 == 0 and rounded_on_hopper(x, weight, bias)
 
 
 _forward = define(

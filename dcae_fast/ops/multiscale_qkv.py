@@ -9,7 +9,7 @@ D channels. No biases. Sums in fp32; returns x.dtype. Source: EfficientViT (arXi
 import torch
 import torch.nn.functional as F
 
-from ._library import KERNEL_DTYPES, define, differentiable_as
+from ._library import KERNEL_DTYPES, define, differentiable_as, halves_on_hopper, rounded_on_hopper
 
 GROUPS = (16, 32, 64)  # channels of a group that the kernel takes
 
@@ -24,11 +24,18 @@ def _accepts(x, depthwise, grouped):
     return all(tensor.dtype in KERNEL_DTYPES for tensor in (x, depthwise, grouped)) and grouped.shape[1] in GROUPS
 
 
+def _cuda_accepts(x, depthwise, grouped):
+    """The CUDA extension's kernel: 5×5, groups of 32."""
+    sizes = depthwise.shape[2] == 5 and grouped.shape[1] == 32
+    return sizes and halves_on_hopper(x) and rounded_on_hopper(x, depthwise, grouped)
+
+
 _forward = define(
     "multiscale_qkv(Tensor x, Tensor depthwise, Tensor grouped) -> Tensor",
     multiscale_qkv_reference,
     _accepts,
     "multiscale_qkv",
+    _cuda_accepts,
 )
 differentiable_as(_forward, multiscale_qkv_reference)
 

@@ -1,0 +1,162 @@
+// Depthwise 5x5 and grouped 1x1 convolution in one pass over memory. See ops.h for the formula and the layout.
+//
+// A thread has two channels at four columns (strips.cuh): their 50 taps stay in registers as fp32, and so do the
+// partial sums of the four output rows that an input row does not complete. Four completed rows of a warp, 16 pixels,
+// are a fragment's rows for the tensor cores, which multiply the two groups of a strip's channels by their matrices.
+
+#include "mma.cuh"
+#include "ops.h"
+#include "strips.cuh"
+
+namespace {
+
+constexpr int kSize = 5, kHalo = kSize / 2, kTaps = kSize * kSize;
+constexpr int kGroup = 32;         // channels of a group, half of a strip's
+constexpr int kMaxWarps = 4;       // of a block
+constexpr int kWarpsPerSM = 12;    // as many as the registers allow
+constexpr int kStages = 3;         // of the ring; a step fills one
+constexpr int kBatch = 4;          // rows that are multiplied at a time
+constexpr int kPixels = kBatch * kColumns;
+constexpr int kPixelSize = kPairs + 4, kFilterSize = kGroup / 2 + 4;  // pairs, so that rows spread over the banks
+
+template <typename T>
+__global__ void __launch_bounds__(32 * kMaxWarps, kWarpsPerSM / kMaxWarps)
+    multiscale_qkv_kernel(const __grid_constant__ CUtensorMap x, const Pair* __restrict__ depthwise,
+                          const Pair* __restrict__ grouped, Pair* __restrict__ out, const Cut cut) {
+  extern __shared__ __align__(128) Pair ring[];  // [stage][row][column with halo][pair]
+  __shared__ __align__(16) Pair filters[2 * kGroup][kFilterSize], pixels[kMaxWarps][kPixels][kPixelSize];
+  __shared__ uint64_t full[kStages];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int row_size = (cut.warps * kColumns + 2 * kHalo) * kPairs, stage_size = kRows * row_size;
+  const int first_pair = blockIdx.x * kPairs, first_strip = blockIdx.y;
+
+  const auto bring_step = [&](int stage, const Strip& of, int index, int step) {
+    start_step(cut, of, index, step, [&](const Strip& from, int row) {
+      expect(&full[stage], stage_size * sizeof(Pair));
+      bring(ring + stage * stage_size, &x, first_pair, from.column - kHalo, row, from.image, &full[stage]);
+    });
+  };
+  if (threadIdx.x == 0) {
+    initialize(full);
+    const Strip first = strip(cut, first_strip);
+    for (int step = 0; step < kStages - 1; ++step) bring_step(step, first, first_strip, step);
+  }
+
+  const int pair = first_pair + lane;
+  float taps[2][kTaps] = {};
+  if (pair < cut.pairs) load_weights<T>(taps, depthwise, pair, 1.0f);
+  for (int i = threadIdx.x; i < kGroup * kGroup; i += 32 * cut.warps) {  // pairs of the two matrices
+    const int filter = i / (kGroup / 2), word = i % (kGroup / 2);
+    const bool exists = first_pair + filter / 2 < cut.pairs;
+    filters[filter][word] = exists ? grouped[(2LL * first_pair + filter) * (kGroup / 2) + word] : 0;
+  }
+  __syncthreads();  // the barriers are ready, and the filters
+
+  // Multiplies the warp's pixels by the matrices of their groups, in place.
+  const auto mix = [&](Pair (&pixels)[kPixels][kPixelSize]) {
+    __syncwarp();
+#pragma unroll
+    for (int group = 0; group < 2; ++group) {
+      Pair a[2][4];
+#pragma unroll
+      for (int s = 0; s < 2; ++s) {
+        load_matrices(a[s], &pixels[lane % 16][group * kGroup / 2 + 8 * s + lane / 16 * 4]);
+      }
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < kGroup / 8; ++i) {
+        Pair b[4];
+        float c[4] = {};
+        load_matrices(b, &filters[group * kGroup + 8 * i + lane % 8][lane / 8 * 4]);
+        multiply_add<T>(c, a[0], {b[0], b[1]});
+        multiply_add<T>(c, a[1], {b[2], b[3]});
+        Pair* to = &pixels[lane / 4][(group * kGroup + 8 * i) / 2 + lane % 4];
+        to[0] = narrow<T>(c[0], c[1]);
+        to[8 * kPixelSize] = narrow<T>(c[2], c[3]);
+      }
+    }
+    __syncwarp();
+  };
+
+  int stage = 0;
+  unsigned parity = 0;
+  for (int index = first_strip; index < cut.strips; index += cut.lanes) {
+    const Strip to = strip(cut, index);
+    // a thread writes four pairs of a column at a time
+    const int column = to.column + warp * kColumns + lane / 8, four = first_pair + lane % 8 * 4;
+    const bool writes = column < cut.width && four < cut.pairs;
+    const int64_t first_pixel = (static_cast<int64_t>(to.image) * cut.height + to.row) * cut.width + column;
+    Pair* target = out + first_pixel * cut.pairs + four;
+    float sums[kSize - 1][kColumns][2] = {};  // of the rows from two above the coming one to the one below it
+#pragma unroll 1
+    for (int step = 0; step < cut.steps; ++step) {
+      wait(&full[stage], parity);
+      __syncthreads();  // all are through with the step before
+      if (threadIdx.x == 0) bring_step(stage == 0 ? kStages - 1 : stage - 1, to, index, step + kStages - 1);
+      const Pair* rows = ring + stage * stage_size + warp * kColumns * kPairs + lane;
+      if (++stage == kStages) stage = 0, parity ^= 1;
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        float in[kColumns + 2 * kHalo][2], done[kColumns][2];
+#pragma unroll
+        for (int i = 0; i < kColumns + 2 * kHalo; ++i) {
+          const float2 two = widen<T>(rows[r * row_size + i * kPairs]);
+          in[i][0] = two.x, in[i][1] = two.y;
+        }
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) {
+#pragma unroll
+          for (int c = 0; c < 2; ++c) {
+            float of_rows[kSize] = {sums[0][j][c], sums[1][j][c], sums[2][j][c], sums[3][j][c], 0.0f};
+#pragma unroll
+            for (int tap = 0; tap < kTaps; ++tap) {
+              float& sum = of_rows[kSize - 1 - tap / kSize];
+              sum = fmaf(in[j + tap % kSize][c], taps[c][tap], sum);
+            }
+            done[j][c] = of_rows[0];
+#pragma unroll
+            for (int i = 1; i < kSize; ++i) sums[i - 1][j][c] = of_rows[i];
+          }
+        }
+        const int row = to.halo_row + step * kRows + r - kHalo - to.row;  // that is done, counted from the strip's first
+        if (!within(row, to.rows)) continue;
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) {
+          pixels[warp][row % kBatch * kColumns + j][lane] = narrow<T>(done[j][0], done[j][1]);
+        }
+        if (row % kBatch < kBatch - 1 && row < to.rows - 1) continue;
+        mix(pixels[warp]);
+        for (int i = 0; i <= row % kBatch; ++i) {
+          const Pair* from = &pixels[warp][i * kColumns + lane / 8][lane % 8 * 4];
+          if (writes) *reinterpret_cast<uint4*>(target) = *reinterpret_cast<const uint4*>(from);
+          target += static_cast<int64_t>(cut.width) * cut.pairs;
+        }
+        __syncwarp();  // the pixels may be overwritten
+      }
+    }
+  }
+}
+
+template <typename T>
+cudaError_t launch(const void* x, const void* depthwise, const void* grouped, void* out, int64_t batch, int height,
+                   int width, int channels, cudaStream_t stream) {
+  Cut cut;
+  if (const auto error = cut_into_strips(&cut, batch, height, width, channels / 2, kMaxWarps, kWarpsPerSM, kHalo)) {
+    return error;
+  }
+  CUtensorMap map;
+  const int columns = cut.warps * kColumns + 2 * kHalo;
+  if (const auto error = describe(&map, x, batch, cut, 1, columns)) return error;
+  const int bytes = kStages * kRows * columns * kPairs * static_cast<int>(sizeof(Pair));
+  multiscale_qkv_kernel<T><<<dim3(cut.pair_blocks, cut.lanes), 32 * cut.warps, bytes, stream>>>(
+      map, static_cast<const Pair*>(depthwise), static_cast<const Pair*>(grouped), static_cast<Pair*>(out), cut);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t launch_multiscale_qkv(const void* x, const void* depthwise, const void* grouped, void* out, int64_t batch,
+                                  int height, int width, int channels, DType dtype, cudaStream_t stream) {
+  const auto f = dtype == DType::kFloat16 ? launch<__half> : launch<__nv_bfloat16>;
+  return f(x, depthwise, grouped, out, batch, height, width, channels, stream);
+}
