@@ -43,7 +43,7 @@ def fill_caches(workloads: list[Workload]) -> None:
     process that has the GPU to itself. A failure shows when the contender is called.
     """
     pairs = [(workload, name) for workload in workloads for name in workload.contenders if "torch.compile" in name]
-    environment = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    environment = {"TORCHINDUCTOR_COMPILE_THREADS": str(max(1, os.cpu_count() // max(1, len(pairs))))}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for workload, name in pairs:
             pool.submit(in_fresh_process, workload, name, environment, "--compile-only")

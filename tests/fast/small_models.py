@@ -110,7 +110,8 @@ def build_block(name: str) -> tuple[nn.Module, torch.Tensor]:
 
 
 def image(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape or (1, 3, 16, 12), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape or (1, 3, 16, 12), generator=generator, device="cpu").to(DEVICE)
 
 
 def reconstruct(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
