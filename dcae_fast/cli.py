@@ -145,7 +145,7 @@ def decode(latents: Paths, *, out: Path = Path("outputs"), compute: Compute) -> 
 
 def sample(
     *,
-    model: str,
+    model: str = sampling.TINY,
     labels: tuple[int, ...] = (),
     cfg: float = 6.0,
     seed: int = 0,

@@ -84,7 +84,6 @@ def test_the_program(tmp_path, monkeypatch):
         program.main()
 
 
-@pytest.mark.skipif(TINY not in diffusion_zoo.BUNDLED, reason=f"{TINY} is not bundled")
 def test_the_bundled_model_draws_the_digits():
     from tiny_digits import Digits, Judge
     from train_tiny_diffusion import draw

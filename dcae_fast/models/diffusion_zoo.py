@@ -133,7 +133,7 @@ DIFFUSION_MODELS = {
 
 
 ASSETS = Path(__file__).parents[1] / "assets"
-BUNDLED = {name: ASSETS / name for name in ("dc-ae-tiny-uvit-digits",) if (ASSETS / name).is_dir()}
+BUNDLED = {"dc-ae-tiny-uvit-digits": ASSETS / "dc-ae-tiny-uvit-digits"}
 
 
 def diffusion_names() -> list[str]:
