@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dcae_fast import ops
-from dcae_fast.ops import _plans
+from dcae_fast.ops import _convolution_plans, _plans
 from dcae_fast.ops.conv2d import _launch, conv2d_reference
 
 DEVICE, NHWC = "cuda" if torch.cuda.is_available() else "cpu", torch.channels_last
@@ -58,8 +58,8 @@ def plan_in_torch(x, weight, stride, padding, epilogue, fallback):
 @pytest.mark.parametrize("act", ["none", "relu", "silu"])
 @pytest.mark.parametrize("before", ["nothing", "bias", "norm"])
 def test_a_plan_and_its_fallback_compute_the_same(before, act, residual, found, monkeypatch):
-    monkeypatch.setattr(_plans, "available", lambda: True)
-    monkeypatch.setattr(_plans, "find", plan_in_torch if found else lambda *args: None)
+    monkeypatch.setattr(_convolution_plans, "available", lambda: True)
+    monkeypatch.setattr(_convolution_plans, "find", plan_in_torch if found else lambda *args: None)
     x, weight, vector = torch.randn(2, 12, 5, 6), torch.randn(12, 12, 3, 3) / 10, torch.randn(12)
     x, weight = (tensor.to(DEVICE).contiguous(memory_format=NHWC) for tensor in (x, weight))
     vector = vector.to(x.device)
@@ -123,7 +123,7 @@ def test_every_candidate_is_right(kind, dtype, empty_cache):
     x, weight, bias, act, scale, mean, variance, eps, residual, stride, padding = args
     run = lambda: ops.conv2d(x, weight, bias, act, residual, scale, mean, variance, eps, stride, padding)  # noqa: E731
     assert relative_error(run(), exact) <= max(2 * eager_error, 4 * torch.finfo(dtype).eps)
-    if not _plans.available():
+    if not _convolution_plans.available():
         pytest.skip("dcae_fast._C was not built with cuDNN")
     (key,), (file,) = _plans._plans, empty_cache.iterdir()
     (name,) = json.loads(file.read_text())
