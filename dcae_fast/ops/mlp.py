@@ -4,7 +4,7 @@
 
 x: [..., K]; w1: [H, K]; w2: [M, H]; residual and y: [..., M]. Exactness, types and sums as in `linear`.
 
-For the gradient x and h are kept, as torch.compile would, and gelu(h) is computed again, in one pass over h: as large as
+For the gradient x and h are kept, as torch.compile would, and gelu(h) is computed again in one pass over h: as large as
 h, it would add a third to what a transformer's block keeps. All else of the backward lies in its four products:
 
     dh = (dy · w2) * gelu'(h), db1 = Σ dh;    dw2 = dyᵀ · gelu(h), db2 = Σ dy;    dx = dh · w1;    dw1 = dhᵀ · x
