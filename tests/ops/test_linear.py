@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
+from registration import check_registration
 from torch.testing import assert_close
 
 from dcae_fast import ops
@@ -15,6 +16,7 @@ from dcae_fast.ops import _plans, _products
 
 linear, mlp = (importlib.import_module(f"dcae_fast.ops.{name}") for name in ("linear", "mlp"))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KERNEL_DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 APPROXIMATION = {"gelu": "none", "gelu_tanh": "tanh"}
 TYPES = {torch.bfloat16: 1e-2, torch.float16: 1e-3}  # ceilings of the relative L2 error
 
@@ -119,28 +121,19 @@ def test_gradients_of_gradients(function, plain, shapes, act):
 
 @every_case
 def test_registration(function, plain, shapes, act):
-    calls = []
+    tensors = make(shapes, KERNEL_DTYPE)
 
-    class Record(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func.namespace == "dcae_fast":
-                calls.append((func, args))
-            return func(*args, **(kwargs or {}))
-
-    tensors = make(shapes, torch.float32)
-    with Record():
+    def train_and_infer():
         run(function, tensors, act)
         with torch.no_grad():
             function(*tensors, act=act)
-    assert calls
-    for func, args in calls:
-        args = [arg.detach().clone().requires_grad_() if isinstance(arg, torch.Tensor) else arg for arg in args]
-        torch.library.opcheck(func, args, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+
+    check_registration(train_and_infer)
 
 
 @every_case
 def test_compiles_whole(function, plain, shapes, act):
-    tensors = make(shapes, torch.float32)
+    tensors = make(shapes, KERNEL_DTYPE)
     torch._dynamo.reset()
     compiled = torch.compile(lambda *args: function(*args, act=act), fullgraph=True, backend="aot_eager")
     assert_close(run(lambda *args, act: compiled(*args), tensors, act), run(function, tensors, act))

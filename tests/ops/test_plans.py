@@ -1,5 +1,6 @@
-"""Plans of cuDNN's: right, found once, remembered in a file that may be absent or broken."""
+"""Plans of libraries, cuDNN's above all: right, found once, remembered in a file that may be absent or broken."""
 
+import contextlib
 import json
 
 import pytest
@@ -35,6 +36,48 @@ def test_a_broken_file_is_an_empty_one(tmp_path, content):
 def test_a_file_that_cannot_be_written_does_no_harm(tmp_path):
     (tmp_path / "file").touch()
     _plans._write(tmp_path / "file" / "plans.json", "a", 1)
+
+
+class Candidates:
+    def __len__(self):
+        return 3
+
+    def build(self, candidate):
+        return f"plan {candidate}"
+
+
+@pytest.mark.parametrize("untimed", [_plans.NO_PLAN, 0])
+@pytest.mark.parametrize("is_large", [False, True])
+@pytest.mark.parametrize("is_capturing", [False, True])
+def test_what_is_taken_without_a_search(is_capturing, is_large, untimed, empty_cache, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: is_capturing)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    searches = []
+    monkeypatch.setattr(_plans, "_search", lambda *args: (searches.append(args), (2, "plan 2"))[1])
+    library = _plans.Library("Library", "works", lambda: 1, untimed)
+    find = lambda: _plans.find(library, (8, 8), torch.device("cuda", 0), is_large, Candidates, None, None)  # noqa: E731
+    searched = is_large and not is_capturing
+    assert find() == find() == ("plan 2" if searched else None if untimed == _plans.NO_PLAN else "plan 0")
+    assert len(searches) == searched
+    assert bool(_plans._plans) == (not is_capturing and (is_large or untimed != _plans.NO_PLAN))
+    if searched:
+        assert json.loads((empty_cache / "works-a_GPU-library1.json").read_text()) == {"(8, 8)": 2}
+        _plans._plans.clear()
+        assert find() == "plan 2" and len(searches) == 1
+
+
+def test_a_library_that_cannot_is_asked_once(empty_cache, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+
+    def refuse():
+        raise RuntimeError("no such product")
+
+    library, device = _plans.Library("Library", "works", lambda: 1, 0), torch.device("cuda", 0)
+    with pytest.warns(UserWarning, match="no such product"):
+        assert _plans.find(library, (8, 8), device, False, refuse, None, None) is None
+    assert _plans.find(library, (8, 8), device, False, refuse, None, None) is None
 
 
 def plan_in_torch(x, weight, stride, padding, epilogue, fallback):
