@@ -12,6 +12,8 @@ from dcae_fast.fast.fusion import conv_norm_act
 from dcae_fast.ops.bias_act import bias_act_reference
 from dcae_fast.ops.conv2d_unshuffle import conv2d_unshuffle_reference
 from dcae_fast.ops.depthwise_glu import depthwise_glu_reference
+from dcae_fast.ops.linear import linear_gelu_reference, linear_reference
+from dcae_fast.ops.mlp import mlp_reference
 from dcae_fast.ops.multiscale_qkv import multiscale_qkv_reference
 from dcae_fast.ops.relu_linear_attention import relu_linear_attention_reference
 from dcae_fast.ops.rms_norm import rms_norm_reference
@@ -27,7 +29,7 @@ CALLS = 10  # in one captured graph
 WRONG = 1e-2  # relative L2 error against fp32, in bf16, above which an operator is reported as wrong and not timed
 Shape = tuple[int, int, int, int]
 
-# name, (B, C, H, W) of the main input; large enough not to stay in the cache
+# name, (B, C, H, W) of the main input; large enough not to stay in the cache. Transformers' layers see B·H·W tokens.
 SHAPES: list[tuple[str, Shape]] = [
     ("conv3x3 + bias + silu", (8, 256, 256, 256)),
     ("conv3x3 + bias + silu", (8, 512, 128, 128)),
@@ -51,6 +53,11 @@ SHAPES: list[tuple[str, Shape]] = [
     ("depthwise_glu", (8, 8192, 32, 32)),
     ("unshuffle_average_add", (8, 256, 256, 256)),
     ("duplicate_shuffle_add", (8, 512, 128, 128)),
+    ("linear to q, k, v", (128, 1152, 32, 32)),
+    ("linear + residual", (128, 1152, 32, 32)),
+    ("linear to 4C + gelu", (128, 1152, 32, 32)),
+    ("linear from 4C + residual", (128, 4608, 32, 32)),
+    ("mlp + residual", (128, 1152, 32, 32)),
 ]
 
 
@@ -133,6 +140,36 @@ def rms_norm_conv2d(random, b, c, h, w) -> Case:
     )
 
 
+def linear(random, b, c, h, w, out: float, act: str = "none", residual: bool = False) -> Case:
+    """A layer to out · C channels, on B·H·W tokens; without residual and act also without bias."""
+    rows, width = b * h * w, round(out * c)
+    tensors = [random(rows, c), random(width, c) / c**0.5]
+    tensors += [random(width)] if residual or act != "none" else []
+    tensors += [random(rows, width)] if residual else []
+
+    def reference(x, weight, bias=None, residual=None):
+        return (
+            linear_reference(x, weight, bias, residual)
+            if act == "none"
+            else linear_gelu_reference(x, weight, bias, act)
+        )
+
+    return Case(lambda *args: ops.linear(*args, act=act), reference, tensors, flops=2 * rows * c * width)
+
+
+def mlp(random, b, c, h, w) -> Case:
+    rows = b * h * w
+    return Case(
+        ops.mlp,
+        lambda *args: mlp_reference(*args, "gelu")[0],
+        [
+            *(random(rows, c), random(4 * c, c) / c**0.5, random(4 * c)),
+            *(random(c, 4 * c) / (4 * c) ** 0.5, random(c), random(rows, c)),
+        ],
+        flops=2 * 2 * rows * c * 4 * c,
+    )
+
+
 def convolution(random, b, c, h, w, act: str = "none", residual: bool = False) -> Case:
     """What a patched block does with a plain convolution of its own; the weight stays out of `tensors`."""
     conv = nn.Conv2d(c, c, 3, padding=1, device="meta")
@@ -165,6 +202,11 @@ CASES: dict[str, Callable[..., Case]] = {
     "depthwise_glu": depthwise_glu,
     "unshuffle_average_add": unshuffle_average_add,
     "duplicate_shuffle_add": duplicate_shuffle_add,
+    "linear to q, k, v": lambda *args: linear(*args, out=3),
+    "linear + residual": lambda *args: linear(*args, out=1, residual=True),
+    "linear to 4C + gelu": lambda *args: linear(*args, out=4, act="gelu"),
+    "linear from 4C + residual": lambda *args: linear(*args, out=1 / 4, residual=True),
+    "mlp + residual": mlp,
 }
 
 

@@ -187,4 +187,7 @@ PYBIND11_MODULE(_C, module) {
 #ifdef DCAE_FAST_CUDNN
   bind_convolution(module);
 #endif
+#ifdef DCAE_FAST_CUBLASLT
+  bind_linear(module);
+#endif
 }

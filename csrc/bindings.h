@@ -4,3 +4,4 @@
 #include <torch/csrc/utils/pybind.h>
 
 void bind_convolution(pybind11::module_& module);
+void bind_linear(pybind11::module_& module);

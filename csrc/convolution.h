@@ -1,5 +1,5 @@
 // Convolution with a fused epilogue through cuDNN's graph API: the mechanism alone. Which of a convolution's candidates
-// is the fastest, and how that is remembered, is decided in Python (dcae_fast/ops/plans.py).
+// is the fastest, and how that is remembered, is decided in Python (dcae_fast/ops/_plans.py).
 #pragma once
 
 #include <array>

@@ -192,7 +192,9 @@ def _note(model: nn.Module, report: Report) -> str:
     if not HAS_TRITON:
         return "Triton is not installed: the modules' own forwards run."
     if torch.cuda.is_available() and cuda_extension() is None:
-        return "dcae_fast._C is not built: convolutions are torch's, everything else runs in Triton."
-    if torch.cuda.is_available() and not hasattr(cuda_extension(), "Convolution"):
-        return "dcae_fast._C is built without cuDNN: convolutions are torch's."
+        return "dcae_fast._C is not built: convolutions and linear layers are torch's, all else runs in Triton."
+    libraries = {"Convolution": "cuDNN: convolutions are torch's", "Product": "cuBLASLt: linear layers are torch's"}
+    missing = [words for name, words in libraries.items() if not hasattr(cuda_extension(), name)]
+    if torch.cuda.is_available() and missing:
+        return f"dcae_fast._C is built without {'; without '.join(missing)}."
     return ""

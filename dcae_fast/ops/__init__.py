@@ -5,6 +5,8 @@ from .bias_act import bias_act
 from .conv2d import conv2d
 from .conv2d_unshuffle import conv2d_unshuffle
 from .depthwise_glu import depthwise_glu
+from .linear import linear
+from .mlp import mlp
 from .multiscale_qkv import multiscale_qkv
 from .relu_linear_attention import relu_linear_attention
 from .rms_norm import rms_norm
@@ -19,6 +21,8 @@ __all__ = [
     "depthwise_glu",
     "duplicate_shuffle_add",
     "has_kernels",
+    "linear",
+    "mlp",
     "multiscale_qkv",
     "relu_linear_attention",
     "rms_norm",

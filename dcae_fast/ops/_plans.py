@@ -1,7 +1,7 @@
-"""Which of cuDNN's candidates runs a convolution the fastest: timed once for each shape, kept in memory and on disk.
+"""Which of a library's candidates does some work the fastest: timed once for each shape, kept in memory and on disk.
 
-cuDNN's first suggestion can be 20 % slower than the best of its list. The winners' places in the list are kept in one
-small JSON file for each GPU and version of cuDNN, in $DCAE_FAST_CACHE, else $XDG_CACHE_HOME/dcae_fast, else
+The first suggestion of cuDNN can be 20 % slower than the best of its list. The winners' places in the list are kept in
+one small JSON file for each GPU and version of the library, in $DCAE_FAST_CACHE, else $XDG_CACHE_HOME/dcae_fast, else
 ~/.cache/dcae_fast. A file that cannot be read or written costs no more than the time of another search.
 """
 
@@ -13,13 +13,12 @@ import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from dcae_fast.files import written_atomically
-
-from ._library import cuda_extension
 
 MOST_CANDIDATES = 24
 MOST_WORKSPACE = 2**28  # bytes
@@ -28,77 +27,83 @@ FINALISTS, ROUNDS = 5, 5
 BURST, PAUSE = 3.0, 0.008  # milliseconds of work, seconds without
 LAUNCH = 200_000  # clock cycles, more than a launch from Python takes
 COMPILERS = 8  # threads
-WORTH_A_SEARCH = 5e7  # multiplications; the smallest convolution of the released models at 512 pixels has 7.5e7
 NO_PLAN = -1  # in the place of a candidate: the fallback is the fastest
-
-Epilogue = list[tuple[str, torch.Tensor | None]]
 
 _plans: dict[tuple, object | None] = {}
 _lock = threading.Lock()
 
 
-def available() -> bool:
-    """Whether the CUDA extension was built with cuDNN, and torch may use cuDNN."""
-    return hasattr(cuda_extension(), "Convolution") and torch.backends.cudnn.enabled
+@dataclass(frozen=True)
+class Library:
+    """Where plans come from.
+
+    work: what they do, in the plural, for the name of the file; version: of the library; untimed: the candidate that is
+    taken, unless it is NO_PLAN, where timing is out of the question or not worth while.
+    """
+
+    name: str
+    work: str
+    version: Callable[[], object]
+    untimed: int = NO_PLAN
 
 
 def find(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    stride: int,
-    padding: tuple[int, int, int, int],
-    epilogue: Epilogue,
-    fallback: Callable[[], torch.Tensor],
+    library: Library,
+    shape: tuple,
+    device: torch.device,
+    is_worth_a_search: bool,
+    make: Callable[[], object],
+    run: Callable[[object], object],
+    fallback: Callable[[], object],
 ):
-    """The ConvolutionPlan for tensors like these; None if `fallback` does the same work faster.
+    """The plan for a shape; None if `fallback` does the same work faster.
 
-    epilogue: (step, its operand or None) in order, as in csrc/convolution.h. A new shape is searched for, which takes
-    up to some seconds; None is also the answer for a new shape while a CUDA graph is captured, and for tiny ones.
+    shape: all that the choice depends on, besides the GPU. make: the candidates, with a length and `build(place)`. run:
+    calls a plan. A new shape is searched for, which takes up to some seconds, unless a CUDA graph is being captured.
     """
-    steps = tuple((step, None if operand is None else operand.dtype) for step, operand in epilogue)
-    key = (x.device.index, x.dtype, tuple(x.shape), tuple(weight.shape), stride, padding, steps)
+    key = (library.work, device.index, *shape)
     if key in _plans:
         return _plans[key]
-    if torch.cuda.is_current_stream_capturing() or _products(x, weight, stride) < WORTH_A_SEARCH:
+    is_capturing = torch.cuda.is_current_stream_capturing()
+    if library.untimed == NO_PLAN and (is_capturing or not is_worth_a_search):
         return None
-    with _lock, torch.cuda.device(x.device), torch.no_grad():
-        if key not in _plans:
-            _plans[key] = _find(repr(key[1:]), x, weight, stride, padding, epilogue, fallback)
-    return _plans[key]
+    with _lock, torch.cuda.device(device), torch.no_grad():
+        if key in _plans:
+            return _plans[key]
+        try:
+            if is_capturing or not is_worth_a_search:
+                plan = make().build(library.untimed)
+            else:
+                plan = _find(library, repr(shape), make, run, fallback)
+        except RuntimeError as error:
+            warnings.warn(f"{library.name} cannot do one of the {library.work}, {shape}: {error}", stacklevel=2)
+            plan = None
+        if not is_capturing:
+            _plans[key] = plan
+    return plan
 
 
-def _products(x: torch.Tensor, weight: torch.Tensor, stride: int) -> float:
-    """About how many multiplications a convolution takes."""
-    return x.numel() // x.shape[1] * weight.numel() / stride**2
-
-
-def _find(name, x, weight, stride, padding, epilogue, fallback):
+def _find(library: Library, name: str, make: Callable, run: Callable, fallback: Callable):
     """The plan that the cache file names; else that of a search, and its place is written there."""
-    file = _cache_file()
-    candidate = _read(file).get(name)
-    try:
-        convolution = cuda_extension().Convolution(x, weight, stride, padding, epilogue)
-        if candidate is not None and NO_PLAN <= candidate < len(convolution):
-            return None if candidate == NO_PLAN else convolution.build(candidate)
-        operands = [operand for _, operand in epilogue if operand is not None]
-        candidate, plan = _search(convolution, lambda plan: plan(x, weight, operands), fallback)
-    except RuntimeError as error:
-        warnings.warn(f"cuDNN cannot fuse the convolution {name}: {error}", stacklevel=2)
-        return None
+    file = _cache_file(library)
+    candidate, candidates = _read(file).get(name), make()
+    if candidate is not None and NO_PLAN <= candidate < len(candidates):
+        return None if candidate == NO_PLAN else candidates.build(candidate)
+    candidate, plan = _search(candidates, run, fallback)
     _write(file, name, candidate)
     return plan
 
 
-def _search(convolution, run: Callable, fallback: Callable):
-    """The fastest candidate and its plan.
+def _search(candidates, run: Callable, fallback: Callable):
+    """The place of the fastest candidate and its plan.
 
     Every candidate is timed once, the best of them and the fallback in short bursts with pauses: after some 50 ms
     without one the GPU comes to its power limit and slows down, whatever runs then. cuDNN compiles a candidate no more
     than once, so plans are kept.
     """
     with ThreadPoolExecutor(COMPILERS) as pool:
-        candidates = range(min(len(convolution), MOST_CANDIDATES))
-        built = list(pool.map(lambda candidate: _build(convolution, candidate), candidates))
+        places = range(min(len(candidates), MOST_CANDIDATES))
+        built = list(pool.map(lambda place: _build(candidates, place), places))
     plans = {candidate: plan for candidate, plan in enumerate(built) if plan is not None}
     runs = {NO_PLAN: fallback} | {candidate: lambda plan=plan: run(plan) for candidate, plan in plans.items()}
     once = {}
@@ -117,10 +122,10 @@ def _search(convolution, run: Callable, fallback: Callable):
     return best, plans.get(best)
 
 
-def _build(convolution, candidate: int):
-    """The candidate's plan, None if it is not for this GPU or shape, or needs much memory."""
+def _build(candidates, place: int):
+    """A candidate's plan, None if it is not for this GPU or shape, or needs much memory."""
     try:
-        plan = convolution.build(candidate)
+        plan = candidates.build(place)
     except RuntimeError:
         return None
     return plan if plan.workspace_size <= MOST_WORKSPACE else None
@@ -146,11 +151,11 @@ def _milliseconds(call: Callable) -> float:
     return _elapsed(events)
 
 
-def _cache_file() -> Path:
+def _cache_file(library: Library) -> Path:
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = os.environ.get("DCAE_FAST_CACHE") or Path(cache, "dcae_fast")
     gpu = torch.cuda.get_device_name().replace(" ", "_")
-    return Path(folder, f"convolutions-{gpu}-cudnn{torch.backends.cudnn.version()}.json")
+    return Path(folder, f"{library.work}-{gpu}-{library.name.lower()}{library.version()}.json")
 
 
 def _read(file: Path) -> dict[str, int]:

@@ -12,7 +12,7 @@ convolution again; training is better served by a convolution and `bias_act`.
 import torch
 import torch.nn.functional as F
 
-from . import _plans
+from . import _convolution_plans
 from ._elementwise import check_activation, check_filters
 from ._library import KERNEL_DTYPES, define, differentiable_as, launcher
 from .bias_act import bias_act_reference
@@ -64,10 +64,10 @@ def _launch(x, weight, bias, act, scale, mean, variance, eps, residual, stride, 
     def fallback():
         return _convolve_then_add(x, weight, bias, act, scale, mean, variance, eps, residual, stride, padding)
 
-    if not _plans.available():
+    if not _convolution_plans.available():
         return fallback()
     # the folded weight and bias are of the same shape and type as these
-    plan = _plans.find(x, weight, stride, tuple(padding), _epilogue(bias, act, residual), fallback)
+    plan = _convolution_plans.find(x, weight, stride, tuple(padding), _epilogue(bias, act, residual), fallback)
     if plan is None:
         return fallback()
     folded, shift = weight, bias
@@ -91,8 +91,8 @@ def convolve(x, weight, padding, out):
         return out.copy_(conv2d_reference(x, weight, None, "none", None, None, None, 0.0, None, 1, padding))
 
     plan = None
-    if _plans.available() and _accepts(x, weight, None, "none", None, None, None, 0.0, None, 1, padding):
-        plan = _plans.find(x, weight, 1, padding, [], fallback)
+    if _convolution_plans.available() and _accepts(x, weight, None, "none", None, None, None, 0.0, None, 1, padding):
+        plan = _convolution_plans.find(x, weight, 1, padding, [], fallback)
     return fallback() if plan is None else plan(x, weight, [], out)
 
 

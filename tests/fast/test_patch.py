@@ -98,7 +98,18 @@ def test_report_without_kernels(monkeypatch):
     assert report.note == str(report).splitlines()[-1] == "No CUDA device: on a CPU the modules' own forwards run."
 
 
-@pytest.mark.parametrize("extension, note", [(None, "_C is not built"), (object(), "_C is built without cuDNN")])
+class WithoutCublaslt:
+    Convolution = None
+
+
+@pytest.mark.parametrize(
+    "extension, note",
+    [
+        (None, "_C is not built"),
+        (object(), "_C is built without cuDNN: convolutions are torch's; without cuBLASLt"),
+        (WithoutCublaslt, "_C is built without cuBLASLt: linear layers are torch's."),
+    ],
+)
 def test_report_without_the_extension(monkeypatch, extension, note):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("dcae_fast.fast.patch.cuda_extension", lambda: extension)

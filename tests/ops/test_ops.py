@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from registration import check_registration
 
 from dcae_fast import ops
 from dcae_fast.ops._library import Operator
@@ -215,28 +216,7 @@ def test_layout_in_does_not_matter_and_layout_out_is_channels_last(op, shapes, r
 
 @case
 def test_registration(op, shapes):
-    """schema, fake and autograd registrations of every operator that is called, by torch.library.opcheck."""
-    calls = []
-
-    class Record(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func.namespace == "dcae_fast":
-                calls.append((func, args))
-            return func(*args, **(kwargs or {}))
-
-    with Record():
-        run(op, make(shapes, torch.float32))
-    assert calls
-
-    def fresh(value):
-        if isinstance(value, (list, tuple)):
-            return [fresh(item) for item in value]
-        return value.detach().clone().requires_grad_() if isinstance(value, torch.Tensor) else value
-
-    for func, args in calls:
-        differentiable = not func.name().endswith("_backward")
-        tests = ("test_schema", "test_faketensor") + ("test_autograd_registration",) * differentiable
-        torch.library.opcheck(func, fresh(args), test_utils=tests)
+    check_registration(lambda: run(op, make(shapes, torch.float32)))
 
 
 @case

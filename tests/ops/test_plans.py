@@ -1,5 +1,6 @@
-"""Plans of cuDNN's: right, found once, remembered in a file that may be absent or broken."""
+"""Plans of libraries, cuDNN's above all: right, found once, remembered in a file that may be absent or broken."""
 
+import contextlib
 import json
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from dcae_fast import ops
-from dcae_fast.ops import _plans
+from dcae_fast.ops import _convolution_plans, _plans
 from dcae_fast.ops.conv2d import _launch, conv2d_reference
 
 DEVICE, NHWC = "cuda" if torch.cuda.is_available() else "cpu", torch.channels_last
@@ -37,6 +38,48 @@ def test_a_file_that_cannot_be_written_does_no_harm(tmp_path):
     _plans._write(tmp_path / "file" / "plans.json", "a", 1)
 
 
+class Candidates:
+    def __len__(self):
+        return 3
+
+    def build(self, candidate):
+        return f"plan {candidate}"
+
+
+@pytest.mark.parametrize("untimed", [_plans.NO_PLAN, 0])
+@pytest.mark.parametrize("is_large", [False, True])
+@pytest.mark.parametrize("is_capturing", [False, True])
+def test_what_is_taken_without_a_search(is_capturing, is_large, untimed, empty_cache, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: is_capturing)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    searches = []
+    monkeypatch.setattr(_plans, "_search", lambda *args: (searches.append(args), (2, "plan 2"))[1])
+    library = _plans.Library("Library", "works", lambda: 1, untimed)
+    find = lambda: _plans.find(library, (8, 8), torch.device("cuda", 0), is_large, Candidates, None, None)  # noqa: E731
+    searched = is_large and not is_capturing
+    assert find() == find() == ("plan 2" if searched else None if untimed == _plans.NO_PLAN else "plan 0")
+    assert len(searches) == searched
+    assert bool(_plans._plans) == (not is_capturing and (is_large or untimed != _plans.NO_PLAN))
+    if searched:
+        assert json.loads((empty_cache / "works-a_GPU-library1.json").read_text()) == {"(8, 8)": 2}
+        _plans._plans.clear()
+        assert find() == "plan 2" and len(searches) == 1
+
+
+def test_a_library_that_cannot_is_asked_once(empty_cache, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+
+    def refuse():
+        raise RuntimeError("no such product")
+
+    library, device = _plans.Library("Library", "works", lambda: 1, 0), torch.device("cuda", 0)
+    with pytest.warns(UserWarning, match="no such product"):
+        assert _plans.find(library, (8, 8), device, False, refuse, None, None) is None
+    assert _plans.find(library, (8, 8), device, False, refuse, None, None) is None
+
+
 def plan_in_torch(x, weight, stride, padding, epilogue, fallback):
     """What `find` returns, computed by PyTorch: the operands reach it in the epilogue's order."""
 
@@ -58,8 +101,8 @@ def plan_in_torch(x, weight, stride, padding, epilogue, fallback):
 @pytest.mark.parametrize("act", ["none", "relu", "silu"])
 @pytest.mark.parametrize("before", ["nothing", "bias", "norm"])
 def test_a_plan_and_its_fallback_compute_the_same(before, act, residual, found, monkeypatch):
-    monkeypatch.setattr(_plans, "available", lambda: True)
-    monkeypatch.setattr(_plans, "find", plan_in_torch if found else lambda *args: None)
+    monkeypatch.setattr(_convolution_plans, "available", lambda: True)
+    monkeypatch.setattr(_convolution_plans, "find", plan_in_torch if found else lambda *args: None)
     x, weight, vector = torch.randn(2, 12, 5, 6), torch.randn(12, 12, 3, 3) / 10, torch.randn(12)
     x, weight = (tensor.to(DEVICE).contiguous(memory_format=NHWC) for tensor in (x, weight))
     vector = vector.to(x.device)
@@ -123,7 +166,7 @@ def test_every_candidate_is_right(kind, dtype, empty_cache):
     x, weight, bias, act, scale, mean, variance, eps, residual, stride, padding = args
     run = lambda: ops.conv2d(x, weight, bias, act, residual, scale, mean, variance, eps, stride, padding)  # noqa: E731
     assert relative_error(run(), exact) <= max(2 * eager_error, 4 * torch.finfo(dtype).eps)
-    if not _plans.available():
+    if not _convolution_plans.available():
         pytest.skip("dcae_fast._C was not built with cuDNN")
     (key,), (file,) = _plans._plans, empty_cache.iterdir()
     (name,) = json.loads(file.read_text())

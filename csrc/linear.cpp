@@ -1,0 +1,141 @@
+// See linear.h, and cuBLASLt's documentation. It counts in columns: a dense row-major matrix is to it a column-major one,
+// transposed, so that the result is Rᵀ·Lᵀ; its A is our R, its B our L, and its rows are our columns.
+
+#include "linear.h"
+
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <utility>
+
+namespace {
+
+constexpr int kMostCandidates = 32;
+constexpr size_t kMostWorkspace = size_t{32} << 20;  // what NVIDIA recommends for Hopper
+constexpr uint32_t kAlignment = 16;                  // bytes
+
+void check(cublasStatus_t status) {
+  if (status == CUBLAS_STATUS_SUCCESS) return;
+  throw std::runtime_error(std::string("cuBLASLt: ") + cublasLtGetStatusString(status));
+}
+
+// The descriptors of a product, with the pointers of its epilogue.
+struct Descriptors {
+  cublasLtMatmulDescOpaque_t product;
+  cublasLtMatrixLayoutOpaque_t a, b, out;
+
+  Descriptors(const ProductShape& shape, const void* preactivation, const void* vector) {
+    check(cublasLtMatmulDescInit(&product, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    set(CUBLASLT_MATMUL_DESC_TRANSA, shape.right_transposed ? CUBLAS_OP_T : CUBLAS_OP_N);
+    set(CUBLASLT_MATMUL_DESC_TRANSB, shape.left_transposed ? CUBLAS_OP_T : CUBLAS_OP_N);
+    set(CUBLASLT_MATMUL_DESC_EPILOGUE, shape.epilogue.code());
+    if (vector != nullptr) {
+      set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, vector);
+      set(CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, shape.out_dtype);
+    }
+    if (preactivation != nullptr) {
+      set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, preactivation);
+      set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, shape.columns);
+    }
+    layout(a, shape.dtype, shape.columns, shape.depth, shape.right_transposed);
+    layout(b, shape.dtype, shape.depth, shape.rows, shape.left_transposed);
+    layout(out, shape.out_dtype, shape.columns, shape.rows, false);
+  }
+
+ private:
+  template <typename T>
+  void set(cublasLtMatmulDescAttributes_t name, const T& value) {
+    check(cublasLtMatmulDescSetAttribute(&product, name, &value, sizeof(value)));
+  }
+
+  // A matrix that is [rows, columns] after it was transposed, if it is.
+  static void layout(cublasLtMatrixLayoutOpaque_t& matrix, cudaDataType_t dtype, int64_t rows, int64_t columns,
+                     bool transposed) {
+    if (transposed) std::swap(rows, columns);
+    check(cublasLtMatrixLayoutInit(&matrix, dtype, static_cast<uint64_t>(rows), static_cast<uint64_t>(columns), rows));
+  }
+};
+
+// What candidates must keep to.
+struct Preference {
+  cublasLtMatmulPreferenceOpaque_t preference;
+
+  Preference() {
+    check(cublasLtMatmulPreferenceInit(&preference));
+    set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, kMostWorkspace);
+    // no partial sums in half precision
+    set(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, static_cast<uint32_t>(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
+    for (const auto name : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+                            CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES}) {
+      set(name, kAlignment);
+    }
+  }
+
+ private:
+  template <typename T>
+  void set(cublasLtMatmulPreferenceAttributes_t name, const T& value) {
+    check(cublasLtMatmulPreferenceSetAttribute(&preference, name, &value, sizeof(value)));
+  }
+};
+
+cublasLtEpilogue_t code_of(const std::string& name) {
+  if (name == "none") return CUBLASLT_EPILOGUE_DEFAULT;
+  if (name == "bias") return CUBLASLT_EPILOGUE_BIAS;
+  if (name == "gelu") return CUBLASLT_EPILOGUE_GELU;
+  if (name == "gelu_bias") return CUBLASLT_EPILOGUE_GELU_BIAS;
+  if (name == "gelu_aux") return CUBLASLT_EPILOGUE_GELU_AUX;
+  if (name == "gelu_aux_bias") return CUBLASLT_EPILOGUE_GELU_AUX_BIAS;
+  if (name == "dgelu_bgrad") return CUBLASLT_EPILOGUE_DGELU_BGRAD;
+  if (name == "bgrad") return CUBLASLT_EPILOGUE_BGRADB;
+  throw std::invalid_argument("unknown epilogue: " + name);
+}
+
+}  // namespace
+
+Epilogue::Epilogue(const std::string& name) : code_(code_of(name)) {}
+
+void ProductPlan::run(cublasLtHandle_t handle, const ProductPointers& pointers, void* workspace,
+                      cudaStream_t stream) const {
+  Descriptors descriptors(shape_, pointers.preactivation, pointers.vector);
+  const float alpha = 1.0f, beta = pointers.residual != nullptr ? 1.0f : 0.0f;
+  const void* residual = pointers.residual != nullptr ? pointers.residual : pointers.out;
+  check(cublasLtMatmul(handle, &descriptors.product, &alpha, pointers.right, &descriptors.a, pointers.left,
+                       &descriptors.b, &beta, residual, &descriptors.out, pointers.out, &descriptors.out,
+                       &candidate_.algo, workspace, candidate_.workspaceSize, stream));
+}
+
+std::vector<ProductPlan> find_product_plans(cublasLtHandle_t handle, const ProductShape& shape) {
+  // Addresses that are aligned as those to come will be, for all that is looked at.
+  const auto* const anywhere = reinterpret_cast<const void*>(uintptr_t{kAlignment});
+  const auto& epilogue = shape.epilogue;
+  const bool has_vector = epilogue.takes_bias() || epilogue.sums_result() || epilogue.sums_left();
+  Descriptors descriptors(shape, epilogue.has_preactivation() ? anywhere : nullptr, has_vector ? anywhere : nullptr);
+  Preference preference;
+  std::vector<cublasLtMatmulHeuristicResult_t> found(kMostCandidates);
+  int count = 0;
+  check(cublasLtMatmulAlgoGetHeuristic(handle, &descriptors.product, &descriptors.a, &descriptors.b, &descriptors.out,
+                                       &descriptors.out, &preference.preference, kMostCandidates, found.data(),
+                                       &count));
+  std::vector<ProductPlan> plans;
+  for (int i = 0; i < count; ++i) {
+    if (found[i].state == CUBLAS_STATUS_SUCCESS) plans.emplace_back(shape, found[i]);
+  }
+  if (plans.empty()) throw std::runtime_error("cuBLASLt: it knows no way to compute this product");
+  return plans;
+}
+
+cublasLtHandle_t cublaslt_handle(int device) {
+  static std::mutex mutex;
+  static std::map<int, cublasLtHandle_t> handles;
+  const std::lock_guard<std::mutex> lock(mutex);
+  cublasLtHandle_t& handle = handles[device];
+  if (handle == nullptr) {
+    // it may allocate memory, which a stream that is captured in this thread would otherwise forbid
+    auto mode = cudaStreamCaptureModeRelaxed;
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    const auto status = cublasLtCreate(&handle);
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    check(status);
+  }
+  return handle;
+}

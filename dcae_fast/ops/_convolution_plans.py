@@ -1,0 +1,49 @@
+"""Plans of cuDNN's for convolutions with an epilogue."""
+
+from collections.abc import Callable
+
+import torch
+
+from . import _plans
+from ._library import cuda_extension
+
+CUDNN = _plans.Library("cuDNN", "convolutions", torch.backends.cudnn.version)
+WORTH_A_SEARCH = 5e7  # multiplications; the smallest convolution of the released models at 512 pixels has 7.5e7
+
+Epilogue = list[tuple[str, torch.Tensor | None]]
+
+
+def available() -> bool:
+    """Whether the CUDA extension was built with cuDNN, and torch may use cuDNN."""
+    return hasattr(cuda_extension(), "Convolution") and torch.backends.cudnn.enabled
+
+
+def find(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    stride: int,
+    padding: tuple[int, int, int, int],
+    epilogue: Epilogue,
+    fallback: Callable[[], torch.Tensor],
+):
+    """The ConvolutionPlan for tensors like these; None if `fallback` does the same work faster.
+
+    epilogue: (step, its operand or None) in order, as in csrc/convolution.h. None is also the answer for a new shape
+    while a CUDA graph is captured, and for tiny ones.
+    """
+    steps = tuple((step, None if operand is None else operand.dtype) for step, operand in epilogue)
+    operands = [operand for _, operand in epilogue if operand is not None]
+    return _plans.find(
+        CUDNN,
+        (x.dtype, tuple(x.shape), tuple(weight.shape), stride, padding, steps),
+        x.device,
+        _products(x, weight, stride) >= WORTH_A_SEARCH,
+        lambda: cuda_extension().Convolution(x, weight, stride, padding, epilogue),
+        lambda plan: plan(x, weight, operands),
+        fallback,
+    )
+
+
+def _products(x: torch.Tensor, weight: torch.Tensor, stride: int) -> float:
+    """About how many multiplications a convolution takes."""
+    return x.numel() // x.shape[1] * weight.numel() / stride**2

@@ -1,0 +1,388 @@
+"""`linear` and `mlp` against PyTorch's own layers: results, gradients, types, registration; and through cuBLASLt."""
+
+import importlib
+import itertools
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.nn.functional as F
+from registration import check_registration
+from torch.testing import assert_close
+
+from dcae_fast import ops
+from dcae_fast.ops import _plans, _products
+
+linear, mlp = (importlib.import_module(f"dcae_fast.ops.{name}") for name in ("linear", "mlp"))
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KERNEL_DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+APPROXIMATION = {"gelu": "none", "gelu_tanh": "tanh"}
+TYPES = {torch.bfloat16: 1e-2, torch.float16: 1e-3}  # ceilings of the relative L2 error
+
+
+def plain_linear(x, weight, bias=None, residual=None, act="none"):
+    y = F.linear(x, weight, bias)
+    y = y if act == "none" else F.gelu(y, approximate=APPROXIMATION[act])
+    return y if residual is None else y + residual
+
+
+def plain_mlp(x, w1, b1, w2, b2, residual=None, act="gelu"):
+    return plain_linear(plain_linear(x, w1, b1, act=act), w2, b2, residual)
+
+
+def case(function, rows, widths, bias=True, residual=False, act="none"):
+    """The function of ops, the same in plain PyTorch, their arguments' shapes (None: absent) and the activation."""
+    layers = [shape for k, m in itertools.pairwise(widths) for shape in ((m, k), (m,) if bias else None)]
+    plain = {ops.linear: plain_linear, ops.mlp: plain_mlp}[function]
+    return function, plain, [(*rows, widths[0]), *layers, (*rows, widths[-1]) if residual else None], act
+
+
+CASES = {
+    "linear": case(ops.linear, (7,), (8, 16)),
+    "linear-no_bias": case(ops.linear, (2, 5), (16, 24), bias=False),
+    "linear-residual": case(ops.linear, (2, 3, 4), (8, 24), residual=True),
+    "linear-residual-no_bias": case(ops.linear, (5,), (8, 8), bias=False, residual=True),
+    "linear-gelu": case(ops.linear, (2, 5), (16, 24), act="gelu"),
+    "linear-gelu-no_bias": case(ops.linear, (3,), (8, 16), bias=False, act="gelu_tanh"),
+    "linear-gelu-residual": case(ops.linear, (3,), (8, 16), residual=True, act="gelu"),
+    "linear-vector": case(ops.linear, (), (8, 16), residual=True),
+    "linear-odd": case(ops.linear, (3,), (7, 5), residual=True),
+    "linear-one_row": case(ops.linear, (1,), (32, 8)),
+    "linear-empty": case(ops.linear, (2, 0), (8, 16), residual=True),
+    "mlp": case(ops.mlp, (2, 5), (8, 32, 16), act="gelu"),
+    "mlp-residual": case(ops.mlp, (2, 5), (8, 32, 8), residual=True, act="gelu"),
+    "mlp-tanh": case(ops.mlp, (7,), (16, 24, 8), act="gelu_tanh"),
+    "mlp-no_bias": case(ops.mlp, (7,), (16, 24, 8), bias=False, residual=True, act="gelu"),
+    "mlp-odd": case(ops.mlp, (3,), (7, 9, 5), residual=True, act="gelu"),
+    "mlp-empty": case(ops.mlp, (0, 3), (8, 16, 8), residual=True, act="gelu"),
+}
+every_case = pytest.mark.parametrize("function, plain, shapes, act", CASES.values(), ids=CASES)
+
+
+def make(shapes, dtype, residual_dtype=None, device=DEVICE):
+    """Tensors, None for a shape that is None; the last is the residual. Weights keep the scale of what goes in."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = []
+    for place, shape in enumerate(shapes):
+        if shape is None:
+            tensors.append(None)
+            continue
+        is_weight = len(shape) == 2 and 0 < place < len(shapes) - 1
+        tensor = torch.randn(shape, generator=generator, dtype=torch.float64) / (shape[1] ** 0.5 if is_weight else 1)
+        own_dtype = residual_dtype if residual_dtype and place == len(shapes) - 1 else dtype
+        tensors.append(tensor.to(device, own_dtype).requires_grad_())
+    return tensors
+
+
+def run(function, tensors, act):
+    """The result and the gradients of what is there, for a fixed cotangent."""
+    y = function(*tensors, act=act)
+    dy = torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=y.device).view(y.shape).to(y.dtype)
+    return [y, *torch.autograd.grad(y, [tensor for tensor in tensors if tensor is not None], dy)]
+
+
+def double(tensors):
+    return [None if tensor is None else tensor.detach().double().requires_grad_() for tensor in tensors]
+
+
+@every_case
+def test_equals_the_plain_layers(function, plain, shapes, act):
+    tensors = make(shapes, torch.float64)
+    assert_close(run(function, tensors, act), run(plain, tensors, act))
+    with torch.no_grad():
+        y = function(*tensors, act=act)
+        assert_close(y, plain(*tensors, act=act))
+        assert y.is_contiguous()
+
+
+@every_case
+def test_strides_do_not_matter(function, plain, shapes, act):
+    tensors = make(shapes, torch.float64)
+    strided = [
+        None if tensor is None else tensor.detach().repeat_interleave(2, dim=-1)[..., ::2].requires_grad_()
+        for tensor in tensors
+    ]
+    assert_close(run(function, strided, act), run(function, tensors, act))
+
+
+@every_case
+def test_gradients_of_gradients(function, plain, shapes, act):
+    tensors = make(shapes, torch.float64, device="cpu")
+    present = [tensor for tensor in tensors if tensor is not None]
+
+    def call(*given):
+        given = iter(given)
+        return function(*[None if tensor is None else next(given) for tensor in tensors], act=act)
+
+    torch.autograd.gradcheck(call, present, fast_mode=True)
+    torch.autograd.gradgradcheck(call, present, fast_mode=True)
+
+
+@every_case
+def test_registration(function, plain, shapes, act):
+    tensors = make(shapes, KERNEL_DTYPE)
+
+    def train_and_infer():
+        run(function, tensors, act)
+        with torch.no_grad():
+            function(*tensors, act=act)
+
+    check_registration(train_and_infer)
+
+
+@every_case
+def test_compiles_whole(function, plain, shapes, act):
+    tensors = make(shapes, KERNEL_DTYPE)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *args: function(*args, act=act), fullgraph=True, backend="aot_eager")
+    assert_close(run(lambda *args, act: compiled(*args), tensors, act), run(function, tensors, act))
+
+
+@pytest.mark.parametrize("name", ["linear-residual", "mlp-residual", "linear-odd"])
+def test_a_residual_of_higher_precision(name):
+    function, plain, shapes, act = CASES[name]
+    tensors = make(shapes, torch.bfloat16, residual_dtype=torch.float32)
+    y, *gradients = run(function, tensors, act)
+    assert y.dtype == torch.float32
+    present = [tensor for tensor in tensors if tensor is not None]
+    assert [gradient.dtype for gradient in gradients] == [tensor.dtype for tensor in present]
+    for got, exact in zip([y, *gradients], run(plain, double(tensors), act), strict=True):
+        assert relative_error(got, exact) <= TYPES[torch.bfloat16]
+
+
+def test_biases_of_higher_precision():
+    x, w1, b1, w2, b2, _ = make(CASES["mlp"][2], torch.bfloat16)
+    b1, b2 = (bias.detach().float().requires_grad_() for bias in (b1, b2))
+    y = ops.mlp(x, w1, b1, w2, b2)
+    y.float().sum().backward()
+    assert y.dtype == ops.linear(x, w1, b1).dtype == torch.bfloat16
+    assert b1.grad.dtype == b2.grad.dtype == torch.float32
+
+
+def test_only_wanted_gradients_are_computed():
+    x, w1, b1, w2, b2, _ = make(CASES["mlp"][2], torch.float64)
+    frozen = [tensor.detach() for tensor in (x, w1, b1)]
+    whole = torch.autograd.grad(ops.mlp(x, w1, b1, w2, b2).sum(), [x, w2, b2])
+    assert_close(torch.autograd.grad(ops.mlp(*frozen, w2, b2).sum(), [w2, b2]), whole[1:])
+    assert_close(torch.autograd.grad(ops.mlp(x, *frozen[1:], w2.detach(), b2).sum(), [x, b2]), (whole[0], whole[2]))
+    (dx,) = torch.autograd.grad(ops.linear(x, frozen[1], frozen[2]).sum(), x)
+    assert_close(dx, w1.sum(0).expand_as(x))
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda x: ops.linear(x, x[:, :3]), "expected"),
+        (lambda x: ops.linear(x, x.double()), "one type"),
+        (lambda x: ops.linear(x[0, 0], x), "expected"),
+        (lambda x: ops.linear(x, x, x[0, :3]), "bias"),
+        (lambda x: ops.linear(x, x, None, x[:3]), "residual"),
+        (lambda x: ops.linear(x, x, act="relu"), "relu"),
+        (lambda x: ops.mlp(x, x, None, x, None, act="none"), "none"),
+        (lambda x: ops.mlp(x, x[:4], None, x, None), "expected"),
+        (lambda x: ops.mlp(x, x, None, x, None, x[:3]), "residual"),
+    ],
+)
+@pytest.mark.parametrize("training", [False, True])
+def test_bad_input_is_refused(call, message, training):
+    with pytest.raises(ValueError, match=message):
+        call(torch.randn(8, 8, requires_grad=training))
+
+
+class ProductInTorch:
+    """dcae_fast._C.Product in PyTorch: one candidate, which is its own plan."""
+
+    def __init__(self, left, right, left_transposed, right_transposed, out_in_float32, epilogue):
+        self.transposed, self.epilogue = (left_transposed, right_transposed), epilogue
+        self.out_dtype = torch.float32 if out_in_float32 else left.dtype
+
+    def __len__(self):
+        return 1
+
+    def build(self, candidate):
+        return self
+
+    def __call__(self, left, right, bias, residual, preactivation):
+        left, right = (
+            (x.T if turned else x).double() for x, turned in zip((left, right), self.transposed, strict=True)
+        )
+        y = left @ right + (0 if residual is None else residual.double()) + (0 if bias is None else bias.double())
+        assert ("bias" in self.epilogue) == (bias is not None)
+        results = [y]
+        if self.epilogue.startswith("gelu"):
+            results = [F.gelu(y, approximate="tanh"), *[y] * ("aux" in self.epilogue)]
+        if self.epilogue == "dgelu_bgrad":
+            dy = torch.ops.aten.gelu_backward(y, preactivation.double(), approximate="tanh")
+            results = [dy, dy.sum(0)]
+        if self.epilogue == "bgrad":
+            results = [y, left.sum(1)]
+        return [result.to(self.out_dtype) for result in results]
+
+
+@pytest.fixture
+def extension(monkeypatch):
+    """A CUDA extension on the CPU, and no search."""
+
+    class Extension:
+        Product = ProductInTorch
+
+    monkeypatch.setattr(_products, "cuda_extension", lambda: Extension)
+    monkeypatch.setattr(_plans, "find", lambda library, shape, device, worth, make, run, fallback: make().build(0))
+
+
+def launches():
+    """name → (launch, the same in plain PyTorch, arguments)."""
+    x, w1, b1, w2, b2, residual = [tensor.detach() for tensor in make(CASES["mlp-residual"][2], torch.float32)]
+    x, residual = x.flatten(0, 1), residual.flatten(0, 1)
+    h = F.linear(x, w1)
+    return {
+        "linear": (linear.launch_layer, linear.linear_reference, [x, w1, b1, None]),
+        "linear-residual": (linear.launch_layer, linear.linear_reference, [h, w2, b2, residual]),
+        "linear-no_bias": (linear.launch_layer, linear.linear_reference, [h, w2, None, residual]),
+        "gelu": (linear._launch_linear_gelu, linear.linear_gelu_reference, [x, w1, b1, "gelu_tanh"]),
+        "gelu-no_bias": (linear._launch_linear_gelu, linear.linear_gelu_reference, [x, w1, None, "gelu_tanh"]),
+        "input_gradient": (linear._launch_input_gradient, linear.linear_input_gradient_reference, [residual, w2]),
+        "weight_gradient": (linear._launch_weight_gradient, linear.linear_weight_gradient_reference, [h, x, True]),
+        "weight_alone": (linear._launch_weight_gradient, linear.linear_weight_gradient_reference, [h, x, False]),
+        "mlp": (mlp._launch, mlp.mlp_reference, [x, w1, b1, w2, b2, residual, "gelu_tanh"]),
+        "mlp-no_bias": (mlp._launch, mlp.mlp_reference, [x, w1, None, w2, None, None, "gelu_tanh"]),
+        "hidden": (mlp._launch_gradient, mlp.mlp_hidden_gradient_reference, [residual, w2, h, "gelu_tanh"]),
+    }
+
+
+@pytest.mark.parametrize("name", launches())
+def test_products_are_asked_for_in_the_right_way(name, extension):
+    launch, reference, args = launches()[name]
+    assert_close(launch(*args), reference(*args))
+
+
+@pytest.mark.parametrize("name", launches())
+def test_without_the_extension_pytorch_computes_the_same(name, monkeypatch):
+    monkeypatch.setattr(_products, "cuda_extension", lambda: None)
+    launch, reference, args = launches()[name]
+    if name == "gelu" and DEVICE == "cpu":  # PyTorch's product with GELU takes the exact one there
+        reference = lambda *args: linear.linear_gelu_reference(*args[:3], "gelu")  # noqa: E731
+    assert_close(launch(*args), reference(*args))
+
+
+def relative_error(got, exact):
+    return ((got.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
+
+
+needs_cublaslt = pytest.mark.skipif(not _products.available(), reason="dcae_fast._C was not built with cuBLASLt")
+LARGE = {  # worth a search
+    "linear": case(ops.linear, (3001,), (768, 1152)),
+    "linear-no_bias": case(ops.linear, (3001,), (768, 1152), bias=False),
+    "linear-residual": case(ops.linear, (3001,), (1152, 768), residual=True),
+    "linear-residual-no_bias": case(ops.linear, (3001,), (1152, 768), bias=False, residual=True),
+    "linear-gelu": case(ops.linear, (3001,), (768, 1536), act="gelu"),
+    "mlp": case(ops.mlp, (3, 1001), (768, 1536, 768), residual=True, act="gelu"),
+    "mlp-no_bias": case(ops.mlp, (3, 1001), (768, 1536, 768), bias=False, act="gelu_tanh"),
+}
+
+
+@pytest.fixture
+def empty_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("DCAE_FAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(_plans, "_plans", {})
+    return tmp_path
+
+
+def check_against_double(function, plain, tensors, act, dtype):
+    exact = run(plain, double(tensors), act)
+    for got, eager, want in zip(run(function, tensors, act), run(plain, tensors, act), exact, strict=True):
+        assert got.dtype == eager.dtype
+        limit = max(2 * relative_error(eager, want), 4 * torch.finfo(dtype).eps)
+        assert relative_error(got, want) <= min(limit, TYPES[dtype])
+    with torch.no_grad():
+        assert relative_error(function(*tensors, act=act), exact[0]) <= TYPES[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("residual_dtype", [None, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize(
+    "function, plain, shapes, act", [*CASES.values(), *LARGE.values()], ids=[*CASES, *map("large-{}".format, LARGE)]
+)
+def test_in_half_precision(function, plain, shapes, act, dtype, residual_dtype, empty_cache):
+    check_against_double(function, plain, make(shapes, dtype, residual_dtype), act, dtype)
+
+
+@pytest.mark.gpu
+@needs_cublaslt
+@pytest.mark.parametrize("residual_dtype", [None, torch.float32], ids=str)
+@pytest.mark.parametrize("function, plain, shapes, act", LARGE.values(), ids=LARGE)
+def test_every_candidate_is_right_and_deterministic(function, plain, shapes, act, residual_dtype, empty_cache):
+    tensors = make(shapes, torch.bfloat16, residual_dtype)
+    check_against_double(function, plain, tensors, act, torch.bfloat16)
+    (file,) = empty_cache.iterdir()
+    names = list(json.loads(file.read_text()))
+    assert len(names) == len(_plans._plans)
+    for candidate in range(_plans.NO_PLAN, 12):
+        _plans._plans.clear()
+        file.write_text(json.dumps(dict.fromkeys(names, candidate)))
+        check_against_double(function, plain, tensors, act, torch.bfloat16)
+        for first, second in zip(run(function, tensors, act), run(function, tensors, act), strict=True):
+            assert torch.equal(first, second)
+
+
+@pytest.mark.gpu
+@needs_cublaslt
+@pytest.mark.parametrize("function, plain, shapes, act", LARGE.values(), ids=LARGE)
+def test_cublaslt_takes_every_product(function, plain, shapes, act, empty_cache, recwarn):
+    run(function, make(shapes, torch.bfloat16), act)
+    if shapes[-1] is not None:
+        run(function, make(shapes, torch.bfloat16, torch.float32), act)
+    assert _plans._plans and not [str(warning.message) for warning in recwarn if "cuBLASLt" in str(warning.message)]
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_new_shape_within_a_capture(empty_cache):
+    function, plain, shapes, act = LARGE["mlp"]
+    tensors = make(shapes, torch.bfloat16)
+    plain(*tensors, act=act)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = function(*tensors, act=act)
+    got.fill_(float("nan"))
+    graph.replay()
+    assert not _plans._plans
+    assert relative_error(got, plain(*double(tensors), act=act)) <= 1e-2
+
+
+@pytest.mark.gpu
+def test_in_several_threads(empty_cache):
+    function, _, shapes, act = LARGE["mlp"]
+    tensors = make(shapes, torch.bfloat16)
+    torch.cuda.synchronize()
+
+    def call(_):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            results = run(function, tensors, act)
+            torch.cuda.current_stream().synchronize()
+        return results
+
+    with ThreadPoolExecutor(4) as pool:
+        first, *others = pool.map(call, range(8))
+    for other in others:
+        assert all(map(torch.equal, first, other))
+
+
+@pytest.mark.gpu
+@needs_cublaslt
+def test_what_the_extension_refuses():
+    extension, x = importlib.import_module("dcae_fast._C"), torch.randn(16, 8, device="cuda", dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="fit together"):
+        extension.Product(x, x, False, False, False, "none")
+    with pytest.raises(ValueError, match="unknown epilogue"):
+        extension.Product(x, x, False, True, False, "relu")
+    plan = extension.Product(x, x, False, True, False, "bias").build(0)
+    with pytest.raises(ValueError, match="bias is missing"):
+        plan(x, x)
+    with pytest.raises(ValueError, match="left must have shape"):
+        plan(x[:8], x, x[:, 0].contiguous())
+    with pytest.raises(TypeError, match="bias must be"):
+        plan(x, x, x[:, 0].float())
