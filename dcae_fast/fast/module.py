@@ -10,20 +10,21 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from dcae_fast import ops
 
-PACKAGES = ("dcae_fast", "dc_gen", "diffusers", "efficientvit", "torch")  # whose classes are known by their names
+PACKAGES = ("dcae_fast", "dc_gen", "diffusers", "efficientvit", "timm", "torch")  # whose classes are known by their names
 
 
 class FastModule:
     """Mixin with a `fast_forward`, never state: parameters, buffers and hooks stay as they are.
 
     operators: names of the operators it calls. Where they have no kernel for the input's device or type, the module's
-    own forward runs; `eager` calls it too, for what a fast forward cannot do.
+    own forward runs; `eager` calls it too, for what a fast forward cannot do. dims: dimensions of the input.
     """
 
     operators: tuple[str, ...] = ()
+    dims = 4
 
     def forward(self, *args, **kwargs):
-        if not args or args[0].dim() != 4 or not ops.has_kernels(args[0]) or in_transform():
+        if not args or args[0].dim() != self.dims or not ops.has_kernels(args[0]) or in_transform():
             return self.eager(*args, **kwargs)
         return self.fast_forward(*args, **kwargs)
 

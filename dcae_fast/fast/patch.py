@@ -11,7 +11,7 @@ from torch import nn
 
 from dcae_fast.ops._library import HAS_TRITON, INTERPRETED, cuda_extension
 
-from . import dcae, diffusers
+from . import dcae, diffusers, transformer
 from .coder import Coder, configure, release
 from .module import FastModule, fast_class, is_fast, original_class, qualified_name
 
@@ -21,7 +21,11 @@ OPERATORS = (
     "conv2d_unshuffle",
     "depthwise_glu",
     "duplicate_shuffle_add",
+    "layer_norm",
+    "linear",
+    "mlp",
     "multiscale_qkv",
+    "packed_attention",
     "relu_linear_attention",
     "rms_norm",
     "rms_norm_conv2d",
@@ -70,6 +74,9 @@ REGISTRY: dict[str, type[FastModule]] = {
 for _root in ("dc_gen", "efficientvit"):
     REGISTRY |= _under(f"{_root}.models.nn.ops", _BLOCKS)
     REGISTRY |= _under(f"{_root}.models.nn.norm", {"RMSNorm2d": dcae.RMSNorm2d, "TritonRMSNorm2d": dcae.RMSNorm2d})
+for _models in ("dcae_fast.models", "dc_gen.c2icore.diffusioncore.models", "efficientvit.diffusioncore.models"):
+    REGISTRY[f"{_models}.uvit.Block"] = transformer.Block
+    REGISTRY |= _under(f"{_models}.dit", {"DiTBlock": transformer.DiTBlock, "FinalLayer": transformer.FinalLayer})
 
 
 @dataclass

@@ -5,9 +5,11 @@ from .bias_act import bias_act
 from .conv2d import conv2d
 from .conv2d_unshuffle import conv2d_unshuffle
 from .depthwise_glu import depthwise_glu
+from .layer_norm import layer_norm
 from .linear import linear
 from .mlp import mlp
 from .multiscale_qkv import multiscale_qkv
+from .packed_attention import packed_attention
 from .relu_linear_attention import relu_linear_attention
 from .rms_norm import rms_norm
 from .rms_norm_conv2d import rms_norm_conv2d
@@ -21,9 +23,11 @@ __all__ = [
     "depthwise_glu",
     "duplicate_shuffle_add",
     "has_kernels",
+    "layer_norm",
     "linear",
     "mlp",
     "multiscale_qkv",
+    "packed_attention",
     "relu_linear_attention",
     "rms_norm",
     "rms_norm_conv2d",

@@ -1,0 +1,119 @@
+"""Layer norm of the tokens of a residual stream, after a gated branch was added to it if there is one.
+
+    s = x + gate · branch,    y = norm(s) · scale + shift,    norm(s) = (s - mean_d(s)) * rsqrt(var_d(s) + eps)
+
+x, branch, s, y: [B, N, D]; scale, shift: [D], or [B, D], an image's own, and then norm is multiplied by 1 + scale, as
+in adaLN; gate: [B, D]. Statistics in fp32; s is of the promoted type of x and branch, y of `dtype`. Source: U-ViT
+(arXiv 2209.12152), DiT (arXiv 2212.09748).
+
+The gradient of s, which goes on beside the norm, is added to that of the norm in the same pass.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from ._library import KERNEL_DTYPES, define, differentiable_as
+
+MOST_CHANNELS = 8192
+
+
+def layer_norm_reference(x, scale, shift, eps, branch, gate, dtype):
+    total = x if branch is None else x + gate[:, None] * branch
+    wide = total.to(torch.promote_types(total.dtype, torch.float32))
+    scale, shift = (scale, shift) if scale.dim() == 1 else (1 + scale[:, None], shift[:, None])
+    y = (F.layer_norm(wide, wide.shape[2:], eps=eps) * scale + shift).to(dtype)
+    return total.new_empty(0) if branch is None else total, y
+
+
+def layer_norm_backward_reference(dy, dsum, total, scale, branch, gate, eps, dtype):
+    wide = total.to(torch.promote_types(total.dtype, torch.float32))
+    rstd = torch.rsqrt(wide.var(2, correction=0, keepdim=True) + eps)
+    dy, x_hat = dy.to(wide.dtype), (wide - wide.mean(2, keepdim=True)) * rstd
+    dx_hat = dy * (scale if scale.dim() == 1 else 1 + scale[:, None])
+    along, across = (dx_hat * x_hat).mean(2, keepdim=True), dx_hat.mean(2, keepdim=True)
+    dx = (dx_hat - across - x_hat * along) * rstd
+    dx = dx if dsum is None else dx + dsum
+    dims = (0, 1) if scale.dim() == 1 else 1
+    dscale, dshift = (dy * x_hat).sum(dims).to(scale.dtype), dy.sum(dims).to(scale.dtype)
+    if branch is None:
+        return dx.to(dtype), dscale, dshift, total.new_empty(0), total.new_empty(0)
+    return dx.to(dtype), dscale, dshift, (dx * gate[:, None]).to(branch.dtype), (dx * branch).sum(1).to(gate.dtype)
+
+
+def _accepts(x, scale, *_):
+    return x.dtype in KERNEL_DTYPES and scale.dtype in KERNEL_DTYPES and x.shape[2] <= MOST_CHANNELS
+
+
+_forward = define(
+    "layer_norm(Tensor x, Tensor scale, Tensor shift, float eps, Tensor? branch, Tensor? gate, ScalarType dtype)"
+    " -> (Tensor, Tensor)",
+    layer_norm_reference,
+    _accepts,
+    "layer_norm",
+)
+_backward = define(
+    "layer_norm_backward(Tensor dy, Tensor? dsum, Tensor total, Tensor scale, Tensor? branch, Tensor? gate,"
+    " float eps, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    layer_norm_backward_reference,
+    lambda dy, dsum, *args: _accepts(*args),
+    "layer_norm",
+)
+differentiable_as(_forward, layer_norm_reference)
+differentiable_as(_backward, layer_norm_backward_reference)
+
+
+class _LayerNorm(torch.autograd.Function):
+    """(s, y); without a branch s is x itself, so that its gradient comes here."""
+
+    @staticmethod
+    def forward(ctx, x, scale, shift, eps, branch, gate, dtype):
+        total, y = _forward(x, scale, shift, eps, branch, gate, dtype)
+        total = x if branch is None else total
+        ctx.save_for_backward(total, scale, branch, gate)
+        ctx.eps, ctx.dtypes = eps, (x.dtype, shift.dtype)
+        ctx.set_materialize_grads(False)
+        return total, y
+
+    @staticmethod
+    def backward(ctx, dsum, dy):
+        total, scale, branch, gate = ctx.saved_tensors
+        x_dtype, shift_dtype = ctx.dtypes
+        dy = torch.zeros_like(total) if dy is None else dy
+        dx, dscale, dshift, *rest = _backward(dy, dsum, total, scale, branch, gate, ctx.eps, x_dtype)
+        dbranch, dgate = (None, None) if branch is None else rest
+        return dx, dscale, dshift.to(shift_dtype), None, dbranch, dgate, None
+
+
+def layer_norm(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    eps: float,
+    branch: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(s, y): x + gate · branch, and its norm · scale + shift; see the head of this file.
+
+    Without branch and gate s is x. What goes on beside the norm must be s, not x, for a gradient in one pass. dtype: of
+    y, x.dtype by default. Raises ValueError unless x and branch are [B, N, D], scale and shift both [D] or both [B, D],
+    and gate is [B, D], for which scale must be too.
+    """
+    image = (x.shape[0], x.shape[2]) if x.dim() == 3 else ()
+    fits = x.dim() == 3 and scale.shape == shift.shape and scale.shape in (x.shape[2:], image)
+    if not fits or (branch is None) != (gate is None):
+        raise ValueError(
+            f"x {list(x.shape)}, scale {list(scale.shape)}, shift {list(shift.shape)}: expected [B, N, D], and [D] or"
+            " [B, D] twice; branch and gate: both or neither"
+        )
+    if branch is not None and not (branch.shape == x.shape and gate.shape == scale.shape == image):
+        raise ValueError(
+            f"branch {list(branch.shape)}, gate {list(gate.shape)}, scale {list(scale.shape)}: expected"
+            f" {list(x.shape)}, and {list(image)} twice"
+        )
+    dtype = dtype or x.dtype
+    tensors = [tensor for tensor in (x, scale, shift, branch, gate) if tensor is not None]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return _LayerNorm.apply(x, scale, shift, eps, branch, gate, dtype)
+    total, y = _forward(x, scale, shift, eps, branch, gate, dtype)
+    return x if branch is None else total, y

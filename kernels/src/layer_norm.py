@@ -1,0 +1,131 @@
+"""Layer norm of tokens, after a gated branch was added to them if there is one: one program holds whole tokens.
+
+Scale and shift are parameters, or each image's own, as the gate of a branch is.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import persistent_splits, promoted, row_tile
+
+
+@triton.jit
+def _normalise(x, mask, width, eps):
+    """norm(x) and 1 / deviation of each row; zero where masked."""
+    x = tl.where(mask, x - (tl.sum(x, 1) / width)[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(x * x, 1) / width + eps)
+    return x * rstd[:, None], rstd
+
+
+@triton.jit
+def _layer_norm_forward_kernel(
+    x_ptr, scale_ptr, shift_ptr, branch_ptr, gate_ptr, sum_ptr, y_ptr, rows, tokens, width, eps,
+    OF_IMAGE: tl.constexpr, HAS_BRANCH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    d = tl.arange(0, BLOCK_D)
+    d_mask = d < width
+    mask = (row < rows)[:, None] & d_mask[None, :]
+    offset = row[:, None] * width + d[None, :]
+    x = tl.load(x_ptr + offset, mask, 0.0).to(tl.float32)
+    if OF_IMAGE:
+        of_image = (row // tokens)[:, None] * width + d[None, :]
+        scale = 1.0 + tl.load(scale_ptr + of_image, mask, 0.0).to(tl.float32)
+        shift = tl.load(shift_ptr + of_image, mask, 0.0).to(tl.float32)
+    else:
+        scale = tl.load(scale_ptr + d, d_mask, 0.0).to(tl.float32)[None, :]
+        shift = tl.load(shift_ptr + d, d_mask, 0.0).to(tl.float32)[None, :]
+    if HAS_BRANCH:
+        gate = tl.load(gate_ptr + (row // tokens)[:, None] * width + d[None, :], mask, 0.0).to(tl.float32)
+        total = x + gate * tl.load(branch_ptr + offset, mask, 0.0).to(tl.float32)
+        total = total.to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + offset, total, mask)
+        x = total.to(tl.float32)
+    x_hat, _ = _normalise(x, mask, width, eps)
+    y = x_hat * scale + shift
+    tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _layer_norm_backward_kernel(
+    dy_ptr, dsum_ptr, sum_ptr, scale_ptr, branch_ptr, gate_ptr, dx_ptr, dbranch_ptr, partial_ptr,
+    tokens, width, eps,
+    OF_IMAGE: tl.constexpr, HAS_DSUM: tl.constexpr, HAS_BRANCH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dx and dbranch, and this program's sums for dscale, dshift and dgate in partial [images, splits, 3, width].
+
+    Programs count over (splits of an image's tokens, images); where scale and shift are parameters, all is one image.
+    """
+    split, splits, image = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    d_mask = d < width
+    scale = tl.load(scale_ptr + image * width + d, d_mask, 0.0).to(tl.float32)
+    if OF_IMAGE:
+        scale += 1.0
+    if HAS_BRANCH:
+        gate = tl.load(gate_ptr + image * width + d, d_mask, 0.0).to(tl.float32)
+    dscale = tl.zeros((BLOCK_D,), tl.float32)
+    dshift = tl.zeros((BLOCK_D,), tl.float32)
+    dgate = tl.zeros((BLOCK_D,), tl.float32)
+    for block in range(split, tl.cdiv(tokens, BLOCK_ROWS), splits):
+        token = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        mask = (token < tokens)[:, None] & d_mask[None, :]
+        offset = (image * tokens + token)[:, None] * width + d[None, :]
+        x = tl.load(sum_ptr + offset, mask, 0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + offset, mask, 0.0).to(tl.float32)
+        x_hat, rstd = _normalise(x, mask, width, eps)
+        dx_hat = dy * scale[None, :]
+        along, across = tl.sum(dx_hat * x_hat, 1) / width, tl.sum(dx_hat, 1) / width
+        dx = (dx_hat - across[:, None] - x_hat * along[:, None]) * rstd[:, None]
+        if HAS_DSUM:
+            dx += tl.load(dsum_ptr + offset, mask, 0.0).to(tl.float32)
+        tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask)
+        if HAS_BRANCH:
+            branch = tl.load(branch_ptr + offset, mask, 0.0).to(tl.float32)
+            dbranch = dx * gate[None, :]
+            tl.store(dbranch_ptr + offset, dbranch.to(dbranch_ptr.dtype.element_ty), mask)
+            dgate += tl.sum(tl.where(mask, dx * branch, 0.0), 0)
+        dscale += tl.sum(dy * x_hat, 0)
+        dshift += tl.sum(dy, 0)
+    partial = partial_ptr + (image * splits + split) * 3 * width + d
+    tl.store(partial, dscale, d_mask)
+    tl.store(partial + width, dshift, d_mask)
+    tl.store(partial + 2 * width, dgate, d_mask)
+
+
+def _num_warps(block_d):
+    return max(4, block_d // 512)
+
+
+def launch_layer_norm(x, scale, shift, eps, branch, gate, dtype):
+    images, tokens, width = x.shape
+    total = torch.empty_like(x, dtype=promoted(x, branch)) if branch is not None else x.new_empty(0)
+    y = torch.empty_like(x, dtype=dtype)
+    if x.numel():
+        block_rows, block_d = row_tile(width, width)
+        _layer_norm_forward_kernel[(triton.cdiv(images * tokens, block_rows),)](
+            x, scale, shift, branch, gate, total, y, images * tokens, tokens, width, eps,
+            OF_IMAGE=scale.dim() == 2, HAS_BRANCH=branch is not None, BLOCK_ROWS=block_rows, BLOCK_D=block_d,
+            num_warps=_num_warps(block_d),
+        )  # fmt: skip
+    return total, y
+
+
+def launch_layer_norm_backward(dy, dsum, total, scale, branch, gate, eps, dtype):
+    images, tokens, width = total.shape if scale.dim() == 2 else (1, total.shape[0] * total.shape[1], total.shape[2])
+    dx = torch.empty_like(total, dtype=dtype)
+    dbranch = torch.empty_like(branch) if branch is not None else total.new_empty(0)
+    block_rows, block_d = row_tile(width, width, elements=2048)
+    splits = persistent_splits(total, triton.cdiv(tokens, block_rows), images)
+    partial = torch.empty(images, splits, 3, width, dtype=torch.float32, device=total.device)
+    if total.numel():
+        _layer_norm_backward_kernel[(splits, images)](
+            dy, dsum, total, scale, branch, gate, dx, dbranch, partial, tokens, width, eps,
+            OF_IMAGE=scale.dim() == 2, HAS_DSUM=dsum is not None, HAS_BRANCH=branch is not None,
+            BLOCK_ROWS=block_rows, BLOCK_D=block_d, num_warps=_num_warps(block_d),
+        )  # fmt: skip
+    dscale, dshift, dgate = partial.sum(1).unbind(1)
+    dscale, dshift = dscale.view_as(scale).to(scale.dtype), dshift.view_as(scale).to(scale.dtype)
+    return dx, dscale, dshift, dbranch, total.new_empty(0) if gate is None else dgate.to(gate.dtype)
