@@ -148,11 +148,9 @@ def linear(random, b, c, h, w, out: float, act: str = "none", residual: bool = F
     tensors += [random(rows, width)] if residual else []
 
     def reference(x, weight, bias=None, residual=None):
-        return (
-            linear_reference(x, weight, bias, residual)
-            if act == "none"
-            else linear_gelu_reference(x, weight, bias, act)
-        )
+        if act == "none":
+            return linear_reference(x, weight, bias, residual)
+        return linear_gelu_reference(x, weight, bias, act)
 
     return Case(lambda *args: ops.linear(*args, act=act), reference, tensors, flops=2 * rows * c * width)
 

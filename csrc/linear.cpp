@@ -1,5 +1,5 @@
-// See linear.h, and cuBLASLt's documentation. It counts in columns: a dense row-major matrix is to it a column-major one,
-// transposed, so that the result is Rᵀ·Lᵀ; its A is our R, its B our L, and its rows are our columns.
+// See linear.h, and cuBLASLt's documentation. To it a dense row-major matrix is a column-major one, transposed, so that
+// the result is Rᵀ·Lᵀ: its A is our R, its B our L, and its rows are our columns.
 
 #include "linear.h"
 

@@ -12,7 +12,7 @@
 // What follows the product L·R, in fp32 before the result is rounded:
 //   none, bias, gelu, gelu_bias     adds a bias [columns], applies GELU in its tanh form
 //   gelu_aux, gelu_aux_bias         the same, and gives GELU's argument, the preactivation [rows, columns]
-//   dgelu_bgrad                     multiplies by GELU's derivative at a preactivation, gives the result's sums [columns]
+//   dgelu_bgrad                     multiplies by GELU's derivative at a preactivation, gives sums of it [columns]
 //   bgrad                           gives the sums of L over the depth [rows]
 class Epilogue {
  public:
@@ -30,8 +30,8 @@ class Epilogue {
   cublasLtEpilogue_t code_;
 };
 
-// L [rows, depth] times R [depth, columns]; in memory each is dense, in row-major order, and transposed if the flag says
-// so. Products are summed in fp32. out_dtype: of the result, the residual, the bias, the preactivation and the sums.
+// L [rows, depth] times R [depth, columns], summed in fp32; in memory each is dense, in row-major order, and transposed
+// if the flag says so. out_dtype: of the result, the residual, the bias, the preactivation and the sums.
 struct ProductShape {
   cudaDataType_t dtype, out_dtype;
   int64_t rows, columns, depth;

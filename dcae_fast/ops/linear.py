@@ -15,6 +15,8 @@ The gradients are products too: of dy and weight; and of dyᵀ and x, whose epil
 gets its gradient from PyTorch; where there is one, and a second layer after it, `mlp` is faster.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -24,19 +26,38 @@ from ._library import define, differentiable, differentiable_as
 ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}  # as PyTorch's functions name the approximation
 
 
+_KEY, _KEYS = torch._C.DispatchKey, torch._C.DispatchKeySet
+_AUTOCAST = _KEYS(_KEY.AutocastCPU) | _KEYS(_KEY.AutocastCUDA)
+
+
+def without_autocast(function):
+    """Operands have the types that they are to be computed in before an operator is called."""
+
+    @functools.wraps(function)
+    def run(*args):
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+            return function(*args)
+
+    return run
+
+
+@without_autocast
 def linear_reference(x, weight, bias, residual):
     y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     return y if residual is None else y + residual
 
 
+@without_autocast
 def linear_gelu_reference(x, weight, bias, act):
     return F.gelu(linear_reference(x, weight, bias, None), approximate=ACTIVATIONS[act])
 
 
+@without_autocast
 def linear_input_gradient_reference(dy, weight):
     return dy @ weight
 
 
+@without_autocast
 def linear_weight_gradient_reference(dy, x, bias):
     return dy.T @ x, dy.sum(0) if bias else dy.new_empty(0)
 
@@ -54,6 +75,7 @@ def launch_layer(x, weight, bias, residual):
 
 
 def _launch_linear_gelu(x, weight, bias, act):
+    @without_autocast
     def fallback():
         if bias is None:
             return (F.gelu(x @ weight.T, approximate="tanh"),)

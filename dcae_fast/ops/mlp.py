@@ -26,14 +26,17 @@ from .linear import (
     linear_reference,
     parameter_gradients,
     wants_gradient,
+    without_autocast,
 )
 
 
+@without_autocast
 def mlp_reference(x, w1, b1, w2, b2, residual, act):
     h = linear_reference(x, w1, b1, None)
     return linear_reference(F.gelu(h, approximate=ACTIVATIONS[act]), w2, b2, residual), h
 
 
+@without_autocast
 def mlp_hidden_gradient_reference(dy, w2, h, act):
     dh = torch.ops.aten.gelu_backward(dy @ w2, h, approximate=ACTIVATIONS[act])
     return dh, dh.sum(0)
@@ -90,7 +93,7 @@ def _gradient(ctx, dy, dh_of_h):
     x, w1, w2, h = ctx.saved_tensors
     wants_x, wants_w1, wants_b1, wants_w2, wants_b2, wants_residual, _ = ctx.needs_input_grad
     b1_dtype, b2_dtype, residual_dtype = ctx.dtypes
-    dy = x.new_zeros(len(x), len(w2)) if dy is None else dy
+    dy = x.new_zeros(x.shape[0], w2.shape[0]) if dy is None else dy
     dresidual = dy.to(residual_dtype) if wants_residual else None
     dy = dy.to(x.dtype)
     g = F.gelu(h, approximate=ACTIVATIONS[ctx.act]) if wants_w2 else None
@@ -130,6 +133,6 @@ def mlp(
     if not wants_gradient(x, w1, b1, w2, b2, residual):
         return linear(linear(x, w1, b1, act=act), w2, b2, residual)
     check_layer(x.shape, x.dtype, w1, b1)
-    check_layer((*x.shape[:-1], len(w1)), x.dtype, w2, b2, residual)
+    check_layer((*x.shape[:-1], w1.shape[0]), x.dtype, w2, b2, residual)
     y, _ = _mlp(as_rows(x), w1, b1, w2, b2, as_rows(residual), act)
-    return y.view(*x.shape[:-1], len(w2))
+    return y.view(*x.shape[:-1], w2.shape[0])

@@ -160,6 +160,15 @@ def test_biases_of_higher_precision():
     assert b1.grad.dtype == b2.grad.dtype == torch.float32
 
 
+def test_autocast_changes_nothing():
+    function, _, shapes, act = CASES["mlp-residual"]
+    for dtype in (torch.float32, torch.bfloat16):
+        tensors = make(shapes, dtype)
+        expected = run(function, tensors, act)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            assert_close(run(function, tensors, act), expected, atol=0, rtol=0)
+
+
 def test_only_wanted_gradients_are_computed():
     x, w1, b1, w2, b2, _ = make(CASES["mlp"][2], torch.float64)
     frozen = [tensor.detach() for tensor in (x, w1, b1)]
