@@ -37,7 +37,7 @@ struct BoundProductPlan {
 
   // The result; then the preactivation or the sums that the epilogue gives.
   std::vector<at::Tensor> operator()(const at::Tensor& left, const at::Tensor& right, const MaybeTensor& bias,
-                                     const MaybeTensor& residual, const MaybeTensor& preactivation) const {
+                                     const MaybeTensor& residual) const {
     const ProductShape& shape = plan.shape();
     const Epilogue& epilogue = shape.epilogue;
     const auto check = [&](const char* name, const MaybeTensor& x, bool is_wanted, at::IntArrayRef sizes) {
@@ -51,24 +51,20 @@ struct BoundProductPlan {
     check_operand("left", left, sizes(shape.rows, shape.depth, shape.left_transposed), dtype, left.device());
     check_operand("right", right, sizes(shape.depth, shape.columns, shape.right_transposed), dtype, left.device());
     check("bias", bias, epilogue.takes_bias(), shape.columns);
-    check("preactivation", preactivation, epilogue.has_preactivation() && !epilogue.gives_preactivation(), out_sizes);
     check("residual", residual, residual.has_value(), out_sizes);
 
     const c10::cuda::CUDAGuard guard(left.device());
     const auto options = left.options().dtype(out_dtype);
     std::vector<at::Tensor> results{at::empty(out_sizes, options)};
     if (epilogue.gives_preactivation()) results.push_back(at::empty(out_sizes, options));
-    if (epilogue.sums_result()) results.push_back(at::empty(shape.columns, options));
     if (epilogue.sums_left()) results.push_back(at::empty(shape.rows, options));
     const at::Tensor workspace = at::empty(plan.workspace_size(), options.dtype(at::kByte));
 
     ProductPointers pointers{left.data_ptr(), right.data_ptr(), nullptr, results[0].data_ptr(), nullptr, nullptr};
     if (residual) pointers.residual = residual->data_ptr();
-    if (epilogue.has_preactivation()) {
-      pointers.preactivation = preactivation ? preactivation->data_ptr() : results[1].data_ptr();
-    }
+    if (epilogue.gives_preactivation()) pointers.preactivation = results[1].data_ptr();
     if (bias) pointers.vector = bias->data_ptr();
-    if (epilogue.sums_result() || epilogue.sums_left()) pointers.vector = results[1].data_ptr();
+    if (epilogue.sums_left()) pointers.vector = results[1].data_ptr();
     plan.run(cublaslt_handle(left.get_device()), pointers, workspace.data_ptr(),
              c10::cuda::getCurrentCUDAStream(left.get_device()));
     return results;
@@ -113,8 +109,7 @@ void bind_linear(pybind11::module_& module) {
   py::class_<BoundProductPlan>(module, "ProductPlan", "A way to compute a product; safe in several threads.")
       .def_property_readonly("workspace_size", [](const BoundProductPlan& self) { return self.plan.workspace_size(); })
       .def("__call__", &BoundProductPlan::operator(), py::arg("left"), py::arg("right"),
-           py::arg("bias") = std::nullopt, py::arg("residual") = std::nullopt, py::arg("preactivation") = std::nullopt,
-           no_gil);
+           py::arg("bias") = std::nullopt, py::arg("residual") = std::nullopt, no_gil);
   py::class_<BoundProduct>(module, "Product",
                            "epilogue(left · right + residual) for matrices of these shapes and dtypes; those that are "
                            "said to be are transposed in memory. epilogue: a name, see csrc/linear.h.")

@@ -85,7 +85,6 @@ cublasLtEpilogue_t code_of(const std::string& name) {
   if (name == "gelu_bias") return CUBLASLT_EPILOGUE_GELU_BIAS;
   if (name == "gelu_aux") return CUBLASLT_EPILOGUE_GELU_AUX;
   if (name == "gelu_aux_bias") return CUBLASLT_EPILOGUE_GELU_AUX_BIAS;
-  if (name == "dgelu_bgrad") return CUBLASLT_EPILOGUE_DGELU_BGRAD;
   if (name == "bgrad") return CUBLASLT_EPILOGUE_BGRADB;
   throw std::invalid_argument("unknown epilogue: " + name);
 }
@@ -108,8 +107,8 @@ std::vector<ProductPlan> find_product_plans(cublasLtHandle_t handle, const Produ
   // Addresses that are aligned as those to come will be, for all that is looked at.
   const auto* const anywhere = reinterpret_cast<const void*>(uintptr_t{kAlignment});
   const auto& epilogue = shape.epilogue;
-  const bool has_vector = epilogue.takes_bias() || epilogue.sums_result() || epilogue.sums_left();
-  Descriptors descriptors(shape, epilogue.has_preactivation() ? anywhere : nullptr, has_vector ? anywhere : nullptr);
+  const bool has_vector = epilogue.takes_bias() || epilogue.sums_left();
+  Descriptors descriptors(shape, epilogue.gives_preactivation() ? anywhere : nullptr, has_vector ? anywhere : nullptr);
   Preference preference;
   std::vector<cublasLtMatmulHeuristicResult_t> found(kMostCandidates);
   int count = 0;

@@ -12,7 +12,6 @@
 // What follows the product L·R, in fp32 before the result is rounded:
 //   none, bias, gelu, gelu_bias     adds a bias [columns], applies GELU in its tanh form
 //   gelu_aux, gelu_aux_bias         the same, and gives GELU's argument, the preactivation [rows, columns]
-//   dgelu_bgrad                     multiplies by GELU's derivative at a preactivation, gives sums of it [columns]
 //   bgrad                           gives the sums of L over the depth [rows]
 class Epilogue {
  public:
@@ -21,9 +20,7 @@ class Epilogue {
 
   cublasLtEpilogue_t code() const { return code_; }
   bool takes_bias() const { return code_ & 4; }
-  bool has_preactivation() const { return code_ & 128; }
-  bool gives_preactivation() const { return has_preactivation() && (code_ & 32); }
-  bool sums_result() const { return code_ & 16; }
+  bool gives_preactivation() const { return code_ & 128; }
   bool sums_left() const { return code_ == CUBLASLT_EPILOGUE_BGRADB; }
 
  private:

@@ -10,7 +10,14 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from dcae_fast import ops
 
-PACKAGES = ("dcae_fast", "dc_gen", "diffusers", "efficientvit", "timm", "torch")  # whose classes are known by their names
+PACKAGES = (
+    "dcae_fast",
+    "dc_gen",
+    "diffusers",
+    "efficientvit",
+    "timm",
+    "torch",
+)  # whose classes are known by their names
 
 
 class FastModule:

@@ -41,7 +41,6 @@ def product(
     right_transposed: bool = False,
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
-    preactivation: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """epilogue(left · right + residual), and what else the epilogue gives; see csrc/linear.h.
 
@@ -52,11 +51,7 @@ def product(
     if not available():
         return fallback()
     out_dtype = left.dtype if residual is None else residual.dtype
-    operands = {
-        "bias": None if bias is None else bias.to(out_dtype),
-        "residual": residual,
-        "preactivation": preactivation,
-    }
+    operands = {"bias": None if bias is None else bias.to(out_dtype), "residual": residual}
     rows, depth = left.T.shape if left_transposed else left.shape
     columns = right.shape[0 if right_transposed else 1]
     arguments = (left_transposed, right_transposed, out_dtype == torch.float32, epilogue)

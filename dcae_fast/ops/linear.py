@@ -9,7 +9,7 @@ brought to x's, or to y's where it is added within.
 
 "gelu" is the exact one, with erf. In half precision on a GPU cuBLASLt computes both forms of GELU by the tanh
 approximation, which is off by 2e-4 in relative L2 on normal preactivations; rounding them and the result is off by 3e-3
-in bf16, 3e-4 in fp16. Of the derivative these are 5e-4, 2e-3 and 2e-4, so fp16 has the exact one.
+in bf16, 3e-4 in fp16. Their gradients are exact.
 
 The gradients are products too: of dy and weight; and of dyᵀ and x, whose epilogue sums dy for the bias. An activation
 gets its gradient from PyTorch; where there is one, and a second layer after it, `mlp` is faster.

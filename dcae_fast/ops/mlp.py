@@ -4,17 +4,18 @@
 
 x: [..., K]; w1: [H, K]; w2: [M, H]; residual and y: [..., M]. Exactness, types and sums as in `linear`.
 
-For the gradient x and h are kept, as torch.compile would, and gelu(h) is computed again in one pass over h: as large as
-h, it would add a third to what a transformer's block keeps. All else of the backward lies in its four products:
+For the gradient x and h are kept, as torch.compile would; gelu(h), as large as h, would add a third to what a
+transformer's block keeps. It is computed again in the pass that makes dh, all else lies in products:
 
-    dh = (dy · w2) * gelu'(h), db1 = Σ dh;    dw2 = dyᵀ · gelu(h), db2 = Σ dy;    dx = dh · w1;    dw1 = dhᵀ · x
+    dg = dy · w2;    dh = dg * gelu'(h), g = gelu(h), db1 = Σ dh
+    dw2 = dyᵀ · g, db2 = Σ dy;    dx = dh · w1, dw1 = dhᵀ · x
 """
 
 import torch
 import torch.nn.functional as F
 
 from . import _products
-from ._library import define, differentiable, differentiable_as
+from ._library import KERNEL_DTYPES, define, differentiable, differentiable_as
 from .linear import (
     ACTIVATIONS,
     accepts_layer,
@@ -37,18 +38,14 @@ def mlp_reference(x, w1, b1, w2, b2, residual, act):
 
 
 @without_autocast
-def mlp_hidden_gradient_reference(dy, w2, h, act):
-    dh = torch.ops.aten.gelu_backward(dy @ w2, h, approximate=ACTIVATIONS[act])
-    return dh, dh.sum(0)
+def gelu_gradient_reference(dg, h, act):
+    approximate = ACTIVATIONS[act]
+    dh = torch.ops.aten.gelu_backward(dg, h, approximate=approximate)
+    return dh, F.gelu(h, approximate=approximate), dh.sum(0)
 
 
 def _accepts(x, w1, b1, w2, b2, residual, act):
     return accepts_layer(x, w1, b1, None) and accepts_layer(x, w2, b2, residual)
-
-
-def _accepts_gradient(dy, w2, h, act):
-    is_precise = act == "gelu_tanh" or dy.dtype == torch.bfloat16
-    return is_precise and dy.dtype == h.dtype and _products.accepts(dy, w2, h)
 
 
 def _launch(x, w1, b1, w2, b2, residual, act):
@@ -61,24 +58,17 @@ def _launch(x, w1, b1, w2, b2, residual, act):
     return launch_layer(g, w2, b2, residual), h
 
 
-def _launch_gradient(dy, w2, h, act):
-    def fallback():
-        return mlp_hidden_gradient_reference(dy, w2, h, act)
-
-    return _products.product(fallback, dy, w2, "dgelu_bgrad", preactivation=h)
-
-
 _mlp = define(
     "mlp(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? residual, str act) -> (Tensor, Tensor)",
     mlp_reference,
     _accepts,
     _launch,
 )
-_hidden_gradient = define(
-    "mlp_hidden_gradient(Tensor dy, Tensor w2, Tensor h, str act) -> (Tensor, Tensor)",
-    mlp_hidden_gradient_reference,
-    _accepts_gradient,
-    _launch_gradient,
+_gelu_gradient = define(
+    "gelu_gradient(Tensor dg, Tensor h, str act) -> (Tensor, Tensor, Tensor)",
+    gelu_gradient_reference,
+    lambda dg, h, act: dg.dtype == h.dtype and h.dtype in KERNEL_DTYPES,
+    "gelu_gradient",
 )
 
 
@@ -96,22 +86,19 @@ def _gradient(ctx, dy, dh_of_h):
     dy = x.new_zeros(x.shape[0], w2.shape[0]) if dy is None else dy
     dresidual = dy.to(residual_dtype) if wants_residual else None
     dy = dy.to(x.dtype)
-    g = F.gelu(h, approximate=ACTIVATIONS[ctx.act]) if wants_w2 else None
+    dh, g, db1 = _gelu_gradient(input_gradient(dy, w2), h, ctx.act)
     dw2, db2 = parameter_gradients(dy, g, b2_dtype, wants_w2, wants_b2)
     del g  # as large as dh
-    dx = dw1 = db1 = None
-    if wants_x or wants_w1 or wants_b1:
-        dh, db1 = _hidden_gradient(dy, w2, h, ctx.act)
-        if dh_of_h is not None:
-            dh, db1 = dh + dh_of_h, db1 + dh_of_h.sum(0)
-        db1 = db1.to(b1_dtype) if wants_b1 else None
-        dx = input_gradient(dh, w1) if wants_x else None
-        dw1, _ = parameter_gradients(dh, x, None, wants_w1, False)
+    if dh_of_h is not None:
+        dh, db1 = dh + dh_of_h, db1 + dh_of_h.sum(0)
+    dx = input_gradient(dh, w1) if wants_x else None
+    dw1, _ = parameter_gradients(dh, x, None, wants_w1, False)
+    db1 = db1.to(b1_dtype) if wants_b1 else None
     return dx, dw1, db1, dw2, db2, dresidual, None
 
 
 differentiable(_mlp, _gradient, _setup_context)
-differentiable_as(_hidden_gradient, mlp_hidden_gradient_reference)
+differentiable_as(_gelu_gradient, gelu_gradient_reference)
 
 
 def mlp(

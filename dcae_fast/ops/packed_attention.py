@@ -1,6 +1,5 @@
 """Softmax attention."""
 
-import torch
 import torch.nn.functional as F
 
 

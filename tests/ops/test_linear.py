@@ -212,7 +212,7 @@ class ProductInTorch:
     def build(self, candidate):
         return self
 
-    def __call__(self, left, right, bias, residual, preactivation):
+    def __call__(self, left, right, bias, residual):
         left, right = (
             (x.T if turned else x).double() for x, turned in zip((left, right), self.transposed, strict=True)
         )
@@ -221,9 +221,6 @@ class ProductInTorch:
         results = [y]
         if self.epilogue.startswith("gelu"):
             results = [F.gelu(y, approximate="tanh"), *[y] * ("aux" in self.epilogue)]
-        if self.epilogue == "dgelu_bgrad":
-            dy = torch.ops.aten.gelu_backward(y, preactivation.double(), approximate="tanh")
-            results = [dy, dy.sum(0)]
         if self.epilogue == "bgrad":
             results = [y, left.sum(1)]
         return [result.to(self.out_dtype) for result in results]
@@ -256,7 +253,6 @@ def launches():
         "weight_alone": (linear._launch_weight_gradient, linear.linear_weight_gradient_reference, [h, x, False]),
         "mlp": (mlp._launch, mlp.mlp_reference, [x, w1, b1, w2, b2, residual, "gelu_tanh"]),
         "mlp-no_bias": (mlp._launch, mlp.mlp_reference, [x, w1, None, w2, None, None, "gelu_tanh"]),
-        "hidden": (mlp._launch_gradient, mlp.mlp_hidden_gradient_reference, [residual, w2, h, "gelu_tanh"]),
     }
 
 

@@ -1,0 +1,58 @@
+"""GELU and its gradient in one pass over a matrix, and the sums of the gradient down its columns."""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import persistent_splits, sigmoid
+
+SQRT_HALF = tl.constexpr(math.sqrt(0.5))
+DENSITY = tl.constexpr(1 / math.sqrt(2 * math.pi))
+TWICE_SLOPE = tl.constexpr(2 * math.sqrt(2 / math.pi))
+CUBIC = tl.constexpr(0.044715)
+CUBIC_SLOPE = tl.constexpr(3 * 0.044715)
+BLOCK_ROWS, BLOCK_COLUMNS = 8, 512
+
+
+@triton.jit
+def _gelu_gradient_kernel(
+    dg_ptr, h_ptr, dh_ptr, g_ptr, partial_ptr, rows, columns,
+    TANH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Programs count over (blocks of columns, splits of the rows); sums go to partial [splits, columns]."""
+    column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    column_mask = column < columns
+    total = tl.zeros((BLOCK_COLUMNS,), tl.float32)
+    for block in range(tl.program_id(1), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(1)):
+        row = tl.cast(block, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        mask = (row < rows)[:, None] & column_mask[None, :]
+        offset = row[:, None] * columns + column[None, :]
+        h = tl.load(h_ptr + offset, mask, 0.0).to(tl.float32)
+        dg = tl.load(dg_ptr + offset, mask, 0.0).to(tl.float32)
+        if TANH:  # (1 + tanh(z)) / 2 = sigmoid(2 z)
+            cdf = sigmoid(TWICE_SLOPE * h * (1.0 + CUBIC * h * h))
+            slope = cdf + h * cdf * (1.0 - cdf) * TWICE_SLOPE * (1.0 + CUBIC_SLOPE * h * h)
+        else:
+            cdf = 0.5 * (1.0 + tl.erf(h * SQRT_HALF))
+            slope = cdf + h * DENSITY * tl.exp(-0.5 * h * h)
+        dh = (dg * slope).to(dh_ptr.dtype.element_ty)
+        tl.store(dh_ptr + offset, dh, mask)
+        tl.store(g_ptr + offset, (h * cdf).to(g_ptr.dtype.element_ty), mask)
+        total += tl.sum(dh.to(tl.float32), 0)
+    tl.store(partial_ptr + tl.program_id(1) * columns + column, total, column_mask)
+
+
+def launch_gelu_gradient(dg, h, act):
+    rows, columns = h.shape
+    dh, g = torch.empty_like(h), torch.empty_like(h)
+    blocks = triton.cdiv(columns, BLOCK_COLUMNS)
+    splits = persistent_splits(h, triton.cdiv(rows, BLOCK_ROWS), blocks, per_processor=8)
+    partial = torch.empty(splits, columns, dtype=torch.float32, device=h.device)
+    if h.numel():
+        _gelu_gradient_kernel[(blocks, splits)](
+            dg, h, dh, g, partial, rows, columns,
+            TANH=act == "gelu_tanh", BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLUMNS=BLOCK_COLUMNS,
+        )  # fmt: skip
+    return dh, g, partial.sum(0).to(h.dtype)
