@@ -32,8 +32,8 @@ def _gelu_gradient_kernel(
         h = tl.load(h_ptr + offset, mask, 0.0).to(tl.float32)
         dg = tl.load(dg_ptr + offset, mask, 0.0).to(tl.float32)
         if TANH:  # (1 + tanh(z)) / 2 = sigmoid(2 z)
-            cdf = sigmoid(TWICE_SLOPE * h * (1.0 + CUBIC * h * h))
-            slope = cdf + h * cdf * (1.0 - cdf) * TWICE_SLOPE * (1.0 + CUBIC_SLOPE * h * h)
+            cdf = sigmoid(h * TWICE_SLOPE * (1.0 + h * h * CUBIC))
+            slope = cdf + h * cdf * (1.0 - cdf) * TWICE_SLOPE * (1.0 + h * h * CUBIC_SLOPE)
         else:
             cdf = 0.5 * (1.0 + tl.erf(h * SQRT_HALF))
             slope = cdf + h * DENSITY * tl.exp(-0.5 * h * h)
