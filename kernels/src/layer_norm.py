@@ -126,6 +126,6 @@ def launch_layer_norm_backward(dy, dsum, total, scale, branch, gate, eps, dtype)
             OF_IMAGE=scale.dim() == 2, HAS_DSUM=dsum is not None, HAS_BRANCH=branch is not None,
             BLOCK_ROWS=block_rows, BLOCK_D=block_d, num_warps=_num_warps(block_d),
         )  # fmt: skip
-    dscale, dshift, dgate = partial.sum(1).unbind(1)
-    dscale, dshift = dscale.view_as(scale).to(scale.dtype), dshift.view_as(scale).to(scale.dtype)
-    return dx, dscale, dshift, dbranch, total.new_empty(0) if gate is None else dgate.to(gate.dtype)
+    dscale, dshift = (partial[:, :, i].sum(1).view_as(scale).to(scale.dtype) for i in range(2))
+    dgate = total.new_empty(0) if gate is None else partial[:, :, 2].sum(1).to(gate.dtype)
+    return dx, dscale, dshift, dbranch, dgate

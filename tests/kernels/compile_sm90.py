@@ -49,6 +49,8 @@ def main():
     from dcae_fast.kernels.conv2d import launch_conv2d, launch_conv2d_unshuffle
     from dcae_fast.kernels.depthwise_glu import launch_depthwise_glu, launch_depthwise_glu_backward
     from dcae_fast.kernels.duplicate_shuffle_add import launch_duplicate_shuffle_add
+    from dcae_fast.kernels.gelu_gradient import launch_gelu_gradient
+    from dcae_fast.kernels.layer_norm import launch_layer_norm, launch_layer_norm_backward
     from dcae_fast.kernels.multiscale_qkv import launch_multiscale_qkv
     from dcae_fast.kernels.relu_linear_attention import (
         launch_relu_linear_attention,
@@ -91,6 +93,16 @@ def main():
         for dtype in (torch.bfloat16, torch.float16):
             x, weight = tensor(2, channels, 64, 64, dtype=dtype), tensor(filters, channels, 3, 3, dtype=dtype)
             launch_rms_norm_conv2d(x, tensor(channels), tensor(channels), 1e-5, "silu", weight, tensor(filters))
+    for width, dtype in ((512, torch.bfloat16), (1152, torch.float32), (2048, torch.float16)):
+        x, d, of_image = tensor(2, 66, width, dtype=dtype), tensor(width), tensor(2, width)
+        half = torch.bfloat16 if dtype == torch.float32 else dtype
+        y = tensor(2, 66, width, dtype=half)
+        launch_layer_norm(x, d, d, 1e-5, None, None, half)
+        launch_layer_norm(x, of_image, of_image, 1e-6, y, of_image, half)
+        launch_layer_norm_backward(y, x, x, d, None, None, 1e-5, dtype)
+        launch_layer_norm_backward(y, x, x, of_image, y, of_image, 1e-6, dtype)
+        for act in ("gelu", "gelu_tanh"):
+            launch_gelu_gradient(y.flatten(0, 1), y.flatten(0, 1), act)
     launch_unshuffle_average_add(tensor(2, 256, 64, 64), tensor(2, 128, 64, 64), tensor(128), 512, 2, 0.5)
     launch_duplicate_shuffle_add(tensor(2, 512, 32, 32), tensor(2, 1024, 32, 32), tensor(1024), 256, 2, 1.0)
     launch_duplicate_shuffle_add(tensor(2, 512, 32, 32), tensor(8, 256, 32, 32), tensor(256), 256, 2, 1.0)
