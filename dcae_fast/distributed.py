@@ -17,12 +17,11 @@ PATIENCE = timedelta(hours=2)  # for a rank that has more to do than the others
 def process_group(device: torch.device) -> Iterator[torch.device]:
     """Joins the processes of torchrun, if it started this one, for the block; yields the device of this process.
 
-    NCCL on CUDA, with the GPU of LOCAL_RANK unless `device` has an index, and gloo elsewhere. At the end all wait for
-    each other; after an error nobody does, so that torchrun can end the others.
+    NCCL on CUDA, with the GPU of LOCAL_RANK where torchrun gives one, and gloo elsewhere. At the end all wait for each
+    other; after an error nobody does, so that torchrun can end the others.
     """
     if device.type == "cuda":
-        index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
-        device = torch.device("cuda", index)
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
     if "RANK" not in os.environ:
         yield device

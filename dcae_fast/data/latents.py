@@ -58,6 +58,9 @@ class NpyTree:
             classes = tuple(sorted({name.split("/")[0] for name in self.names if "/" in name}))
         self.classes = classes
         self._number = {name: number for number, name in enumerate(classes)}
+        strays = [name for name in self.names if classes and name.split("/")[0] not in self._number]
+        if strays:
+            raise DataError(f"{folder / strays[0]}: in none of the class folders")
 
     def __len__(self) -> int:
         return len(self.names)

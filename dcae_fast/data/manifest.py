@@ -52,7 +52,7 @@ class Settings:
 class Manifest:
     """classes: their names by number, of pictures in class folders. The rest is None or empty until all is done.
 
-    images: pictures found; latents: made of them; unreadable: names of those that none could be made of.
+    images: pictures found; latents: made of them; skipped: names of those that none could be made of.
     mean, rms, std: of the scaled latents, all of them.
     """
 
@@ -60,7 +60,7 @@ class Manifest:
     classes: tuple[str, ...]
     images: int | None = None
     latents: int | None = None
-    unreadable: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
     mean: float | None = None
     rms: float | None = None
     std: float | None = None
@@ -78,7 +78,7 @@ def load_manifest(folder: Path) -> Manifest | None:
     try:
         content = json.loads(path.read_text())
         settings = content.pop("settings")
-        lists = {name: tuple(content.pop(name)) for name in ("classes", "unreadable")}
+        lists = {name: tuple(content.pop(name)) for name in ("classes", "skipped")}
         return Manifest(Settings(**settings | {"shape": tuple(settings["shape"])}), **lists, **content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not a manifest of cached latents: {error!r}") from error
@@ -104,7 +104,11 @@ class Sums(NamedTuple):
     @classmethod
     def of(cls, latent: np.ndarray) -> "Sums":
         z = latent.astype(np.float64).ravel()
-        return cls(z.size, z.sum().item(), np.dot(z, z).item())
+        return cls(z.size, z.sum().item(), np.square(z).sum().item())
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.second)
 
 
 def statistics(sums: Iterable[Sums]) -> dict[str, float]:
