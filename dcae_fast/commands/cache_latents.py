@@ -64,9 +64,8 @@ def cache_latents(
         except DataError as error:
             raise UsageError(str(error)) from error
         except torch.OutOfMemoryError as error:
-            raise UsageError(
-                f"--resolution {resolution}: a single picture does not fit in the device's memory"
-            ) from error
+            reason = "a single picture does not fit in the device's memory"
+            raise UsageError(f"--resolution {resolution}: {reason}") from error
         distributed.print_main(_summary(report, out))
         for name, reason in report.skipped[:LISTED]:
             distributed.print_main(f"failed: {images / name}: {reason}", error=True)

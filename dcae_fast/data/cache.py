@@ -45,12 +45,13 @@ def settings_of(model: DCAE, name: str, scaling_factor: float | None, resolution
         raise DataError(f"resolution {resolution}: expected a multiple of {ratio}, the model's ratio")
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     shape = model.config.latent_channels, resolution // ratio, resolution // ratio
-    return Settings(name, weights_hash(model.encoder), factor, resolution, dtype, format, shape)
+    return Settings(name, dtype, resolution, factor, format, weights_hash(model.encoder), shape)
 
 
 def default_workers() -> int:
     """Processes that read pictures for this rank: its share of this machine's cores."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def cache_latents(
@@ -83,14 +84,14 @@ def cache_latents(
 def _prepare(folder: Path, store: Store, manifest: Manifest) -> None:
     """Leaves a folder that has a manifest of these settings and nothing that a killed run left behind."""
     folder.mkdir(parents=True, exist_ok=True)
-    before = load_manifest(folder)
+    before, leftovers = load_manifest(folder), set(folder.rglob(".*.part"))
     if before is not None:
         manifest.settings.check_same(before.settings, folder)
-        for leftover in folder.rglob(".*.part"):
-            leftover.unlink()
         store.check_strays()
-    elif any(folder.iterdir()):
+    elif not leftovers.issuperset(folder.iterdir()):
         raise DataError(f"{folder} is not empty and has no {MANIFEST}; take another folder")
+    for leftover in leftovers:
+        leftover.unlink()
     manifest.save(folder)
 
 
@@ -115,11 +116,10 @@ class Work:
         self.seconds = self.busy = 0.0
 
     def run(self, indices: list[int], workers: int) -> None:
-        on_cuda = next(self.encode.model.parameters()).is_cuda
+        batch, on_cuda = self.encode.batch, next(self.encode.model.parameters()).is_cuda
         dataset = CropDataset(self.pictures, indices, self.resolution)
-        loader = DataLoader(
-            dataset, self.encode.batch, num_workers=workers, collate_fn=collate, pin_memory=on_cuda, in_order=True
-        )
+        workers = min(workers, -(-len(indices) // batch))
+        loader = DataLoader(dataset, batch, num_workers=workers, collate_fn=collate, pin_memory=on_cuda)
         begin = time.perf_counter()
         quiet = None if distributed.is_main() else True
         with tqdm(total=len(indices), unit="image", disable=quiet) as bar:

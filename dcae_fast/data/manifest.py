@@ -25,16 +25,16 @@ class DataError(ValueError):
 class Settings:
     """What all latents of a folder share.
 
-    model: as the user named it; weights: `weights_hash` of the encoder; scaling_factor: which the latents are
-    multiplied by; resolution: sides of the pictures; dtype: computed in; format: npy or safetensors; shape: [c, h, w].
+    model: as the user named it; dtype: computed in; resolution: sides of the pictures; scaling_factor: which the
+    latents are multiplied by; format: npy or safetensors; weights: `weights_hash` of the encoder; shape: [c, h, w].
     """
 
     model: str
-    weights: str
-    scaling_factor: float
-    resolution: int
     dtype: str
+    resolution: int
+    scaling_factor: float
     format: str
+    weights: str
     shape: tuple[int, int, int]
 
     def check_same(self, other: "Settings", folder: Path) -> None:

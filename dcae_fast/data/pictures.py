@@ -84,16 +84,12 @@ def _in_folders(root: Path) -> Pictures:
 
 
 def _in_shards(root: Path, shards: Sequence[str]) -> Pictures:
-    """Members of a sample share their name up to the first dot of its last part."""
     found, labels = [], {}
     for shard in shards:
         try:
             with tarfile.open(root / shard, "r:") as tar:
-                for member in tar:
-                    folder, _, file = member.name.removeprefix("./").rpartition("/")
-                    stem, _, suffix = file.partition(".")
-                    key = "/".join([shard.removesuffix(".tar"), *([folder] if folder else []), stem])
-                    suffix = f".{suffix.lower()}"
+                for member in filter(tarfile.TarInfo.isfile, tar):
+                    key, suffix = _sample(shard, member.name)
                     if suffix == ".cls":
                         labels[key] = int(tar.extractfile(member).read())
                     elif suffix in SUFFIXES:
@@ -101,16 +97,25 @@ def _in_shards(root: Path, shards: Sequence[str]) -> Pictures:
                         found.append(Picture(name, key, 0, shard, member.offset_data, member.size))
         except (tarfile.TarError, OSError, ValueError) as error:
             raise DataError(f"{root / shard}: not a readable shard: {error}") from error
-    if not labels:
-        return Pictures(root, found, ())
-    without = [picture.name for picture in found if picture.key not in labels]
-    if without or min(labels.values()) < 0:
-        raise DataError(f"{root}: {without[0] if without else 'a .cls'} has no class number; others have")
+    return Pictures(root, found, ()) if not labels else _labelled(root, found, labels)
+
+
+def _sample(shard: str, member: str) -> tuple[str, str]:
+    """The key of the sample that a member belongs to, its path up to the first dot of the last part, and the rest."""
+    folder, slash, file = member.removeprefix("./").rpartition("/")
+    stem, dot, suffix = file.partition(".")
+    return f"{shard.removesuffix('.tar')}/{folder}{slash}{stem}", f"{dot}{suffix.lower()}"
+
+
+def _labelled(root: Path, found: Sequence[Picture], labels: dict[str, int]) -> Pictures:
+    """The pictures under class folders, named by numbers of one width."""
+    for picture in found:
+        if labels.get(picture.key, -1) < 0:
+            raise DataError(f"{root / picture.name}: no class number beside it, as others have")
     most = max(labels.values())
     classes = tuple(f"{number:0{len(str(most))}d}" for number in range(most + 1))
-    items = [
-        picture._replace(key=f"{classes[labels[k]]}/{k}", label=labels[k]) for picture in found for k in [picture.key]
-    ]
+    numbers = [labels[picture.key] for picture in found]
+    items = [p._replace(key=f"{classes[n]}/{p.key}", label=n) for p, n in zip(found, numbers, strict=True)]
     return Pictures(root, items, classes)
 
 
@@ -123,7 +128,10 @@ class Crops(NamedTuple):
 
 
 class CropDataset(Dataset):
-    """Some of the pictures at a resolution: RGB, centre crop. An item is (number, uint8 [side, side, 3] or a reason)."""
+    """Some of the pictures, RGB, cropped to the centre: items are (number, uint8 [resolution, resolution, 3]).
+
+    Of a picture that cannot be read an item is (number, reason).
+    """
 
     def __init__(self, pictures: Pictures, indices: Sequence[int], resolution: int):
         self.pictures, self.indices, self.resolution = pictures, indices, resolution
