@@ -173,4 +173,5 @@ def _report(
     distributed.barrier()
     seconds, busy = (sum(getattr(outcome, name) for outcome in outcomes) for name in ("seconds", "busy"))
     slowest = max(outcome.seconds for outcome in outcomes)
-    return Report(manifest, len(made), len(kept), skipped, slowest, 1 - busy / seconds if seconds else 0.0)
+    encoded = sum(len(outcome.sums) for outcome in outcomes)
+    return Report(manifest, encoded, len(kept), skipped, slowest, 1 - busy / seconds if seconds else 0.0)

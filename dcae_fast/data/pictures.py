@@ -4,7 +4,7 @@ import io
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
@@ -101,10 +101,10 @@ def _in_shards(root: Path, shards: Sequence[str]) -> Pictures:
 
 
 def _sample(shard: str, member: str) -> tuple[str, str]:
-    """The key of the sample that a member belongs to, its path up to the first dot of the last part, and the rest."""
+    """The sample that a member belongs to, its path up to the first dot of the last part, and the member's suffix."""
     folder, slash, file = member.removeprefix("./").rpartition("/")
-    stem, dot, suffix = file.partition(".")
-    return f"{shard.removesuffix('.tar')}/{folder}{slash}{stem}", f"{dot}{suffix.lower()}"
+    sample = f"{shard.removesuffix('.tar')}/{folder}{slash}{file.partition('.')[0]}"
+    return sample, PurePosixPath(file).suffix.lower()
 
 
 def _labelled(root: Path, found: Sequence[Picture], labels: dict[str, int]) -> Pictures:

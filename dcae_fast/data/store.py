@@ -16,7 +16,6 @@ from .latents import SHARDS, files_under, load_npy
 from .manifest import DataError, Settings, Sums
 from .pictures import Picture
 
-SHARD = 1024  # latents in a file
 READERS = 16
 
 
@@ -71,12 +70,12 @@ class NpyStore:
 
 
 class ShardStore:
-    """Files of SHARD consecutive pictures: "latents" [n, c, h, w], "classes" [n], and the names in the metadata.
+    """Files of `unit` consecutive pictures: "latents" [n, c, h, w], "classes" [n], and the names in the metadata.
 
     A shard is written when a latent of another one comes, or at the end: latents come in order, from one thread.
     """
 
-    unit, writers = SHARD, 1
+    unit, writers = 1024, 1
 
     def __init__(self, folder: Path, pictures: list[Picture], settings: Settings):
         self.folder, self.pictures, self.shape = folder, pictures, settings.shape
@@ -85,7 +84,7 @@ class ShardStore:
 
     def check_strays(self) -> None:
         """DataError if there is a shard beyond those that the pictures fill."""
-        expected = {self._path(first) for first in range(0, len(self.pictures), SHARD)}
+        expected = {self._path(first) for first in range(0, len(self.pictures), self.unit)}
         for path in sorted(self.folder.glob(SHARDS)):
             if path not in expected:
                 raise DataError(f"{path}: of none of the pictures; take another folder")
@@ -93,7 +92,7 @@ class ShardStore:
     def scan(self, indices: Iterable[int]) -> dict[int, Sums]:
         """The sums of those latents that are there and valid, by number."""
         found = {}
-        for first in sorted({index // SHARD * SHARD for index in indices}):
+        for first in sorted({index // self.unit * self.unit for index in indices}):
             sums = {index: Sums.of(latent.float().numpy()) for index, latent in self._load(first).items()}
             found |= {index: each for index, each in sums.items() if each.finite}
         return found
@@ -101,7 +100,7 @@ class ShardStore:
     def write(self, indices: list[int], latents: torch.Tensor) -> None:
         """Adds latents [n, c, h, w], of `dtype` and on the CPU."""
         for index, latent in zip(indices, latents, strict=True):
-            if self._pending and next(iter(self._pending)) // SHARD != index // SHARD:
+            if self._pending and next(iter(self._pending)) // self.unit != index // self.unit:
                 self.close()
             self._pending[index] = latent
 
@@ -109,7 +108,7 @@ class ShardStore:
         """Writes the shard that is begun, with what its file already had."""
         if not self._pending:
             return
-        first = next(iter(self._pending)) // SHARD * SHARD
+        first = next(iter(self._pending)) // self.unit * self.unit
         rows = self._load(first) | self._pending
         indices = sorted(rows)
         tensors = {
@@ -132,11 +131,11 @@ class ShardStore:
         if latents.shape != (len(names), *self.shape) or latents.dtype != self.dtype:
             return {}
         rows = {(name, label): latent for name, label, latent in zip(names, labels, latents, strict=True)}
-        wanted = enumerate(self.pictures[first : first + SHARD], first)
+        wanted = enumerate(self.pictures[first : first + self.unit], first)
         return {index: rows[p.key, p.label] for index, p in wanted if (p.key, p.label) in rows}
 
     def _path(self, first: int) -> Path:
-        return self.folder / SHARDS.replace("*", f"{first // SHARD:06d}")
+        return self.folder / SHARDS.replace("*", f"{first // self.unit:06d}")
 
 
 STORES = {"npy": NpyStore, "safetensors": ShardStore}
