@@ -104,7 +104,8 @@ class Sums(NamedTuple):
     @classmethod
     def of(cls, latent: np.ndarray) -> "Sums":
         z = latent.astype(np.float64).ravel()
-        return cls(z.size, z.sum().item(), np.square(z).sum().item())
+        with np.errstate(invalid="ignore"):  # `finite` says it
+            return cls(z.size, z.sum().item(), np.square(z).sum().item())
 
     @property
     def finite(self) -> bool:

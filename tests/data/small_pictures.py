@@ -30,7 +30,18 @@ def arguments(pictures: Path, out: Path) -> list[str]:
     Not patched: under TRITON_INTERPRET the kernels would take minutes.
     """
     settings = ["--model", "dc-ae-tiny", "--resolution", "64", "--scale", "0.5", "--device", "cpu"]
-    return ["cache-latents", str(pictures), "--out", str(out), *settings, "--no-patch", "--batch", "2", "--workers", "0"]
+    return [
+        "cache-latents",
+        str(pictures),
+        "--out",
+        str(out),
+        *settings,
+        "--no-patch",
+        "--batch",
+        "2",
+        "--workers",
+        "0",
+    ]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

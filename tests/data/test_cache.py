@@ -16,7 +16,7 @@ from dcae_fast.data.latents import LatentDataset
 from dcae_fast.data.manifest import MANIFEST, Sums, load_manifest, statistics
 from dcae_fast.data.pictures import find_pictures
 from dcae_fast.data.store import NpyStore, ShardStore
-from dcae_fast.models.autoencoder import DCAE
+from dcae_fast.models.autoencoder import DCAE, CoderConfig, DCAEConfig
 
 NAMES = sorted(SIZES)
 
@@ -183,6 +183,18 @@ def test_latents_that_are_not_finite_are_left_out(pictures, tmp_path, model):
     report = cache_latents(find_pictures(pictures / "emu"), tmp_path, model, settings, workers=1)
     assert report.skipped == [("f.png", "its latent is not finite")] and report.encoded == 0
     assert contents(tmp_path).keys() == {MANIFEST} and report.manifest.mean is None
+
+
+def test_patched(tmp_path, compare):
+    torch.manual_seed(0)
+    coder = CoderConfig((8, 8, 16, 32), (0, 1, 1, 1), ("ResBlock",) * 3 + ("EViTGLU",), ("rms",) * 4, ("silu",) * 4)
+    DCAE(DCAEConfig(8, coder, coder)).save_pretrained(tmp_path / "model")
+    save_noise(tmp_path / "pictures" / "a.png", 20, 24, 0)
+    options = ["--model", tmp_path / "model", "--resolution", "16"]
+    assert run(tmp_path / "pictures", tmp_path / "plain", *options) == 0
+    assert run(tmp_path / "pictures", tmp_path / "patched", *options, "--patch", "--batch", "auto") == 0
+    plain, patched = (torch.from_numpy(np.load(tmp_path / name / "a.npy")) for name in ("plain", "patched"))
+    compare("eager", patched, plain, 5e-6)
 
 
 class Small(torch.nn.Module):

@@ -31,7 +31,9 @@ def test_round_trip(tmp_path):
     assert load_manifest(tmp_path / "elsewhere") is None
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", json.dumps({"settings": {"model": "m"}, "classes": [], "skipped": []})])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", json.dumps({"settings": {"model": "m"}, "classes": [], "skipped": []})]
+)
 def test_something_else(tmp_path, text):
     (tmp_path / MANIFEST).write_text(text)
     with pytest.raises(DataError, match="not a manifest"):

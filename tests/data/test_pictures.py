@@ -7,8 +7,8 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from small_pictures import BROKEN, SIZES
 from PIL import Image
+from small_pictures import BROKEN, SIZES
 
 from dcae_fast.data.manifest import DataError
 from dcae_fast.data.pictures import CropDataset, collate, find_pictures
