@@ -2,7 +2,8 @@
 
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -76,9 +77,9 @@ def cache_latents(
     there = store.scan(range(mine.start * store.unit, min(mine.stop * store.unit, len(pictures.items))))
     kept = {index: sums for part in distributed.all_gather(there) for index, sums in part.items()}
     missing = _share_of_missing(len(pictures.items), kept, store.unit)
-    work = Work(pictures, store, model, settings, batch or automatic_batch(model, settings.resolution))
-    work.run(missing, default_workers() if workers is None else workers)
-    return _report(folder, pictures, Manifest(settings, pictures.classes), kept, distributed.all_gather(work.outcome()))
+    encode = BatchEncoder(model, settings.scaling_factor, batch or automatic_batch(model, settings.resolution))
+    outcome = _encode(pictures, missing, store, encode, default_workers() if workers is None else workers)
+    return _report(folder, pictures, Manifest(settings, pictures.classes), kept, distributed.all_gather(outcome))
 
 
 def _prepare(folder: Path, store: Store, manifest: Manifest) -> None:
@@ -105,53 +106,44 @@ def _share_of_missing(count: int, kept: dict[int, Sums], unit: int) -> list[int]
     return [index for part in distributed.share(len(parts)) for index in parts[part]]
 
 
-class Work:
-    """One rank's part: encodes and writes latents, and remembers what became of them."""
-
-    def __init__(self, pictures: Pictures, store: Store, model: DCAE, settings: Settings, batch: int):
-        self.pictures, self.store, self.resolution = pictures, store, settings.resolution
-        self.encode = BatchEncoder(model, settings.scaling_factor, batch)
-        self.sums: dict[int, Sums] = {}
-        self.failed: list[tuple[int, str]] = []
-        self.seconds = self.busy = 0.0
-
-    def run(self, indices: list[int], workers: int) -> None:
-        batch, on_cuda = self.encode.batch, next(self.encode.model.parameters()).is_cuda
-        dataset = CropDataset(self.pictures, indices, self.resolution)
-        workers = min(workers, -(-len(indices) // batch))
-        loader = DataLoader(dataset, batch, num_workers=workers, collate_fn=collate, pin_memory=on_cuda)
-        begin = time.perf_counter()
-        quiet = None if distributed.is_main() else True
-        with tqdm(total=len(indices), unit="image", disable=quiet) as bar:
-            for done in encode_batches(loader, self.encode, self.store.dtype, self._finish, self.store.writers):
-                sums, failed = done.result
-                self.sums |= sums
-                self.failed += [*done.crops.failed, *failed]
-                self.busy += done.seconds
-                bar.update(len(done.crops.indices) + len(done.crops.failed))
-        self.store.close()
-        self.seconds = time.perf_counter() - begin
-
-    def _finish(self, indices: list[int], latents: torch.Tensor) -> tuple[dict[int, Sums], list[tuple[int, str]]]:
-        """Writes latents that are finite; their sums, and the others with the reason."""
-        sums = {index: Sums.of(z.float().numpy()) for index, z in zip(indices, latents, strict=True)}
-        fine = [row for row, index in enumerate(indices) if sums[index].finite]
-        failed = [(index, "its latent is not finite") for index in indices if not sums[index].finite]
-        self.store.write([indices[row] for row in fine], latents if not failed else latents[fine])
-        return {index: sums[index] for index in indices if sums[index].finite}, failed
-
-    def outcome(self) -> "Outcome":
-        return Outcome(self.sums, self.failed, self.seconds, self.busy)
-
-
-@dataclass(frozen=True)
+@dataclass
 class Outcome:
-    """What a rank sends to the others: of the pictures, by number, and its times."""
+    """What became of a rank's pictures, by number, and the seconds that it took and that its device computed."""
 
-    sums: dict[int, Sums]
-    failed: list[tuple[int, str]]
-    seconds: float
-    busy: float
+    sums: dict[int, Sums] = field(default_factory=dict)
+    failed: list[tuple[int, str]] = field(default_factory=list)
+    seconds: float = 0.0
+    busy: float = 0.0
+
+
+def _encode(pictures: Pictures, indices: list[int], store: Store, encode: BatchEncoder, workers: int) -> Outcome:
+    """Encodes some of the pictures and writes their latents."""
+    outcome, (_, _, side) = Outcome(), store.shape
+    dataset = CropDataset(pictures, indices, side * encode.model.spatial_compression_ratio)
+    workers = min(workers, -(-len(indices) // encode.batch))
+    on_cuda = next(encode.model.parameters()).is_cuda
+    loader = DataLoader(dataset, encode.batch, num_workers=workers, collate_fn=collate, pin_memory=on_cuda)
+    begin = time.perf_counter()
+    quiet = None if distributed.is_main() else True
+    with tqdm(total=len(indices), unit="image", disable=quiet) as bar:
+        for done in encode_batches(loader, encode, store.dtype, partial(_write, store), store.writers):
+            sums, failed = done.result
+            outcome.sums |= sums
+            outcome.failed += [*done.crops.failed, *failed]
+            outcome.busy += done.seconds
+            bar.update(len(done.crops.indices) + len(done.crops.failed))
+    store.close()
+    outcome.seconds = time.perf_counter() - begin
+    return outcome
+
+
+def _write(store: Store, indices: list[int], latents: torch.Tensor) -> tuple[dict[int, Sums], list[tuple[int, str]]]:
+    """Writes the latents that are finite: their sums by number, and (number, reason) of the others."""
+    sums = {index: Sums.of(z.float().numpy()) for index, z in zip(indices, latents, strict=True)}
+    rows = [row for row, index in enumerate(indices) if sums[index].finite]
+    failed = [(index, "its latent is not finite") for index in indices if not sums[index].finite]
+    store.write([indices[row] for row in rows], latents[rows] if failed else latents)
+    return {indices[row]: sums[indices[row]] for row in rows}, failed
 
 
 def _report(

@@ -36,6 +36,8 @@ class BatchEncoder:
     """
 
     def __init__(self, model: DCAE, scaling_factor: float, batch: int):
+        if batch < 1:
+            raise ValueError(f"batch={batch}; expected at least 1")
         self.model, self.scaling_factor, self.batch = model, scaling_factor, batch
         self.dtype = next(model.parameters()).dtype
 

@@ -36,7 +36,7 @@ class Picture(NamedTuple):
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pictures under a folder in the order of their keys. classes: their names by number, empty without classes."""
+    """Pictures under a folder, in the order of their latents' files. classes: names by number, or empty."""
 
     root: Path
     items: list[Picture]
@@ -65,7 +65,7 @@ def find_pictures(source: Path) -> Pictures:
     pictures = _in_shards(root, shards) if shards else _in_folders(root)
     if not pictures.items:
         raise DataError(f"{source}: no pictures here; looked for {' '.join(sorted(SUFFIXES))} and .tar")
-    pictures.items.sort(key=lambda picture: picture.key.split("/"))
+    pictures.items.sort(key=lambda picture: f"{picture.key}.npy".split("/"))
     for one, other in zip(pictures.items, pictures.items[1:], strict=False):
         if one.key == other.key:
             raise DataError(f"{one.name} and {other.name} would both have the latent {one.key}")
@@ -102,6 +102,8 @@ def _in_shards(root: Path, shards: Sequence[str]) -> Pictures:
 
 def _sample(shard: str, member: str) -> tuple[str, str]:
     """The sample that a member belongs to, its path up to the first dot of the last part, and the member's suffix."""
+    if ".." in member.split("/"):
+        raise ValueError(f"{member} leaves its folder")
     folder, slash, file = member.removeprefix("./").rpartition("/")
     sample = f"{shard.removesuffix('.tar')}/{folder}{slash}{file.partition('.')[0]}"
     return sample, PurePosixPath(file).suffix.lower()

@@ -40,19 +40,25 @@ class NpyStore:
                 raise DataError(f"{self.folder / name}: of none of the pictures; take another folder")
 
     def scan(self, indices: Iterable[int]) -> dict[int, Sums]:
-        """The sums of those latents that are there and valid, by number."""
+        """The sums of those latents that are there and valid, by number; files that are not valid are removed."""
         with ThreadPoolExecutor(READERS) as pool:
             found = zip(indices, pool.map(self._sums, indices), strict=True)
             return {index: sums for index, sums in found if sums is not None}
 
     def _sums(self, index: int) -> Sums | None:
-        try:
-            latent = load_npy(self._path(index))
-        except DataError:
+        path = self._path(index)
+        if not path.exists():
             return None
-        valid = latent.shape == self.shape and latent.dtype == self._numpy
-        sums = Sums.of(latent) if valid else None
-        return sums if valid and sums.finite else None
+        try:
+            latent = load_npy(path)
+        except DataError:
+            latent = None
+        if latent is not None and latent.shape == self.shape and latent.dtype == self._numpy:
+            sums = Sums.of(latent)
+            if sums.finite:
+                return sums
+        path.unlink()
+        return None
 
     def write(self, indices: list[int], latents: torch.Tensor) -> None:
         """Adds latents [n, c, h, w], of `dtype` and on the CPU."""
@@ -90,11 +96,13 @@ class ShardStore:
                 raise DataError(f"{path}: of none of the pictures; take another folder")
 
     def scan(self, indices: Iterable[int]) -> dict[int, Sums]:
-        """The sums of those latents that are there and valid, by number."""
+        """The sums of those latents that are there and valid, by number; files without any are removed."""
         found = {}
         for first in sorted({index // self.unit * self.unit for index in indices}):
-            sums = {index: Sums.of(latent.float().numpy()) for index, latent in self._load(first).items()}
-            found |= {index: each for index, each in sums.items() if each.finite}
+            rows = self._load(first)
+            found |= {index: Sums.of(latent.float().numpy()) for index, latent in rows.items()}
+            if not rows:
+                self._path(first).unlink(missing_ok=True)
         return found
 
     def write(self, indices: list[int], latents: torch.Tensor) -> None:

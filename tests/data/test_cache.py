@@ -129,10 +129,32 @@ def test_only_what_is_missing_or_torn_is_made_again(pictures, tmp_path, capsys, 
     assert again == 2 if format == "npy" else 2 < again < 7
 
 
+@pytest.mark.parametrize("format", ["npy", "safetensors"])
+def test_nothing_left_to_do(pictures, tmp_path, capsys, format):
+    assert run(pictures / "emu", tmp_path, "--format", format) == 0
+    before = contents(tmp_path)
+    capsys.readouterr()
+    assert run(pictures / "emu", tmp_path, "--format", format) == 0
+    assert contents(tmp_path) == before
+    text = capsys.readouterr().out
+    assert text.startswith("1 latents were there already") and "images/s" not in text
+
+
+@pytest.mark.parametrize("format", ["npy", "safetensors"])
+def test_torn_latents_of_pictures_that_are_broken_now(tmp_path, format):
+    save_noise(tmp_path / "pictures" / "a.png", 64, 64, 0)
+    assert run(tmp_path / "pictures", tmp_path / "out", "--format", format) == 0
+    (latent,) = (tmp_path / "out").glob(f"*.{format}")
+    latent.write_bytes(latent.read_bytes()[:-50])
+    (tmp_path / "pictures" / "a.png").write_bytes(b"")
+    assert run(tmp_path / "pictures", tmp_path / "out", "--format", format) == 1
+    assert contents(tmp_path / "out").keys() == {MANIFEST}
+
+
 def test_new_pictures_are_added(tmp_path, capsys):
     for format in ("npy", "safetensors"):
         pictures = tmp_path / f"pictures-{format}"
-        for seed, name in enumerate(["a/0.png", "b/0.png", "b/1.png", "b/2.png"]):
+        for seed, name in enumerate(["a/0.png", "b/0.png", "b/0-1.png", "b/2.png"]):
             save_noise(pictures / name, 64, 64, seed)
         assert run(pictures, tmp_path / format, "--format", format) == 0
         save_noise(pictures / "a/1.png", 64, 64, 9)
@@ -140,6 +162,10 @@ def test_new_pictures_are_added(tmp_path, capsys):
         assert run(pictures, tmp_path / format, "--format", format) == 0
         assert run(pictures, tmp_path / f"{format}-new", "--format", format) == 0
         assert contents(tmp_path / format) == contents(tmp_path / f"{format}-new")
+    for (one, label), (other, other_label) in zip(
+        *map(LatentDataset, (tmp_path / "npy", tmp_path / "safetensors")), strict=True
+    ):
+        assert torch.equal(one, other) and label == other_label
 
 
 @pytest.mark.parametrize(

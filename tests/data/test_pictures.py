@@ -113,5 +113,8 @@ def test_refused(pictures, tmp_path):
         add(tar, "a.png", b"")
         add(tar, "b.png", b"")
     refuse("b.png: no class number")
+    with tarfile.open(tmp_path / "torn.tar", "w") as tar:
+        add(tar, "../../a.png", b"")
+    refuse("torn.tar: not a readable shard: ../../a.png leaves its folder")
     with pytest.raises(DataError, match="no such folder"):
         find_pictures(tmp_path / "elsewhere")
