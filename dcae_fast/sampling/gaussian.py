@@ -58,7 +58,8 @@ def model_posterior(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and log-variance, [B, C, h, w], of the model's p(x_{n-1} | x_n).
 
-    out: [B, 2C, h, w], what the network returned for x [B, C, h, w]; n: index into the tables, [B, 1, 1, 1], or () if they are of one time.
+    out: [B, 2C, h, w], what the network returned for x [B, C, h, w]; n: index into the tables, [B, 1, 1, 1],
+    or () where they are those of one time.
     ValueError if `out` has no variance.
     """
     if out.shape[1] != 2 * x.shape[1]:

@@ -191,12 +191,12 @@ def test_failed_captures(monkeypatch):
     expected = model.encoder(x)
     original = Captured.__init__
 
-    def synchronising(self, pool, function, args, kwargs):
+    def synchronising(self, pool, casts, channels_last, function, args, kwargs):
         def bad(x, *rest, **kwargs):
             torch.ones(1, device=x.device).item()
             return function(x, *rest, **kwargs)
 
-        original(self, pool, bad, args, kwargs)
+        original(self, pool, casts, channels_last, bad, args, kwargs)
 
     with monkeypatch.context() as patch, pytest.warns(RuntimeWarning, match="no CUDA graph"):
         patch.setattr(Captured, "__init__", synchronising)
