@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dcae_fast.models import diffusion_zoo
-from dcae_fast.models.dit import DiT
+from dcae_fast.models.dit import DiT, DiTConfig
 from dcae_fast.models.transformer import Attention, TransformerConfig
 from dcae_fast.models.uvit import UViT
 
@@ -97,15 +98,16 @@ def config_of(name: str) -> TransformerConfig:
     return diffusion_zoo.NETWORKS[family](**LATENTS[latent], **SIZES[size], class_dropout_prob=0.0)
 
 
-def build(config: TransformerConfig) -> UViT | DiT:
-    return DiT(config) if diffusion_zoo.NETWORKS["dit"] is type(config) else UViT(config)
+def class_of(config: TransformerConfig) -> type[UViT] | type[DiT]:
+    return DiT if isinstance(config, DiTConfig) else UViT
 
 
 def new_network(name: str, device: torch.device) -> UViT | DiT:
     """Random weights, the same every time: fp32, in evaluation mode; what is zero at the start of a training is not."""
     torch.manual_seed(0)
     with torch.device(device):
-        model = build(config_of(name))
+        config = config_of(name)
+        model = class_of(config)(config)
     return without_zeros(model).eval()
 
 
@@ -153,10 +155,11 @@ def autocast(device: torch.device) -> torch.autocast:
 
 def flops_of(network: str, batch: int) -> int:
     """Arithmetic of the plain network's forward; counted without computing anything."""
-    with FakeTensorMode(), FlopCounterMode(display=False) as counter, torch.no_grad():
-        model = build(config_of(network)).eval()
-        as_original(model)
-        size = model.config.input_size
-        x = torch.empty(1, model.config.in_channels, size, size)
+    config = config_of(network)
+    uninitialised = type("Uninitialised", (class_of(config),), {"_initialise": lambda self: None})
+    counter = FlopCounterMode(display=False)
+    with FakeTensorMode(), counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the counter knows its products
+        model = uninitialised(config).eval()
+        x = torch.empty(1, config.in_channels, config.input_size, config.input_size)
         model(x, torch.empty(1), torch.zeros(1, dtype=torch.long))
     return batch * counter.get_total_flops()

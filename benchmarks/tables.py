@@ -13,7 +13,8 @@ MAIN = {  # columns of the README's table: heading → contender
 UNITS = {"ms": "ms", "images_per_s": "images/s", "peak_gib": "GiB", "cold_s": "s cold", "warm_s": "s warm"}
 QUANTITIES = {
     "ms": "time", "peak_gib": "peak memory", "error": "error", "cold_s": "first call", "warm_s": "first call",
-    "mfu": "share of the ceiling", "ratio": "images/s over eager's at f8, patch 2", "difference": "difference of losses",
+    "mfu": "share of the ceiling", "ratio": "images/s over eager's on f8, patch 2",
+    "difference": "difference of losses",
 }  # fmt: skip
 
 
@@ -201,8 +202,9 @@ def target_table(results: dict[str, list[dict]]) -> str:
     rows = [["workload", "contender", "target", "measured", "verdict"]]
     for outcome in outcomes(results):
         target = outcome.target
-        workload = target.workload or "all of the above"
-        rows.append([workload, target.contender, sentence(target), number(outcome.value), outcome.verdict])
+        workload = target.workload or f"all of {target.part}"
+        value = number(outcome.value, digits=4 if target.quantity == "difference" else 2)
+        rows.append([workload, target.contender, sentence(target), value, outcome.verdict])
     return table(rows)
 
 

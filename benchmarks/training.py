@@ -47,17 +47,16 @@ def loss_of(model: nn.Module, inputs: networks.Inputs, samples: int | None = Non
 def benchmark(workload: NetworkWorkload, device: torch.device, ceilings: Ceilings) -> dict:
     """The record of a workload; peak_gib counts everything that is allocated, weights and optimizer included.
 
-    error: relative error against fp32 of the gradients of a loss over the first samples. drift: eager's time at the
-    end in proportion to that at the start.
+    error: relative error against fp32 of the gradients of a loss over the first samples; a contender is wrong if it is
+    more than twice eager's on these samples alone. drift: eager's time at the end in proportion to that at the start.
     """
     torch.compiler.reset()
     inputs = networks.inputs_of(workload, device)
-    exact = exact_gradients(workload, device, inputs)
-    rows, limit = {}, math.inf
-    for name in workload.contenders:
-        rows[name] = trial(name, workload, inputs, exact, limit)
-        if name == "eager":
-            limit = max(2 * rows[name].get("error", math.inf), FP32_ERROR)
+    first = tuple(each[:CHECKED] for each in inputs)
+    exact = exact_gradients(workload, first)
+    eagers, _ = errors(networks.prepared("eager", workload, fresh(workload, device)), first, exact)
+    limit = max(2 * eagers, FP32_ERROR)
+    rows = {name: trial(name, workload, inputs, exact, limit) for name in workload.contenders}
     record = record_of(workload, rows, 3 * networks.flops_of(workload.network, workload.batch), ceilings)
     if "ms" in rows["eager"]:
         again = trial("eager", workload, inputs, None, math.inf)
@@ -71,10 +70,10 @@ def fresh(workload: NetworkWorkload, device: torch.device) -> nn.Module:
     return networks.new_network(workload.network, device).train()
 
 
-def exact_gradients(workload: NetworkWorkload, device: torch.device, inputs: networks.Inputs) -> Exact:
-    """In fp32, of the first samples alone; on the CPU, to leave the device to those that are measured."""
-    model = fresh(workload, device)
-    loss = loss_of(model, tuple(each[:CHECKED] for each in inputs))
+def exact_gradients(workload: NetworkWorkload, inputs: networks.Inputs) -> Exact:
+    """In fp32; on the CPU, to leave the device to those that are measured."""
+    model = fresh(workload, inputs[0].device)
+    loss = loss_of(model, inputs)
     gradients = torch.autograd.grad(loss, trained(model), materialize_grads=True)
     result = loss.item(), [gradient.cpu() for gradient in gradients]
     del model, gradients, loss
