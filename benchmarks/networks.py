@@ -154,7 +154,12 @@ def autocast(device: torch.device) -> torch.autocast:
 
 
 def flops_of(network: str, batch: int) -> int:
-    """Arithmetic of the plain network's forward; counted without computing anything."""
+    """Arithmetic of the plain network's forward."""
+    return sum(flops_by_operator(network, batch).values())
+
+
+def flops_by_operator(network: str, batch: int) -> dict[str, int]:
+    """By operator ("convolution", "addmm", and "bmm" for attention); counted without computing anything."""
     config = config_of(network)
     uninitialised = type("Uninitialised", (class_of(config),), {"_initialise": lambda self: None})
     counter = FlopCounterMode(display=False)
@@ -162,4 +167,4 @@ def flops_of(network: str, batch: int) -> int:
         model = uninitialised(config).eval()
         x = torch.empty(1, config.in_channels, config.input_size, config.input_size)
         model(x, torch.empty(1), torch.zeros(1, dtype=torch.long))
-    return batch * counter.get_total_flops()
+    return {op.__name__: batch * flops for op, flops in counter.get_flop_counts()["Global"].items()}

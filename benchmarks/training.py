@@ -16,7 +16,7 @@ from . import networks
 from .autoencoder import FP32_ERROR, reason, release
 from .ceilings import Ceilings
 from .network_workloads import NetworkWorkload
-from .timing import measure, with_peak_memory
+from .timing import alone, with_peak_memory
 from .transformer import CHECKED, record_of, times_of
 
 Exact = tuple[float, list[torch.Tensor]]  # loss and gradients
@@ -100,9 +100,9 @@ def trial(
                 return row | {"failure": "wrong"}
         step = stepper(model, inputs)
         step()
-        _, peak = with_peak_memory(step)
-        row["peak_gib"] = peak + resident_gib(inputs[0].device)
-        row |= times_of(measure({name: step}, rounds=1, seconds=0.0, at_least=2)[name])
+        resident = resident_gib(inputs[0].device)
+        timing, peak = with_peak_memory(lambda: alone(step))
+        row |= times_of(timing) | {"peak_gib": resident + peak}
     except Exception as failure:
         row = {"failure": reason(failure)}
     finally:

@@ -74,7 +74,7 @@ def interleaved(
         if name == "eager":
             limit = max(2 * rows[name].get("error", math.inf), FP32_ERROR)
         release()
-    for name, timing in measure(runs, rounds=2, at_least=2).items():
+    for name, timing in measure(runs, rounds=3, at_least=1).items():
         rows[name] |= times_of(timing)
     return rows
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks import loss_curve, networks, sampling, tables, targets, training, transformer
+from benchmarks import loss_curve, networks, profile, sampling, tables, targets, training, transformer
 from benchmarks.__main__ import NETWORK_PARTS
 from benchmarks.ceilings import Ceilings
 from benchmarks.network_workloads import NETWORK_REHEARSAL, NETWORK_WORKLOADS, NetworkWorkload
@@ -223,6 +223,13 @@ def test_report(records, tmp_path, monkeypatch):
     assert "| large | eager | out of memory |" in page and "| uvit-tiny-f64-step-b2 | patched + CUDA graphs |" in page
     for plot in ("transformer", "training", "loss"):
         assert 5_000 < (tmp_path / "docs" / "benchmarks" / f"gpu_{plot}.png").stat().st_size < 150_000
+
+
+@pytest.mark.parametrize("workload", [FORWARD, TRAINING, replace(TRAINING, checkpointed=True)], ids=lambda w: w.name)
+def test_profile_accounts_for_the_call(workload):
+    record = profile.profile(workload, "eager", CPU, CEILINGS)
+    assert record["workload"] == workload.name and record["kinds"]["matrix product"]["floor_ms"] > 0
+    assert "| attention |" in tables.profile_table(record) and record["kinds"]["attention"]["floor_ms"] > 0
 
 
 @pytest.mark.parametrize("part", NETWORK_PARTS)

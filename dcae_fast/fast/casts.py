@@ -53,6 +53,7 @@ class _Taking(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs: dict[str, Any] | None = None):
         kwargs = kwargs or {}
         copy = None
-        if func is torch.ops.aten._to_copy.default and set(kwargs) == {"dtype"} and not torch.is_grad_enabled():
-            copy = self._casts.take(args[0], kwargs["dtype"])
+        if func is torch.ops.aten._to_copy.default and set(kwargs) == {"dtype"}:
+            if not (torch.is_grad_enabled() and args[0].requires_grad):
+                copy = self._casts.take(args[0], kwargs["dtype"])
         return func(*args, **kwargs) if copy is None else copy

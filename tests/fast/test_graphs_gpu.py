@@ -1,11 +1,10 @@
 """CUDA graphs of whole calls on a GPU: the same bits as without, whatever happens between the calls."""
 
 import copy
-import threading
 
 import pytest
 import torch
-from small_models import MODELS, build, image
+from small_models import MODELS, build, image, in_threads
 from test_interference import CHANGES
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -137,11 +136,7 @@ def test_streams_and_threads():
                 if not torch.equal(y, expected[k]):
                     errors.append((offset, index))
 
-    threads = [threading.Thread(target=work, args=(offset,)) for offset in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work)
     torch.cuda.synchronize()
     assert not errors
     assert len(model.encoder.fast_options.graphs) == len(model.decoder.fast_options.graphs) == 3

@@ -2,11 +2,11 @@
 
 import contextlib
 import copy
-import threading
 
 import pytest
 import torch
 from small_diffusion import DIT, FLOW, UVIT, build
+from small_models import in_threads
 
 import dcae_fast
 from dcae_fast.captured_steps import CapturedSteps
@@ -129,11 +129,7 @@ def test_threads():
                 if not torch.equal(got, expected[seed]):
                     errors.append((offset, index))
 
-    threads = [threading.Thread(target=work, args=(offset,)) for offset in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work)
     assert not errors
 
 
