@@ -1,4 +1,4 @@
-"""python -m benchmarks: operators, autoencoders, memory and first calls on this machine; a rehearsal without a GPU."""
+"""python -m benchmarks: everything that is measured, on this machine; a rehearsal on small shapes without a GPU."""
 
 import argparse
 from collections.abc import Callable, Iterator
@@ -6,17 +6,29 @@ from pathlib import Path
 
 import torch
 
-from . import autoencoder, first_call, operators, results, tables
+from . import autoencoder, first_call, loss_curve, operators, results, sampling, tables, training, transformer
 from .ceilings import Ceilings, measure_ceilings
+from .network_workloads import network_workloads
 from .workloads import Workload, workloads
 
-PARTS = ("operators", "autoencoder", "memory", "first-call")
+NETWORK_PARTS = {
+    "transformer": transformer.benchmark,
+    "training": training.benchmark,
+    "sampling": sampling.benchmark,
+    "loss-curve": loss_curve.benchmark,
+}
+PARTS = ("operators", "autoencoder", "memory", "first-call", *NETWORK_PARTS)
 
 
 def records_of(part: str, only: Callable[[str], bool], device: torch.device, ceilings: Ceilings) -> Iterator[dict]:
     """The records of a part, as they are measured."""
     if part == "operators":
         yield from operators.benchmark(device, ceilings, only)
+        return
+    if part in NETWORK_PARTS:
+        for workload in network_workloads(part):
+            if only(workload.name):
+                yield NETWORK_PARTS[part](workload, device, ceilings)
         return
     selected: list[Workload] = [workload for workload in workloads(part) if only(workload.name)]
     if part == "autoencoder":

@@ -19,6 +19,7 @@ COLOURS = {
     "patched channels-last": "#e08e45",
     "patched + CUDA graphs": "#b4432f",
     "patched, bounded memory": "#b4432f",
+    "patched + torch.compile": "#e6c35c",
 }
 GREY = "#444444"
 STYLE = {
@@ -105,3 +106,44 @@ def draw_lines(axes, records: list[dict], quantity: str) -> None:
                 place = {"color": COLOURS[name], "transform": axes.get_xaxis_transform()}
                 axes.plot(size, 0.97, "x", **place)
                 axes.text(size * 0.95, 0.97, row["failure"][:24], ha="right", va="center", fontsize=7, **place)
+
+
+@matplotlib.rc_context(STYLE)
+def networks(records: list[dict], path: Path) -> None:
+    """For each workload of a transformer a bar for each contender: its share of the ceiling, and images/s."""
+    names = [name for name in COLOURS if any(name in record["contenders"] for record in records)]
+    bars = [(record, name) for record in records for name in names if name in record["contenders"]]
+    figure = Figure(figsize=(10, 1 + 0.2 * len(bars) + 0.2 * len(records)), layout="constrained")
+    axes, place, ticks = figure.subplots(), 0.0, []
+    for record in records:
+        rows = [(name, record["contenders"][name]) for name in names if name in record["contenders"]]
+        ticks.append(place + (len(rows) - 1) / 2)
+        for name, row in rows:
+            share = row.get("mfu", 0.0)
+            text = row.get("failure") or f"{row['images_per_s']:.0f} images/s"
+            axes.barh(place, share, 0.85, color=COLOURS[name], label=name)
+            axes.text(share + 0.005, place, text, va="center", fontsize=6.5, color=GREY)
+            place += 1
+        place += 1
+    axes.set(yticks=ticks, yticklabels=[record["workload"] for record in records], ylim=(place - 1, -1), xlim=(0, 1.1))
+    axes.set(xlabel="the plain network's arithmetic in the time, as a share of the measured ceiling")
+    axes.axvline(1, color="black", linewidth=0.8, label="ceiling")
+    axes.tick_params(axis="y", length=0)
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles))
+    save(figure, path)
+
+
+@matplotlib.rc_context(STYLE)
+def losses(records: list[dict], path: Path) -> None:
+    """The loss against the step, of each contender."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for record in records:
+        for name, row in record["contenders"].items():
+            steps = [(index + 1) * record["window"] for index in range(len(row["losses"]))]
+            style = "-" if name == "eager" else "--"
+            axes.plot(steps, row["losses"], style, color=COLOURS[name], label=f"{record['workload']}, {name}")
+    axes.set(xlabel="training step", ylabel="loss, mean over a window", yscale="log")
+    axes.legend()
+    save(figure, path)

@@ -1,4 +1,5 @@
-"""Where the time of one call goes: python -m benchmarks.profile MODEL encode|decode --batch B --size S.
+"""Where the time of one call goes: python -m benchmarks.profile MODEL encode|decode --batch B --size S, of a diffusion
+transformer python -m benchmarks.profile uvit-h-f64 forward|training --batch B.
 
 Kernels are grouped by kind, and convolutions and matrix products set beside the plain model's arithmetic at the rate of
 a large product. The record goes to the results file.
@@ -6,6 +7,7 @@ a large product. The record goes to the results file.
 
 import argparse
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,9 +15,10 @@ from torch.autograd import DeviceType
 
 from dcae_fast.fast.patch import OPERATORS
 
-from . import contenders, results, tables
+from . import contenders, networks, results, tables, training, transformer
 from .autoencoder import flops_of
 from .ceilings import Ceilings, measure_ceilings
+from .network_workloads import NetworkWorkload
 from .timing import measure
 from .workloads import DIRECTIONS, Workload
 
@@ -27,6 +30,7 @@ KINDS = {
     "Inductor": r"^triton_",
     "this project's operators": "|".join(OPERATORS),
     "copy": r"memcpy|memset|copy|nchwtonhwc|nhwctonchw|transpose|catarray",
+    "attention": r"attention|flash|fmha|softmax",
     "convolution": r"conv|fprop|winograd|cudnn",
     "matrix product": r"gemm|gemv|nvjet|cublas|cutlass|aten::\w*mm",
     "other": r"",
@@ -56,17 +60,37 @@ def kernels_of(run, device: torch.device) -> list[dict]:
     return sorted(kernels, key=lambda kernel: -kernel["ms"])
 
 
-def profile(workload: Workload, contender: str, device: torch.device, ceilings: Ceilings) -> dict:
+def call_of(workload: Workload | NetworkWorkload, contender: str, device: torch.device) -> Callable[[], object]:
+    """What is profiled, as a function without arguments."""
+    if isinstance(workload, Workload):
+        return contenders.caller(*contenders.prepared(contender, workload, device))
+    inputs = networks.inputs_of(workload, device)
+    model = networks.prepared(contender, workload, training.fresh(workload, device))
+    if workload.checkpointed:
+        training.checkpoint_blocks(model)
+    return training.stepper(model, inputs) if workload.work == "training" else transformer.caller(model.eval(), inputs)
+
+
+def floors_of(workload: Workload | NetworkWorkload, ceilings: Ceilings) -> dict[str, float]:
+    """Milliseconds that the plain model's arithmetic takes at the ceiling, by kind of kernel."""
+    if isinstance(workload, Workload):
+        flops, kinds = flops_of(workload), {}
+    else:
+        passes = 3 if workload.work == "training" else 1
+        flops = {op: passes * n for op, n in networks.flops_by_operator(workload.network, workload.batch).items()}
+        kinds = {"attention": flops.pop("bmm", 0)}
+    kinds["convolution"] = flops.pop("convolution", 0)
+    return {kind: ceilings.floor(n) for kind, n in (kinds | {"matrix product": sum(flops.values())}).items()}
+
+
+def profile(workload: Workload | NetworkWorkload, contender: str, device: torch.device, ceilings: Ceilings) -> dict:
     """The record: by kind ms, calls and floor_ms (None where it is not known); the longest kernels; idle_ms."""
-    half, x = contenders.prepared(contender, workload, device)
-    run = contenders.caller(half, x)
+    run = call_of(workload, contender, device)
     for _ in range(3):
         run()
     ms = measure({contender: run})[contender].median
     kernels = kernels_of(run, device)
-    flops = flops_of(workload)
-    convolution = flops.pop("convolution", 0)
-    floors = {"convolution": ceilings.floor(convolution), "matrix product": ceilings.floor(sum(flops.values()))}
+    floors = floors_of(workload, ceilings)
     kinds = {}
     for kernel in kernels:
         kind = kinds.setdefault(kernel["kind"], {"ms": 0.0, "calls": 0.0, "floor_ms": floors.get(kernel["kind"])})
@@ -82,16 +106,24 @@ def profile(workload: Workload, contender: str, device: torch.device, ceilings: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
-    parser.add_argument("direction", choices=DIRECTIONS)
+    parser.add_argument("work", choices=(*DIRECTIONS, "forward", "training"))
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--size", type=int, default=512, help="side of the images in pixels")
-    parser.add_argument("--contender", choices=contenders.CONTENDERS, default="patched channels-last")
+    parser.add_argument("--checkpointed", action="store_true", help="every block, in training")
+    parser.add_argument("--contender", help="by default a patched one")
     parser.add_argument("--out", type=Path, default=results.default_path(), help="the JSON file (%(default)s)")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    workload = Workload(options.model, options.direction, options.batch, options.size)
+    if options.work in DIRECTIONS:
+        workload, known = Workload(options.model, options.work, options.batch, options.size), contenders.CONTENDERS
+    else:
+        workload = NetworkWorkload(options.model, options.work, options.batch, checkpointed=options.checkpointed)
+        known = networks.CONTENDERS
+    contender = options.contender or ("patched channels-last" if options.work in DIRECTIONS else "patched")
+    if contender not in known:
+        parser.error(f"--contender {contender!r}; expected one of {', '.join(known)}")
     ceilings = measure_ceilings(device)
-    record = profile(workload, options.contender, device, ceilings)
+    record = profile(workload, contender, device, ceilings)
     results.merge(options.out, "profile", record | {"ceilings": vars(ceilings)})
     print(tables.profile_table(record), tables.kernel_table(record), sep="\n\n")
 

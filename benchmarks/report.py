@@ -9,8 +9,9 @@ from pathlib import Path
 from dcae_fast.files import written_atomically
 
 from . import plots, tables
+from .network_workloads import NETWORK_WORKLOADS
 from .results import RESULTS, ROOT, read
-from .targets import VERDICTS
+from .targets import VERDICTS, headline
 from .workloads import WORKLOADS
 
 README = ROOT / "README.md"
@@ -18,15 +19,22 @@ PAGES = ROOT / "docs" / "benchmarks"
 START, END = "<!-- benchmark -->", "<!-- /benchmark -->"
 Results = dict[str, list[dict]]  # part → records
 
-PLOTS = {  # name of the file → part, title
-    "speed": ("autoencoder", "Time of each contender against the floor"),
-    "memory": ("memory", "Peak memory and time against the size of the image"),
+PLOTS = {  # name of the file → part, what draws it, title
+    "speed": ("autoencoder", plots.speed, "Time of each contender against the floor"),
+    "memory": ("memory", plots.memory, "Peak memory and time against the size of the image"),
+    "transformer": ("transformer", plots.networks, "Transformer, forward: share of the ceiling"),
+    "training": ("training", plots.networks, "Transformer, training step: share of the ceiling"),
+    "loss": ("loss-curve", plots.losses, "Loss of a small transformer in training"),
 }
 SECTIONS = {  # heading → part, table
     "All contenders": ("autoencoder", tables.contender_table),
     "Memory": ("memory", tables.memory_table),
     "First calls": ("first-call", tables.first_call_table),
     "Operators": ("operators", tables.operator_table),
+    "Diffusion transformers": ("transformer", tables.network_table),
+    "Training steps": ("training", tables.network_table),
+    "Sampling": ("sampling", tables.network_table),
+    "Loss of a training": ("loss-curve", tables.loss_table),
 }
 EXPLANATION = """bf16, random weights; milliseconds of one call, medians over calls in which the contenders take turns.
 eager is the model as loaded; torch.compile and patched have channels-last weights and input. The floor is the plain
@@ -35,12 +43,20 @@ the faster of the patched ones."""
 PAGE_EXPLANATION = """An error is the relative L2 error against fp32 (TF32 under Memory). Peak GiB is what one call
 allocates at the most; weights and the memory that a captured graph keeps do not count. "of ceiling" is the share of the
 measured copy's bandwidth, for convolutions of the matrix product's rate. A first call is that of a fresh process."""
+NETWORK_EXPLANATION = """Diffusion transformers run under autocast to bf16 over random fp32 weights. eager computes its
+attention in fp32, as the original does; torch.compile is that, compiled block by block. MFU is the plain network's
+arithmetic in the time of a call, three times the forward's for a training step, as a share of the measured ceiling.
+Errors are relative to fp32: of the result, for a training step of its gradients. Peak GiB of a training step counts
+everything, weights and optimizer included. In training one contender has the memory to itself, so that they do not take
+turns; eager measured again after the others took {drift} of its time. A step of sampling is one call of the network on
+both halves of the guidance, and the update; samples are all steps, and the decoder, of which the arithmetic is not
+counted."""
 
 
 def load(path: Path) -> Results:
     """A results file, workloads in the registry's order."""
     results = read(path)
-    for part, workloads in WORKLOADS.items():
+    for part, workloads in (WORKLOADS | NETWORK_WORKLOADS).items():
         order = {workload.name: index for index, workload in enumerate(workloads)}
         results.get(part, []).sort(key=lambda record: order.get(record["workload"], len(order)))
     return results
@@ -73,10 +89,13 @@ def verdict(results: Results, link: str) -> str:
     worst = [
         f"{max(errors):.1e} {name}"
         for name in ("patched channels-last", "eager")
-        if (errors := [row["error"] for row in tables.rows_of(results["autoencoder"], name) if row.get("error")])
+        if (
+            errors := [row["error"] for row in tables.rows_of(results.get("autoencoder", []), name) if row.get("error")]
+        )
     ]
+    errors = f"Relative error against fp32: at most {', '.join(worst)}. " if worst else ""
     return paragraph(
-        f"Relative error against fp32: at most {', '.join(worst)}. Of the project's targets: {counts}. "
+        f"{errors}Of the project's targets: {counts}. "
         f"[Everything that was measured]({link}): all contenders, memory, first calls, operators, targets, profiles."
     )
 
@@ -84,24 +103,42 @@ def verdict(results: Results, link: str) -> str:
 def plots_of(results: Results) -> list[str]:
     """Those of PLOTS that there are results for; a curve needs two sizes."""
     sizes = {record["size"] for record in results.get("memory", [])}
-    return [plot for plot, (part, _) in PLOTS.items() if results.get(part) and (part != "memory" or len(sizes) > 1)]
+    return [plot for plot, (part, *_) in PLOTS.items() if results.get(part) and (part != "memory" or len(sizes) > 1)]
 
 
 def images(results: Results, folder: str) -> list[str]:
-    return [f"![{PLOTS[plot][1]}]({folder}_{plot}.png)" for plot in plots_of(results)]
+    return [f"![{PLOTS[plot][2]}]({folder}_{plot}.png)" for plot in plots_of(results)]
+
+
+def speed(results: Results) -> list[str]:
+    return [tables.speed_table(results["autoencoder"])] if results.get("autoencoder") else []
+
+
+def ratios(results: Results) -> list[str]:
+    """The paper's headline, where it was measured."""
+    records = headline(results)
+    return [tables.headline_table(records)] if records else []
+
+
+def network_explanation(results: Results) -> list[str]:
+    records = [record for part in NETWORK_WORKLOADS for record in results.get(part, [])]
+    drifts = [record["drift"] for record in records if "drift" in record]
+    drift = f"{min(drifts):.0%} to {max(drifts):.0%}" if drifts else "(not measured)"
+    return [paragraph(NETWORK_EXPLANATION.format(drift=drift))] if records else []
 
 
 def summary(results: Results, name: str) -> str:
     """What the README says of one machine."""
     path = f"{PAGES.relative_to(README.parent).as_posix()}/{name}"
-    table = tables.speed_table(results["autoencoder"])
-    return "\n\n".join([setting(results), table, *images(results, path), verdict(results, f"{path}.md")])
+    ours = [*speed(results), *ratios(results), *images(results, path), verdict(results, f"{path}.md")]
+    return "\n\n".join([setting(results), *ours])
 
 
 def page(results: Results, name: str) -> str:
     """Everything that was measured on one machine."""
     parts = [f"# Benchmarks on {stamps(results, 'gpu')}", "Written by `make bench-report`.", setting(results)]
-    parts += [tables.speed_table(results["autoencoder"]), *images(results, name), paragraph(PAGE_EXPLANATION)]
+    parts += [*speed(results), *images(results, name), paragraph(PAGE_EXPLANATION)]
+    parts += [*network_explanation(results), *ratios(results)]
     parts += ["## Targets", tables.target_table(results)]
     for heading, (part, table) in SECTIONS.items():
         if results.get(part):
@@ -128,11 +165,10 @@ def main() -> None:
     summaries = []
     for path in sorted(RESULTS.glob("*.json")):
         results, name = load(path), path.stem
-        if not results.get("autoencoder"):
-            continue
         write(PAGES / f"{name}.md", page(results, name))
         for plot in plots_of(results):
-            getattr(plots, plot)(results[PLOTS[plot][0]], PAGES / f"{name}_{plot}.png")
+            part, draw, _ = PLOTS[plot]
+            draw(results[part], PAGES / f"{name}_{plot}.png")
         summaries.append(summary(results, name))
     write_readme("\n\n".join(summaries))
 

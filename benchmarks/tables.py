@@ -1,6 +1,6 @@
 """Markdown tables of results, and one line for each record while a run goes on."""
 
-from .targets import GRAPHS, NOMINAL, PATCHED, TARGETS, Outcome, Target, evaluate
+from .targets import GRAPHS, NOMINAL, PATCHED, TARGETS, Outcome, Target, evaluate, headline
 
 MAIN = {  # columns of the README's table: heading → contender
     "eager": "eager",
@@ -10,8 +10,12 @@ MAIN = {  # columns of the README's table: heading → contender
 }
 
 
-UNITS = {"ms": "ms", "peak_gib": "GiB", "cold_s": "s cold", "warm_s": "s warm"}
-QUANTITIES = {"ms": "time", "peak_gib": "peak memory", "error": "error", "cold_s": "first call", "warm_s": "first call"}
+UNITS = {"ms": "ms", "images_per_s": "images/s", "peak_gib": "GiB", "cold_s": "s cold", "warm_s": "s warm"}
+QUANTITIES = {
+    "ms": "time", "peak_gib": "peak memory", "error": "error", "cold_s": "first call", "warm_s": "first call",
+    "mfu": "share of the ceiling", "ratio": "images/s over eager's on f8, patch 2",
+    "difference": "difference of losses",
+}  # fmt: skip
 
 
 def table(rows: list[list[str]]) -> str:
@@ -135,11 +139,54 @@ def kernel_table(record: dict) -> str:
     return table(rows)
 
 
+def network_table(records: list[dict]) -> str:
+    """A row for each workload of a transformer and contender."""
+    rows = [["workload", "contender", "ms", "10–90 %", "images/s", "MFU", "over eager", "error", "peak GiB"]]
+    for record in records:
+        eager = record["contenders"].get("eager", {}).get("ms")
+        for name, row in record["contenders"].items():
+            cells = [cell(row), "–", "–", "–", "–"]
+            if "ms" in row:
+                cells[1:4] = [
+                    f"{row['ms_low']:.2f}–{row['ms_high']:.2f}",
+                    f"{row['images_per_s']:.0f}",
+                    f"{row['mfu']:.0%}",
+                ]
+                cells[4] = f"{eager / row['ms']:.2f}×" if eager else "–"
+            error = "–" if row.get("error") is None else f"{row['error']:.1e}"
+            rows.append([record["workload"], name, *cells, error, number(row.get("peak_gib"))])
+    return table(rows)
+
+
+def headline_table(records: list[dict]) -> str:
+    """How many times the images/s of Stable Diffusion's latents DC-AE's f64 gives, for each contender on its side."""
+    names = list(dict.fromkeys(name for record in records for name in record["contenders"]))
+    rows = [["UViT-H, f64 over eager f8 patch 2", *names]]
+    for record in records:
+        found = record["contenders"]
+        ratios = [f"{row['ratio']:.1f}×" if "ratio" in (row := found.get(name, {})) else cell(row) for name in names]
+        rows.append([record["workload"], *ratios])
+    return table(rows)
+
+
+def loss_table(records: list[dict]) -> str:
+    """The loss, averaged over windows of steps, of each contender."""
+    rows = []
+    for record in records:
+        names = list(record["contenders"])
+        rows += [[f"{record['workload']}, steps", *names]] if not rows else []
+        for index, losses in enumerate(zip(*(row["losses"] for row in record["contenders"].values()), strict=True)):
+            rows.append([str((index + 1) * record["window"]), *(f"{loss:.4f}" for loss in losses)])
+        rows.append(["largest difference", *(f"{row['difference']:.2%}" for row in record["contenders"].values())])
+    return table(rows)
+
+
 def sentence(target: Target) -> str:
     """What a target asks for, in words."""
     caches = {"cold_s": ", caches empty", "warm_s": ", caches filled"}.get(target.quantity, "")
     if target.against is None:
-        return f"{QUANTITIES[target.quantity]} ≤ {target.bound:g} s{caches}"
+        unit = f" s{caches}" if caches else ""
+        return f"{QUANTITIES[target.quantity]} {'≥' if target.faster else '≤'} {target.bound:g}{unit}"
     if target.faster:
         return f"≥ {target.bound:.2f}× as fast as {target.against}"
     against = f"the floor at {NOMINAL} TFLOP/s" if target.against == "floor" else f"{target.against}'s"
@@ -147,6 +194,7 @@ def sentence(target: Target) -> str:
 
 
 def outcomes(results: dict[str, list[dict]]) -> list[Outcome]:
+    results = results | {"headline": headline(results)}
     return [evaluate(target, results) for target in TARGETS]
 
 
@@ -154,8 +202,9 @@ def target_table(results: dict[str, list[dict]]) -> str:
     rows = [["workload", "contender", "target", "measured", "verdict"]]
     for outcome in outcomes(results):
         target = outcome.target
-        workload = target.workload or "all of the above"
-        rows.append([workload, target.contender, sentence(target), number(outcome.value), outcome.verdict])
+        workload = target.workload or f"all of {target.part}"
+        value = number(outcome.value, digits=4 if target.quantity == "difference" else 2)
+        rows.append([workload, target.contender, sentence(target), value, outcome.verdict])
     return table(rows)
 
 
@@ -165,6 +214,9 @@ def line(part: str, record: dict) -> str:
         shape = "×".join(map(str, record["shape"]))
         ms = f"{record['ms']:.3f} ms, eager {record['eager_ms']:.3f}" if "ms" in record else "wrong"
         return f"{record['operator']} {shape}: {ms}"
+    if part == "loss-curve":
+        differences = {name: f"{row['difference']:.2%}" for name, row in record["contenders"].items()}
+        return f"{record['workload']}: largest difference of the loss {differences}"
     cells = []
     for name, row in record["contenders"].items():
         figures = [f"{row[key]:.2f} {unit}" for key, unit in UNITS.items() if row.get(key) is not None]

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from itertools import product
 
-from .workloads import DIRECTIONS, F32, F64, F128, SANA
+from .network_workloads import NETWORK_WORKLOADS
+from .workloads import DIRECTIONS, F32, F64, F128, SANA, WORKLOADS
 
 NOMINAL = 790  # TFLOP/s of a large bf16 matrix product, for the floors that targets refer to
 PATCHED, GRAPHS, BOUNDED = "patched channels-last", "patched + CUDA graphs", "patched, bounded memory"
@@ -52,6 +53,12 @@ def faster(workload: str, contender: str, against: str, bound: float, part: str 
     return Target(part, workload, contender, "ms", against, bound, faster=True)
 
 
+def network(part: str, workload: str, over_eager: float, over_compile: float | None = None) -> list[Target]:
+    """A patched transformer's speed: at least so many times that of eager, and that of torch.compile."""
+    bounds = {"eager": over_eager, "torch.compile": over_compile}
+    return [faster(workload, "patched", other, bound, part) for other, bound in bounds.items() if bound]
+
+
 def near_floor(workload: str, contender: str, bound: float) -> Target:
     return Target("autoencoder", workload, contender, "ms", "floor", bound)
 
@@ -72,7 +79,50 @@ TARGETS = [
     Target("first-call", f"{F32}-decode-b8-512", "patched", "cold_s", None, 20),
     Target("first-call", f"{F32}-decode-b8-512", "patched", "warm_s", None, 2),
     Target("autoencoder", None, PATCHED, "error", "eager", 1.0),
+    *network("transformer", "uvit-h-f64-forward-b2048", 1.9, 1.5),
+    Target("transformer", "uvit-h-f64-forward-b2048", "patched", "mfu", None, 0.84, faster=True),
+    *network("transformer", "uvit-h-f32-forward-b512", 1.9, 1.5),
+    *network("transformer", "dit-xl-f32-forward-b512", 1.7, 1.3),
+    *network("training", "uvit-h-f64-training-b1024", 2.0, 1.3),
+    *network("training", "uvit-h-f64-training-b512", 2.0, 1.3),
+    *network("training", "uvit-h-f64-training-b4096-checkpointed", 1.9),
+    *network("training", "dit-xl-f32-training-b128", 1.6, 1.3),
+    faster("uvit-h-f64-step-b16", "patched + CUDA graphs", "eager", 3.5, part="sampling"),
+    Target("headline", "sampling", "patched", "ratio", None, 34, faster=True),
+    Target("headline", "training", "patched", "ratio", None, 34, faster=True),
+    *[Target(part, None, "patched", "error", "eager", 1.0) for part in ("transformer", "training")],
+    Target("loss-curve", None, "patched", "difference", None, 0.01),
 ]
+PAPER = {"sampling": 19.1, "training": 17.9}  # DC-AE's ratios of throughput on one H100
+HEADLINE = {  # name → part, and the workloads that are compared: Stable Diffusion's latents and DC-AE's
+    "sampling": ("transformer", "uvit-h-f8p2-forward-b128", "uvit-h-f64-forward-b2048"),
+    "training": ("training", "uvit-h-f8p2-training-b256-checkpointed", "uvit-h-f64-training-b4096-checkpointed"),
+}
+
+
+def headline(results: dict[str, list[dict]]) -> list[dict]:
+    """Records of the paper's two ratios: images/s on DC-AE's latents over eager's on Stable Diffusion's.
+
+    There is a row for each contender on the former, as "ratio"; and the paper's own.
+    """
+    records = []
+    for name, (part, base, ours) in HEADLINE.items():
+        found = {record["workload"]: record["contenders"] for record in results.get(part, [])}
+        rate = found.get(base, {}).get("eager", {}).get("images_per_s")
+        rows = {"paper": {"ratio": PAPER[name]}}
+        for contender, row in found.get(ours, {}).items() if rate else ():
+            rows[contender] = {"ratio": row["images_per_s"] / rate} if "images_per_s" in row else row
+        if len(rows) > 1:
+            records.append({"workload": name, "contenders": rows})
+    return records
+
+
+def contenders_of(part: str) -> dict[str, tuple[str, ...]]:
+    """Of each workload of a part, those that take part in it."""
+    if part == "headline":
+        workloads = {workload.name: workload.contenders for each in NETWORK_WORKLOADS.values() for workload in each}
+        return {name: workloads[ours] for name, (_, _, ours) in HEADLINE.items()}
+    return {workload.name: workload.contenders for workload in (WORKLOADS | NETWORK_WORKLOADS)[part]}
 
 
 VERDICTS = ("met", "missed", "not measured")

@@ -5,8 +5,11 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,11 @@ def measure(
     return {name: _summary(values) for name, values in samples.items()}
 
 
+def alone(run: Callable[[], object], calls: int = 2) -> Timing:
+    """The time of something that leaves no room for others; it has been called before."""
+    return _summary(_times(run, calls))
+
+
 def graphed(run: Callable[[], object], calls: int = 10) -> Callable[[], object]:
     """`calls` calls in one: on a GPU the replay of a captured graph, so that launches do not count."""
     run()
@@ -53,7 +61,7 @@ def graphed(run: Callable[[], object], calls: int = 10) -> Callable[[], object]:
     return graph.replay
 
 
-def with_peak_memory(run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
+def with_peak_memory(run: Callable[[], T]) -> tuple[T, float]:
     """The result of one call, and the GiB that it allocated at the most; on a CPU 0.
 
     What was there before, like weights, does not count, nor does the pool that a captured graph keeps.

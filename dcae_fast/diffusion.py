@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from .captured_steps import CapturedSteps
 from .models import diffusion_checkpoint
 from .models.autoencoder import DCAE
 from .models.diffusion_zoo import DiffusionConfig, diffusion_config
@@ -137,13 +138,18 @@ class DCAEDiffusion(nn.Module):
             return noise
 
         def call(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            out = self.diffusion_model(x.to(weight.dtype), t, y)
+            return self.diffusion_model(x.to(weight.dtype), t, y)
+
+        def followed(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            out = call(x, t, y)
             if progress:
                 progress()
             return out
 
         steps = self.config.num_inference_steps if steps is None else steps
-        return SAMPLERS[sampler](guided(call, labels, null_labels, cfg_scale, interval), noise, steps, generator)
+        guidance = labels, null_labels, cfg_scale, interval
+        run = CapturedSteps(self.diffusion_model, call, *guidance, progress)
+        return SAMPLERS[sampler](guided(followed, *guidance), noise, steps, generator, run)
 
     def _check_labels(self, labels: torch.Tensor, name: str) -> torch.Tensor:
         """The labels, where the model is; reads their values, as a wrong one would be fatal in a kernel."""

@@ -22,9 +22,9 @@ CHANNELS, BYTES = 2**9, 2**14  # more than the largest tensor, and than all that
 
 @dataclass(frozen=True)
 class Options:
-    """graphs: of this coder, None without CUDA graphs. max_memory: bytes that a call may allocate, None: what is free.
+    """graphs: of this module, None without CUDA graphs. max_memory: bytes that a call may allocate, None: what is free.
 
-    They hang on a patched coder as `fast_options` where they are not these.
+    They hang on a patched coder or transformer as `fast_options` where they are not these.
     """
 
     graphs: Graphs | None = None
@@ -105,15 +105,15 @@ def channels_last_for_kernels(x: torch.Tensor) -> torch.Tensor:
     return channels_last(x) if ops.has_kernels(x) else x
 
 
-def configure(module: nn.Module, cuda_graphs: bool, max_memory: int | None) -> None:
-    """Give a patched coder its options instead of those that it had."""
+def configure(module: nn.Module, graphs: Graphs | None, max_memory: int | None) -> None:
+    """Give a patched coder or transformer its options instead of those that it had."""
     release(module)
-    if cuda_graphs or max_memory is not None:
-        module.fast_options = Options(Graphs() if cuda_graphs else None, max_memory)
+    if graphs is not None or max_memory is not None:
+        module.fast_options = Options(graphs, max_memory)
 
 
 def release(module: nn.Module) -> None:
-    """Take the options of a coder away, and free its graphs."""
+    """Take the options of a module away, and free its graphs."""
     options: Any = vars(module).pop("fast_options", None)
     if options is not None and options.graphs is not None:
         options.graphs.clear()

@@ -1,10 +1,10 @@
-"""CUDA graphs of whole calls of a coder: captured once for each kind of call, replayed for the price of one launch."""
+"""CUDA graphs of whole calls of a module: captured once for each kind of call, replayed for the price of one launch."""
 
 import contextlib
 import threading
 import warnings
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,25 +14,31 @@ from torch.utils._device import DeviceContext
 
 from dcae_fast import ops
 
+from .casts import Casts
 from .fusion import layout_of
 from .module import plain
 from .watch import Watch
 
 Result = torch.Tensor | list[torch.Tensor]
-LIMIT = 8  # graphs of one coder
+LIMIT = 8  # graphs of one module
 _CAPTURING = threading.Lock()  # PyTorch captures one graph at a time
 
 
 class Graphs:
-    """The graphs of one coder, which share their memory; of more than LIMIT the least recently used is dropped.
+    """The graphs of one module, which share their memory; of more than LIMIT the least recently used is dropped.
 
     The first call of a kind runs as it is, the second is captured. A graph reads the weights where they lie, so
     whatever writes to them in place is seen: optimizers, load_state_dict, `.data`. Anything else that could change a
-    result, as far as `Watch` sees it, drops the graphs. Copies and pickles of a coder start with none.
+    result, as far as `Watch` sees it, drops the graphs. Copies and pickles of a module start with none.
+
+    These are an encoder's or decoder's: channels-last, and none under autocast.
     """
 
+    channels_last = True
+    under_autocast = False
+
     def __init__(self):
-        self._lock = threading.RLock()
+        self._lock, self._thread = threading.RLock(), threading.local()
         self._forget()
 
     def _forget(self) -> None:
@@ -41,15 +47,29 @@ class Graphs:
         self._failed: set[Hashable] = set()
         self._watch: Watch | None = None
         self._pool: Pool | None = None
+        self._casts: Casts | None = None
 
     def __deepcopy__(self, memo: dict) -> "Graphs":
-        return Graphs()
+        return type(self)()
 
     def __reduce__(self):
-        return Graphs, ()
+        return type(self), ()
 
     def __len__(self) -> int:
         return len(self._graphs)
+
+    @property
+    def inside(self) -> bool:
+        """Whether this thread is computing a call: what that calls in turn is none of its own."""
+        return getattr(self._thread, "inside", False)
+
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        self._thread.inside = True
+        try:
+            yield
+        finally:
+            self._thread.inside = False
 
     def clear(self) -> None:
         """Drop all graphs, as soon as the GPU has finished with them."""
@@ -58,42 +78,62 @@ class Graphs:
                 self._pool.wait()
             self._forget()
 
-    def replay(self, coder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Result | None:
-        """The call's result, None if there is no graph for it. Half of the checks are made while the GPU works."""
-        key = call_key(args, kwargs)
-        with self._lock:
+    def key(self, args: tuple, kwargs: dict[str, Any], name: Hashable = ()) -> Hashable | None:
+        key = call_key(args, kwargs, not self.channels_last, self.under_autocast)
+        return None if key is None else (name, *key)
+
+    def replay(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any], name: Hashable = (), cast: bool = True
+    ) -> Result | None:
+        """The call's result, None if there is no graph for it. Half of the checks are made while the GPU works.
+
+        name: of the function, where there are several that take such arguments. cast: whether weights that autocast
+        casts are cast anew.
+        """
+        key = self.key(args, kwargs, name)
+        with self._lock, self._computing():
             graph = self._graphs.get(key)
-            if graph is None or not self._watch.same_addresses(coder) or self._watch.wants_gradient(args[0]):
+            if graph is None or not self._watch.same_addresses(module) or self._watch.wants_gradient(*tensors(args)):
                 return None
             self._graphs.move_to_end(key)
-            result = graph.replay(args[0])
-            return result if self._watch.same_otherwise(coder) else None
+            result = graph.replay(args, cast)
+            return result if self._watch.same_otherwise(module) else None
 
-    def run(self, coder: nn.Module, function: Callable, args: tuple, kwargs: dict[str, Any]) -> Result:
-        """function(*args, **kwargs), the coder's forward; captured when it is called like this for the second time."""
-        key = call_key(args, kwargs)
-        with self._lock:
-            if key is not None and self._may_capture(coder, args[0]) and key not in self._failed:
+    def run(
+        self,
+        module: nn.Module,
+        function: Callable,
+        args: tuple,
+        kwargs: dict[str, Any],
+        name: Hashable = (),
+    ) -> Result:
+        """function(*args, **kwargs), which calls the module; captured when it is called like this the second time."""
+        key = self.key(args, kwargs, name)
+        with self._lock, self._computing():
+            if key is not None and self._may_capture(module, args) and key not in self._failed:
                 if key in self._called:
-                    graph = self._graphs.get(key) or self._capture(key, function, args, kwargs)
+                    graph = self._graphs.get(key) or self._capture(module, key, function, args, kwargs)
                     if graph is not None:
-                        return graph.replay(args[0])
+                        return graph.replay(args, cast=True)
                 else:
                     self._called.append(key)
-        return function(*args, **kwargs)
+        with self._computing():
+            return function(*args, **kwargs)
 
-    def _may_capture(self, coder: nn.Module, x: torch.Tensor) -> bool:
+    def _may_capture(self, module: nn.Module, args: tuple) -> bool:
         watch = self._watch
-        if watch is None or not (watch.same_addresses(coder) and watch.same_otherwise(coder)):
+        if watch is None or not (watch.same_addresses(module) and watch.same_otherwise(module)):
             self.clear()
-            self._watch = watch = Watch(coder)
-        return watch.device == x.device and not watch.wants_gradient(x)
+            self._watch = watch = Watch(module)
+        return watch.device == args[0].device and not watch.wants_gradient(*tensors(args))
 
-    def _capture(self, key: Hashable, function: Callable, args: tuple, kwargs: dict[str, Any]) -> "Captured | None":
+    def _capture(
+        self, module: nn.Module, key: Hashable, function: Callable, args: tuple, kwargs: dict[str, Any]
+    ) -> "Captured | None":
         if self._pool is None:
-            self._pool = Pool(args[0].device)
+            self._pool, self._casts = Pool(args[0].device), Casts(module)
         try:
-            graph = Captured(self._pool, function, args, kwargs)
+            graph = Captured(self._pool, self._casts, self.channels_last, function, args, kwargs)
         except Exception as error:
             watch, failed = self._watch, self._failed | {key}
             self.clear()
@@ -107,6 +147,13 @@ class Graphs:
             self._graphs.popitem(last=False)
         self._graphs[key] = graph
         return graph
+
+
+class NetworkGraphs(Graphs):
+    """A diffusion transformer's: its inputs lie as they were given, and it may run under autocast."""
+
+    channels_last = False
+    under_autocast = True
 
 
 class Pool:
@@ -129,59 +176,85 @@ class Pool:
 
 
 class Captured:
-    """A call as a CUDA graph with an input and an output of its own. Raises what the call or its capture raises."""
+    """A call as a CUDA graph with inputs and an output of its own. Raises what the call or its capture raises.
 
-    def __init__(self, pool: Pool, function: Callable, args: tuple, kwargs: dict[str, Any]):
-        x, *rest = args
-        self._pool, self._graph = pool, torch.cuda.CUDAGraph()
-        current, grad = torch.cuda.current_stream(x.device), torch.is_grad_enabled()
+    channels_last: whether it is so computed, and the result in x's memory format; otherwise everything lies as it did.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        casts: Casts,
+        channels_last: bool,
+        function: Callable,
+        args: tuple,
+        kwargs: dict[str, Any],
+    ):
+        device, self._channels_last = args[0].device, channels_last
+        self._pool, self._casts, self._graph = pool, casts, torch.cuda.CUDAGraph()
+        current, grad = torch.cuda.current_stream(device), torch.is_grad_enabled()
+        layout = torch.channels_last if channels_last else torch.preserve_format
         pool.stream.wait_stream(current)
         with _CAPTURING, torch.inference_mode(False), torch.set_grad_enabled(grad), torch.cuda.stream(pool.stream):
-            self._x = torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
-            function(self._x, *rest, **kwargs)  # compiles kernels and chooses convolution algorithms
-            torch._C._cuda_clearCublasWorkspaces()  # so that the graph gets one of its own
-            try:
-                with torch.cuda.graph(self._graph, pool.memory, pool.stream, capture_error_mode="thread_local"):
-                    self._out = function(self._x, *rest, **kwargs)
-            except Exception:
-                pool.abandon()
-                raise
-            finally:
-                torch._C._cuda_clearCublasWorkspaces()
+            own = [torch.empty_like(x, memory_format=layout).copy_(x) if is_tensor(x) else x for x in args]
+            self._inputs = tensors(own)
+            with casts.once(device):
+                function(*own, **kwargs)  # compiles kernels, chooses convolution algorithms, casts weights
+                torch._C._cuda_clearCublasWorkspaces()  # so that the graph gets one of its own
+                try:
+                    with torch.cuda.graph(self._graph, pool.memory, pool.stream, capture_error_mode="thread_local"):
+                        self._out = function(*own, **kwargs)
+                except Exception:
+                    pool.abandon()
+                    raise
+                finally:
+                    torch._C._cuda_clearCublasWorkspaces()
         current.wait_stream(pool.stream)
 
-    def replay(self, x: torch.Tensor) -> Result:
-        """The result for x, in memory of its own and in x's memory format."""
+    def replay(self, args: tuple, cast: bool) -> Result:
+        """The result for these arguments, in memory of its own."""
+        x = args[0]
         stream = torch.cuda.current_stream(x.device)
         stream.wait_event(self._pool.replayed)  # the graphs of a pool take turns
-        self._x.copy_(x)
+        if cast:
+            self._casts.refresh()
+        for own, given in zip(self._inputs, tensors(args), strict=True):
+            own.copy_(given)
         self._graph.replay()
-        single = isinstance(self._out, torch.Tensor)
-        results = [_copy(out, x) for out in ([self._out] if single else self._out)]
+        single = is_tensor(self._out)
+        results = [self._copy(out, x) for out in ([self._out] if single else self._out)]
         self._pool.replayed.record(stream)
         return results[0] if single else results
 
+    def _copy(self, out: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        y = layout_of(out, like) if self._channels_last else out
+        return y.clone() if y is out else y
 
-def _copy(out: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    y = layout_of(out, like)
-    return y.clone() if y is out else y
 
-
-def call_key(args: tuple, kwargs: dict[str, Any]) -> Hashable | None:
+def call_key(args: tuple, kwargs: dict[str, Any], network: bool, under_autocast: bool) -> Hashable | None:
     """What kind of call this is: equal calls may share a graph. None if it must not be captured or replayed.
 
-    That is so without a GPU or kernels, with autocast, while somebody else captures, where hooks of all modules or a
-    mode (a FLOP counter, for one) would see what runs, and with other arguments than integers or lists of them.
+    That is so without a GPU or kernels, with autocast unless under_autocast, while somebody else captures, where hooks
+    of all modules or a mode (a FLOP counter, for one) would see what runs, and with other arguments after the first
+    than integers or lists of them, and of a network tensors, whose layout counts.
     """
     modes = torch._C._len_torch_dispatch_stack() > 0 or any(
         type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()
     )
     x, *rest = args
-    if modes or not plain() or not can_graph(x) or not all(map(_integers, (*rest, *kwargs.values()))):
+    if modes or not plain() or not can_graph(x):
+        return None
+    given = tensors(rest) if network else []
+    others = [value for value in rest if not (network and is_tensor(value))]
+    if not all(map(_integers, (*others, *kwargs.values()))) or any(tensor.device != x.device for tensor in given):
+        return None
+    autocast = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type)
+    if autocast and not under_autocast:
         return None
     cudnn, cuda = torch.backends.cudnn, torch.backends.cuda
     return (
-        (x.shape, x.dtype, x.device, repr(rest), repr(kwargs)),
+        (x.shape, x.dtype, x.device, repr(others), repr(kwargs), autocast),
+        (x.stride() if network else None, *((tensor.shape, tensor.dtype, tensor.stride()) for tensor in given)),
         (torch.is_grad_enabled(), torch.get_deterministic_debug_mode(), cuda.preferred_blas_library()),
         (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision, cudnn.fp32_precision),
         (cuda.matmul.fp32_precision, torch.backends.fp32_precision, cuda.matmul.allow_bf16_reduced_precision_reduction),
@@ -191,8 +264,15 @@ def call_key(args: tuple, kwargs: dict[str, Any]) -> Hashable | None:
 
 def can_graph(x: torch.Tensor) -> bool:
     """Whether there are a GPU to capture on and kernels for x, and nobody else captures."""
-    on_gpu = x.is_cuda and x.numel() > 0 and ops.has_kernels(x)
-    return on_gpu and not torch.is_autocast_enabled("cuda") and not torch.cuda.is_current_stream_capturing()
+    return x.is_cuda and x.numel() > 0 and ops.has_kernels(x) and not torch.cuda.is_current_stream_capturing()
+
+
+def is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def tensors(args: Iterable[Any]) -> list[torch.Tensor]:
+    return list(filter(is_tensor, args))
 
 
 def _integers(value: Any) -> bool:

@@ -13,7 +13,9 @@ from dcae_fast.ops._library import HAS_TRITON, INTERPRETED, cuda_extension
 
 from . import dcae, diffusers, transformer
 from .coder import Coder, configure, release
+from .graphs import Graphs, NetworkGraphs
 from .module import FastModule, fast_class, is_fast, original_class, qualified_name
+from .network import Network
 
 OPERATORS = (
     "bias_act",
@@ -56,6 +58,8 @@ def _under(module: str, classes: dict[str, type[FastModule]]) -> dict[str, type[
 REGISTRY: dict[str, type[FastModule]] = {
     **_under("dcae_fast.models.blocks", {**_BLOCKS, "RMSNorm2d": dcae.RMSNorm2d}),
     **_under("dcae_fast.models.autoencoder", _CODERS),
+    "dcae_fast.models.dit.DiT": Network,
+    "dcae_fast.models.uvit.UViT": Network,
     **_under("dc_gen.aecore.models.dc_ae", _CODERS),
     **_under("efficientvit.models.efficientvit.dc_ae", _CODERS),
     **_under(
@@ -100,15 +104,17 @@ class Report:
 def patch(
     model: nn.Module, disable: Iterable[str] = (), cuda_graphs: bool = False, max_memory: int | None = None
 ) -> Report:
-    """Make a DC-AE fast: this project's, diffusers' `AutoencoderDC` or the original DC-Gen / efficientvit one.
+    """Make a DC-AE fast, and the diffusion transformers on its latents: this project's, diffusers'
+    `AutoencoderDC` or the original DC-Gen / efficientvit one.
 
     Every module whose exact class is known gets a subclass with a fast forward; parameters, buffers, names and hooks
     stay. A module that needs an operator named in `disable`, or in the environment variable DCAE_FAST_DISABLE ("all" or
     names separated by commas), keeps or gets back its own. Patching twice is the same as once; other options replace
     the former ones.
 
-    cuda_graphs: inference calls of a patched encoder or decoder are captured the second time that they have the same
-    shape and type, and replayed from then on; eight graphs each are kept, with the memory that they compute in.
+    cuda_graphs: inference calls of a patched encoder, decoder or transformer are captured the second time that they
+    have the same shape and type, and replayed from then on; so are the steps of `DCAEDiffusion.generate`. Eight graphs
+    each are kept, with the memory that they compute in.
     max_memory: bytes that an encoder or decoder may allocate in an inference call, its result included; where it would
     take more it computes a few images at a time, and the layers that do not fit in bands of rows, with the same result
     to rounding. None: what is free on the GPU, no bound on a CPU.
@@ -134,7 +140,9 @@ def patch(
         if not is_fast(module):
             module.__class__ = fast_class(mixin, type(module))
         if issubclass(mixin, Coder):
-            configure(module, cuda_graphs, max_memory)
+            configure(module, Graphs() if cuda_graphs else None, max_memory)
+        elif issubclass(mixin, Network):
+            configure(module, NetworkGraphs() if cuda_graphs else None, None)
         report.replaced[name] += 1
     report.note = _note(model, report)
     return report

@@ -55,9 +55,9 @@ class Watch:
         except (RuntimeError, ValueError):  # attributes that have no truth value when compared: tensors
             return False
 
-    def wants_gradient(self, x: torch.Tensor) -> bool:
-        """Whether the result for x would have a gradient."""
-        requires_grad = (tensor.requires_grad for tensor in (x, *self._tensors))
+    def wants_gradient(self, *inputs: torch.Tensor) -> bool:
+        """Whether the result for these would have a gradient."""
+        requires_grad = (tensor.requires_grad for tensor in (*inputs, *self._tensors))
         return torch.is_grad_enabled() and any(requires_grad)
 
     def _read_contents(self) -> list[nn.Module | torch.Tensor | None]:
@@ -67,7 +67,7 @@ class Watch:
         return list(map(torch.Tensor.data_ptr, self._tensors))
 
     def _read_rest(self, module: nn.Module) -> list[Any]:
-        """All but the coder's options: they hold the graphs, which hold this, and would all stay alive."""
+        """All but the module's options: they hold the graphs, which hold this, and would all stay alive."""
         own = [value for name, value in vars(module).items() if name != "fast_options"]
         attributes = itertools.chain.from_iterable(map(dict.values, map(vars, self._modules)))
         tensors = [] if self._addresses is None else self._tensors

@@ -3,13 +3,14 @@
     network = guided(model, labels, null_label=1000, scale=1.5)
     z = SAMPLERS["DPM_Solver"](network, torch.randn(len(labels), 128, 8, 8))
 
-Every sampler is a function sample(network, noise, steps, generator) -> latents:
+Every sampler is a function sample(network, noise, steps, generator, run) -> latents:
 
 network: called as network(x, t) with x [B, C, h, w] and t a float in the sampler's own unit of time; returns x.dtype.
     `guided` makes one of a model. Wrap it to follow the progress or to record the states.
 noise: [B, C, h, w], standard normal, float32 or float64: the start, and the dtype of all arithmetic of the sampler.
 steps: how finely time is divided; each sampler says how often it calls the network. ValueError outside its range.
 generator: for the noise that SDE and GaussianDiffusion add on the way, on the device of `noise`.
+run: how a step is computed, run(network, step, x, *noise) -> x: by `steps.run`, or by something that captures it.
 
 A sampler belongs to the network's training:
 

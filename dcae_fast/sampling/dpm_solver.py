@@ -6,10 +6,13 @@ As the original samples: in steps of third order ("fast single-step"), uniform i
 """
 
 import math
+from functools import partial
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 
+from . import steps as stepping
 from .arguments import Network, check
 
 
@@ -51,14 +54,19 @@ def grid(steps: int) -> Grid:
 
 @torch.no_grad()
 def sample(
-    network: Network, noise: torch.Tensor, steps: int = 30, generator: torch.Generator | None = None
+    network: Network,
+    noise: torch.Tensor,
+    steps: int = 30,
+    generator: torch.Generator | None = None,
+    run: stepping.Run = stepping.run,
 ) -> torch.Tensor:
     """Samples in `steps` calls of a network that predicts ε. Deterministic: `generator` is not used."""
     check(noise, steps, least=1)
-    points, x, i = grid(steps), noise, 0
-    for order in orders(steps):
-        x = update(network, x, points, i, order)
-        i += order
+    points, x = grid(steps), noise
+    ends = accumulate(orders(steps))
+    updates = [partial(update, points=points, i=end - k, order=k) for k, end in zip(orders(steps), ends, strict=True)]
+    for step in stepping.linear_steps(updates, noise):
+        x = run(network, step, x)
     return x
 
 

@@ -6,21 +6,27 @@ An ordinary or a stochastic differential equation from 0 to 1 whose solution at 
 """
 
 import math
+from functools import partial
 
 import torch
 
+from . import steps as stepping
 from .arguments import Network, check
 
 
 @torch.no_grad()
 def ode_dopri5(
-    network: Network, noise: torch.Tensor, steps: int = 250, generator: torch.Generator | None = None
+    network: Network,
+    noise: torch.Tensor,
+    steps: int = 250,
+    generator: torch.Generator | None = None,
+    run: stepping.Run = stepping.run,
 ) -> torch.Tensor:
     """dx = v dt by the adaptive Dormand-Prince method of order 5: torchdiffeq, atol 1e-6, rtol 1e-3.
 
     The solver chooses its steps by the error over the whole batch and calls the network some 20 to 100 times, also a
-    little past t = 1, from where it interpolates back. `steps` and `generator` are not used: the former would say
-    at how many times to interpolate, which alters nothing at t = 1. ImportError without torchdiffeq.
+    little past t = 1, from where it interpolates back. `steps`, `generator` and `run` are not used: the first would
+    say at how many times to interpolate, which alters nothing at t = 1. ImportError without torchdiffeq.
     """
     try:
         import torchdiffeq
@@ -37,7 +43,11 @@ def ode_dopri5(
 
 @torch.no_grad()
 def ode_heun2(
-    network: Network, noise: torch.Tensor, steps: int = 250, generator: torch.Generator | None = None
+    network: Network,
+    noise: torch.Tensor,
+    steps: int = 250,
+    generator: torch.Generator | None = None,
+    run: stepping.Run = stepping.run,
 ) -> torch.Tensor:
     """dx = v dt by Heun's method of order 2 on linspace(0, 1, steps): 2 (steps - 1) calls of the network.
 
@@ -47,16 +57,24 @@ def ode_heun2(
     """
     check(noise, steps, least=2)
     dt, x = 1 / (steps - 1), noise
-    for i in range(steps - 1):
-        start = network(x, i * dt)
-        end = network(x + dt * start, (i + 1) * dt)
-        x = x + dt / 2 * (start + end)
+    for step in stepping.linear_steps([partial(heun, t=i * dt, dt=dt) for i in range(steps - 1)], noise):
+        x = run(network, step, x)
     return x
+
+
+def heun(network: Network, x: torch.Tensor, t: float, dt: float) -> torch.Tensor:
+    start = network(x, t)
+    end = network(x + dt * start, t + dt)
+    return x + dt / 2 * (start + end)
 
 
 @torch.no_grad()
 def sde(
-    network: Network, noise: torch.Tensor, steps: int = 250, generator: torch.Generator | None = None
+    network: Network,
+    noise: torch.Tensor,
+    steps: int = 250,
+    generator: torch.Generator | None = None,
+    run: stepping.Run = stepping.run,
 ) -> torch.Tensor:
     """dx = (v + (1 - t) s) dt + √(2 (1 - t)) dW by Euler-Maruyama: `steps` calls of the network.
 
@@ -66,12 +84,16 @@ def sde(
     check(noise, steps, least=2)
     last = 0.96
     dt, x = last / (steps - 1), noise
-    for i in range(steps - 1):
-        t = i * dt
-        dw = math.sqrt(dt) * torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-        x = x + dt * drift(network, x, t) + math.sqrt(2 * (1 - t)) * dw
-    return x + (1 - last) * drift(network, x, last)
+    updates = [partial(euler_maruyama, t=i * dt, dt=dt) for i in range(steps - 1)]
+    for step in stepping.linear_steps(updates, noise, noises=1):
+        x = run(network, step, x, torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device))
+    (step,) = stepping.linear_steps([partial(euler, t=last, dt=1 - last)], noise)
+    return run(network, step, x)
 
 
-def drift(network: Network, x: torch.Tensor, t: float) -> torch.Tensor:
-    return (1 + t) * network(x, t) - x
+def euler_maruyama(network: Network, x: torch.Tensor, noise: torch.Tensor, t: float, dt: float) -> torch.Tensor:
+    return euler(network, x, t, dt) + math.sqrt(2 * (1 - t) * dt) * noise
+
+
+def euler(network: Network, x: torch.Tensor, t: float, dt: float) -> torch.Tensor:
+    return x + dt * ((1 + t) * network(x, t) - x)

@@ -6,11 +6,13 @@ The network's time is n. Of its 2C channels the first C are ε̂; the last C, v,
 between those of its two bounds (1 is the upper): the β̃_n of q(x_{n-1} | x_n, z) and β_n.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
 import torch
 
+from . import steps as stepping
 from .arguments import Network, check
 
 TIMES = 1000
@@ -52,11 +54,12 @@ def tables(steps: int, dtype: torch.dtype, device: torch.device) -> Tables:
 
 
 def model_posterior(
-    out: torch.Tensor, x: torch.Tensor, n: int | torch.Tensor, tables: Tables
+    out: torch.Tensor, x: torch.Tensor, n: torch.Tensor | tuple[()], tables: Tables
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and log-variance, [B, C, h, w], of the model's p(x_{n-1} | x_n).
 
-    out: [B, 2C, h, w], what the network returned for x [B, C, h, w]; n: index into the tables, one or [B, 1, 1, 1].
+    out: [B, 2C, h, w], what the network returned for x [B, C, h, w]; n: index into the tables, [B, 1, 1, 1],
+    or () where they are those of one time.
     ValueError if `out` has no variance.
     """
     if out.shape[1] != 2 * x.shape[1]:
@@ -69,7 +72,11 @@ def model_posterior(
 
 @torch.no_grad()
 def sample(
-    network: Network, noise: torch.Tensor, steps: int = 250, generator: torch.Generator | None = None
+    network: Network,
+    noise: torch.Tensor,
+    steps: int = 250,
+    generator: torch.Generator | None = None,
+    run: stepping.Run = stepping.run,
 ) -> torch.Tensor:
     """Ancestral sampling, x_{n-1} ~ p(x_{n-1} | x_n), in `steps` calls of the network, 2 to 1000.
 
@@ -77,10 +84,17 @@ def sample(
     """
     check(noise, steps, least=2, most=TIMES)
     times, x = kept_times(steps), noise
-    of_steps = tables(steps, noise.dtype, noise.device)
+    numbers = torch.stack(tables(steps, noise.dtype, noise.device), dim=1)
     for n in range(steps - 1, 0, -1):
-        mean, log_variance = model_posterior(network(x, float(times[n])), x, n, of_steps)
         step_noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-        x = mean + (log_variance / 2).exp() * step_noise
-    mean, _ = model_posterior(network(x, float(times[0])), x, 0, of_steps)
-    return mean
+        x = run(network, stepping.Step(ancestral, (float(times[n]),), numbers[n]), x, step_noise)
+    return run(network, stepping.Step(ancestral, (float(times[0]),), numbers[0]), x)
+
+
+def ancestral(
+    network: Network, x: torch.Tensor, times: Sequence[float], numbers: torch.Tensor, *noise: torch.Tensor
+) -> torch.Tensor:
+    """mean + exp(log-variance / 2) · noise, or the mean without noise. numbers: a row of the tables, [6]."""
+    (t,) = times
+    mean, log_variance = model_posterior(network(x, t), x, (), Tables(*numbers))
+    return mean + (log_variance / 2).exp() * noise[0] if noise else mean

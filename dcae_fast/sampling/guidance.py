@@ -22,19 +22,20 @@ def guided(
 
     labels: [B] integers; null_label: the label for none, num_classes in the original's networks, or one for each, [B].
     interval: (lo, hi), guidance where lo <= t <= hi, with t the network's own time: in DPM_Solver 1000 is pure noise
-    and 1 data, in GaussianDiffusion 999 and 0, in the ODE and SDE samplers 0 and 1. ValueError if lo > hi.
+    and 1 data, in GaussianDiffusion 999 and 0, in the ODE and SDE samplers 0 and 1. ValueError if lo > hi. Without
+    an interval t may also be a tensor [], whose value is not read.
     """
     if interval is not None and interval[0] > interval[1]:
         raise ValueError(f"interval={interval}; (lo, hi) with lo <= hi expected")
-    lo, hi = interval or (-float("inf"), float("inf"))
     with_null = torch.cat([labels, torch.zeros_like(labels) + null_label])
 
-    def call(x: torch.Tensor, t: float, y: torch.Tensor) -> torch.Tensor:
-        times = torch.full(y.shape, t, dtype=x.dtype, device=x.device)
+    def call(x: torch.Tensor, t: float | torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        tensor = isinstance(t, torch.Tensor)
+        times = t.to(x.dtype).repeat(len(y)) if tensor else torch.full(y.shape, t, dtype=x.dtype, device=x.device)
         return network(x, times, y).to(x.dtype)
 
-    def guided_network(x: torch.Tensor, t: float) -> torch.Tensor:
-        if scale == 1 or not lo <= t <= hi:
+    def guided_network(x: torch.Tensor, t: float | torch.Tensor) -> torch.Tensor:
+        if scale == 1 or not (interval is None or interval[0] <= t <= interval[1]):
             return call(x, t, labels)
         conditional, null = call(torch.cat([x, x]), t, with_null).chunk(2)
         channels = x.shape[1]

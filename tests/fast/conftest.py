@@ -1,5 +1,8 @@
+import graph_tape
 import pytest
 from small_models import GRADIENT, OUTPUT
+
+from dcae_fast.fast import graphs
 
 
 @pytest.fixture
@@ -14,3 +17,13 @@ def same_step(compare):
             compare("eager", got[name], value, limit, f"{what} {name}")
 
     return check
+
+
+@pytest.fixture
+def tape(monkeypatch) -> type[graph_tape.Tape]:
+    """Graphs are tapes for the time of a test, and captured on this machine."""
+    monkeypatch.setattr(graphs, "Captured", graph_tape.Tape)
+    monkeypatch.setattr(graphs, "Pool", graph_tape.NoPool)
+    monkeypatch.setattr(graphs, "can_graph", graph_tape.can_graph)
+    graph_tape.Tape.captures = graph_tape.Tape.replays = graph_tape.Tape.casts = 0
+    return graph_tape.Tape

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import threading
 from collections import Counter
 from collections.abc import Callable
 
@@ -147,6 +148,15 @@ def operators_called(function: Callable, *args) -> Counter[str]:
     with Count():
         function(*args)
     return calls
+
+
+def in_threads(work: Callable[[int], None], count: int = 4) -> None:
+    """work(0), work(1), ... at the same time."""
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def by_torch_save(model):

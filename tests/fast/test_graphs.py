@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from graph_tape import CAPTURED, REPLAYED, SEEN, Tape, counts, not_captured
 from small_models import DEVICE, build, build_block, duplicates, image, step
 from test_interference import CHANGES
 from torch import nn
@@ -13,44 +14,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.flop_counter import FlopCounterMode
 
 import dcae_fast
-from dcae_fast import ops
 from dcae_fast.fast import graphs
-
-
-class Tape:
-    """In place of a captured graph: calls the function again. Counts captures and replays."""
-
-    captures = replays = 0
-
-    def __init__(self, pool, function, args, kwargs):
-        Tape.captures += 1
-        _, *self.rest = args
-        self.function, self.kwargs = function, kwargs
-
-    def replay(self, x):
-        Tape.replays += 1
-        return self.function(x, *self.rest, **self.kwargs)
-
-
-class NoPool:
-    def __init__(self, device):
-        self.device = device
-
-    def wait(self):
-        pass
-
-
-@pytest.fixture
-def tape(monkeypatch) -> type[Tape]:
-    monkeypatch.setattr(graphs, "Captured", Tape)
-    monkeypatch.setattr(graphs, "Pool", NoPool)
-    monkeypatch.setattr(
-        graphs,
-        "can_graph",
-        lambda x: x.numel() > 0 and ops.has_kernels(x) and not torch.is_autocast_enabled(DEVICE),
-    )
-    Tape.captures = Tape.replays = 0
-    return Tape
 
 
 @pytest.fixture
@@ -58,16 +22,6 @@ def encoder() -> nn.Module:
     model = build("adaptive")
     dcae_fast.patch(model, cuda_graphs=True)
     return model.encoder
-
-
-def counts(function, *args, **kwargs) -> tuple[int, int]:
-    """Captures and replays of one call."""
-    before = Tape.captures, Tape.replays
-    function(*args, **kwargs)
-    return Tape.captures - before[0], Tape.replays - before[1]
-
-
-SEEN, CAPTURED, REPLAYED = (0, 0), (1, 1), (0, 1)
 
 
 # Which calls share a graph.
@@ -119,11 +73,6 @@ def test_the_least_recently_used_is_dropped(tape, encoder, monkeypatch):
     assert counts(encoder, a) == REPLAYED
     assert counts(encoder, b)[0] == 1
     assert len(encoder.fast_options.graphs) == 2
-
-
-def not_captured(function, *args, **kwargs) -> None:
-    for _ in range(3):
-        assert counts(function, *args, **kwargs) == SEEN
 
 
 @torch.no_grad()
@@ -400,7 +349,7 @@ def test_a_failed_capture_is_not_tried_again(tape, encoder, monkeypatch):
     a, b = image(1, 3, 8, 8), image(2, 3, 8, 8)
     expected = encoder(a)
 
-    def fail(self, pool, function, args, kwargs):
+    def fail(self, *args):
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
     with monkeypatch.context() as patch, pytest.warns(RuntimeWarning) as caught:

@@ -1,11 +1,10 @@
 """CUDA graphs of whole calls on a GPU: the same bits as without, whatever happens between the calls."""
 
 import copy
-import threading
 
 import pytest
 import torch
-from small_models import MODELS, build, image
+from small_models import MODELS, build, image, in_threads
 from test_interference import CHANGES
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -137,11 +136,7 @@ def test_streams_and_threads():
                 if not torch.equal(y, expected[k]):
                     errors.append((offset, index))
 
-    threads = [threading.Thread(target=work, args=(offset,)) for offset in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work)
     torch.cuda.synchronize()
     assert not errors
     assert len(model.encoder.fast_options.graphs) == len(model.decoder.fast_options.graphs) == 3
@@ -191,12 +186,12 @@ def test_failed_captures(monkeypatch):
     expected = model.encoder(x)
     original = Captured.__init__
 
-    def synchronising(self, pool, function, args, kwargs):
+    def synchronising(self, pool, casts, channels_last, function, args, kwargs):
         def bad(x, *rest, **kwargs):
             torch.ones(1, device=x.device).item()
             return function(x, *rest, **kwargs)
 
-        original(self, pool, bad, args, kwargs)
+        original(self, pool, casts, channels_last, bad, args, kwargs)
 
     with monkeypatch.context() as patch, pytest.warns(RuntimeWarning, match="no CUDA graph"):
         patch.setattr(Captured, "__init__", synchronising)

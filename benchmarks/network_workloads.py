@@ -1,0 +1,80 @@
+"""What is measured of the diffusion transformers: forward, training step, sampling, and which contenders take part."""
+
+from dataclasses import dataclass
+
+import torch
+
+PAIR = ("eager", "patched")
+COMPILED = ("eager", "torch.compile", "patched")
+TRAINED = ("eager", "torch.compile", "patched", "patched + torch.compile")
+SAMPLED = ("eager", "patched", "patched + CUDA graphs")
+ALL = (*TRAINED, "patched + CUDA graphs")
+
+
+@dataclass(frozen=True)
+class NetworkWorkload:
+    """network: FAMILY-SIZE-LATENT; batch: pictures, for guidance twice as many go through the network.
+
+    work: "forward", "training" (one step with AdamW), "step" (of a sampler, with guidance), "samples" (all steps, and
+    decoding) or "loss" (some hundred training steps). checkpointed: every block computes its forward again in the
+    backward.
+    """
+
+    network: str
+    work: str
+    batch: int
+    contenders: tuple[str, ...] = PAIR
+    checkpointed: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.network}-{self.work}-b{self.batch}{'-checkpointed' if self.checkpointed else ''}"
+
+
+def _each(names: str, work: str, batch: int, contenders: tuple[str, ...], **options) -> list[NetworkWorkload]:
+    return [NetworkWorkload(name, work, batch, contenders, **options) for name in names.split()]
+
+
+NETWORK_WORKLOADS: dict[str, list[NetworkWorkload]] = {  # by part
+    "transformer": [
+        NetworkWorkload("uvit-h-f8p2", "forward", 128, SAMPLED),
+        NetworkWorkload("uvit-h-f32", "forward", 512, COMPILED),
+        NetworkWorkload("uvit-h-f64", "forward", 2048, ALL),
+        NetworkWorkload("dit-xl-f8p2", "forward", 128),
+        NetworkWorkload("dit-xl-f32", "forward", 512, ALL),
+        NetworkWorkload("dit-xl-f64", "forward", 2048),
+        NetworkWorkload("uvit-2b-f8p2", "forward", 32),
+        NetworkWorkload("uvit-2b-f32", "forward", 128),
+        NetworkWorkload("uvit-2b-f64", "forward", 512),
+    ],
+    "training": [
+        NetworkWorkload("uvit-h-f8p2", "training", 256, checkpointed=True),
+        NetworkWorkload("uvit-h-f32", "training", 1024, checkpointed=True),
+        NetworkWorkload("uvit-h-f64", "training", 4096, checkpointed=True),
+        NetworkWorkload("uvit-h-f64", "training", 1024, COMPILED),
+        NetworkWorkload("uvit-h-f64", "training", 512, TRAINED),
+        NetworkWorkload("dit-xl-f32", "training", 128, COMPILED),
+        NetworkWorkload("uvit-2b-f64", "training", 512, checkpointed=True),
+    ],
+    "sampling": [
+        NetworkWorkload("uvit-h-f64", "step", 16, ALL),
+        *_each("uvit-h-f8p2 uvit-h-f32 uvit-2b-f64 dit-xl-f8p2 dit-xl-f32 dit-xl-f64", "step", 16, SAMPLED),
+        *_each("uvit-h-f64 uvit-h-f32 uvit-2b-f64 dit-xl-f32", "samples", 16, SAMPLED),
+    ],
+    "loss-curve": [NetworkWorkload("uvit-s-f64", "loss", 64)],
+}
+
+NETWORK_REHEARSAL: dict[str, list[NetworkWorkload]] = {  # where there is no GPU
+    "transformer": _each("uvit-tiny-f64 dit-tiny-f32", "forward", 2, SAMPLED),
+    "training": [
+        *_each("uvit-tiny-f64 dit-tiny-f64", "training", 2, PAIR),
+        *_each("uvit-tiny-f64 dit-tiny-f64", "training", 2, PAIR, checkpointed=True),
+    ],
+    "sampling": _each("uvit-tiny-f64 dit-tiny-f32", "step", 2, SAMPLED),
+    "loss-curve": [NetworkWorkload("uvit-tiny-f64", "loss", 4)],
+}
+
+
+def network_workloads(part: str) -> list[NetworkWorkload]:
+    """Those of a part of the benchmarks on this machine."""
+    return (NETWORK_WORKLOADS if torch.cuda.is_available() else NETWORK_REHEARSAL)[part]

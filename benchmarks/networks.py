@@ -1,0 +1,170 @@
+"""The diffusion transformers that are measured, and the contenders: one network with random weights, made fast or not.
+
+Every contender computes under autocast to bf16 over fp32 weights, as the original does; those of one workload share
+their weights where nothing changes them.
+"""
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from dcae_fast.models import diffusion_zoo
+from dcae_fast.models.dit import DiT, DiTConfig
+from dcae_fast.models.transformer import Attention, TransformerConfig
+from dcae_fast.models.uvit import UViT
+
+from . import contenders
+from .network_workloads import NetworkWorkload
+
+LATENTS = {  # of pictures of 512 pixels: Stable Diffusion's autoencoder with tokens of 2 × 2, and two of DC-AE
+    "f8p2": {"in_channels": 4, "input_size": 64, "patch_size": 2},
+    "f32": {"in_channels": 32, "input_size": 16},
+    "f64": {"in_channels": 128, "input_size": 8},
+}
+SIZES = diffusion_zoo.SIZES | {"tiny": {"depth": 2, "hidden_size": 32, "num_heads": 2}}  # tiny: of the rehearsal
+TIMES = 1000
+
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # x, t, y
+
+
+class OriginalAttention(Attention):
+    """Attention as the original computes it under autocast: q, k and v are cast up to fp32, and the rest is the same.
+
+    Exists for the benchmarks alone, where it is part of what "eager" and "torch.compile" stand for.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, tokens, width = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).float().unbind(0)
+        with torch.autocast(x.device.type, enabled=False):
+            out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.transpose(1, 2).reshape(batch, tokens, width))
+
+
+def as_original(model: nn.Module) -> None:
+    for module in model.modules():
+        if type(module) is Attention:
+            module.__class__ = OriginalAttention
+
+
+def blocks_of(model: UViT | DiT) -> Iterator[tuple[nn.ModuleList, int]]:
+    """Every block, as a list and an index into it; UViT's middle block stands alone and is left out."""
+    for blocks in (model.blocks,) if isinstance(model, DiT) else (model.in_blocks, model.out_blocks):
+        yield from ((blocks, index) for index in range(len(blocks)))
+
+
+def compiled(model: UViT | DiT, workload: NetworkWorkload) -> None:
+    """Block by block: alike blocks share their code, which takes seconds instead of minutes to compile."""
+    for blocks, index in blocks_of(model):
+        blocks[index].compile(dynamic=False)
+    if isinstance(model, UViT):
+        model.mid_block.compile(dynamic=False)
+
+
+def patched_and_compiled(model: UViT | DiT, workload: NetworkWorkload) -> None:
+    contenders.patched(model, workload)
+    compiled(model, workload)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """prepare: what is done to a copy of the network. original: with attention as the original computes it."""
+
+    prepare: Callable[[nn.Module, NetworkWorkload], None]
+    original: bool = False
+
+
+CONTENDERS = {
+    "eager": Contender(contenders.leave, original=True),
+    "torch.compile": Contender(compiled, original=True),
+    "patched": Contender(contenders.patched),
+    "patched + torch.compile": Contender(patched_and_compiled),
+    "patched + CUDA graphs": Contender(contenders.patched_with_graphs),
+}
+
+
+def config_of(name: str) -> TransformerConfig:
+    """Of a network FAMILY-SIZE-LATENT, like uvit-h-f64. No label is dropped in training, so that runs are alike."""
+    family, size, latent = name.split("-")
+    return diffusion_zoo.NETWORKS[family](**LATENTS[latent], **SIZES[size], class_dropout_prob=0.0)
+
+
+def class_of(config: TransformerConfig) -> type[UViT] | type[DiT]:
+    return DiT if isinstance(config, DiTConfig) else UViT
+
+
+def new_network(name: str, device: torch.device) -> UViT | DiT:
+    """Random weights, the same every time: fp32, in evaluation mode; what is zero at the start of a training is not."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        config = config_of(name)
+        model = class_of(config)(config)
+    return without_zeros(model).eval()
+
+
+@functools.lru_cache(maxsize=1)
+def random_network(name: str, device: torch.device) -> UViT | DiT:
+    """One for the contenders to share."""
+    return new_network(name, device)
+
+
+@torch.no_grad()
+def without_zeros(model: nn.Module) -> nn.Module:
+    for parameter in model.parameters():
+        if not parameter.any():
+            parameter.normal_(std=0.02)
+    return model
+
+
+def sharing_weights(model: nn.Module) -> nn.Module:
+    """A copy of a module that has the very same parameters."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+def prepared(name: str, workload: NetworkWorkload, model: nn.Module) -> nn.Module:
+    """`model` made into the contender of that name."""
+    contender = CONTENDERS[name]
+    if contender.original:
+        as_original(model)
+    contender.prepare(model, workload)
+    return model
+
+
+def inputs_of(workload: NetworkWorkload, device: torch.device) -> Inputs:
+    """Random latents, times and labels."""
+    config, batch = config_of(workload.network), workload.batch
+    generator = torch.Generator(device).manual_seed(1)
+    shape = batch, config.in_channels, config.input_size, config.input_size
+    x = torch.randn(shape, generator=generator, device=device)
+    t = TIMES * torch.rand(batch, generator=generator, device=device)
+    return x, t, torch.randint(0, config.num_classes, (batch,), generator=generator, device=device)
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+def flops_of(network: str, batch: int) -> int:
+    """Arithmetic of the plain network's forward."""
+    return sum(flops_by_operator(network, batch).values())
+
+
+def flops_by_operator(network: str, batch: int) -> dict[str, int]:
+    """By operator ("convolution", "addmm", and "bmm" for attention); counted without computing anything."""
+    config = config_of(network)
+    uninitialised = type("Uninitialised", (class_of(config),), {"_initialise": lambda self: None})
+    counter = FlopCounterMode(display=False)
+    with FakeTensorMode(), counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the counter knows its products
+        model = uninitialised(config).eval()
+        x = torch.empty(1, config.in_channels, config.input_size, config.input_size)
+        model(x, torch.empty(1), torch.zeros(1, dtype=torch.long))
+    return {op.__name__: batch * flops for op, flops in counter.get_flop_counts()["Global"].items()}

@@ -1,0 +1,64 @@
+"""Steps of a sampler as CUDA graphs of a patched transformer: network, guidance and update in one replay."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .fast.network import step_graphs
+from .sampling import guided
+from .sampling.arguments import Model, Network
+from .sampling.steps import Step, run
+
+
+@dataclass
+class CapturedSteps:
+    """`sampling.steps.run` for the network that `guided` makes of these, bit for bit; made anew for each sampling.
+
+    A step is captured the second time that one with the same function and shapes is taken; times and numbers are inputs
+    of the graph. One during which the guidance changes, and any other where `model` has no graphs, is run as written.
+    model: the patched transformer; call: what the network calls, model itself but for progress and types. progress: is
+    called for each call of the network that a graph has stood for.
+    """
+
+    model: nn.Module
+    call: Model
+    labels: torch.Tensor
+    null_labels: torch.Tensor
+    scale: float
+    interval: tuple[float, float] | None
+    progress: Callable[[], object] | None
+    weights_are_cast: bool = False
+
+    def __call__(self, network: Network, step: Step, x: torch.Tensor, *noise: torch.Tensor) -> torch.Tensor:
+        graphs, scales = step_graphs(self.model), {self._scale_at(t) for t in step.times}
+        if graphs is None or len(scales) > 1:
+            return run(network, step, x, *noise)
+        (scale,) = scales
+
+        def function(
+            x: torch.Tensor,
+            times: torch.Tensor,
+            numbers: torch.Tensor,
+            labels: torch.Tensor,
+            null_labels: torch.Tensor,
+            *noise: torch.Tensor,
+        ) -> torch.Tensor:
+            return step.function(guided(self.call, labels, null_labels, scale), x, times.unbind(), numbers, *noise)
+
+        times = torch.tensor(step.times, dtype=x.dtype)
+        times = times.pin_memory().to(x.device, non_blocking=True) if x.is_cuda else times  # waits for nothing
+        args, name = (x, times, step.numbers, self.labels, self.null_labels, *noise), (step.function, scale)
+        out = graphs.replay(self.model, args, {}, name, cast=not self.weights_are_cast)
+        if out is None:
+            out = graphs.run(self.model, function, args, {}, name)
+        else:
+            self.weights_are_cast = True
+        for _ in step.times if self.progress else ():
+            self.progress()
+        return out
+
+    def _scale_at(self, t: float) -> float:
+        inside = self.interval is None or self.interval[0] <= t <= self.interval[1]
+        return self.scale if inside else 1.0

@@ -1,0 +1,59 @@
+"""What autocast makes of weights, for CUDA graphs: copies that are cast anew for a call or for a whole sampling."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Casts:
+    """The copies of a module's weights in other types, which all its graphs read.
+
+    Autocast's own cache lives until the outermost autocast ends and is shared by all threads: a graph that read from
+    there, or left something there, would be wrong afterwards.
+    """
+
+    def __init__(self, module: nn.Module):
+        self._weights = {id(weight): weight for weight in module.parameters()}
+        self._copies: dict[tuple[int, torch.dtype], torch.Tensor] = {}
+
+    @contextlib.contextmanager
+    def once(self, device: torch.device) -> Iterator[None]:
+        """Autocast as it is around this, with these copies in place of its cache."""
+        kind = device.type
+        enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        with torch.autocast(kind, dtype, enabled, cache_enabled=False):
+            with _Taking(self) if enabled else contextlib.nullcontext():
+                yield
+
+    def take(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+        """The copy of a weight; None of any other tensor."""
+        if self._weights.get(id(weight)) is not weight:
+            return None
+        key = id(weight), dtype
+        if key not in self._copies:
+            self._copies[key] = weight.detach().to(dtype)
+        return self._copies[key]
+
+    def refresh(self) -> None:
+        """Cast the weights anew, as they are now."""
+        if self._copies:
+            weights = [self._weights[name].detach() for name, _ in self._copies]
+            torch._foreach_copy_(list(self._copies.values()), weights)
+
+
+class _Taking(TorchDispatchMode):
+    def __init__(self, casts: Casts):
+        super().__init__()
+        self._casts = casts
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs: dict[str, Any] | None = None):
+        kwargs = kwargs or {}
+        copy = None
+        if func is torch.ops.aten._to_copy.default and set(kwargs) == {"dtype"}:
+            if not (torch.is_grad_enabled() and args[0].requires_grad):
+                copy = self._casts.take(args[0], kwargs["dtype"])
+        return func(*args, **kwargs) if copy is None else copy

@@ -1,0 +1,52 @@
+"""In place of CUDA graphs, where there is no GPU: something that counts what would be captured and replayed."""
+
+import torch
+
+from dcae_fast import ops
+
+
+class Tape:
+    """In place of a captured graph: calls the function again. Counts captures, replays and casts of weights."""
+
+    captures = replays = casts = 0
+
+    def __init__(self, pool, casts, channels_last, function, args, kwargs):
+        Tape.captures += 1
+        self.copies, self.device, self.function, self.kwargs = casts, args[0].device, function, kwargs
+        with casts.once(self.device):
+            function(*args, **kwargs)
+
+    def replay(self, args, cast):
+        Tape.replays += 1
+        if cast:
+            Tape.casts += 1
+            self.copies.refresh()
+        with self.copies.once(self.device):
+            return self.function(*args, **self.kwargs)
+
+
+class NoPool:
+    def __init__(self, device):
+        self.device = device
+
+    def wait(self):
+        pass
+
+
+def can_graph(x: torch.Tensor) -> bool:
+    return x.numel() > 0 and ops.has_kernels(x)
+
+
+SEEN, CAPTURED, REPLAYED = (0, 0), (1, 1), (0, 1)
+
+
+def counts(function, *args, **kwargs) -> tuple[int, int]:
+    """Captures and replays of one call."""
+    before = Tape.captures, Tape.replays
+    function(*args, **kwargs)
+    return Tape.captures - before[0], Tape.replays - before[1]
+
+
+def not_captured(function, *args, **kwargs) -> None:
+    for _ in range(3):
+        assert counts(function, *args, **kwargs) == SEEN
