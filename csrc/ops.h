@@ -35,3 +35,16 @@ cudaError_t launch_depthwise_backward(const void* dconv, const void* x, const vo
 // qkv: [batch, positions, heads, 3, 32]; out: the first 32 * heads of out_channels, [batch, positions, out_channels].
 cudaError_t launch_relu_linear_attention(const void* qkv, void* out, int64_t batch, int positions, int heads,
                                          int out_channels, float eps, DType dtype, cudaStream_t stream);
+
+// out = softmax(q kᵀ / sqrt(head_dim)) v for each head, and lse, the logarithm of the softmax's denominator.
+//
+// qkv: [batch, tokens, 3, heads, head_dim]; out: [batch, tokens, heads, head_dim]; lse: [batch, heads, tokens] in fp32;
+// tokens from 1 to kMaxAttentionTokens; head_dim 64 or 72.
+constexpr int kMaxAttentionTokens = 320;
+cudaError_t launch_packed_attention(const void* qkv, void* out, float* lse, int64_t batch, int tokens, int heads,
+                                    int head_dim, DType dtype, cudaStream_t stream);
+
+// The gradient of qkv, dqkv, from that of out, dout. No atomics: the same twice.
+cudaError_t launch_packed_attention_backward(const void* dout, const void* qkv, const void* out, const float* lse,
+                                             void* dqkv, int64_t batch, int tokens, int heads, int head_dim,
+                                             DType dtype, cudaStream_t stream);
