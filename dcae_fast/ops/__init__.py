@@ -6,6 +6,7 @@ from .conv2d import conv2d
 from .conv2d_unshuffle import conv2d_unshuffle
 from .depthwise_glu import depthwise_glu
 from .multiscale_qkv import multiscale_qkv
+from .packed_attention import packed_attention
 from .relu_linear_attention import relu_linear_attention
 from .rms_norm import rms_norm
 from .rms_norm_conv2d import rms_norm_conv2d
@@ -20,6 +21,7 @@ __all__ = [
     "duplicate_shuffle_add",
     "has_kernels",
     "multiscale_qkv",
+    "packed_attention",
     "relu_linear_attention",
     "rms_norm",
     "rms_norm_conv2d",
