@@ -173,6 +173,73 @@ at::Tensor multiscale_qkv(const at::Tensor& x, const at::Tensor& depthwise, cons
   return out;
 }
 
+// The arguments of softmax attention, checked, on the current device while this lives.
+struct PackedAttention {
+  c10::cuda::CUDAGuard guard;
+  DType dtype;
+  int64_t batch;
+  int tokens, heads, head_dim;
+
+  PackedAttention(const at::Tensor& qkv, int64_t num_heads) : guard(on_cuda(qkv)), dtype(dtype_of("qkv", qkv)) {
+    check("qkv", qkv, qkv.scalar_type(), qkv, qkv.sizes());
+    require_value(qkv.dim() == 3 && num_heads > 0 && qkv.size(2) % (3 * num_heads) == 0,
+                  "qkv must have shape [B, N, 3 * num_heads * D], got ", qkv.sizes());
+    const int64_t dim = qkv.size(2) / (3 * num_heads);
+    require_value(dim == 64 || dim == 72, "qkv must have 64 or 72 channels a head, got ", std::to_string(dim));
+    require_value(qkv.size(1) > 0 && qkv.size(1) <= kMaxAttentionTokens, "qkv must have 1 to ",
+                  std::to_string(kMaxAttentionTokens), " tokens, got ", std::to_string(qkv.size(1)));
+    require_value(qkv.size(1) * qkv.size(2) <= INT_MAX / 2, "qkv is too large along one dimension: ", qkv.sizes());
+    batch = qkv.size(0);
+    tokens = static_cast<int>(qkv.size(1));
+    heads = static_cast<int>(num_heads);
+    head_dim = static_cast<int>(dim);
+  }
+
+  static at::Device on_cuda(const at::Tensor& qkv) {
+    require_value(qkv.is_cuda(), "qkv must be on a CUDA device, got ", qkv.device());
+    return qkv.device();
+  }
+
+  static void check(const char* name, const at::Tensor& tensor, at::ScalarType dtype, const at::Tensor& qkv,
+                    at::IntArrayRef shape) {
+    require_value(tensor.sizes() == shape, name, " must have shape ", shape, ", got ", tensor.sizes());
+    require_type(tensor.scalar_type() == dtype, name, " must be ", dtype, ", got ", tensor.scalar_type());
+    require_value(tensor.device() == qkv.device(), name, " must be on ", qkv.device(), ", got ", tensor.device());
+    require_value(tensor.is_contiguous() && is_aligned(tensor), name, " must be contiguous and aligned to 16 bytes");
+  }
+
+  std::vector<int64_t> out_shape() const { return {batch, tokens, int64_t{heads} * head_dim}; }
+  std::vector<int64_t> lse_shape() const { return {batch, heads, tokens}; }
+};
+
+std::tuple<at::Tensor, at::Tensor> packed_attention(const at::Tensor& qkv, int64_t num_heads) {
+  const PackedAttention of(qkv, num_heads);
+  at::Tensor out = at::empty(of.out_shape(), qkv.options());
+  at::Tensor lse = at::empty(of.lse_shape(), qkv.options().dtype(at::kFloat));
+  if (of.batch > 0) {
+    C10_CUDA_CHECK(launch_packed_attention(qkv.const_data_ptr(), out.mutable_data_ptr(), lse.mutable_data_ptr<float>(),
+                                           of.batch, of.tokens, of.heads, of.head_dim, of.dtype,
+                                           c10::cuda::getCurrentCUDAStream()));
+  }
+  return {out, lse};
+}
+
+at::Tensor packed_attention_backward(const at::Tensor& dout, const at::Tensor& qkv, const at::Tensor& out,
+                                     const at::Tensor& lse, int64_t num_heads) {
+  const PackedAttention of(qkv, num_heads);
+  of.check("dout", dout, qkv.scalar_type(), qkv, of.out_shape());
+  of.check("out", out, qkv.scalar_type(), qkv, of.out_shape());
+  of.check("lse", lse, at::kFloat, qkv, of.lse_shape());
+  at::Tensor dqkv = at::empty_like(qkv);
+  if (of.batch > 0) {
+    C10_CUDA_CHECK(launch_packed_attention_backward(dout.const_data_ptr(), qkv.const_data_ptr(), out.const_data_ptr(),
+                                                    lse.const_data_ptr<float>(), dqkv.mutable_data_ptr(), of.batch,
+                                                    of.tokens, of.heads, of.head_dim, of.dtype,
+                                                    c10::cuda::getCurrentCUDAStream()));
+  }
+  return dqkv;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -180,6 +247,11 @@ PYBIND11_MODULE(_C, module) {
              "c[:, :M] * silu(c[:, M:]) with c the depthwise 3x3 convolution of x, in channels-last.");
   module.def("depthwise_glu_backward", &depthwise_glu_backward, pybind11::arg("dout"), pybind11::arg("x"),
              pybind11::arg("weight"), pybind11::arg("bias"), "The gradients of depthwise_glu by x, weight and bias.");
+  module.def("packed_attention", &packed_attention, pybind11::arg("qkv"), pybind11::arg("num_heads"),
+             "Softmax attention of packed q, k and v, and the logarithm of its denominator.");
+  module.def("packed_attention_backward", &packed_attention_backward, pybind11::arg("dout"), pybind11::arg("qkv"),
+             pybind11::arg("out"), pybind11::arg("lse"), pybind11::arg("num_heads"),
+             "The gradient of packed_attention by qkv.");
   module.def("relu_linear_attention", &relu_linear_attention, pybind11::arg("qkvs"), pybind11::arg("head_dim"),
              pybind11::arg("eps"), "ReLU linear attention of packed qkv tensors in channels-last, side by side.");
   module.def("multiscale_qkv", &multiscale_qkv, pybind11::arg("x"), pybind11::arg("depthwise"),

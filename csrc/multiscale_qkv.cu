@@ -4,7 +4,7 @@
 // partial sums of the four output rows that an input row does not complete. Four completed rows of a warp, 16 pixels,
 // are a fragment's rows for the tensor cores, which multiply the two groups of a strip's channels by their matrices.
 
-#include "mma.cuh"
+#include "tensor_cores.cuh"
 #include "ops.h"
 #include "strips.cuh"
 
@@ -60,16 +60,18 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kWarpsPerSM / kMaxWarps)
       Pair a[2][4];
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
-        load_matrices(a[s], &pixels[lane % 16][group * kGroup / 2 + 8 * s + lane / 16 * 4]);
+        const Pair* row = &pixels[lane % 16][group * kGroup / 2 + 8 * s + lane / 16 * 4];
+        load_matrices(a[s][0], a[s][1], a[s][2], a[s][3], shared_address(row));
       }
       __syncwarp();
 #pragma unroll
       for (int i = 0; i < kGroup / 8; ++i) {
-        Pair b[4];
+        Pair b[2][2];
         float c[4] = {};
-        load_matrices(b, &filters[group * kGroup + 8 * i + lane % 8][lane / 8 * 4]);
-        multiply_add<T>(c, a[0], {b[0], b[1]});
-        multiply_add<T>(c, a[1], {b[2], b[3]});
+        const Pair* row = &filters[group * kGroup + 8 * i + lane % 8][lane / 8 * 4];
+        load_matrices(b[0][0], b[0][1], b[1][0], b[1][1], shared_address(row));
+        multiply_add<T>(c, a[0], b[0]);
+        multiply_add<T>(c, a[1], b[1]);
         Pair* to = &pixels[lane / 4][(group * kGroup + 8 * i) / 2 + lane % 4];
         to[0] = narrow<T>(c[0], c[1]);
         to[8 * kPixelSize] = narrow<T>(c[2], c[3]);

@@ -42,3 +42,16 @@ cudaError_t launch_relu_linear_attention(const void* qkv, void* out, int64_t bat
 // grouped: [channels, 32]. The depthwise result is rounded to x's dtype.
 cudaError_t launch_multiscale_qkv(const void* x, const void* depthwise, const void* grouped, void* out, int64_t batch,
                                   int height, int width, int channels, DType dtype, cudaStream_t stream);
+
+// out = softmax(q kᵀ / sqrt(head_dim)) v for each head, and lse, the logarithm of the softmax's denominator.
+//
+// qkv: [batch, tokens, 3, heads, head_dim]; out: [batch, tokens, heads, head_dim]; lse: [batch, heads, tokens] in fp32;
+// tokens from 1 to kMaxAttentionTokens; head_dim 64 or 72.
+constexpr int kMaxAttentionTokens = 320;
+cudaError_t launch_packed_attention(const void* qkv, void* out, float* lse, int64_t batch, int tokens, int heads,
+                                    int head_dim, DType dtype, cudaStream_t stream);
+
+// The gradient of qkv, dqkv, from that of out, dout. No atomics: the same twice.
+cudaError_t launch_packed_attention_backward(const void* dout, const void* qkv, const void* out, const float* lse,
+                                             void* dqkv, int64_t batch, int tokens, int heads, int head_dim,
+                                             DType dtype, cudaStream_t stream);

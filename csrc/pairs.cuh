@@ -1,4 +1,5 @@
-// Two neighbouring channels in half precision as one 32-bit word, and their way to fp32 and back.
+// Two neighbouring channels in half precision as one 32-bit word, and their way to fp32 and back; addresses in shared
+// memory.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -32,4 +33,8 @@ template <>
 __device__ inline Pair narrow<__half>(float low, float high) {
   const __half2 pair = __floats2half2_rn(low, high);
   return reinterpret_cast<const Pair&>(pair);
+}
+
+__device__ inline unsigned shared_address(const void* pointer) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }

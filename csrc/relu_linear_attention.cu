@@ -11,14 +11,12 @@
 
 #include <cooperative_groups.h>
 
-#include "mma.cuh"
 #include "ops.h"
-#include "pairs.cuh"
+#include "tensor_cores.cuh"
 
 namespace {
 
 namespace cg = cooperative_groups;
-using ::multiply_add;  // beside the one for TF32 below
 
 constexpr int kDim = 32;                  // channels of q, k and v of a head
 constexpr int kSums = (kDim + 1) * kDim;  // those of relu(k) vᵀ, then those of relu(k)
@@ -48,8 +46,8 @@ __device__ Pair relu<__half>(Pair pair) {
 __device__ Pair first(Pair a, Pair b) { return __byte_perm(a, b, 0x5410); }
 __device__ Pair second(Pair a, Pair b) { return __byte_perm(a, b, 0x7632); }
 
-// c += a b on tensor cores with a [16, 8] and b [8, 8] in TF32, which holds half precision exactly.
-__device__ void multiply_add(float (&c)[4], const float (&a)[4], const unsigned (&b)[2]) {
+// c += a b on tensor cores, with a [16, 8] and b [8, 8] in TF32, which holds half precision exactly.
+__device__ void multiply_add_tf32(float (&c)[4], const float (&a)[4], const unsigned (&b)[2]) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
@@ -215,8 +213,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
         const float2 low = widen<T>(relu<T>(words[0][s])), high = widen<T>(relu<T>(words[1][s]));
         const float a[4] = {low.x, high.x, low.y, high.y};
 #pragma unroll
-        for (int j = 0; j < 4; ++j) multiply_add(numerator[j], a, factor[s][j]);
-        multiply_add(denominator, a, total[s]);
+        for (int j = 0; j < 4; ++j) multiply_add_tf32(numerator[j], a, factor[s][j]);
+        multiply_add_tf32(denominator, a, total[s]);
       }
 #pragma unroll
       for (int r = 0; r < 2; ++r) {

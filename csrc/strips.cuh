@@ -13,7 +13,6 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
-#include "mma.cuh"
 #include "pairs.cuh"
 
 constexpr int kPairs = 32;       // of channels of a strip: one for each lane, 128 bytes of a pixel

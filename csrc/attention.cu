@@ -1,0 +1,428 @@
+// Softmax attention of few tokens, forward and backward. See ops.h for the formulas and the layout.
+//
+// A block owns one head of one image, and brings all of it to shared memory at once. A warp then takes 16 rows at a time
+// through tensor cores: scores of a few groups of 16 keys stay in its registers, and become a factor of the next
+// product there. Forward, the rows are queries, with a softmax that goes along with the keys. Backward, they are either
+// queries, which give dq, or keys, which give dk and dv: scores are computed twice, and no warp waits for another's.
+
+#include <algorithm>
+#include <climits>
+#include <cmath>
+
+#include "ops.h"
+#include "tensor_cores.cuh"
+
+namespace {
+
+constexpr int kTile = 16;           // rows of a warp; groups of keys
+constexpr int kStride = 72;         // elements between rows in shared memory: no two rows of a load share banks
+constexpr int kRow = 2 * kStride;   // the same in bytes
+constexpr int kForwardGroups = 4;  // groups of keys that a warp scores at a time: as many as its registers hold
+constexpr int kQueryGroups = 2;    // the same where it sums the gradient of queries; of keys and values: one of queries
+constexpr int kForwardWarps = 10;   // of a block, at most: tokens for two tiles each
+constexpr int kBackwardWarps = 16;
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kInfinity = INFINITY;
+
+template <int kDim>
+constexpr int kChunks = kDim / 8;  // of 16 bytes, in a row
+
+__host__ __device__ constexpr int round_up(int tokens) { return (tokens + kTile - 1) / kTile * kTile; }
+
+__device__ float exp2_approximate(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+template <int kDim>
+__device__ float log2_scale() {  // exp(x / sqrt(kDim)) = exp2(x * log2_scale)
+  return kLog2E * (kDim == 64 ? 0.125f : 0.11785113019775793f);
+}
+
+// Starts the copy of a head's rows to shared memory; rows from `rows` to `padded` are zeros.
+template <int kDim, typename T>
+__device__ void load_rows(unsigned to, const T* from, int stride, int rows, int padded) {
+  for (int i = threadIdx.x; i < padded * kChunks<kDim>; i += blockDim.x) {
+    const int row = i / kChunks<kDim>, column = i % kChunks<kDim> * 8;
+    const T* source = row < rows ? from + row * stride + column : from;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :
+                 : "r"(to + row * kRow + 2 * column), "l"(source), "r"(row < rows ? 16 : 0)
+                 : "memory");
+  }
+}
+
+__device__ void wait_for_rows() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+  __syncthreads();
+}
+
+// Where a lane points when its warp loads 16 × 16 elements: by rows, as a left factor is laid out and, transposed, a
+// right one; by columns, as a right factor whose transpose lies in memory.
+__device__ unsigned by_rows() { return threadIdx.x % 16 * kRow + threadIdx.x % 32 / 16 * 16; }
+__device__ unsigned by_columns() {
+  return (threadIdx.x % 8 + threadIdx.x % 32 / 16 * 8) * kRow + threadIdx.x / 8 % 2 * 16;
+}
+
+// c = x yᵀ, with 16 rows x and 16 * kGroups rows y in shared memory.
+template <typename T, int kDim, int kGroups>
+__device__ void multiply_rows(float (&c)[2 * kGroups][4], unsigned x, unsigned y) {
+  const unsigned left = x + by_rows(), right = y + by_columns();
+#pragma unroll
+  for (int i = 0; i < 2 * kGroups; ++i) c[i][0] = c[i][1] = c[i][2] = c[i][3] = 0.0f;
+#pragma unroll
+  for (int k = 0; k + 16 <= kDim; k += 16) {
+    Pair a[4];
+    load_matrices(a[0], a[1], a[2], a[3], left + 2 * k);
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+      Pair b[2][2];
+      load_matrices(b[0][0], b[0][1], b[1][0], b[1][1], right + i * kTile * kRow + 2 * k);
+      multiply_add<T>(c[2 * i], a, b[0]);
+      multiply_add<T>(c[2 * i + 1], a, b[1]);
+    }
+  }
+  if constexpr (kDim % 16 != 0) {
+    constexpr int k = kDim / 16 * 16;
+    Pair a[2];
+    load_matrices(a[0], a[1], left + 2 * k);
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+      Pair b[2];
+      load_matrices(b[0], b[1], y + by_rows() + i * kTile * kRow + 2 * k);
+      multiply_add<T>(c[2 * i], a, b[0]);
+      multiply_add<T>(c[2 * i + 1], a, b[1]);
+    }
+  }
+}
+
+// c += x y, with x [16, 16 * kGroups] as the product that it was, rounded, and 16 * kGroups rows y in shared memory.
+template <typename T, int kDim, int kGroups>
+__device__ void accumulate(float (&c)[kDim / 8][4], const float (&x)[2 * kGroups][4], unsigned y) {
+  const unsigned right = y + by_rows();
+#pragma unroll
+  for (int i = 0; i < kGroups; ++i) {
+    const float(&low)[4] = x[2 * i], (&high)[4] = x[2 * i + 1];
+    const Pair a[4] = {narrow<T>(low[0], low[1]), narrow<T>(low[2], low[3]), narrow<T>(high[0], high[1]),
+                       narrow<T>(high[2], high[3])};
+    Pair b[2][2];
+#pragma unroll
+    for (int j = 0; j < kDim / 16; ++j) {
+      load_transposed(b[0][0], b[0][1], b[1][0], b[1][1], right + i * kTile * kRow + 32 * j);
+      multiply_add<T>(c[2 * j], a, b[0]);
+      multiply_add<T>(c[2 * j + 1], a, b[1]);
+    }
+    if constexpr (kDim % 16 != 0) {
+      load_transposed(b[0][0], b[0][1], right + i * kTile * kRow + kDim / 16 * 32);
+      multiply_add<T>(c[kDim / 8 - 1], a, b[0]);
+    }
+  }
+}
+
+// Scores of keys from the `keys`th on, all in the last group, become -inf.
+template <int kGroups>
+__device__ void mask(float (&scores)[2 * kGroups][4], int keys) {
+  if (keys >= kGroups * kTile) return;
+#pragma unroll
+  for (int i = 2 * kGroups - 2; i < 2 * kGroups; ++i) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      if (8 * i + threadIdx.x % 4 * 2 + e % 2 >= keys) scores[i][e] = -kInfinity;
+    }
+  }
+}
+
+// Writes the first `rows` of 16 rows, scaled, by way of as many rows of shared memory, in whole chunks.
+template <typename T, int kDim>
+__device__ void store_tile(T* to, int stride, int rows, const float (&c)[kDim / 8][4], float scale_g, float scale_g8,
+                           T* stage) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < kDim / 8; ++i) {
+    T* at = stage + g * kStride + 8 * i + 2 * t;
+    if (g < rows) *reinterpret_cast<Pair*>(at) = narrow<T>(c[i][0] * scale_g, c[i][1] * scale_g);
+    if (g + 8 < rows) {
+      *reinterpret_cast<Pair*>(at + 8 * kStride) = narrow<T>(c[i][2] * scale_g8, c[i][3] * scale_g8);
+    }
+  }
+  __syncwarp();
+#pragma unroll 1
+  for (int i = lane; i < rows * kChunks<kDim>; i += 32) {
+    const int row = i / kChunks<kDim>, column = i % kChunks<kDim> * 8;
+    *reinterpret_cast<uint4*>(to + row * stride + column) =
+        *reinterpret_cast<const uint4*>(stage + row * kStride + column);
+  }
+}
+
+// The largest, or the sum, of what the four threads of a row have.
+__device__ float row_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+__device__ float row_sum(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+// The softmax of 16 queries as far as they have seen keys: out and sum are scaled by exp2(-top).
+template <typename T, int kDim>
+struct Softmax {
+  float out[kDim / 8][4] = {};
+  float top[2] = {-kInfinity, -kInfinity}, sum[2] = {};  // of rows g and g + 8; sum: this thread's share
+
+  template <int kGroups>
+  __device__ void add(unsigned q, unsigned k, unsigned v, int keys) {
+    float p[2 * kGroups][4];
+    multiply_rows<T, kDim, kGroups>(p, q, k);
+    mask<kGroups>(p, keys);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float largest = -kInfinity;
+#pragma unroll
+      for (int i = 0; i < 2 * kGroups; ++i) largest = fmaxf(largest, fmaxf(p[i][2 * r], p[i][2 * r + 1]));
+      const float before = top[r];
+      top[r] = fmaxf(before, row_max(largest) * log2_scale<kDim>());
+      const float shrink = exp2_approximate(before - top[r]);
+      sum[r] *= shrink;
+#pragma unroll
+      for (int i = 0; i < 2 * kGroups; ++i) {
+#pragma unroll
+        for (int e = 2 * r; e < 2 * r + 2; ++e) {
+          p[i][e] = exp2_approximate(fmaf(p[i][e], log2_scale<kDim>(), -top[r]));
+          sum[r] += p[i][e];
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kDim / 8; ++i) out[i][2 * r] *= shrink, out[i][2 * r + 1] *= shrink;
+    }
+    accumulate<T, kDim, kGroups>(out, p, v);
+  }
+};
+
+template <typename T, int kDim>
+__global__ void __launch_bounds__(32 * kForwardWarps, 2)
+    attention_kernel(const T* __restrict__ qkv, T* __restrict__ out, float* __restrict__ lse, int tokens, int heads) {
+  extern __shared__ uint4 shared[];
+  const int width = heads * kDim, stride = 3 * width, tiles = round_up(tokens) / kTile;
+  const int64_t first = static_cast<int64_t>(blockIdx.x / heads) * tokens;
+  const int head = blockIdx.x % heads;
+  qkv += first * stride + head * kDim;
+
+  // Reads past the end of q and k fall into what follows, and are masked; v meets zeros, which must not meet NaN.
+  const unsigned q = shared_address(shared), k = q + tokens * kRow, v = k + tokens * kRow;
+  load_rows<kDim>(q, qkv, stride, tokens, tokens);
+  load_rows<kDim>(k, qkv + width, stride, tokens, tokens);
+  load_rows<kDim>(v, qkv + 2 * width, stride, tokens, tiles * kTile);
+  wait_for_rows();
+
+  for (int tile = threadIdx.x / 32; tile < tiles; tile += blockDim.x / 32) {
+    Softmax<T, kDim> softmax;
+    int done = 0;
+    const auto add = [&](auto groups) {
+      const int at = done * kTile * kRow;
+      softmax.template add<groups.value>(q + tile * kTile * kRow, k + at, v + at, tokens - done * kTile);
+      done += groups.value;
+    };
+    while (tiles - done >= kForwardGroups) add(std::integral_constant<int, kForwardGroups>{});
+    switch (tiles - done) {
+      case 4: add(std::integral_constant<int, 4>{}); break;
+      case 3: add(std::integral_constant<int, 3>{}); break;
+      case 2: add(std::integral_constant<int, 2>{}); break;
+      case 1: add(std::integral_constant<int, 1>{}); break;
+    }
+
+    const int rows = min(kTile, tokens - tile * kTile), g = threadIdx.x % 32 / 4;
+    float scale[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float sum = row_sum(softmax.sum[r]);
+      scale[r] = __fdividef(1.0f, sum);
+      if (threadIdx.x % 4 == 0 && g + 8 * r < rows) {
+        lse[static_cast<int64_t>(blockIdx.x) * tokens + tile * kTile + g + 8 * r] = (softmax.top[r] + __log2f(sum)) * kLn2;
+      }
+    }
+    T* const to = out + (first + tile * kTile) * width + head * kDim;
+    store_tile<T, kDim>(to, width, rows, softmax.out, scale[0], scale[1],
+                        reinterpret_cast<T*>(shared) + tile * kTile * kStride);
+  }
+}
+
+// A head in shared memory, all rows up to a multiple of 16, zeros beyond the last token.
+struct Head {
+  unsigned q, k, v, dout;
+  const float2* statistics;  // of each query: lse in base 2, and dout · out; {inf, 0} beyond the last token
+};
+
+// dout · out of each query, and its lse, four threads a row.
+template <typename T, int kDim>
+__device__ void load_statistics(float2* statistics, const T* dout, const T* out, const float* lse, int stride,
+                                int tokens) {
+  for (int row = threadIdx.x / 4; row < round_up(tokens); row += blockDim.x / 4) {
+    float dot = 0.0f;
+    for (int i = threadIdx.x % 4; i < kChunks<kDim> && row < tokens; i += 4) {
+      const uint4 x = __ldg(reinterpret_cast<const uint4*>(dout + row * stride + 8 * i));
+      const uint4 y = __ldg(reinterpret_cast<const uint4*>(out + row * stride + 8 * i));
+      const Pair xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float2 a = widen<T>(xs[j]), b = widen<T>(ys[j]);
+        dot = fmaf(a.x, b.x, fmaf(a.y, b.y, dot));
+      }
+    }
+    dot = row_sum(dot);
+    if (threadIdx.x % 4 == 0) {
+      statistics[row] = row < tokens ? float2{lse[row] * kLog2E, dot} : float2{kInfinity, 0.0f};
+    }
+  }
+}
+
+// dq of 16 queries, from kGroups groups of keys starting with the `first`.
+template <typename T, int kDim, int kGroups>
+__device__ void add_query_gradient(float (&dq)[kDim / 8][4], const Head& head, int tile, int first,
+                                   int tokens) {
+  const int from = tile * kTile * kRow, at = first * kTile * kRow, g = threadIdx.x % 32 / 4;
+  float p[2 * kGroups][4], ds[2 * kGroups][4];
+  multiply_rows<T, kDim, kGroups>(p, head.q + from, head.k + at);
+  multiply_rows<T, kDim, kGroups>(ds, head.dout + from, head.v + at);
+  mask<kGroups>(p, tokens - first * kTile);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float2 of = head.statistics[tile * kTile + g + 8 * r];
+#pragma unroll
+    for (int i = 0; i < 2 * kGroups; ++i) {
+#pragma unroll
+      for (int e = 2 * r; e < 2 * r + 2; ++e) {
+        ds[i][e] = exp2_approximate(fmaf(p[i][e], log2_scale<kDim>(), -of.x)) * (ds[i][e] - of.y);
+      }
+    }
+  }
+  accumulate<T, kDim, kGroups>(dq, ds, head.k + at);
+}
+
+// dk and dv of 16 keys, from the 16 queries of a tile.
+template <typename T, int kDim>
+__device__ void add_key_gradients(float (&dk)[kDim / 8][4], float (&dv)[kDim / 8][4], const Head& head, int keys,
+                                  int queries) {
+  const int from = keys * kTile * kRow, at = queries * kTile * kRow;
+  const auto* statistics = reinterpret_cast<const float4*>(head.statistics + queries * kTile) + threadIdx.x % 4;
+  float p[2][4], ds[2][4];
+  multiply_rows<T, kDim, 1>(p, head.k + from, head.q + at);
+  multiply_rows<T, kDim, 1>(ds, head.v + from, head.dout + at);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float4 of = statistics[4 * i];  // of queries 8i + 2t and 8i + 2t + 1
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      p[i][e] = exp2_approximate(fmaf(p[i][e], log2_scale<kDim>(), -(e % 2 ? of.z : of.x)));
+      ds[i][e] = p[i][e] * (ds[i][e] - (e % 2 ? of.w : of.y));
+    }
+  }
+  accumulate<T, kDim, 1>(dv, p, head.dout + at);
+  accumulate<T, kDim, 1>(dk, ds, head.q + at);
+}
+
+template <typename T, int kDim>
+__global__ void __launch_bounds__(32 * kBackwardWarps, 1)
+    attention_backward_kernel(const T* __restrict__ dout, const T* __restrict__ qkv, const T* __restrict__ out,
+                              const float* __restrict__ lse, T* __restrict__ dqkv, int tokens, int heads) {
+  extern __shared__ uint4 shared[];
+  const int width = heads * kDim, stride = 3 * width, padded = round_up(tokens), tiles = padded / kTile;
+  const int64_t first = static_cast<int64_t>(blockIdx.x / heads) * tokens;
+  const int offset = blockIdx.x % heads * kDim, warp = threadIdx.x / 32;
+  qkv += first * stride + offset;
+  dout += first * width + offset;
+  out += first * width + offset;
+  lse += static_cast<int64_t>(blockIdx.x) * tokens;
+
+  auto* const statistics = reinterpret_cast<float2*>(shared);
+  T* const stage = reinterpret_cast<T*>(statistics + padded) + warp * kTile * kStride;
+  Head head;
+  head.statistics = statistics;
+  head.q = shared_address(statistics + padded) + blockDim.x / 32 * kTile * kRow;
+  head.k = head.q + padded * kRow;
+  head.v = head.k + padded * kRow;
+  head.dout = head.v + padded * kRow;
+  load_rows<kDim>(head.q, qkv, stride, tokens, padded);
+  load_rows<kDim>(head.k, qkv + width, stride, tokens, padded);
+  load_rows<kDim>(head.v, qkv + 2 * width, stride, tokens, padded);
+  load_rows<kDim>(head.dout, dout, width, tokens, padded);
+  load_statistics<T, kDim>(statistics, dout, out, lse, width, tokens);
+  wait_for_rows();
+
+  const float scale = log2_scale<kDim>() * kLn2;
+  for (int item = warp; item < 2 * tiles; item += blockDim.x / 32) {
+    const int tile = item % tiles, rows = min(kTile, tokens - tile * kTile);
+    T* const to = dqkv + (first + tile * kTile) * stride + offset;
+    if (item < tiles) {
+      float dk[kDim / 8][4] = {}, dv[kDim / 8][4] = {};
+#pragma unroll 1
+      for (int i = 0; i < tiles; ++i) add_key_gradients<T, kDim>(dk, dv, head, tile, i);
+      store_tile<T, kDim>(to + width, stride, rows, dk, scale, scale, stage);
+      store_tile<T, kDim>(to + 2 * width, stride, rows, dv, 1.0f, 1.0f, stage);
+    } else {
+      float dq[kDim / 8][4] = {};
+      int done = 0;
+      for (; done + kQueryGroups <= tiles; done += kQueryGroups) {
+        add_query_gradient<T, kDim, kQueryGroups>(dq, head, tile, done, tokens);
+      }
+      for (; done < tiles; ++done) {
+        add_query_gradient<T, kDim, 1>(dq, head, tile, done, tokens);
+      }
+      store_tile<T, kDim>(to, stride, rows, dq, scale, scale, stage);
+    }
+  }
+}
+
+// Launches a kernel, a block for each head of each image.
+template <typename Kernel, typename... Args>
+cudaError_t launch(Kernel kernel, int64_t blocks, int warps, int shared_bytes, cudaStream_t stream, Args... args) {
+  if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
+  if (const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes)) {
+    return error;
+  }
+  kernel<<<static_cast<unsigned>(blocks), 32 * warps, shared_bytes, stream>>>(args...);
+  return cudaGetLastError();
+}
+
+// Calls `call` with an element and the channels of a head as types.
+template <typename Call>
+cudaError_t with_types(DType dtype, int head_dim, Call call) {
+  const auto with_element = [&](auto element) {
+    return head_dim == 64 ? call(element, std::integral_constant<int, 64>{})
+                          : call(element, std::integral_constant<int, 72>{});
+  };
+  return dtype == DType::kFloat16 ? with_element(__half{}) : with_element(__nv_bfloat16{});
+}
+
+// As few warps as take no more rounds of items than `most` would, and at least `rounds`.
+int warps_for(int items, int most, int rounds) {
+  rounds = std::max(rounds, (items + most - 1) / most);
+  return (items + rounds - 1) / rounds;
+}
+
+}  // namespace
+
+cudaError_t launch_packed_attention(const void* qkv, void* out, float* lse, int64_t batch, int tokens, int heads,
+                                    int head_dim, DType dtype, cudaStream_t stream) {
+  const int padded = round_up(tokens), warps = warps_for(padded / kTile, kForwardWarps, 1);
+  return with_types(dtype, head_dim, [&](auto element, auto dim) {
+    using T = decltype(element);
+    return launch(attention_kernel<T, dim.value>, batch * heads, warps, (2 * tokens + padded) * kRow, stream,
+                  static_cast<const T*>(qkv), static_cast<T*>(out), lse, tokens, heads);
+  });
+}
+
+cudaError_t launch_packed_attention_backward(const void* dout, const void* qkv, const void* out, const float* lse,
+                                             void* dqkv, int64_t batch, int tokens, int heads, int head_dim,
+                                             DType dtype, cudaStream_t stream) {
+  const int padded = round_up(tokens), warps = warps_for(2 * padded / kTile, kBackwardWarps, 2);
+  const int shared_bytes = (4 * padded + warps * kTile) * kRow + padded * static_cast<int>(sizeof(float2));
+  return with_types(dtype, head_dim, [&](auto element, auto dim) {
+    using T = decltype(element);
+    return launch(attention_backward_kernel<T, dim.value>, batch * heads, warps, shared_bytes, stream,
+                  static_cast<const T*>(dout), static_cast<const T*>(qkv), static_cast<const T*>(out), lse,
+                  static_cast<T*>(dqkv), tokens, heads);
+  });
+}

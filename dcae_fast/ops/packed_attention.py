@@ -1,0 +1,110 @@
+"""Softmax attention on the packed output of a qkv projection.
+
+    out = softmax(q kᵀ / √D) v    for each head
+
+qkv: [B, N, 3 * heads * D], channels [q, k, v], each of them [heads, D]; out: [B, N, heads * D]. Softmax in fp32.
+The operator is for few tokens in half precision, where its kernels keep whole heads on chip. It also gives, for the
+backward pass, lse: [B, heads, N] in fp32, the logarithm of the softmax's denominator. The rest goes to
+`scaled_dot_product_attention`, which on Hopper prefers cuDNN where that is recent.
+"""
+
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+
+from ._library import define, differentiable, differentiable_as, halves_on_hopper
+
+HEAD_DIMS = (64, 72)
+MAX_TOKENS = 320
+HAS_EXTENSION = importlib.util.find_spec("dcae_fast._C") is not None  # importing it would break a graph
+
+
+def _unpack(qkv, num_heads):
+    """q, k, v: [B, heads, N, D] each."""
+    batch, tokens, channels = qkv.shape
+    return qkv.reshape(batch, tokens, 3, num_heads, channels // (3 * num_heads)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _pack(x):
+    """[B, heads, N, D] to [B, N, heads * D]."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def _wide(x):
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def packed_attention_reference(qkv, num_heads):
+    q, k, v = _unpack(_wide(qkv), num_heads)
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    return _pack(scores.softmax(-1) @ v).to(qkv.dtype), scores.detach().logsumexp(-1)
+
+
+def packed_attention_backward_reference(dout, qkv, out, lse, num_heads):
+    """From dout and qkv alone, so that it can be differentiated again; the kernel saves time with out and lse."""
+    q, k, v = _unpack(_wide(qkv), num_heads)
+    scale = q.shape[-1] ** -0.5
+    dout = _wide(dout).reshape(*dout.shape[:2], num_heads, q.shape[-1]).transpose(1, 2)
+    p = (q @ k.transpose(-1, -2) * scale).softmax(-1)
+    dp = dout @ v.transpose(-1, -2)
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
+    return torch.cat([_pack(dx) for dx in (ds @ k, ds.transpose(-1, -2) @ q, p.transpose(-1, -2) @ dout)], -1).to(
+        qkv.dtype
+    )
+
+
+def _takes(qkv, num_heads):
+    half = qkv.dtype in (torch.bfloat16, torch.float16)
+    return half and 0 < qkv.shape[1] <= MAX_TOKENS and qkv.shape[2] // (3 * num_heads) in HEAD_DIMS
+
+
+_forward = define(
+    "packed_attention(Tensor qkv, int num_heads) -> (Tensor out, Tensor lse)",
+    packed_attention_reference,
+    _takes,
+    packed_attention_reference,
+    lambda qkv, _: halves_on_hopper(qkv),
+)
+_backward = define(
+    "packed_attention_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, int num_heads) -> Tensor",
+    packed_attention_backward_reference,
+    lambda dout, qkv, out, lse, num_heads: _takes(qkv, num_heads),
+    packed_attention_backward_reference,
+    lambda dout, qkv, out, lse, _: halves_on_hopper(dout, qkv, out),
+)
+
+
+def _setup_context(ctx, inputs, output):
+    qkv, ctx.num_heads = inputs
+    ctx.save_for_backward(qkv, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradient(ctx, dout, _):
+    return _backward(dout, *ctx.saved_tensors, ctx.num_heads), None
+
+
+differentiable(_forward, _gradient, _setup_context)
+differentiable_as(_backward, packed_attention_backward_reference)
+
+
+def _has_kernel(device: torch.device) -> bool:
+    """Whether the operator is the fast way; on a CPU, where it is its reference, it stands in for that."""
+    if device.type == "cuda":
+        return HAS_EXTENSION and torch.cuda.get_device_properties(device).major == 9
+    return device.type == "cpu"
+
+
+def packed_attention(qkv: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Multi-head softmax attention: [B, N, 3 * num_heads * D] packed q, k, v to [B, N, num_heads * D], in qkv's dtype.
+
+    Raises ValueError unless qkv has three dimensions and channels that 3 * num_heads divides.
+    """
+    if qkv.dim() != 3 or num_heads < 1 or qkv.shape[2] % (3 * num_heads):
+        raise ValueError(
+            f"qkv is {list(qkv.shape)} with num_heads={num_heads}; expected [B, N, a multiple of 3 * num_heads]"
+        )
+    if _takes(qkv, num_heads) and _has_kernel(qkv.device):
+        return _forward(qkv, num_heads)[0]
+    return _pack(F.scaled_dot_product_attention(*_unpack(qkv, num_heads)))
