@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dcae_fast import ops
 from dcae_fast.fast.fusion import conv_norm_act
@@ -58,7 +59,13 @@ SHAPES: list[tuple[str, Shape]] = [
     ("linear to 4C + gelu", (128, 1152, 32, 32)),
     ("linear from 4C + residual", (128, 4608, 32, 32)),
     ("mlp + residual", (128, 1152, 32, 32)),
+    *[
+        (name, shape)  # tokens as pixels: UViT-H and DiT-XL on f64 and f32 latents
+        for name in ("packed_attention", "packed_attention + gradient")
+        for shape in [(2048, 3456, 66, 1), (2048, 3456, 64, 1), (512, 3456, 258, 1), (512, 3456, 256, 1)]
+    ],
 ]
+SDPA = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass
@@ -118,6 +125,31 @@ def duplicate_shuffle_add(random, b, c, h, w) -> Case:
 def multiscale_qkv(random, b, c, h, w) -> Case:
     weights = [random(c, 1, 5, 5) / 5, random(c, 32, 1, 1) / 32**0.5]
     return Case(ops.multiscale_qkv, multiscale_qkv_reference, [random(b, c, h, w), *weights])
+
+
+def packed_attention(random, b, c, h, w, gradient: bool = False) -> Case:
+    """Against the fastest backend of scaled_dot_product_attention; with the gradient, forward and backward together."""
+    dim = 72 if c % (3 * 72) == 0 else 32
+    heads, tokens = c // (3 * dim), h * w
+
+    def sdpa(qkv):
+        q, k, v = qkv.view(b, tokens, 3, heads, dim).permute(2, 0, 3, 1, 4).unbind(0)
+        with sdpa_kernel(SDPA, set_priority=True):
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    def ours(qkv):
+        return ops.packed_attention(qkv, heads)
+
+    def with_gradient(attention: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def run(qkv, dout):
+            with torch.inference_mode(False), torch.enable_grad():
+                leaf = qkv.detach().requires_grad_()
+                return torch.autograd.grad(attention(leaf), leaf, dout)[0]
+
+        return run
+
+    tensors = [random(b, tokens, c)] + [random(b, tokens, c // 3)] * gradient
+    return Case(with_gradient(ours), with_gradient(sdpa), tensors) if gradient else Case(ours, sdpa, tensors)
 
 
 def upsample_conv2d(random, b, c, h, w) -> Case:
@@ -197,6 +229,8 @@ CASES: dict[str, Callable[..., Case]] = {
     "bias_act": bias_act,
     "relu_linear_attention": relu_linear_attention,
     "multiscale_qkv": multiscale_qkv,
+    "packed_attention": packed_attention,
+    "packed_attention + gradient": lambda *args: packed_attention(*args, gradient=True),
     "depthwise_glu": depthwise_glu,
     "unshuffle_average_add": unshuffle_average_add,
     "duplicate_shuffle_add": duplicate_shuffle_add,
@@ -225,7 +259,7 @@ def shapes(device: torch.device) -> list[tuple[str, Shape]]:
     return [(name, (1, c, max(h // 32, 4), max(w // 32, 4))) for name, (_, c, h, w) in SHAPES]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def error_of(case: Case) -> float:
     """Against the reference in fp32."""
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
