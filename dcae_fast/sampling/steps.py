@@ -7,7 +7,6 @@ import torch
 
 from .arguments import Network
 
-
 TERMS = 8  # more than a step of any sampler has
 
 
