@@ -7,6 +7,8 @@ import torch
 
 from .arguments import Network
 
+TERMS = 8  # more than a step of any sampler has
+
 
 class Step(NamedTuple):
     """function(network, x, times, numbers, *noise) → the next x, for network(x, t) called at each of `times` in turn.
@@ -58,8 +60,9 @@ def linear_steps(updates: Sequence[Callable[..., torch.Tensor]], like: torch.Ten
 
 
 def weights_of(update: Callable[..., torch.Tensor], noises: int) -> tuple[tuple[float, ...], torch.Tensor]:
+    """The times and weights of the step that an update is."""
     times, states = [], []
-    units = torch.eye(8, dtype=torch.float64)
+    units = torch.eye(TERMS, dtype=torch.float64)
 
     def network(x: torch.Tensor, t: float) -> torch.Tensor:
         times.append(t)
