@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from dcae_fast import ops
+from dcae_fast.models.transformer import check_inputs, unpatchify
 
 from .fusion import autocasts
 from .module import FastModule, kind, plain
+from .network import Network
 
 GELU = {"none": "gelu", "tanh": "gelu_tanh"}  # what the operators call the forms that PyTorch knows
 
@@ -21,7 +23,7 @@ class TransformerBlock(FastModule):
 
 
 class Block(TransformerBlock):
-    """UViT's. The long skip is the second half of a product, so that [x, skip] is never put together."""
+    """UViT's."""
 
     def fast_forward(self, x: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
         dtype = compute_dtype(x)
@@ -29,9 +31,7 @@ class Block(TransformerBlock):
         if not (can_fuse(self, x) and all(norm.elementwise_affine for norm in norms) and are_layers(layers, x)):
             return self.eager(x, skip)
         if self.skip_linear is not None:
-            of_x, of_skip = self.skip_linear.weight.to(dtype).split(x.shape[-1], dim=1)
-            x = ops.linear(x.to(dtype), of_x, self.skip_linear.bias)
-            x = ops.linear(skip.to(dtype), of_skip, residual=x)
+            x = long_skip(self.skip_linear, x, skip, dtype)
         x, y = affine_norm(self.norm1, x, dtype)
         x = attention(self.attn, y, residual=x)
         x, y = affine_norm(self.norm2, x, dtype)
@@ -39,17 +39,25 @@ class Block(TransformerBlock):
 
 
 class DiTBlock(TransformerBlock):
-    """The gated sum after the attention, the norm of it and its modulation are one pass."""
+    """A gated sum, the norm of it and its modulation are one pass; the block's last sum waits for the next norm."""
 
     def fast_forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        dtype, norms = compute_dtype(x), (self.norm1, self.norm2)
-        if not can_fuse(self, x) or any(norm.elementwise_affine for norm in norms) or getattr(self, "post_norm", False):
+        if not self.fuses(x):
             return self.eager(x, condition)
+        x, branch, gate = self.run(x, None, None, condition)
+        return x + gate[:, None] * branch
+
+    def fuses(self, x: torch.Tensor) -> bool:
+        affine = self.norm1.elementwise_affine or self.norm2.elementwise_affine
+        return can_fuse(self, x) and not affine and not getattr(self, "post_norm", False)
+
+    def run(self, x, branch, gate, condition) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The block on x + gate · branch, or on x; its result in the same form."""
+        dtype = compute_dtype(x)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation(self, condition, 6)
-        x, y = ops.layer_norm(x, scale1, shift1, self.norm1.eps, dtype=dtype)
-        branch = attention(self.attn, y)
-        x, y = ops.layer_norm(x, scale2, shift2, self.norm2.eps, branch, gate1, dtype)
-        return torch.addcmul(x, gate2[:, None], mlp(self.mlp, y))
+        x, y = ops.layer_norm(x, scale1, shift1, self.norm1.eps, branch, gate, dtype)
+        x, y = ops.layer_norm(x, scale2, shift2, self.norm2.eps, attention(self.attn, y), gate1, dtype)
+        return x, mlp(self.mlp, y), gate2
 
 
 class FinalLayer(TransformerBlock):
@@ -58,13 +66,37 @@ class FinalLayer(TransformerBlock):
     operators = ("layer_norm", "linear")
 
     def fast_forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        norm, layer = self.norm_final, self.linear
-        if type(norm) is not nn.LayerNorm or norm.elementwise_affine or not are_layers((layer,), x) or not plain(norm):
-            return self.eager(x, condition)
+        return self.run(x, None, None, condition) if self.fuses(x) else self.eager(x, condition)
+
+    def fuses(self, x: torch.Tensor) -> bool:
+        norm = self.norm_final
+        return (
+            type(norm) is nn.LayerNorm and not norm.elementwise_affine and are_layers((self.linear,), x) and plain(norm)
+        )
+
+    def run(self, x, branch, gate, condition) -> torch.Tensor:
+        """The layer on x + gate · branch, or on x."""
         dtype = compute_dtype(x)
         shift, scale = modulation(self, condition, 2)
-        _, y = ops.layer_norm(x, scale, shift, norm.eps, dtype=dtype)
-        return ops.linear(y, layer.weight.to(dtype), layer.bias)
+        _, y = ops.layer_norm(x, scale, shift, self.norm_final.eps, branch, gate, dtype)
+        return ops.linear(y, self.linear.weight.to(dtype), self.linear.bias)
+
+
+class DiT(Network):
+    """This project's, whose blocks leave their last sums to the norms of the next ones."""
+
+    def fast_forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        check_inputs(self.config, x, t, y, fewest_channels=self.config.in_channels)
+        tokens, layers = self.x_embedder(x) + self.pos_embed, (*self.blocks, self.final_layer)
+        if not all(
+            isinstance(layer, DiTBlock | FinalLayer) and plain(layer) and layer.fuses(tokens) for layer in layers
+        ):
+            return self.eager(x, t, y)
+        condition = self.t_embedder(t) + self.y_embedder(y)
+        branch = gate = None
+        for block in self.blocks:
+            tokens, branch, gate = block.run(tokens, branch, gate, condition)
+        return unpatchify(self.final_layer.run(tokens, branch, gate, condition), self.config.patch_size)
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
@@ -105,6 +137,20 @@ def has_no_more(module: nn.Module, *names: str) -> bool:
         name in names or type(child) is nn.Identity or (type(child) is nn.Dropout and not (child.training and child.p))
         for name, child in module.named_children()
     )
+
+
+def long_skip(layer: nn.Linear, x: torch.Tensor, skip: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """layer([x, skip]). For a gradient it is two products, and [x, skip] is not kept; the first one is rounded.
+
+    Otherwise [x, skip] is written once, in the dtype of the product, as fast as another product and not rounded.
+    """
+    weight, width = layer.weight.to(dtype), x.shape[-1]
+    if torch.is_grad_enabled():
+        of_x, of_skip = weight.split(width, dim=1)
+        return ops.linear(skip.to(dtype), of_skip, residual=ops.linear(x.to(dtype), of_x, layer.bias))
+    both = x.new_empty(*x.shape[:-1], 2 * width, dtype=dtype)
+    both[..., :width], both[..., width:] = x, skip
+    return ops.linear(both, weight, layer.bias)
 
 
 def affine_norm(norm: nn.LayerNorm, x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,7 +13,7 @@ DENSITY = tl.constexpr(1 / math.sqrt(2 * math.pi))
 TWICE_SLOPE = tl.constexpr(2 * math.sqrt(2 / math.pi))
 CUBIC = tl.constexpr(0.044715)
 CUBIC_SLOPE = tl.constexpr(3 * 0.044715)
-BLOCK_ROWS, BLOCK_COLUMNS = 8, 512
+BLOCK_ROWS, BLOCK_COLUMNS = 4, 1024
 
 
 @triton.jit

@@ -117,7 +117,7 @@ def launch_layer_norm_backward(dy, dsum, total, scale, branch, gate, eps, dtype)
     images, tokens, width = total.shape if scale.dim() == 2 else (1, total.shape[0] * total.shape[1], total.shape[2])
     dx = torch.empty_like(total, dtype=dtype)
     dbranch = torch.empty_like(branch) if branch is not None else total.new_empty(0)
-    block_rows, block_d = row_tile(width, width, elements=2048)
+    block_rows, block_d = row_tile(width, width, elements=2048 if branch is None else 4096)
     splits = persistent_splits(total, triton.cdiv(tokens, block_rows), images)
     partial = torch.empty(images, splits, 3, width, dtype=torch.float32, device=total.device)
     if total.numel():

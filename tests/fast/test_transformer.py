@@ -1,0 +1,215 @@
+"""Patched diffusion transformers against the plain ones: results, gradients, types, and what must keep working."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from small_models import DEVICE
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.utils.checkpoint import checkpoint
+
+import dcae_fast
+from dcae_fast import ops
+from dcae_fast.fast.module import is_fast, original_class
+from dcae_fast.fast.transformer import TransformerBlock
+from dcae_fast.models import DiT, DiTConfig, UViT, UViTConfig
+
+SIZES = {"in_channels": 8, "input_size": 4, "depth": 2, "hidden_size": 48, "num_heads": 3, "num_classes": 10}
+NETWORKS = {
+    "uvit": lambda: UViT(UViTConfig(**SIZES)),
+    "dit": lambda: DiT(DiTConfig(**SIZES)),
+    "sit-patch2": lambda: DiT(DiTConfig(**SIZES | {"patch_size": 2}, learn_sigma=False)),
+}
+BLOCKS = ("Block", "DiTBlock", "FinalLayer")
+
+
+@pytest.fixture(params=NETWORKS)
+def networks(request) -> tuple[nn.Module, nn.Module]:
+    """A plain network with no parameter at zero, and the patched one."""
+    return pair(request.param)
+
+
+def pair(name: str) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    plain = NETWORKS[name]().eval()
+    for parameter in plain.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.05)
+    plain.to(DEVICE)
+    fast = copy.deepcopy(plain)
+    assert dcae_fast.patch(fast).replaced
+    return plain, fast
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x = torch.randn(3, 8, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return (
+        x.to(DEVICE, dtype),
+        torch.tensor([1.0, 400.5, 999.0], device=DEVICE),
+        torch.tensor([0, 3, 10], device=DEVICE),
+    )
+
+
+def results(network: nn.Module, dtype=torch.float32, autocast: torch.dtype | None = None) -> list[torch.Tensor]:
+    """The prediction and all gradients, one vector."""
+    with torch.autocast(DEVICE, autocast, enabled=autocast is not None):
+        out = network(*inputs(dtype))
+    weights = [weight for weight in network.parameters() if weight.requires_grad]
+    gradients = torch.autograd.grad(out.double().square().mean(), weights)
+    return [out, torch.cat([gradient.double().flatten() for gradient in gradients])]
+
+
+def error(got: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((got.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+def launches(network: nn.Module, monkeypatch) -> list[str]:
+    """The operators of transformers that a call runs."""
+    called = []
+    with monkeypatch.context() as patch:
+        for name in TransformerBlock.operators:
+            run = getattr(ops, name)
+            patch.setattr(
+                ops, name, lambda *args, name=name, run=run, **kwargs: called.append(name) or run(*args, **kwargs)
+            )
+        network(*inputs(next(network.parameters()).dtype))
+    return called
+
+
+def test_all_blocks_run_their_operators(networks, monkeypatch):
+    plain, fast = networks
+    called = launches(fast, monkeypatch)
+    blocks = SIZES["depth"] + isinstance(plain, UViT)
+    assert called.count("packed_attention") == called.count("mlp") == blocks
+    assert called.count("layer_norm") == 2 * blocks + isinstance(plain, DiT)
+    assert not launches(plain, monkeypatch)
+
+
+def test_float32(networks):
+    plain, fast = networks
+    exact = results(copy.deepcopy(plain).double(), torch.float64)
+    for got, eager, want in zip(results(fast), results(plain), exact, strict=True):
+        assert error(got, want) <= min(1e-4, max(2 * error(eager, want), 1e-6))
+    with torch.no_grad():
+        assert error(fast(*inputs()), exact[0]) <= 2e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "weights"])
+def test_half_precision(networks, autocast, dtype):
+    """Types as in the plain network's; errors too, but for the interpreter, which truncates."""
+    plain, fast = networks
+    if autocast and DEVICE == "cpu" and dtype == torch.float16:
+        pytest.skip("slow on a CPU")
+    exact = results(copy.deepcopy(plain).double(), torch.float64)
+    given = torch.float32 if autocast else dtype
+    plain, fast = plain.to(given), fast.to(given)
+    arguments = (given, dtype if autocast else None)
+    slack = 2 if DEVICE == "cuda" else 4
+    for got, eager, want in zip(results(fast, *arguments), results(plain, *arguments), exact, strict=True):
+        assert got.dtype == eager.dtype
+        assert error(got, want) <= slack * error(eager, want)
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
+def test_compiles_whole(networks, autocast):
+    _, fast = networks
+    torch._dynamo.reset()
+    compiled = copy.deepcopy(fast)
+    compiled.compile(fullgraph=True, backend="aot_eager")
+    for got, want in zip(results(compiled, autocast=autocast), results(fast, autocast=autocast), strict=True):
+        torch.testing.assert_close(got, want)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*inputs()), fast(*inputs()))
+
+
+def test_hooks_are_called_and_see_what_they_would(networks):
+    plain, fast = networks
+    for path in ("attn", "mlp.fc1", "norm2"):
+        seen = {}
+        for name, network in (("plain", plain), ("fast", fast)):
+            block = next(module for module in network.modules() if original_class(module).__name__ in BLOCKS)
+            handle = block.get_submodule(path).register_forward_hook(
+                lambda module, args, out, name=name, seen=seen: seen.setdefault(name, out.detach())
+            )
+            network(*inputs())
+            handle.remove()
+        torch.testing.assert_close(seen["fast"], seen["plain"])
+
+
+def test_checkpointed_blocks(networks, monkeypatch):
+    _, fast = networks
+    want = results(fast)
+    wrapped = copy.deepcopy(fast)
+    apply_activation_checkpointing(wrapped, check_fn=lambda module: original_class(module).__name__ in BLOCKS[:2])
+    for got, expected in zip(results(wrapped), want, strict=True):
+        torch.testing.assert_close(got, expected)
+    assert launches(wrapped, monkeypatch)
+    out = checkpoint(fast, *inputs(), use_reentrant=False)
+    torch.testing.assert_close(out, want[0])
+
+
+def test_lora(networks):
+    plain, fast = networks
+    config = LoraConfig(r=2, target_modules=["qkv", "fc2"], init_lora_weights=False)
+    for network in networks:
+        torch.manual_seed(1)
+        inject_adapter_in_model(config, network)
+    for got, want in zip(results(fast), results(plain), strict=True):
+        assert error(got, want) <= 1e-5
+
+
+def test_dropout_that_is_on_is_not_passed_over(networks, monkeypatch):
+    _, fast = networks
+    block = next(module for module in fast.modules() if original_class(module).__name__ in BLOCKS)
+    block.mlp.drop = nn.Dropout(0.5)
+    whole = launches(fast.eval(), monkeypatch)
+    assert len(launches(fast.train(), monkeypatch)) < len(whole)
+
+
+def test_copies_pickles_and_unpatch(networks):
+    plain, fast = networks
+    want = fast(*inputs())
+    for other in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert sum(map(is_fast, other.modules())) == sum(map(is_fast, fast.modules()))
+        torch.testing.assert_close(other(*inputs()), want, atol=0, rtol=0)
+    dcae_fast.unpatch(fast)
+    assert [type(module) for module in fast.modules()] == [type(module) for module in plain.modules()]
+
+
+@pytest.mark.parametrize("operator", TransformerBlock.operators)
+def test_disabled_operator_is_not_called(networks, operator, monkeypatch):
+    plain, fast = networks
+    report = dcae_fast.patch(fast, disable=operator)
+    assert report.skipped and operator not in launches(fast, monkeypatch)
+    assert error(fast(*inputs()), plain(*inputs())) <= 2e-6
+
+
+class Attention(nn.Module):
+    """With the attributes of timm's, which the original's DiT uses."""
+
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.num_heads, self.scale = num_heads, (dim // num_heads) ** -0.5
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
+        self.attn_drop, self.proj_drop = nn.Dropout(0.0), nn.Dropout(0.0)
+
+
+Attention.__module__ = "timm.models.vision_transformer"
+
+
+def test_what_else_an_attention_may_have(monkeypatch):
+    """Norms of q and k, or another scale, are not passed over."""
+    for change, fuses in (({}, True), ({"q_norm": nn.LayerNorm(16)}, False), ({"scale": 1.0}, False)):
+        _, fast = pair("dit")
+        block = fast.blocks[0]
+        attention = Attention(48, 3).to(DEVICE)
+        attention.load_state_dict(block.attn.state_dict())
+        for name, value in change.items():
+            setattr(attention, name, value)
+        block.attn = attention
+        x = torch.randn(2, 4, 48, device=DEVICE)
+        assert block.fuses(x) == fuses
