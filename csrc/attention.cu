@@ -221,7 +221,8 @@ struct Softmax {
 // kAtOnce: for kMostGroups of keys, 65 to 80 tokens, which are all scored at once.
 template <typename T, int kDim, bool kAtOnce>
 __global__ void __launch_bounds__(32 * kForwardWarps, 2)
-    attention_kernel(const T* __restrict__ qkv, T* __restrict__ out, float* __restrict__ lse, int tokens, int heads) {
+    packed_attention_kernel(const T* __restrict__ qkv, T* __restrict__ out, float* __restrict__ lse, int tokens,
+                            int heads) {
   extern __shared__ uint4 shared[];
   const int width = heads * kDim, stride = 3 * width, tiles = round_up(tokens) / kTile;
   const int64_t first = static_cast<int64_t>(blockIdx.x / heads) * tokens;
@@ -353,8 +354,9 @@ __device__ void add_key_gradients(float (&dk)[kDim / 8][4], float (&dv)[kDim / 8
 
 template <typename T, int kDim>
 __global__ void __launch_bounds__(32 * kBackwardWarps, 1)
-    attention_backward_kernel(const T* __restrict__ dout, const T* __restrict__ qkv, const T* __restrict__ out,
-                              const float* __restrict__ lse, T* __restrict__ dqkv, int tokens, int heads) {
+    packed_attention_backward_kernel(const T* __restrict__ dout, const T* __restrict__ qkv,
+                                     const T* __restrict__ out, const float* __restrict__ lse, T* __restrict__ dqkv,
+                                     int tokens, int heads) {
   extern __shared__ uint4 shared[];
   const int width = heads * kDim, stride = 3 * width, padded = round_up(tokens), tiles = padded / kTile;
   const int64_t first = static_cast<int64_t>(blockIdx.x / heads) * tokens;
@@ -438,8 +440,8 @@ cudaError_t launch_packed_attention(const void* qkv, void* out, float* lse, int6
   const int padded = round_up(tokens), warps = warps_for(padded / kTile, kForwardWarps, 1);
   return with_types(dtype, head_dim, [&](auto element, auto dim) {
     using T = decltype(element);
-    const auto kernel = padded == kMostGroups * kTile ? attention_kernel<T, dim.value, true>
-                                                      : attention_kernel<T, dim.value, false>;
+    const auto kernel = padded == kMostGroups * kTile ? packed_attention_kernel<T, dim.value, true>
+                                                      : packed_attention_kernel<T, dim.value, false>;
     return launch(kernel, batch * heads, warps, (2 * tokens + padded) * kRow, stream,
                   static_cast<const T*>(qkv), static_cast<T*>(out), lse, tokens, heads);
   });
@@ -452,7 +454,7 @@ cudaError_t launch_packed_attention_backward(const void* dout, const void* qkv, 
   const int shared_bytes = (4 * padded + warps * kTile) * kRow + padded * static_cast<int>(sizeof(float2));
   return with_types(dtype, head_dim, [&](auto element, auto dim) {
     using T = decltype(element);
-    return launch(attention_backward_kernel<T, dim.value>, batch * heads, warps, shared_bytes, stream,
+    return launch(packed_attention_backward_kernel<T, dim.value>, batch * heads, warps, shared_bytes, stream,
                   static_cast<const T*>(dout), static_cast<const T*>(qkv), static_cast<const T*>(out), lse,
                   static_cast<T*>(dqkv), tokens, heads);
   });
