@@ -1,7 +1,7 @@
 // Softmax attention of few tokens, forward and backward. See ops.h for the formulas and the layout.
 //
-// A block owns one head of one image, and brings all of it to shared memory at once. A warp then takes 16 rows at a time
-// through tensor cores: scores of a few groups of 16 keys stay in its registers, and become a factor of the next
+// A block owns one head of one image, and brings all of it to shared memory at once. A warp then takes 16 rows through
+// tensor cores at a time: scores of a few groups of 16 keys stay in its registers, and become a factor of the next
 // product there. Forward, the rows are queries, with a softmax that goes along with the keys. Backward, they are either
 // queries, which give dq, or keys, which give dk and dv: scores are computed twice, and no warp waits for another's.
 
@@ -14,13 +14,13 @@
 
 namespace {
 
-constexpr int kTile = 16;           // rows of a warp; groups of keys
-constexpr int kStride = 72;         // elements between rows in shared memory: no two rows of a load share banks
-constexpr int kRow = 2 * kStride;   // the same in bytes
-constexpr int kForwardGroups = 4;  // groups of keys that a warp scores at a time: as many as its registers hold
-constexpr int kQueryGroups = 2;    // the same where it sums the gradient of queries; of keys and values: one of queries
-constexpr int kForwardWarps = 10;   // of a block, at most: tokens for two tiles each
-constexpr int kBackwardWarps = 16;
+constexpr int kTile = 16;          // rows of a warp; keys, or queries, of a group
+constexpr int kStride = 72;        // elements between rows in shared memory: no two rows of a load share banks
+constexpr int kRow = 2 * kStride;  // the same in bytes
+// Groups that a warp scores at a time, as many as its registers hold: forward; where no others follow; for the gradient
+// of queries. For those of keys and values it is one.
+constexpr int kForwardGroups = 4, kMostGroups = 5, kQueryGroups = 2;
+constexpr int kForwardWarps = 10, kBackwardWarps = 16;  // of a block, at most
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kInfinity = INFINITY;
 
@@ -40,15 +40,28 @@ __device__ float log2_scale() {  // exp(x / sqrt(kDim)) = exp2(x * log2_scale)
   return kLog2E * (kDim == 64 ? 0.125f : 0.11785113019775793f);
 }
 
-// Starts the copy of a head's rows to shared memory; rows from `rows` to `padded` are zeros.
-template <int kDim, typename T>
-__device__ void load_rows(unsigned to, const T* from, int stride, int rows, int padded) {
-  for (int i = threadIdx.x; i < padded * kChunks<kDim>; i += blockDim.x) {
+// Starts the copy of rows to shared memory, from kArrays arrays that lie `from_step` elements apart, to `to_step` bytes
+// apart.
+template <int kDim, int kArrays, typename T>
+__device__ void load_rows(unsigned to, int to_step, const T* from, int from_step, int stride, int rows) {
+  for (int i = threadIdx.x; i < rows * kChunks<kDim>; i += blockDim.x) {
     const int row = i / kChunks<kDim>, column = i % kChunks<kDim> * 8;
-    const T* source = row < rows ? from + row * stride + column : from;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+#pragma unroll
+    for (int j = 0; j < kArrays; ++j) {
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+                   :
+                   : "r"(to + row * kRow + 2 * column + j * to_step), "l"(from + row * stride + column + j * from_step)
+                   : "memory");
+    }
+  }
+}
+
+template <int kDim>
+__device__ void clear_rows(unsigned to, int rows) {
+  for (int i = threadIdx.x; i < rows * kChunks<kDim>; i += blockDim.x) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};"
                  :
-                 : "r"(to + row * kRow + 2 * column), "l"(source), "r"(row < rows ? 16 : 0)
+                 : "r"(to + i / kChunks<kDim> * kRow + i % kChunks<kDim> * 16), "r"(0)
                  : "memory");
   }
 }
@@ -156,7 +169,7 @@ __device__ void store_tile(T* to, int stride, int rows, const float (&c)[kDim / 
   }
 }
 
-// The largest, or the sum, of what the four threads of a row have.
+// The largest, and the sum, of what the four threads of a row have.
 __device__ float row_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
   return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
@@ -201,9 +214,11 @@ struct Softmax {
   }
 };
 
-template <typename T, int kDim>
+// kAtOnce: for kMostGroups of keys, 65 to 80 tokens, which are all scored at once.
+template <typename T, int kDim, bool kAtOnce>
 __global__ void __launch_bounds__(32 * kForwardWarps, 2)
-    attention_kernel(const T* __restrict__ qkv, T* __restrict__ out, float* __restrict__ lse, int tokens, int heads) {
+    packed_attention_kernel(const T* __restrict__ qkv, T* __restrict__ out, float* __restrict__ lse, int tokens,
+                            int heads) {
   extern __shared__ uint4 shared[];
   const int width = heads * kDim, stride = 3 * width, tiles = round_up(tokens) / kTile;
   const int64_t first = static_cast<int64_t>(blockIdx.x / heads) * tokens;
@@ -212,9 +227,8 @@ __global__ void __launch_bounds__(32 * kForwardWarps, 2)
 
   // Reads past the end of q and k fall into what follows, and are masked; v meets zeros, which must not meet NaN.
   const unsigned q = shared_address(shared), k = q + tokens * kRow, v = k + tokens * kRow;
-  load_rows<kDim>(q, qkv, stride, tokens, tokens);
-  load_rows<kDim>(k, qkv + width, stride, tokens, tokens);
-  load_rows<kDim>(v, qkv + 2 * width, stride, tokens, tiles * kTile);
+  load_rows<kDim, 3>(q, tokens * kRow, qkv, width, stride, tokens);
+  clear_rows<kDim>(v + tokens * kRow, tiles * kTile - tokens);
   wait_for_rows();
 
   for (int tile = threadIdx.x / 32; tile < tiles; tile += blockDim.x / 32) {
@@ -225,12 +239,15 @@ __global__ void __launch_bounds__(32 * kForwardWarps, 2)
       softmax.template add<groups.value>(q + tile * kTile * kRow, k + at, v + at, tokens - done * kTile);
       done += groups.value;
     };
-    while (tiles - done >= kForwardGroups) add(std::integral_constant<int, kForwardGroups>{});
-    switch (tiles - done) {
-      case 4: add(std::integral_constant<int, 4>{}); break;
-      case 3: add(std::integral_constant<int, 3>{}); break;
-      case 2: add(std::integral_constant<int, 2>{}); break;
-      case 1: add(std::integral_constant<int, 1>{}); break;
+    if constexpr (kAtOnce) {
+      add(std::integral_constant<int, kMostGroups>{});
+    } else {
+      while (tiles - done >= kForwardGroups) add(std::integral_constant<int, kForwardGroups>{});
+      switch (tiles - done) {
+        case 3: add(std::integral_constant<int, 3>{}); break;
+        case 2: add(std::integral_constant<int, 2>{}); break;
+        case 1: add(std::integral_constant<int, 1>{}); break;
+      }
     }
 
     const int rows = min(kTile, tokens - tile * kTile), g = threadIdx.x % 32 / 4;
@@ -240,7 +257,8 @@ __global__ void __launch_bounds__(32 * kForwardWarps, 2)
       const float sum = row_sum(softmax.sum[r]);
       scale[r] = __fdividef(1.0f, sum);
       if (threadIdx.x % 4 == 0 && g + 8 * r < rows) {
-        lse[static_cast<int64_t>(blockIdx.x) * tokens + tile * kTile + g + 8 * r] = (softmax.top[r] + __log2f(sum)) * kLn2;
+        const int64_t row = static_cast<int64_t>(blockIdx.x) * tokens + tile * kTile + g + 8 * r;
+        lse[row] = (softmax.top[r] + __log2f(sum)) * kLn2;
       }
     }
     T* const to = out + (first + tile * kTile) * width + head * kDim;
@@ -260,11 +278,21 @@ template <typename T, int kDim>
 __device__ void load_statistics(float2* statistics, const T* dout, const T* out, const float* lse, int stride,
                                 int tokens) {
   for (int row = threadIdx.x / 4; row < round_up(tokens); row += blockDim.x / 4) {
+    const float base = row < tokens ? __ldg(lse + row) * kLog2E : kInfinity;
+    constexpr int kEach = (kChunks<kDim> + 3) / 4;
+    uint4 x[kEach] = {}, y[kEach] = {};
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int column = 8 * (4 * i + threadIdx.x % 4);
+      if (row < tokens && column < kDim) {
+        x[i] = __ldg(reinterpret_cast<const uint4*>(dout + row * stride + column));
+        y[i] = __ldg(reinterpret_cast<const uint4*>(out + row * stride + column));
+      }
+    }
     float dot = 0.0f;
-    for (int i = threadIdx.x % 4; i < kChunks<kDim> && row < tokens; i += 4) {
-      const uint4 x = __ldg(reinterpret_cast<const uint4*>(dout + row * stride + 8 * i));
-      const uint4 y = __ldg(reinterpret_cast<const uint4*>(out + row * stride + 8 * i));
-      const Pair xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const Pair xs[4] = {x[i].x, x[i].y, x[i].z, x[i].w}, ys[4] = {y[i].x, y[i].y, y[i].z, y[i].w};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const float2 a = widen<T>(xs[j]), b = widen<T>(ys[j]);
@@ -272,16 +300,13 @@ __device__ void load_statistics(float2* statistics, const T* dout, const T* out,
       }
     }
     dot = row_sum(dot);
-    if (threadIdx.x % 4 == 0) {
-      statistics[row] = row < tokens ? float2{lse[row] * kLog2E, dot} : float2{kInfinity, 0.0f};
-    }
+    if (threadIdx.x % 4 == 0) statistics[row] = {base, dot};
   }
 }
 
 // dq of 16 queries, from kGroups groups of keys starting with the `first`.
 template <typename T, int kDim, int kGroups>
-__device__ void add_query_gradient(float (&dq)[kDim / 8][4], const Head& head, int tile, int first,
-                                   int tokens) {
+__device__ void add_query_gradient(float (&dq)[kDim / 8][4], const Head& head, int tile, int first, int tokens) {
   const int from = tile * kTile * kRow, at = first * kTile * kRow, g = threadIdx.x % 32 / 4;
   float p[2 * kGroups][4], ds[2 * kGroups][4];
   multiply_rows<T, kDim, kGroups>(p, head.q + from, head.k + at);
@@ -325,8 +350,9 @@ __device__ void add_key_gradients(float (&dk)[kDim / 8][4], float (&dv)[kDim / 8
 
 template <typename T, int kDim>
 __global__ void __launch_bounds__(32 * kBackwardWarps, 1)
-    attention_backward_kernel(const T* __restrict__ dout, const T* __restrict__ qkv, const T* __restrict__ out,
-                              const float* __restrict__ lse, T* __restrict__ dqkv, int tokens, int heads) {
+    packed_attention_backward_kernel(const T* __restrict__ dout, const T* __restrict__ qkv,
+                                     const T* __restrict__ out, const float* __restrict__ lse, T* __restrict__ dqkv,
+                                     int tokens, int heads) {
   extern __shared__ uint4 shared[];
   const int width = heads * kDim, stride = 3 * width, padded = round_up(tokens), tiles = padded / kTile;
   const int64_t first = static_cast<int64_t>(blockIdx.x / heads) * tokens;
@@ -344,10 +370,11 @@ __global__ void __launch_bounds__(32 * kBackwardWarps, 1)
   head.k = head.q + padded * kRow;
   head.v = head.k + padded * kRow;
   head.dout = head.v + padded * kRow;
-  load_rows<kDim>(head.q, qkv, stride, tokens, padded);
-  load_rows<kDim>(head.k, qkv + width, stride, tokens, padded);
-  load_rows<kDim>(head.v, qkv + 2 * width, stride, tokens, padded);
-  load_rows<kDim>(head.dout, dout, width, tokens, padded);
+  load_rows<kDim, 3>(head.q, padded * kRow, qkv, width, stride, tokens);
+  load_rows<kDim, 1>(head.dout, 0, dout, 0, width, tokens);
+  for (const unsigned rows : {head.q, head.k, head.v, head.dout}) {
+    clear_rows<kDim>(rows + tokens * kRow, padded - tokens);
+  }
   load_statistics<T, kDim>(statistics, dout, out, lse, width, tokens);
   wait_for_rows();
 
@@ -409,7 +436,9 @@ cudaError_t launch_packed_attention(const void* qkv, void* out, float* lse, int6
   const int padded = round_up(tokens), warps = warps_for(padded / kTile, kForwardWarps, 1);
   return with_types(dtype, head_dim, [&](auto element, auto dim) {
     using T = decltype(element);
-    return launch(attention_kernel<T, dim.value>, batch * heads, warps, (2 * tokens + padded) * kRow, stream,
+    const auto kernel = padded == kMostGroups * kTile ? packed_attention_kernel<T, dim.value, true>
+                                                      : packed_attention_kernel<T, dim.value, false>;
+    return launch(kernel, batch * heads, warps, (2 * tokens + padded) * kRow, stream,
                   static_cast<const T*>(qkv), static_cast<T*>(out), lse, tokens, heads);
   });
 }
@@ -421,7 +450,7 @@ cudaError_t launch_packed_attention_backward(const void* dout, const void* qkv, 
   const int shared_bytes = (4 * padded + warps * kTile) * kRow + padded * static_cast<int>(sizeof(float2));
   return with_types(dtype, head_dim, [&](auto element, auto dim) {
     using T = decltype(element);
-    return launch(attention_backward_kernel<T, dim.value>, batch * heads, warps, shared_bytes, stream,
+    return launch(packed_attention_backward_kernel<T, dim.value>, batch * heads, warps, shared_bytes, stream,
                   static_cast<const T*>(dout), static_cast<const T*>(qkv), static_cast<const T*>(out), lse,
                   static_cast<T*>(dqkv), tokens, heads);
   });
