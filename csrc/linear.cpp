@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr int kMostCandidates = 32;
+constexpr int kMostCandidates = 8;
 constexpr size_t kMostWorkspace = size_t{32} << 20;  // what NVIDIA recommends for Hopper
 constexpr uint32_t kAlignment = 16;                  // bytes
 

@@ -1,7 +1,7 @@
 """Fast forwards for the blocks of diffusion transformers: UViT's and DiT's, this project's and the original's.
 
 Residual sums are as precise as in the modules' own forwards, everything between them is in the dtype of the weights or
-of an autocast, softmax attention too, which the original computes in float32.
+of an autocast, softmax attention too.
 """
 
 import torch
