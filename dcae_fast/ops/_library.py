@@ -9,6 +9,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Callable
 
 import torch
@@ -18,6 +19,7 @@ NAMESPACE = "dcae_fast"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+DESCRIBES_ARGUMENTS = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)  # Inductor; see below
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -103,8 +105,25 @@ def define(
         LIBRARY.impl(name, kernel, "CUDA")
     if INTERPRETED:
         LIBRARY.impl(name, kernel, "CPU")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", plain, lib=LIBRARY)
-    return Operator(getattr(getattr(torch.ops, NAMESPACE), name).default, kernel)
+    overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    def fake(*args):
+        if DESCRIBES_ARGUMENTS:
+            _make_known_to_inductor(overload)
+        return plain(*args)
+
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    return Operator(overload, kernel)
+
+
+def _make_known_to_inductor(overload: torch._ops.OpOverload) -> None:
+    """What Inductor does where it meets an operator first, without its description of everything that the arguments
+    were computed from, which doubles in length with every residual.
+    """
+    lowering = sys.modules.get("torch._inductor.lowering")
+    if lowering is not None and overload not in lowering.lowerings:
+        tag = torch._library.utils.get_layout_constraint_tag(overload, with_default=True)
+        lowering.make_fallback(overload, lowering.tag_to_layout_constraint(tag))
 
 
 def differentiable(op: Operator, backward: Callable, setup_context: Callable) -> None:

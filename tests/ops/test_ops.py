@@ -341,3 +341,17 @@ def test_more_than_2_to_the_31_elements(op):
     }[op]
     whole, alone = call(big)[-1:], call(big[-1:].clone(memory_format=NHWC))
     torch.testing.assert_close(whole, alone, atol=2e-2 if op == "attention" else 0, rtol=0)
+
+
+@torch.no_grad()
+def test_a_chain_of_residuals_compiles_in_time():
+    """Inductor of torch 2.11 describes the arguments of an operator that it meets first, the last one here, in full."""
+
+    def chain(x, weight, bias):
+        for _ in range(14):
+            x = ops.conv2d(ops.conv2d(x, weight, bias, "silu", padding=1), weight, bias, residual=x, padding=1)
+        return ops.bias_act(x, bias, "silu")
+
+    tensors = [tensor.detach() for tensor in make([(1, 8, 4, 4), (8, 8, 3, 3), (8,)], torch.float32)]
+    with torch._inductor.config.patch(force_disable_caches=True):
+        torch.testing.assert_close(torch.compile(chain, fullgraph=True)(*tensors), chain(*tensors))
