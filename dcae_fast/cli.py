@@ -1,4 +1,4 @@
-"""The command line: dcae-fast reconstruct | encode | decode | sample | convert | models | info."""
+"""The command line: dcae-fast reconstruct | encode | decode | sample | cache-latents | convert | models | info."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -15,6 +15,7 @@ import dcae_fast
 
 from . import describe, images
 from . import sample as sampling
+from .commands.cache_latents import cache_latents
 from .commands.common import Compute, UsageError
 from .diffusion import DCAEDiffusion
 from .models import diffusion_zoo
@@ -145,7 +146,7 @@ def decode(latents: Paths, *, out: Path = Path("outputs"), compute: Compute) -> 
 
 def sample(
     *,
-    model: str,
+    model: str = sampling.TINY,
     labels: tuple[int, ...] = (),
     cfg: float = 6.0,
     seed: int = 0,
@@ -290,10 +291,10 @@ def _for_each(files: Sequence[Path], work: Callable[[Path, str], str], out: Path
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; the exit status is 0, 1 if some files failed, or 2 if the request could not be met at all."""
-    commands = {command.__name__: command for command in (reconstruct, encode, decode, sample, convert, models, info)}
+    commands = [reconstruct, encode, decode, sample, cache_latents, convert, models, info]
     try:
         return tyro.extras.subcommand_cli_from_dict(
-            commands,
+            {command.__name__.replace("_", "-"): command for command in commands},
             prog="dcae-fast",
             description="Deep compression autoencoders, fast.",
             args=argv,

@@ -1,0 +1,169 @@
+"""A folder of latents from pictures: made by all ranks, resumed, described by its manifest."""
+
+import os
+import time
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from dcae_fast import distributed
+from dcae_fast.models.autoencoder import DCAE
+
+from .encode import BatchEncoder, automatic_batch, encode_batches
+from .manifest import MANIFEST, DataError, Manifest, Settings, Sums, load_manifest, statistics, weights_hash
+from .pictures import CropDataset, Pictures, collate
+from .store import STORES, NpyStore, ShardStore
+
+Store = NpyStore | ShardStore
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `cache_latents` did on all ranks. skipped: (name, reason) of pictures without a latent.
+
+    encoded: latents made; kept: latents that were there; seconds: the slowest rank's, from the first picture read to
+    the last latent written; waited: share of that time in which the devices did not compute, on average.
+    """
+
+    manifest: Manifest
+    encoded: int
+    kept: int
+    skipped: list[tuple[str, str]]
+    seconds: float
+    waited: float
+
+
+def settings_of(model: DCAE, name: str, scaling_factor: float | None, resolution: int, format: str) -> Settings:
+    """The settings of latents that the model makes; scaling_factor: the model's own if None. Raises DataError."""
+    factor, ratio = scaling_factor or model.scaling_factor, model.spatial_compression_ratio
+    if factor is None:
+        raise DataError(f"scale: none is known for {name}; give one, about 1 / rms of its latents")
+    if resolution <= 0 or resolution % ratio:
+        raise DataError(f"resolution {resolution}: expected a multiple of {ratio}, the model's ratio")
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    shape = model.config.latent_channels, resolution // ratio, resolution // ratio
+    return Settings(name, dtype, resolution, factor, format, weights_hash(model.encoder), shape)
+
+
+def default_workers() -> int:
+    """Processes that read pictures for this rank: its share of this machine's cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def cache_latents(
+    pictures: Pictures,
+    folder: Path,
+    model: DCAE,
+    settings: Settings,
+    batch: int | None = None,
+    workers: int | None = None,
+) -> Report:
+    """Writes the latents that are not there yet, all ranks together, and then the manifest.
+
+    model: patched or not, on its device; settings: by `settings_of`; batch, workers: chosen here if None. Every latent
+    is there and whole, or absent, whenever this is killed. Raises DataError where the folder holds other latents.
+    """
+    store = STORES[settings.format](folder, pictures.items, settings)
+    if distributed.is_main():
+        _prepare(folder, store, Manifest(settings, pictures.classes))
+    distributed.barrier()
+    units = -(-len(pictures.items) // store.unit)
+    mine = distributed.share(units)
+    there = store.scan(range(mine.start * store.unit, min(mine.stop * store.unit, len(pictures.items))))
+    kept = {index: sums for part in distributed.all_gather(there) for index, sums in part.items()}
+    missing = _share_of_missing(len(pictures.items), kept, store.unit)
+    encode = BatchEncoder(model, settings.scaling_factor, batch or automatic_batch(model, settings.resolution))
+    outcome = _encode(pictures, missing, store, encode, default_workers() if workers is None else workers)
+    return _report(folder, pictures, Manifest(settings, pictures.classes), kept, distributed.all_gather(outcome))
+
+
+def _prepare(folder: Path, store: Store, manifest: Manifest) -> None:
+    """Leaves a folder that has a manifest of these settings and nothing that a killed run left behind."""
+    folder.mkdir(parents=True, exist_ok=True)
+    before, leftovers = load_manifest(folder), set(folder.rglob(".*.part"))
+    if before is not None:
+        manifest.settings.check_same(before.settings, folder)
+        store.check_strays()
+    elif not leftovers.issuperset(folder.iterdir()):
+        raise DataError(f"{folder} is not empty and has no {MANIFEST}; take another folder")
+    for leftover in leftovers:
+        leftover.unlink()
+    manifest.save(folder)
+
+
+def _share_of_missing(count: int, kept: dict[int, Sums], unit: int) -> list[int]:
+    """This rank's part of the numbers that are not kept: whole units, as many for every rank."""
+    units: dict[int, list[int]] = {}
+    for index in range(count):
+        if index not in kept:
+            units.setdefault(index // unit, []).append(index)
+    parts = list(units.values())
+    return [index for part in distributed.share(len(parts)) for index in parts[part]]
+
+
+@dataclass
+class Outcome:
+    """What became of a rank's pictures, by number, and the seconds that it took and that its device computed."""
+
+    sums: dict[int, Sums] = field(default_factory=dict)
+    failed: list[tuple[int, str]] = field(default_factory=list)
+    seconds: float = 0.0
+    busy: float = 0.0
+
+
+def _encode(pictures: Pictures, indices: list[int], store: Store, encode: BatchEncoder, workers: int) -> Outcome:
+    """Encodes some of the pictures and writes their latents."""
+    outcome, (_, _, side) = Outcome(), store.shape
+    dataset = CropDataset(pictures, indices, side * encode.model.spatial_compression_ratio)
+    workers = min(workers, -(-len(indices) // encode.batch))
+    on_cuda = next(encode.model.parameters()).is_cuda
+    loader = DataLoader(dataset, encode.batch, num_workers=workers, collate_fn=collate, pin_memory=on_cuda)
+    begin = time.perf_counter()
+    quiet = None if distributed.is_main() else True
+    with tqdm(total=len(indices), unit="image", disable=quiet) as bar:
+        for done in encode_batches(loader, encode, store.dtype, partial(_write, store), store.writers):
+            sums, failed = done.result
+            outcome.sums |= sums
+            outcome.failed += [*done.crops.failed, *failed]
+            outcome.busy += done.seconds
+            bar.update(len(done.crops.indices) + len(done.crops.failed))
+    store.close()
+    outcome.seconds = time.perf_counter() - begin
+    return outcome
+
+
+def _write(store: Store, indices: list[int], latents: torch.Tensor) -> tuple[dict[int, Sums], list[tuple[int, str]]]:
+    """Writes the latents that are finite: their sums by number, and (number, reason) of the others."""
+    sums = {index: Sums.of(z.float().numpy()) for index, z in zip(indices, latents, strict=True)}
+    rows = [row for row, index in enumerate(indices) if sums[index].finite]
+    failed = [(index, "its latent is not finite") for index in indices if not sums[index].finite]
+    store.write([indices[row] for row in rows], latents[rows] if failed else latents)
+    return {indices[row]: sums[indices[row]] for row in rows}, failed
+
+
+def _report(
+    folder: Path, pictures: Pictures, manifest: Manifest, kept: dict[int, Sums], outcomes: list[Outcome]
+) -> Report:
+    """The report, the same on every rank; the manifest is complete on disk when this returns."""
+    made = {index: sums for outcome in outcomes for index, sums in outcome.sums.items()}
+    failed = sorted(each for outcome in outcomes for each in outcome.failed)
+    skipped = [(pictures.items[index].name, reason) for index, reason in failed]
+    manifest = replace(
+        manifest,
+        images=len(pictures.items),
+        latents=len(kept) + len(made),
+        skipped=tuple(name for name, _ in skipped),
+        **statistics([*kept.values(), *made.values()]),
+    )
+    if distributed.is_main():
+        manifest.save(folder)
+    distributed.barrier()
+    seconds, busy = (sum(getattr(outcome, name) for outcome in outcomes) for name in ("seconds", "busy"))
+    slowest = max(outcome.seconds for outcome in outcomes)
+    encoded = sum(len(outcome.sums) for outcome in outcomes)
+    return Report(manifest, encoded, len(kept), skipped, slowest, 1 - busy / seconds if seconds else 0.0)

@@ -1,0 +1,149 @@
+"""Where cached latents lie: which of them are there and valid, and how more are added, each file whole or absent."""
+
+import json
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from dcae_fast.files import written_atomically
+
+from .latents import SHARDS, files_under, load_npy
+from .manifest import DataError, Settings, Sums
+from .pictures import Picture
+
+READERS = 16
+
+
+class NpyStore:
+    """One .npy file per picture under its own path, as the original has them; bfloat16 is stored as float32.
+
+    unit: so many consecutive latents are written by one process; writers: threads that may write at once.
+    """
+
+    unit, writers = 1, 8
+
+    def __init__(self, folder: Path, pictures: list[Picture], settings: Settings):
+        self.folder, self.pictures, self.shape = folder, pictures, settings.shape
+        self.dtype = torch.float16 if settings.dtype == "float16" else torch.float32
+        self._numpy = np.dtype(str(self.dtype).removeprefix("torch."))
+
+    def check_strays(self) -> None:
+        """DataError if there is a latent of another picture."""
+        known = {picture.key for picture in self.pictures}
+        for name in files_under(self.folder, {".npy"}):
+            if name.removesuffix(".npy") not in known:
+                raise DataError(f"{self.folder / name}: of none of the pictures; take another folder")
+
+    def scan(self, indices: Iterable[int]) -> dict[int, Sums]:
+        """The sums of those latents that are there and valid, by number; files that are not valid are removed."""
+        with ThreadPoolExecutor(READERS) as pool:
+            found = zip(indices, pool.map(self._sums, indices), strict=True)
+            return {index: sums for index, sums in found if sums is not None}
+
+    def _sums(self, index: int) -> Sums | None:
+        path = self._path(index)
+        if not path.exists():
+            return None
+        try:
+            latent = load_npy(path)
+        except DataError:
+            latent = None
+        if latent is not None and latent.shape == self.shape and latent.dtype == self._numpy:
+            sums = Sums.of(latent)
+            if sums.finite:
+                return sums
+        path.unlink()
+        return None
+
+    def write(self, indices: list[int], latents: torch.Tensor) -> None:
+        """Adds latents [n, c, h, w], of `dtype` and on the CPU."""
+        for index, latent in zip(indices, latents.numpy(), strict=True):
+            path = self._path(index)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with written_atomically(path) as temporary, open(temporary, "wb") as file:
+                np.save(file, latent)
+
+    def close(self) -> None:
+        """After the last write."""
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"{self.pictures[index].key}.npy"
+
+
+class ShardStore:
+    """Files of `unit` consecutive pictures: "latents" [n, c, h, w], "classes" [n], and the names in the metadata.
+
+    A shard is written when a latent of another one comes, or at the end: latents come in order, from one thread.
+    """
+
+    unit, writers = 1024, 1
+
+    def __init__(self, folder: Path, pictures: list[Picture], settings: Settings):
+        self.folder, self.pictures, self.shape = folder, pictures, settings.shape
+        self.dtype = getattr(torch, settings.dtype)
+        self._pending: dict[int, torch.Tensor] = {}
+
+    def check_strays(self) -> None:
+        """DataError if there is a shard beyond those that the pictures fill."""
+        expected = {self._path(first) for first in range(0, len(self.pictures), self.unit)}
+        for path in sorted(self.folder.glob(SHARDS)):
+            if path not in expected:
+                raise DataError(f"{path}: of none of the pictures; take another folder")
+
+    def scan(self, indices: Iterable[int]) -> dict[int, Sums]:
+        """The sums of those latents that are there and valid, by number; files without any are removed."""
+        found = {}
+        for first in sorted({index // self.unit * self.unit for index in indices}):
+            rows = self._load(first)
+            found |= {index: Sums.of(latent.float().numpy()) for index, latent in rows.items()}
+            if not rows:
+                self._path(first).unlink(missing_ok=True)
+        return found
+
+    def write(self, indices: list[int], latents: torch.Tensor) -> None:
+        """Adds latents [n, c, h, w], of `dtype` and on the CPU."""
+        for index, latent in zip(indices, latents, strict=True):
+            if self._pending and next(iter(self._pending)) // self.unit != index // self.unit:
+                self.close()
+            self._pending[index] = latent
+
+    def close(self) -> None:
+        """Writes the shard that is begun, with what its file already had."""
+        if not self._pending:
+            return
+        first = next(iter(self._pending)) // self.unit * self.unit
+        rows = self._load(first) | self._pending
+        indices = sorted(rows)
+        tensors = {
+            "latents": torch.stack([rows[index] for index in indices]),
+            "classes": torch.tensor([self.pictures[index].label for index in indices]),
+        }
+        names = json.dumps([self.pictures[index].key for index in indices])
+        with written_atomically(self._path(first)) as temporary:
+            save_file(tensors, temporary, {"names": names})
+        self._pending = {}
+
+    def _load(self, first: int) -> dict[int, torch.Tensor]:
+        """The valid latents of a shard by number; none if the file is torn or absent."""
+        try:
+            with safe_open(self._path(first), framework="pt") as file:
+                names = json.loads(file.metadata()["names"])
+                latents, labels = file.get_tensor("latents"), file.get_tensor("classes").tolist()
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+            return {}
+        if latents.shape != (len(names), *self.shape) or latents.dtype != self.dtype:
+            return {}
+        rows = {(name, label): latent for name, label, latent in zip(names, labels, latents, strict=True)}
+        wanted = enumerate(self.pictures[first : first + self.unit], first)
+        return {index: rows[p.key, p.label] for index, p in wanted if (p.key, p.label) in rows}
+
+    def _path(self, first: int) -> Path:
+        return self.folder / SHARDS.replace("*", f"{first // self.unit:06d}")
+
+
+STORES = {"npy": NpyStore, "safetensors": ShardStore}

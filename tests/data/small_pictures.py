@@ -1,0 +1,49 @@
+"""Pictures to cache, and a cache's command line and content."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+SIZES = {"cat/a.png": (64, 64), "cat/b.b.jpg": (150, 70), "cat/c.png": (40, 50), "dog/a.png": (64, 90)}
+SIZES |= {"dog/d.jpg": (80, 64), "dog/e.webp": (130, 140), "emu/f.png": (65, 64)}
+BROKEN = "dog/b.jpg"
+
+
+def save_noise(path: Path, width: int, height: int, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def save_pictures(folder: Path) -> None:
+    """Two classes and more, sizes above and below 64, and one file that ends too early."""
+    for seed, (name, size) in enumerate(SIZES.items()):
+        save_noise(folder / name, *size, seed)
+    whole = (folder / "dog/d.jpg").read_bytes()
+    (folder / BROKEN).write_bytes(whole[: len(whole) // 2])
+
+
+def arguments(pictures: Path, out: Path) -> list[str]:
+    """The command: on the CPU with the bundled model at 64 px, in batches of two, no processes to read.
+
+    Not patched: under TRITON_INTERPRET the kernels would take minutes.
+    """
+    settings = ["--model", "dc-ae-tiny", "--resolution", "64", "--scale", "0.5", "--device", "cpu"]
+    return [
+        "cache-latents",
+        str(pictures),
+        "--out",
+        str(out),
+        *settings,
+        "--no-patch",
+        "--batch",
+        "2",
+        "--workers",
+        "0",
+    ]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files below a folder."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -1,0 +1,280 @@
+"""The command cache-latents in this process: layouts, resuming, refusals."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from small_pictures import BROKEN, SIZES, arguments, contents, save_noise
+
+from dcae_fast import cli, images
+from dcae_fast.data.cache import cache_latents, settings_of
+from dcae_fast.data.encode import BatchEncoder
+from dcae_fast.data.latents import LatentDataset
+from dcae_fast.data.manifest import MANIFEST, Sums, load_manifest, statistics
+from dcae_fast.data.pictures import find_pictures
+from dcae_fast.data.store import NpyStore, ShardStore
+from dcae_fast.models.autoencoder import DCAE, CoderConfig, DCAEConfig
+
+NAMES = sorted(SIZES)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return DCAE.from_pretrained("dc-ae-tiny")
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(ShardStore, "unit", 3)
+
+
+def run(pictures, out, *options) -> int:
+    return cli.main([*arguments(pictures, out), *map(str, options)])
+
+
+def by_hand(model, path) -> torch.Tensor:
+    weight = next(model.parameters())
+    with Image.open(path) as image, torch.inference_mode():
+        x = images.to_tensor(images.centre_crop(image.convert("RGB"), 64, 64))
+        return model.encode(x.to(weight.device, weight.dtype))[0].float().cpu() * 0.5
+
+
+def check_half(got: torch.Tensor, model, path, dtype: torch.dtype, device: str = "cpu") -> None:
+    """The error against float32 is at most twice that of the plain model in the same dtype."""
+    expected, plain = by_hand(model, path), by_hand(copy.deepcopy(model).to(device, dtype), path)
+    assert (got.float() - expected).norm() <= 2 * (plain - expected).norm()
+
+
+def test_npy_as_the_original(pictures, tmp_path, model, compare, capsys):
+    assert run(pictures, tmp_path / "out") == 1
+    captured = capsys.readouterr()
+    assert f"failed: {pictures / BROKEN}: " in captured.err
+    assert "7 latents in " in captured.out and " images/s" in captured.out and "of the time" in captured.out
+    expected = {MANIFEST, "cat/a.npy", "cat/b.b.npy", "cat/c.npy", "dog/a.npy", "dog/d.npy", "dog/e.npy", "emu/f.npy"}
+    assert contents(tmp_path / "out").keys() == expected
+    latents = []
+    for name in NAMES:
+        latent = np.load((tmp_path / "out" / name).with_suffix(".npy"))
+        assert latent.dtype == np.float32 and latent.flags.c_contiguous and latent.shape == (64, 2, 2)
+        compare("eager", torch.from_numpy(latent), by_hand(model, pictures / name), 5e-6, name)
+        latents.append(latent)
+    manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
+    everything = np.stack(latents).astype(np.float64)
+    assert manifest["rms"] == pytest.approx(np.sqrt(np.square(everything).mean()), rel=1e-12)
+    assert manifest["mean"] == pytest.approx(everything.mean(), rel=1e-12)
+    assert manifest["std"] == pytest.approx(everything.std(ddof=1), rel=1e-12)
+    assert (manifest["images"], manifest["latents"], manifest["skipped"]) == (8, 7, [BROKEN])
+    assert manifest["settings"] == {
+        "model": "dc-ae-tiny",
+        "dtype": "float32",
+        "resolution": 64,
+        "scaling_factor": 0.5,
+        "format": "npy",
+        "weights": manifest["settings"]["weights"],
+        "shape": [64, 2, 2],
+    }
+
+
+def test_shards(pictures, tmp_path):
+    assert run(pictures, tmp_path / "a") == run(pictures, tmp_path / "b", "--format", "safetensors") == 1
+    npy, shards = LatentDataset(tmp_path / "a"), LatentDataset(tmp_path / "b")
+    assert len(npy) == len(shards) == 7 and npy.classes == shards.classes == ("cat", "dog", "emu")
+    for (one, label), (other, other_label) in zip(npy, shards, strict=True):
+        assert torch.equal(one, other) and label == other_label
+    with safe_open(tmp_path / "b" / "latents-000001.safetensors", "pt") as file:  # the broken picture is in this one
+        assert file.get_tensor("latents").shape == (2, 64, 2, 2)
+        assert json.loads(file.metadata()["names"]) == ["dog/a", "dog/d"]
+    one, other = (load_manifest(tmp_path / name) for name in "ab")
+    assert (one.mean, one.rms, one.std) == (other.mean, other.rms, other.std)
+
+
+@pytest.mark.parametrize(
+    "format, dtype, stored",
+    [
+        ("npy", "bfloat16", torch.float32),
+        ("npy", "float16", torch.float16),
+        ("safetensors", "bfloat16", torch.bfloat16),
+    ],
+)
+def test_dtypes(pictures, tmp_path, model, format, dtype, stored):
+    assert run(pictures / "emu", tmp_path, "--format", format, "--dtype", dtype) == 0
+    if format == "npy":
+        got = torch.from_numpy(np.load(tmp_path / "f.npy"))
+    else:
+        with safe_open(tmp_path / "latents-000000.safetensors", "pt") as file:
+            got = file.get_tensor("latents")[0]
+    assert got.dtype == stored
+    check_half(got, model, pictures / "emu" / "f.png", getattr(torch, dtype))
+    assert load_manifest(tmp_path).rms == statistics([Sums.of(got.float().numpy())])["rms"]
+
+
+@pytest.mark.parametrize("format", ["npy", "safetensors"])
+def test_only_what_is_missing_or_torn_is_made_again(pictures, tmp_path, capsys, format):
+    assert run(pictures, tmp_path, "--format", format) == 1
+    whole = contents(tmp_path)
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != MANIFEST and path.is_file()}
+    torn, gone, *_ = times
+    torn.write_bytes(torn.read_bytes()[:-50])
+    gone.unlink()
+    (tmp_path / f".{torn.name}.1.part").touch()
+    capsys.readouterr()
+    assert run(pictures, tmp_path, "--format", format) == 1
+    assert contents(tmp_path) == whole
+    assert all(path.stat().st_mtime_ns == before for path, before in times.items() if path not in (torn, gone))
+    again = int(capsys.readouterr().out.split(" latents in ")[0])
+    assert again == 2 if format == "npy" else 2 < again < 7
+
+
+@pytest.mark.parametrize("format", ["npy", "safetensors"])
+def test_nothing_left_to_do(pictures, tmp_path, capsys, format):
+    assert run(pictures / "emu", tmp_path, "--format", format) == 0
+    before = contents(tmp_path)
+    capsys.readouterr()
+    assert run(pictures / "emu", tmp_path, "--format", format) == 0
+    assert contents(tmp_path) == before
+    text = capsys.readouterr().out
+    assert text.startswith("1 latents were there already") and "images/s" not in text
+
+
+@pytest.mark.parametrize("format", ["npy", "safetensors"])
+def test_torn_latents_of_pictures_that_are_broken_now(tmp_path, format):
+    save_noise(tmp_path / "pictures" / "a.png", 64, 64, 0)
+    assert run(tmp_path / "pictures", tmp_path / "out", "--format", format) == 0
+    (latent,) = (tmp_path / "out").glob(f"*.{format}")
+    latent.write_bytes(latent.read_bytes()[:-50])
+    (tmp_path / "pictures" / "a.png").write_bytes(b"")
+    assert run(tmp_path / "pictures", tmp_path / "out", "--format", format) == 1
+    assert contents(tmp_path / "out").keys() == {MANIFEST}
+
+
+def test_new_pictures_are_added(tmp_path, capsys):
+    for format in ("npy", "safetensors"):
+        pictures = tmp_path / f"pictures-{format}"
+        for seed, name in enumerate(["a/0.png", "b/0.png", "b/0-1.png", "b/2.png"]):
+            save_noise(pictures / name, 64, 64, seed)
+        assert run(pictures, tmp_path / format, "--format", format) == 0
+        save_noise(pictures / "a/1.png", 64, 64, 9)
+        save_noise(pictures / "aa/0.png", 64, 64, 10)  # classes and shards move
+        assert run(pictures, tmp_path / format, "--format", format) == 0
+        assert run(pictures, tmp_path / f"{format}-new", "--format", format) == 0
+        assert contents(tmp_path / format) == contents(tmp_path / f"{format}-new")
+    for (one, label), (other, other_label) in zip(
+        *map(LatentDataset, (tmp_path / "npy", tmp_path / "safetensors")), strict=True
+    ):
+        assert torch.equal(one, other) and label == other_label
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--resolution", "96"], "resolution 64, not 96"),
+        (["--scale", "0.25"], "scaling_factor 0.5, not 0.25"),
+        (["--dtype", "bfloat16"], "dtype float32, not bfloat16"),
+        (["--format", "safetensors"], "format npy, not safetensors"),
+    ],
+)
+def test_settings_are_not_mixed(pictures, tmp_path, capsys, options, words):
+    assert run(pictures / "emu", tmp_path) == 0
+    before = contents(tmp_path)
+    assert run(pictures / "emu", tmp_path, *options) == 2
+    assert f"{tmp_path} holds latents with {words}" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+
+
+def test_other_weights_and_pictures_are_refused(pictures, tmp_path, model, capsys):
+    assert run(pictures / "emu", tmp_path / "out") == 0
+    for parameter in (other := DCAE(model.config)).parameters():
+        torch.nn.init.zeros_(parameter)
+    other.save_pretrained(tmp_path / "model")
+    assert run(pictures / "emu", tmp_path / "out", "--model", tmp_path / "model") == 2
+    assert "holds latents with weights" in capsys.readouterr().err
+    assert run(pictures / "cat", tmp_path / "out") == 2
+    assert "f.npy: of none of the pictures" in capsys.readouterr().err
+    (tmp_path / "out" / MANIFEST).unlink()
+    assert run(pictures / "emu", tmp_path / "out") == 2
+    assert f"is not empty and has no {MANIFEST}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--resolution", "50"], "expected a multiple of 32"),
+        (["--scale", "0"], "expected a positive number"),
+        (["--batch", "0"], "expected at least 1"),
+        (["--workers", "-1"], "expected at least 0"),
+    ],
+)
+def test_bad_arguments(pictures, tmp_path, capsys, options, words):
+    assert run(pictures, tmp_path / "out", *options) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_latents_that_are_not_finite_are_left_out(pictures, tmp_path, model):
+    settings = settings_of(model, "m", float("inf"), 64, "npy")
+    report = cache_latents(find_pictures(pictures / "emu"), tmp_path, model, settings, workers=1)
+    assert report.skipped == [("f.png", "its latent is not finite")] and report.encoded == 0
+    assert contents(tmp_path).keys() == {MANIFEST} and report.manifest.mean is None
+
+
+def test_patched(tmp_path, compare):
+    torch.manual_seed(0)
+    coder = CoderConfig((8, 8, 16, 32), (0, 1, 1, 1), ("ResBlock",) * 3 + ("EViTGLU",), ("rms",) * 4, ("silu",) * 4)
+    DCAE(DCAEConfig(8, coder, coder)).save_pretrained(tmp_path / "model")
+    save_noise(tmp_path / "pictures" / "a.png", 20, 24, 0)
+    options = ["--model", tmp_path / "model", "--resolution", "16"]
+    assert run(tmp_path / "pictures", tmp_path / "plain", *options) == 0
+    assert run(tmp_path / "pictures", tmp_path / "patched", *options, "--patch", "--batch", "auto") == 0
+    plain, patched = (torch.from_numpy(np.load(tmp_path / name / "a.npy")) for name in ("plain", "patched"))
+    compare("eager", patched, plain, 5e-6)
+
+
+class Small(torch.nn.Module):
+    """A model that has memory for two pictures."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.calls = torch.nn.Parameter(torch.ones(())), []
+
+    def encode(self, x):
+        self.calls.append(len(x))
+        if len(x) > 2:
+            raise torch.OutOfMemoryError
+        return x
+
+
+def test_batches_that_do_not_fit_are_halved():
+    model, pixels = Small(), torch.arange(7 * 12, dtype=torch.uint8).view(7, 2, 2, 3)
+    encode = BatchEncoder(model, 2.0, 8)
+    latents = encode(pixels)
+    assert encode.batch == 2 and model.calls == [8, 4, 2, 2, 2, 2]
+    assert torch.equal(latents, (pixels.permute(0, 3, 1, 2).float() / 255 * 2 - 1) * 2.0) and latents.is_contiguous()
+
+
+def test_a_picture_that_does_not_fit():
+    model = Small()
+    model.encode = lambda x: (_ for _ in ()).throw(torch.OutOfMemoryError())
+    with pytest.raises(torch.OutOfMemoryError):
+        BatchEncoder(model, 1.0, 4)(torch.zeros(3, 2, 2, 3, dtype=torch.uint8))
+
+
+def test_a_failed_write_is_an_error(pictures, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(NpyStore, "write", full)
+    assert run(pictures, tmp_path) == 2
+    assert "no space left" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [["--patch"], ["--no-patch"]])
+def test_on_a_gpu(pictures, tmp_path, model, options, capsys):
+    assert run(pictures, tmp_path, "--device", "cuda", "--batch", "auto", "--workers", "2", *options) == 1
+    assert "7 latents in " in capsys.readouterr().out
+    for name in NAMES:
+        got = torch.from_numpy(np.load((tmp_path / name).with_suffix(".npy")))
+        check_half(got, model, pictures / name, torch.bfloat16, "cuda")

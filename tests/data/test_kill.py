@@ -1,0 +1,41 @@
+"""A run of cache-latents that is killed and started again leaves what one that is not killed does."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from small_pictures import arguments, contents, save_noise
+
+from dcae_fast import cli
+from dcae_fast.data.store import ShardStore
+
+PROGRAM = """
+import sys, torch
+from dcae_fast import cli
+from dcae_fast.data.store import ShardStore
+torch.set_num_threads(1)
+ShardStore.unit = 4
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("format", ["npy", "safetensors"])
+def test_killed_at_any_moment(tmp_path, monkeypatch, format):
+    monkeypatch.setattr(ShardStore, "unit", 4)
+    for seed in range(60):
+        save_noise(tmp_path / "pictures" / f"{seed % 3}" / f"{seed}.png", 64, 70, seed)
+    command = [*arguments(tmp_path / "pictures", tmp_path / "out"), "--format", format]
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, *command], stdout=subprocess.DEVNULL)
+    while sum(1 for _ in (tmp_path / "out").rglob(f"*.{format}")) < 3:
+        assert process.poll() is None, "it was over too soon to be killed"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    left = contents(tmp_path / "out")
+    assert cli.main(command) == 0
+    assert cli.main([*arguments(tmp_path / "pictures", tmp_path / "whole"), "--format", format]) == 0
+    whole = contents(tmp_path / "whole")
+    assert contents(tmp_path / "out") == whole
+    assert len(left) < len(whole) and all(whole[name] == left[name] for name in left if name.endswith(format))
