@@ -1,0 +1,66 @@
+"""Mean and covariance of features, summed over batches and ranks; the .npz files of the original."""
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dcae_fast import distributed
+from dcae_fast.data.manifest import DataError
+from dcae_fast.files import written_atomically
+
+
+@dataclass(frozen=True)
+class Moments:
+    """mu [F], sigma [F, F]: mean and covariance (N - 1) in fp64."""
+
+    mu: np.ndarray
+    sigma: np.ndarray
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_atomically(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, mu=self.mu, sigma=self.sigma)
+
+    @classmethod
+    def load(cls, path: Path) -> "Moments":
+        """Raises DataError."""
+        try:
+            with np.load(path) as file:
+                mu, sigma = (file[name].astype(np.float64) for name in ("mu", "sigma"))
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+            raise DataError(f"{path}: expected an .npz file with mu and sigma: {error}") from error
+        if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+            raise DataError(f"{path}: mu {mu.shape} and sigma {sigma.shape}; expected (F,) and (F, F)")
+        return cls(mu, sigma)
+
+
+class MomentSums:
+    """Σ f and Σ f fᵀ of features [n, F], in fp64."""
+
+    def __init__(self):
+        self.count, self.first, self.second = 0, None, None
+
+    def add(self, features: torch.Tensor) -> None:
+        f = features.double()
+        first, second = f.sum(0), f.T @ f
+        if self.count:
+            first, second = self.first + first, self.second + second
+        self.count, self.first, self.second = self.count + len(f), first, second
+
+    def moments(self) -> Moments:
+        """Of the features of all ranks, some of which may have none; ValueError of fewer than two."""
+        parts = distributed.all_gather(None if not self.count else len(self.first))
+        width = next((part for part in parts if part is not None), None)
+        if width is None:
+            raise ValueError("no pictures; a covariance needs two at least")
+        if not self.count:
+            self.first, self.second = (torch.zeros(*shape, dtype=torch.float64) for shape in ((width,), (width, width)))
+        n = distributed.all_sum(torch.tensor(self.count)).item()
+        first, second = (distributed.all_sum(each.cpu()).numpy() for each in (self.first, self.second))
+        if n < 2:
+            raise ValueError("one picture; a covariance needs two at least")
+        mu = first / n
+        return Moments(mu, (second - n * np.outer(mu, mu)) / (n - 1))
