@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from dcae_fast import distributed
 from dcae_fast.models.autoencoder import DCAE
 from dcae_fast.reconstruction import load_model
 
@@ -24,3 +25,17 @@ class Compute:
 
     def load(self, model: str) -> DCAE:
         return load_model(model, self.device, self.dtype)
+
+
+LISTED = 20  # unreadable pictures, in the terminal
+
+
+def report_problems(failed: list[tuple[str, str]], missing: dict[str, str]) -> int:
+    """Prints pictures (name, reason) that failed and why networks are missing; the exit status, 1 if there are any."""
+    for name, reason in failed[:LISTED]:
+        distributed.print_main(f"failed: {name}: {reason}", error=True)
+    if len(failed) > LISTED:
+        distributed.print_main(f"... and {len(failed) - LISTED} more", error=True)
+    for reason in missing.values():
+        distributed.print_main(f"missing: {reason}", error=True)
+    return 1 if failed or missing else 0

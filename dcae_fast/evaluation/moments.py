@@ -51,16 +51,16 @@ class MomentSums:
         self.count, self.first, self.second = self.count + len(f), first, second
 
     def moments(self) -> Moments:
-        """Of the features of all ranks, some of which may have none; ValueError of fewer than two."""
+        """Of the features of all ranks, some of which may have none; DataError of fewer than two."""
         parts = distributed.all_gather(None if not self.count else len(self.first))
         width = next((part for part in parts if part is not None), None)
         if width is None:
-            raise ValueError("no pictures; a covariance needs two at least")
+            raise DataError("no pictures; a covariance needs two at least")
         if not self.count:
             self.first, self.second = (torch.zeros(*shape, dtype=torch.float64) for shape in ((width,), (width, width)))
         n = distributed.all_sum(torch.tensor(self.count)).item()
         first, second = (distributed.all_sum(each.cpu()).numpy() for each in (self.first, self.second))
         if n < 2:
-            raise ValueError("one picture; a covariance needs two at least")
+            raise DataError("one picture; a covariance needs two at least")
         mu = first / n
         return Moments(mu, (second - n * np.outer(mu, mu)) / (n - 1))
