@@ -1,4 +1,4 @@
-"""The command line: dcae-fast reconstruct | encode | decode | sample | cache-latents | convert | models | info."""
+"""The command line: dcae-fast with one of the `commands` of `main`."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +17,9 @@ from . import describe, images
 from . import sample as sampling
 from .commands.cache_latents import cache_latents
 from .commands.common import Compute, UsageError
+from .commands.eval_autoencoder import eval_autoencoder
+from .commands.eval_diffusion import eval_diffusion
+from .commands.reference_stats import reference_stats
 from .diffusion import DCAEDiffusion
 from .models import diffusion_zoo
 from .models.autoencoder import DCAE
@@ -291,7 +294,8 @@ def _for_each(files: Sequence[Path], work: Callable[[Path, str], str], out: Path
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; the exit status is 0, 1 if some files failed, or 2 if the request could not be met at all."""
-    commands = [reconstruct, encode, decode, sample, cache_latents, convert, models, info]
+    commands = [reconstruct, encode, decode, sample, cache_latents, reference_stats, eval_autoencoder, eval_diffusion]
+    commands += [convert, models, info]
     try:
         return tyro.extras.subcommand_cli_from_dict(
             {command.__name__.replace("_", "-"): command for command in commands},

@@ -19,6 +19,13 @@ class Moments:
     mu: np.ndarray
     sigma: np.ndarray
 
+    @classmethod
+    def of(cls, features: torch.Tensor) -> "Moments":
+        """Of features [N, F]. Raises DataError where there are fewer than two."""
+        if len(features) < 2:
+            raise DataError(f"{len(features)} pictures; a covariance needs two at least")
+        return cls(features.double().mean(0).numpy(), features.T.double().cov().numpy())
+
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_atomically(path) as temporary, open(temporary, "wb") as file:
@@ -52,15 +59,12 @@ class MomentSums:
 
     def moments(self) -> Moments:
         """Of the features of all ranks, some of which may have none; DataError of fewer than two."""
-        parts = distributed.all_gather(None if not self.count else len(self.first))
-        width = next((part for part in parts if part is not None), None)
-        if width is None:
-            raise DataError("no pictures; a covariance needs two at least")
-        if not self.count:
-            self.first, self.second = (torch.zeros(*shape, dtype=torch.float64) for shape in ((width,), (width, width)))
-        n = distributed.all_sum(torch.tensor(self.count)).item()
-        first, second = (distributed.all_sum(each.cpu()).numpy() for each in (self.first, self.second))
+        parts = distributed.all_gather((self.count, len(self.first) if self.count else 0))
+        n, width = sum(count for count, _ in parts), max(width for _, width in parts)
         if n < 2:
-            raise DataError("one picture; a covariance needs two at least")
+            raise DataError(f"{n} pictures; a covariance needs two at least")
+        if not self.count:
+            self.first, self.second = torch.zeros(width).double(), torch.zeros(width, width).double()
+        first, second = (distributed.all_sum(each.cpu()).numpy() for each in (self.first, self.second))
         mu = first / n
         return Moments(mu, (second - n * np.outer(mu, mu)) / (n - 1))

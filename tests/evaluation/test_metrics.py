@@ -40,6 +40,9 @@ def test_moments(pipeline):
     tensors = pipeline.tensors("frechet")
     for number, sizes in ((1, (30, 1, 59)), (2, ())):
         got = moments(tensors[f"features_{number}"], *sizes)
+        whole = Moments.of(tensors[f"features_{number}"])
+        np.testing.assert_allclose(got.sigma, whole.sigma, rtol=1e-12, atol=1e-14)
+        np.testing.assert_allclose(got.mu, whole.mu, rtol=1e-12, atol=1e-14)
         np.testing.assert_allclose(got.mu, tensors[f"mu_{number}"].numpy(), rtol=1e-6, atol=1e-7)
         np.testing.assert_allclose(got.sigma, tensors[f"sigma_{number}"].numpy(), rtol=1e-5, atol=1e-6)
 
@@ -105,9 +108,10 @@ def test_statistics_files(tmp_path):
 
 
 def test_too_few_pictures():
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(DataError, match="0 pictures"):
         MomentSums().moments()
-    with pytest.raises(ValueError, match="one picture"):
-        moments(torch.ones(1, 3))
+    for few in (moments, Moments.of):
+        with pytest.raises(DataError, match="1 pictures"):
+            few(torch.ones(1, 3))
     with pytest.raises(ValueError, match="3 and 4 features"):
         metrics.frechet_distance(moments(torch.randn(9, 3)), moments(torch.randn(9, 4)))
