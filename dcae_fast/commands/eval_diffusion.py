@@ -9,7 +9,7 @@ import torch
 
 from dcae_fast import distributed
 from dcae_fast import sample as sampling
-from dcae_fast.data.manifest import DataError, weights_hash
+from dcae_fast.data.manifest import weights_hash
 from dcae_fast.diffusion import DCAEDiffusion
 from dcae_fast.evaluation import networks
 from dcae_fast.evaluation.generation import References, SampleFolder, Settings, figures, generate
