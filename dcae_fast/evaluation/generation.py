@@ -70,6 +70,19 @@ class References:
         with_features = self.fid is not None or self.precision_recall is not None
         return ["inception_score"] + ["fid"] * with_features + ["cmmd"] * (self.cmmd is not None)
 
+    def check(self, networks: dict[str, Network], device: torch.device) -> None:
+        """Raises DataError where a reference is not of the features that a network makes."""
+        blank = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=device)
+        lengths = {name: network(blank).shape[1] for name, network in networks.items()}
+        for option, network, length in (
+            ("fid", "fid", None if self.fid is None else len(self.fid.mu)),
+            ("precision-recall", "fid", None if self.precision_recall is None else self.precision_recall.shape[1]),
+            ("cmmd", "cmmd", None if self.cmmd is None else self.cmmd.shape[1]),
+        ):
+            expected = lengths.get(network, length)
+            if length not in (None, expected):
+                raise DataError(f"--{option}: its features have length {length}; expected {expected}")
+
 
 class SampleFolder:
     """The samples' features, labels and, for an .npz file, pixels, one safetensors file for each batch; PNG files.
