@@ -61,7 +61,7 @@ def evaluate(
     """Each model's result on all ranks' pictures, by its name.
 
     networks: those of `NETWORKS` that there are; reference: for rFID, or the pictures' own statistics if None.
-    Raises DataError where there are too few pictures.
+    Of a single picture there is no rFID. Raises DataError where none can be read.
     """
     measured, originals = {name: Measured() for name in models}, MomentSums()
     for crops in progress(batches):
@@ -72,11 +72,14 @@ def evaluate(
                 originals.add(networks["fid"](x))
     for each in measured.values():
         each.gather()
-    if not next(iter(measured.values())).latents:
+    pictures = len(next(iter(measured.values())).latents)
+    if not pictures:
         raise DataError("no picture could be read")
-    if "fid" in networks and reference is None:
+    if "fid" not in networks or pictures < 2:
+        reference = None
+    elif reference is None:
         reference = originals.moments()
-    return {name: _result(each, reference if "fid" in networks else None) for name, each in measured.items()}
+    return {name: _result(each, reference) for name, each in measured.items()}
 
 
 def _measure(
@@ -114,7 +117,7 @@ def reconstruct(model: DCAE, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.
     The picture is what is left of it in the dtype of the model, as in the original.
     """
     weight = next(model.parameters())
-    x = channels_first(pixels.to(weight.device)).float().div_(255).mul_(2).sub_(1).to(weight.dtype)
+    x = channels_first(pixels.to(weight.device, non_blocking=True)).float().div_(255).mul_(2).sub_(1).to(weight.dtype)
     z = model.encode(x)
     return images.to_uint8(x), images.to_uint8(model.decode(z)), z
 

@@ -23,18 +23,15 @@ class MissingNetwork(RuntimeError):
     """A network that cannot be had; the message says which package or file is missing, and where it goes."""
 
 
-@torch.no_grad()
-def ssim(pictures: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Structural similarity of each picture, [n], with torchmetrics' defaults; no weights."""
+def _ssim(device: torch.device) -> Network:
+    """Structural similarity of each picture and its reference, [n], with torchmetrics' defaults; it has no weights."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    return structural_similarity_index_measure(
-        pictures.float(), reference.float(), data_range=(0.0, 255.0), reduction="none"
-    )
-
-
-def _ssim(device: torch.device) -> Network:
-    from torchmetrics.functional import image  # noqa: F401  that it is there
+    def ssim(pictures: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+        pictures, reference = pictures.float(), reference.float()
+        return structural_similarity_index_measure(
+            pictures, reference, data_range=(0.0, 255.0), reduction="none"
+        ).flatten()
 
     return ssim
 
@@ -80,8 +77,10 @@ def _fid(device: torch.device) -> Network:
     """Inception's 2048 features, for FID, precision and recall.
 
     torch-fidelity's network, on pictures resized as pytorch-fid and the original do: bilinear with half-pixel centres,
-    where torch-fidelity's own resizing has TensorFlow's corners.
+    where torch-fidelity's own resizing has TensorFlow's corners. Weights are the same file, by another name.
     """
+    import scipy.linalg  # noqa: F401  for the distance: better missing now than after all the pictures
+
     layers = dict(_inception(device, "2048").named_children())
     last = list(layers).index("AvgPool") + 1
     trunk = torch.nn.Sequential(*list(layers.values())[:last])
@@ -137,7 +136,7 @@ def load(name: str, device: torch.device) -> Network:
         return torch.no_grad()(LOADERS[name](device))
     except ImportError as error:
         packages = "'dcae_fast[eval]'" + (" torchvision" if "torchvision" in str(error) else "")
-        raise MissingNetwork(f"{name}: a package is missing: pip install {packages}") from error
+        raise MissingNetwork(f"{name}: no package {error.name or 'for it'}: pip install {packages}") from error
     except (OSError, RuntimeError) as error:  # URLError is an OSError; RuntimeError: a broken download
         reason = str(error).partition("\n")[0]
         raise MissingNetwork(f"{name}: its weights cannot be loaded: {reason}\n  {_where(name)}") from error
@@ -147,7 +146,8 @@ def _where(name: str) -> str:
     source = WEIGHTS[name]
     if source.startswith("https:"):
         return f"put {source}\n  into {Path(torch.hub.get_dir()) / 'checkpoints'}"
-    return f"where there is a connection run: hf download {source}\n  and copy its folder from there to {HF_HUB_CACHE}"
+    folder = f"models--{source.replace('/', '--')}"
+    return f"with a connection run: hf download {source}\n  and copy {folder} from its cache into {HF_HUB_CACHE}"
 
 
 def load_all(names: Iterable[str], device: torch.device) -> tuple[dict[str, Network], dict[str, str]]:

@@ -40,10 +40,12 @@ def write_references(
 
     Raises DataError for files that cannot be read, and where there are too few pictures.
     """
+    if not networks:
+        return []
     sums, kept = MomentSums(), {"fid": [], "cmmd": []}
     keep = {"fid": wanted.precision_recall, "cmmd": wanted.cmmd}
     for crops in progress(batches):
-        pictures = channels_first(crops.pixels).to(device)
+        pictures = channels_first(crops.pixels.to(device, non_blocking=True))
         for name, network in networks.items():
             features = network(pictures).float()
             if name == "fid":

@@ -140,6 +140,20 @@ def test_missing_networks_and_broken_pictures(photographs, tmp_path, stand_ins, 
     assert results(tmp_path)["settings"]["images"] == 2 and "failed: c.png" in capsys.readouterr().err
 
 
+def test_a_single_picture(tmp_path, stand_ins):
+    """Has no rFID, and one rank of two has nothing to do."""
+    photographs = images.demo_photograph().parent
+    run_ranks(2, command(photographs, tmp_path))
+    assert list(results(tmp_path)["models"]["dc-ae-tiny"]) == [name for name in COLUMNS if name != "rfid"]
+
+
+def test_no_picture_can_be_read(tmp_path, stand_ins, capsys):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(b"no picture")
+    assert cli.main(command(tmp_path / "pictures", tmp_path / "out")) == 2
+    assert "no picture could be read" in capsys.readouterr().err
+
+
 def test_wrong_requests(photographs, tmp_path, stand_ins, capsys):
     for argv in (["--resolution", "50"], ["--batch", "0"], ["--reference", tmp_path / "absent.npz"]):
         assert cli.main(command(photographs, tmp_path / "out", *argv)) == 2
