@@ -173,7 +173,7 @@ def sample(
     """
     if out.suffix.lower() != ".png":
         raise UsageError(f"--out {out}: expected a name that ends in .png")
-    network = _load_diffusion_model(model, compute)
+    network = compute.load_diffusion(model)
     config = network.config
     labels = labels or sampling.default_labels(config.network.num_classes)
     steps = config.num_inference_steps if steps is None else steps
@@ -193,15 +193,6 @@ def sample(
     images.save_png(images.grid(pictures, request.columns), out)
     print(f"{request}\nThe pictures are in {out.resolve()}")
     return 0
-
-
-def _load_diffusion_model(model: str, compute: Compute) -> DCAEDiffusion:
-    try:
-        return sampling.load(model, compute.device, compute.dtype, compute.patch)
-    except CheckpointError as error:
-        if model in diffusion_zoo.DIFFUSION_MODELS:
-            raise UsageError(f"{error}\n{sampling.how_to_get(model)}") from error
-        raise
 
 
 def convert(

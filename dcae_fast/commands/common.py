@@ -3,8 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from dcae_fast import distributed
+from dcae_fast import distributed, sample
+from dcae_fast.diffusion import DCAEDiffusion
 from dcae_fast.models.autoencoder import DCAE
+from dcae_fast.models.diffusion_zoo import DIFFUSION_MODELS
+from dcae_fast.models.weights import CheckpointError
 from dcae_fast.reconstruction import load_model
 
 
@@ -25,6 +28,14 @@ class Compute:
 
     def load(self, model: str) -> DCAE:
         return load_model(model, self.device, self.dtype)
+
+    def load_diffusion(self, model: str) -> DCAEDiffusion:
+        try:
+            return sample.load(model, self.device, self.dtype, self.patch)
+        except CheckpointError as error:
+            if model in DIFFUSION_MODELS:
+                raise UsageError(f"{error}\n{sample.how_to_get(model)}") from error
+            raise
 
 
 LISTED = 20  # unreadable pictures, in the terminal

@@ -1,14 +1,13 @@
 """dcae-fast eval-diffusion: how close a diffusion model's pictures are to real ones."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from dcae_fast import distributed
-from dcae_fast import sample as sampling
 from dcae_fast.data.manifest import weights_hash
 from dcae_fast.diffusion import DCAEDiffusion
 from dcae_fast.evaluation import networks
@@ -72,11 +71,11 @@ def eval_diffusion(
         raise UsageError(f"--samples {samples}, --batch {batch}: expected at least 1")
     if seed < 0:
         raise UsageError(f"--seed {seed}: expected at least 0")
-    place, dtype = choose_device(compute.device, compute.dtype)
+    place, _ = choose_device(compute.device, compute.dtype)
     with distributed.process_group(place) as device:
         try:
             references = _references(fid, precision_recall, cmmd)
-            network = sampling.load(model, str(device), str(dtype).removeprefix("torch."), compute.patch)
+            network = replace(compute, device=str(device)).load_diffusion(model)
             options = {"samples": samples, "batch": batch, "cfg": cfg, "seed": seed, "class_seed": class_seed}
             settings = _settings(network, model, compute.patch, sampler, steps, options)
             folder = SampleFolder(out, settings, network.config.network.num_classes, save)

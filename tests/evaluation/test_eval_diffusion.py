@@ -18,6 +18,8 @@ from dcae_fast.diffusion import DCAEDiffusion
 from dcae_fast.evaluation import metrics, networks
 from dcae_fast.evaluation.labels import class_labels
 from dcae_fast.evaluation.moments import Moments
+from dcae_fast.models.diffusion_zoo import DIFFUSION_MODELS
+from dcae_fast.models.weights import CheckpointError
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +168,17 @@ def test_a_missing_network_that_comes_later(models, references, tmp_path, stand_
     assert cli.main(command(models["uvit"], tmp_path / "two", *references)) == 0
     assert figures(tmp_path / "one") == figures(tmp_path / "two")
     assert list(figures(tmp_path / "two"))[0] == "fid" and len(figures(tmp_path / "two")) == 6
+
+
+def test_a_released_model_without_a_connection(tmp_path, stand_ins, monkeypatch, capsys):
+    def absent(*args, **options):
+        raise CheckpointError("no connection")
+
+    monkeypatch.setattr(DCAEDiffusion, "from_pretrained", absent)
+    name = next(iter(DIFFUSION_MODELS))
+    assert cli.main(command(name, tmp_path)) == 2
+    error = capsys.readouterr().err
+    assert "no connection" in error and "hf download" in error
 
 
 def test_wrong_requests(models, tmp_path, stand_ins, capsys):
