@@ -1,9 +1,12 @@
 """Metrics of sets of pictures, from features that a network has made of them; none of them needs its weights."""
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
+
+from dcae_fast.data.manifest import DataError
 
 from .moments import Moments
 
@@ -14,12 +17,12 @@ def frechet_distance(one: Moments, other: Moments) -> float:
     """|μ1 - μ2|² + tr(Σ1 + Σ2 - 2 √(Σ1 Σ2)), of which FID is the case of Inception's features.
 
     If the root is not finite, 1e-6 is added to both diagonals, as pytorch-fid does; its imaginary part is rounding.
-    Raises ValueError where the features differ in length.
+    Raises DataError where the features differ in length.
     """
     from scipy.linalg import sqrtm
 
     if one.mu.shape != other.mu.shape:
-        raise ValueError(f"{len(one.mu)} and {len(other.mu)} features; expected as many")
+        raise DataError(f"statistics of {len(one.mu)} and of {len(other.mu)} features; expected as many")
     root = sqrtm(one.sigma @ other.sigma)
     if not np.isfinite(root).all():
         ridge = 1e-6 * np.eye(len(one.mu))
@@ -63,7 +66,7 @@ def _inside(points: torch.Tensor, centres: torch.Tensor, neighbours: int) -> flo
     return sum(inside) / len(points)
 
 
-def _distances(a: torch.Tensor, b: torch.Tensor):
+def _distances(a: torch.Tensor, b: torch.Tensor) -> Iterator[torch.Tensor]:
     """|a_i - b_j|², some rows at a time. Sums of squares and a product, in fp64, where nothing cancels."""
     b = b.double()
     for rows in a.split(ROWS):

@@ -112,5 +112,5 @@ def test_too_few_pictures():
     for few in (moments, Moments.of):
         with pytest.raises(DataError, match="1 pictures"):
             few(torch.ones(1, 3))
-    with pytest.raises(ValueError, match="3 and 4 features"):
+    with pytest.raises(DataError, match="3 and of 4 features"):
         metrics.frechet_distance(moments(torch.randn(9, 3)), moments(torch.randn(9, 4)))
