@@ -1,4 +1,4 @@
-"""The command line: dcae-fast reconstruct | encode | decode | sample | cache-latents | convert | models | info."""
+"""The command line: dcae-fast with one of the `commands` of `main`."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +17,9 @@ from . import describe, images
 from . import sample as sampling
 from .commands.cache_latents import cache_latents
 from .commands.common import Compute, UsageError
+from .commands.eval_autoencoder import eval_autoencoder
+from .commands.eval_diffusion import eval_diffusion
+from .commands.reference_stats import reference_stats
 from .diffusion import DCAEDiffusion
 from .models import diffusion_zoo
 from .models.autoencoder import DCAE
@@ -170,7 +173,7 @@ def sample(
     """
     if out.suffix.lower() != ".png":
         raise UsageError(f"--out {out}: expected a name that ends in .png")
-    network = _load_diffusion_model(model, compute)
+    network = compute.load_diffusion(model)
     config = network.config
     labels = labels or sampling.default_labels(config.network.num_classes)
     steps = config.num_inference_steps if steps is None else steps
@@ -190,15 +193,6 @@ def sample(
     images.save_png(images.grid(pictures, request.columns), out)
     print(f"{request}\nThe pictures are in {out.resolve()}")
     return 0
-
-
-def _load_diffusion_model(model: str, compute: Compute) -> DCAEDiffusion:
-    try:
-        return sampling.load(model, compute.device, compute.dtype, compute.patch)
-    except CheckpointError as error:
-        if model in diffusion_zoo.DIFFUSION_MODELS:
-            raise UsageError(f"{error}\n{sampling.how_to_get(model)}") from error
-        raise
 
 
 def convert(
@@ -291,7 +285,8 @@ def _for_each(files: Sequence[Path], work: Callable[[Path, str], str], out: Path
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; the exit status is 0, 1 if some files failed, or 2 if the request could not be met at all."""
-    commands = [reconstruct, encode, decode, sample, cache_latents, convert, models, info]
+    commands = [reconstruct, encode, decode, sample, cache_latents, reference_stats, eval_autoencoder, eval_diffusion]
+    commands += [convert, models, info]
     try:
         return tyro.extras.subcommand_cli_from_dict(
             {command.__name__.replace("_", "-"): command for command in commands},

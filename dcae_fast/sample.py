@@ -1,6 +1,7 @@
 """Pictures by label: sampled, decoded, and their latents kept in a file; and where the weights for it come from."""
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -65,21 +66,26 @@ def load(source: str, device: str | None, dtype: str | None, patch: bool) -> DCA
 
 
 def sample(model: DCAEDiffusion, request: Request) -> torch.Tensor:
-    """Latents [B, C, h, w], with a progress bar; raises what `DCAEDiffusion.generate` does.
+    """`generate` with a progress bar."""
+    calls = {"ODE_heun2": 2 * (request.steps - 1), "ODE_dopri5": None}.get(request.sampler, request.steps)
+    with tqdm(total=calls, desc=request.sampler, unit="call", disable=None) as bar:
+        return generate(model, request, bar.update)
+
+
+def generate(model: DCAEDiffusion, request: Request, progress: Callable[[], object] | None = None) -> torch.Tensor:
+    """Latents [B, C, h, w]; progress: called after each call of the network. Raises what `DCAEDiffusion.generate` does.
 
     The transformer runs under autocast in the dtype of the autoencoder, as in the original's evaluation.
     """
     weight = next(model.autoencoder.parameters())
-    calls = {"ODE_heun2": 2 * (request.steps - 1), "ODE_dopri5": None}.get(request.sampler, request.steps)
-    autocast = torch.autocast(weight.device.type, weight.dtype, enabled=weight.dtype != torch.float32)
-    with autocast, tqdm(total=calls, desc=request.sampler, unit="call", disable=None) as bar:
+    with torch.autocast(weight.device.type, weight.dtype, enabled=weight.dtype != torch.float32):
         return model.generate(
             torch.tensor(request.labels, device=weight.device),
             cfg_scale=request.cfg,
             generator=torch.Generator(weight.device).manual_seed(request.seed),
             sampler=request.sampler,
             steps=request.steps,
-            progress=bar.update,
+            progress=progress,
         )
 
 

@@ -89,7 +89,7 @@ changed = [name for name in before if before[name] != after[name]]
 assert not changed, f"changed by the import: {changed}"
 optional = {
     "diffusers", "transformers", "peft", "PIL", "tyro", "tqdm", "skimage", "sklearn", "flash_attn", "torchdiffeq",
-    "matplotlib",
+    "matplotlib", "scipy", "torchmetrics", "torch_fidelity", "torchvision",
 }
 imported = optional & (set(sys.modules) - modules)
 assert not imported, f"imported along: {imported}"

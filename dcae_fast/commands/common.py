@@ -3,7 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from dcae_fast import distributed, sample
+from dcae_fast.diffusion import DCAEDiffusion
 from dcae_fast.models.autoencoder import DCAE
+from dcae_fast.models.diffusion_zoo import DIFFUSION_MODELS
+from dcae_fast.models.weights import CheckpointError
 from dcae_fast.reconstruction import load_model
 
 
@@ -24,3 +28,25 @@ class Compute:
 
     def load(self, model: str) -> DCAE:
         return load_model(model, self.device, self.dtype)
+
+    def load_diffusion(self, model: str) -> DCAEDiffusion:
+        try:
+            return sample.load(model, self.device, self.dtype, self.patch)
+        except CheckpointError as error:
+            if model in DIFFUSION_MODELS:
+                raise UsageError(f"{error}\n{sample.how_to_get(model)}") from error
+            raise
+
+
+LISTED = 20  # unreadable pictures, in the terminal
+
+
+def report_problems(failed: list[tuple[str, str]], missing: dict[str, str]) -> int:
+    """Prints pictures (name, reason) that failed and why networks are missing; the exit status, 1 if there are any."""
+    for name, reason in failed[:LISTED]:
+        distributed.print_main(f"failed: {name}: {reason}", error=True)
+    if len(failed) > LISTED:
+        distributed.print_main(f"... and {len(failed) - LISTED} more", error=True)
+    for reason in missing.values():
+        distributed.print_main(f"missing: {reason}", error=True)
+    return 1 if failed or missing else 0

@@ -1,0 +1,122 @@
+"""dcae-fast eval-autoencoder: how close an autoencoder's reconstructions are to pictures."""
+
+import json
+from pathlib import Path
+
+import torch
+import tyro
+
+import dcae_fast
+from dcae_fast import distributed
+from dcae_fast import images as pictures
+from dcae_fast.data.cache import default_workers
+from dcae_fast.data.manifest import DataError
+from dcae_fast.data.pictures import find_pictures
+from dcae_fast.describe import table
+from dcae_fast.evaluation import autoencoder, networks
+from dcae_fast.evaluation.moments import Moments
+from dcae_fast.evaluation.pictures import FolderBatches
+from dcae_fast.files import written_atomically
+from dcae_fast.models.autoencoder import DCAE
+from dcae_fast.reconstruction import choose_device
+
+from .common import Compute, UsageError, report_problems
+
+HEADINGS = ("latent mean", "rms", "std", "rFID", "PSNR", "SSIM", "LPIPS", "CLIP-IQA")
+
+
+def eval_autoencoder(
+    images: tyro.conf.Positional[Path],
+    *,
+    model: str,
+    against: str | None = None,
+    out: Path = Path("outputs/autoencoder"),
+    resolution: int = 512,
+    reference: Path | None = None,
+    batch: int = 16,
+    workers: int | None = None,
+    compute: Compute,
+) -> int:
+    """Measure reconstructions of pictures and the latents, into results.json and examples.png; under torchrun too.
+
+    The exit status is 1 if a metric lacked its network, or if there are pictures that could not be read.
+
+    Args:
+        images: folder of pictures, of class folders, or of WebDataset's .tar shards
+        model: a name from `dcae-fast models`, a Hugging Face repository, a folder or a weight file
+        against: another model to measure beside it, or "eager" for the same one without the fast operators
+        out: folder for the results
+        resolution: of the centre crops, in pixels
+        reference: .npz file of reference-stats for rFID; by default the statistics of these pictures
+        batch: pictures at once
+        workers: processes of each rank that read pictures; by default its share of the cores
+    """
+    if batch < 1:
+        raise UsageError(f"--batch {batch}: expected at least 1")
+    if against == "eager" and not compute.patch:
+        raise UsageError("--against eager --no-patch: would compare the model with itself")
+    place, dtype = choose_device(compute.device, compute.dtype)
+    with distributed.process_group(place) as device:
+        try:
+            moments = None if reference is None else Moments.load(reference)
+            models = _load(model, against, compute.patch, device, dtype)
+            _check_resolution(resolution, models)
+            found_pictures = distributed.broadcast(find_pictures(images) if distributed.is_main() else None)
+            workers = default_workers() if workers is None else workers
+            batches = FolderBatches(found_pictures, resolution, batch, workers)
+            found, missing = networks.load_all(autoencoder.NETWORKS, device)
+            results = autoencoder.evaluate(batches, models, found, moments)
+        except DataError as error:
+            raise UsageError(str(error)) from error
+        except torch.OutOfMemoryError as error:
+            raise UsageError(f"--batch {batch}: does not fit in the device's memory") from error
+        failed = [each for part in distributed.all_gather(batches.failed) for each in part]
+        if distributed.is_main():
+            settings = {"resolution": resolution, "dtype": str(dtype).removeprefix("torch."), "patch": compute.patch}
+            settings |= {"images": len(next(iter(results.values())).psnr)}
+            settings |= {"reference": None if reference is None else str(reference)}
+            _save(results, settings, out)
+            pictures.save_png(
+                autoencoder.examples(batches, models, next(iter(results.values())).psnr), out / "examples.png"
+            )
+            print(_table(results), f"results.json and examples.png are in {out.resolve()}", sep="\n")
+        return report_problems(failed, missing)
+
+
+def _load(model: str, against: str | None, patch: bool, device: torch.device, dtype: torch.dtype) -> dict[str, DCAE]:
+    """The models to measure, by the names in the results."""
+    sources = {model: (model, patch)}
+    if against == "eager":
+        sources["eager"] = (model, False)
+    elif against == model:
+        raise UsageError(f"--against {against}: is the same model")
+    elif against is not None:
+        sources[against] = (against, patch)
+    models = {}
+    for name, (source, fast) in sources.items():
+        models[name] = DCAE.from_pretrained(source).to(device, dtype, memory_format=torch.channels_last)
+        if fast:
+            dcae_fast.patch(models[name])
+    return models
+
+
+def _check_resolution(resolution: int, models: dict[str, DCAE]) -> None:
+    for name, model in models.items():
+        ratio = model.spatial_compression_ratio
+        if resolution < 1 or resolution % ratio:
+            raise UsageError(f"--resolution {resolution}: expected a multiple of {ratio}, the ratio of {name}")
+
+
+def _save(results: dict[str, autoencoder.Result], settings: dict, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    content = {"settings": settings, "models": {name: result.figures for name, result in results.items()}}
+    with written_atomically(out / "results.json") as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _table(results: dict[str, autoencoder.Result]) -> str:
+    rows = [("model", *HEADINGS)]
+    for name, result in results.items():
+        figures = [result.figures.get(column) for column in autoencoder.COLUMNS]
+        rows.append((name, *("-" if figure is None else f"{figure:.4f}" for figure in figures)))
+    return table(rows)

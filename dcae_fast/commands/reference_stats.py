@@ -1,0 +1,66 @@
+"""dcae-fast reference-stats: what generated pictures are compared with."""
+
+from pathlib import Path
+
+import tyro
+
+from dcae_fast import distributed
+from dcae_fast.data.cache import default_workers
+from dcae_fast.data.manifest import DataError
+from dcae_fast.data.pictures import find_pictures
+from dcae_fast.evaluation import networks
+from dcae_fast.evaluation.pictures import FolderBatches, NpzBatches
+from dcae_fast.evaluation.references import Wanted, write_references
+from dcae_fast.reconstruction import choose_device
+
+from .common import UsageError, report_problems
+
+
+def reference_stats(
+    images: tyro.conf.Positional[Path],
+    *,
+    fid: Path | None = None,
+    precision_recall: Path | None = None,
+    cmmd: Path | None = None,
+    resolution: int = 512,
+    batch: int = 32,
+    workers: int | None = None,
+    device: str | None = None,
+) -> int:
+    """Write statistics and features of real pictures, for eval-diffusion and eval-autoencoder; under torchrun too.
+
+    The exit status is 1 if a network was missing, and what needs it was not written, or if pictures were unreadable.
+
+    Args:
+        images: folder of pictures, of class folders or of .tar shards; or an .npz file of pictures, as ADM's VIRTUAL_*
+        fid: .npz file to write, of the mean and covariance of Inception's features
+        precision_recall: .npy file to write, of Inception's features; as many pictures as fit in memory
+        cmmd: .npy file to write, of CLIP's embeddings
+        resolution: of the centre crops of a folder's pictures, in pixels; those of an .npz file are taken as they are
+        batch: pictures at once
+        workers: processes of each rank that read pictures; by default its share of the cores
+        device: a PyTorch device; by default CUDA if there is any, else the CPU
+    """
+    wanted = Wanted(fid, precision_recall, cmmd)
+    if not wanted.networks:
+        raise UsageError("name at least one file to write: --fid, --precision-recall or --cmmd")
+    for path, suffix in ((fid, ".npz"), (precision_recall, ".npy"), (cmmd, ".npy")):
+        if path is not None and path.suffix != suffix:
+            raise UsageError(f"{path}: expected a name that ends in {suffix}")
+    if min(resolution, batch) < 1:
+        raise UsageError(f"--resolution {resolution}, --batch {batch}: expected at least 1")
+    with distributed.process_group(choose_device(device, "float32")[0]) as place:
+        try:
+            if images.suffix == ".npz":
+                batches = NpzBatches(images, batch)
+            else:
+                pictures = distributed.broadcast(find_pictures(images) if distributed.is_main() else None)
+                batches = FolderBatches(pictures, resolution, batch, default_workers() if workers is None else workers)
+            found, missing = networks.load_all(wanted.networks, place)
+            written = write_references(batches, wanted, found, place)
+        except DataError as error:
+            raise UsageError(str(error)) from error
+        failed = [each for part in distributed.all_gather(batches.failed) for each in part]
+        for path in written:
+            distributed.print_main(f"{batches.count - len(failed)} pictures -> {path.resolve()}")
+        return report_problems(failed, missing)

@@ -1,0 +1,108 @@
+"""Batches of pictures to evaluate, from a folder or an .npz file: the same batches on any number of ranks."""
+
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from dcae_fast import distributed
+from dcae_fast.data.manifest import DataError
+from dcae_fast.data.pictures import CropDataset, Crops, Pictures, collate
+
+
+def share_of_batches(count: int, batch: int) -> range:
+    """The numbers of this rank's part of so many pictures: consecutive whole batches, of which the last may be short.
+
+    What is in a batch does not depend on the number of ranks, nor, then, does what networks compute of it.
+    """
+    units = distributed.share(-(-count // batch))
+    return range(units.start * batch, min(units.stop * batch, count))
+
+
+class FolderBatches:
+    """Centre crops of a folder's pictures, this rank's; failed: (name, reason) of those that could not be read."""
+
+    def __init__(self, pictures: Pictures, resolution: int, batch: int, workers: int):
+        self.pictures, self.resolution, self.batch, self.workers = pictures, resolution, batch, workers
+        self.count, self.failed = len(pictures.items), []
+
+    def __iter__(self) -> Iterator[Crops]:
+        dataset = self.crops(share_of_batches(self.count, self.batch))
+        workers = min(self.workers, -(-len(dataset) // self.batch))
+        pin = torch.cuda.is_available()
+        for crops in DataLoader(dataset, self.batch, num_workers=workers, collate_fn=collate, pin_memory=pin):
+            self.failed += [(self.pictures.items[index].name, reason) for index, reason in crops.failed]
+            if crops.indices:
+                yield crops
+
+    def crops(self, indices: range | list[int]) -> CropDataset:
+        return CropDataset(self.pictures, indices, self.resolution)
+
+
+class NpzBatches:
+    """The pictures arr_0, uint8 [N, H, W, 3], of an .npz file, this rank's, read batch by batch, compressed or not.
+
+    Files of ADM's reference batches are like this. Raises DataError.
+    """
+
+    def __init__(self, path: Path, batch: int):
+        self.path, self.batch, self.failed = path, batch, []
+        with _pictures_array(path) as (_, shape):
+            self.count = shape[0]
+
+    def __iter__(self) -> Iterator[Crops]:
+        mine = share_of_batches(self.count, self.batch)
+        with _pictures_array(self.path) as (file, shape):
+            row = int(np.prod(shape[1:]))
+            file.seek(mine.start * row, 1)
+            for start in range(mine.start, mine.stop, self.batch):
+                stop = min(start + self.batch, mine.stop)
+                content = self._read(file, (stop - start) * row)
+                pixels = torch.frombuffer(content, dtype=torch.uint8).view(stop - start, *shape[1:])
+                yield Crops(pixels, list(range(start, stop)), [])
+
+    def _read(self, file: IO[bytes], size: int) -> bytearray:
+        try:
+            content = bytearray(file.read(size))
+        except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise DataError(f"{self.path}: {error}") from error
+        if len(content) != size:
+            raise DataError(f"{self.path}: ends too early")
+        return content
+
+
+@contextmanager
+def _pictures_array(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
+    """The file arr_0.npy in an .npz file, open behind its header, and its shape [N, H, W, 3]."""
+    try:
+        archive = zipfile.ZipFile(path)
+        file = archive.open("arr_0.npy")
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(file)
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: expected an .npz file with pictures arr_0: {error}") from error
+    with archive, file:
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran:
+            raise DataError(f"{path}: arr_0 is {dtype} {shape}; expected uint8 (N, H, W, 3)")
+        yield file, shape
+
+
+def channels_first(pixels: torch.Tensor) -> torch.Tensor:
+    """[n, h, w, 3] as [n, 3, h, w], in channels-last."""
+    return pixels.permute(0, 3, 1, 2)
+
+
+def progress(batches: Iterable[Crops]) -> Iterator[Crops]:
+    """The batches, with a bar of the main process's pictures."""
+    with tqdm(unit="image", disable=None if distributed.is_main() else True) as bar:
+        for crops in batches:
+            yield crops
+            bar.update(len(crops.indices))

@@ -1,0 +1,63 @@
+"""Small functions in the place of the pretrained networks, and processes of several ranks that use them."""
+
+import os
+import socket
+from collections.abc import Callable
+
+import torch
+
+from dcae_fast import cli
+from dcae_fast.evaluation import networks
+
+
+def features(pictures: torch.Tensor) -> torch.Tensor:
+    """[n, 6]: mean and deviation of each channel, 0 to 255."""
+    flat = pictures.double().flatten(2)
+    return torch.cat([flat.mean(2), flat.std(2)], 1).float()
+
+
+def logits(pictures: torch.Tensor) -> torch.Tensor:
+    return features(pictures)[:, [0, 4, 2, 3, 5]] / 20
+
+
+def embeddings(pictures: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.normalize(features(pictures))
+
+
+def difference(pictures: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    return (pictures.double() - reference.double()).abs().mean((1, 2, 3)) / 255
+
+
+def brightness(pictures: torch.Tensor) -> torch.Tensor:
+    return pictures.double().mean((1, 2, 3)) / 255
+
+
+STAND_INS = {"fid": features, "inception_score": logits, "cmmd": embeddings}
+STAND_INS |= {"lpips": difference, "clip_iqa": brightness}
+
+
+def use(*names: str) -> dict[str, Callable]:
+    """What `networks.LOADERS` becomes: the stand-ins of these names, all if there are none; the others are missing."""
+
+    def absent(device: torch.device):
+        raise OSError("no such file")
+
+    loaders = {name: lambda device, network=network: network for name, network in STAND_INS.items()}
+    loaders = {name: loader if not names or name in names else absent for name, loader in loaders.items()}
+    return {"ssim": networks.LOADERS["ssim"], **loaders}
+
+
+def _rank(rank: int, ranks: int, port: int, command: list[str], status: int) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(ranks)}
+    torch.set_num_threads(1)
+    networks.LOADERS.update(use())
+    assert cli.main(command) == status
+
+
+def run_ranks(ranks: int, command: list[str], status: int = 0) -> None:
+    """The command with the stand-ins on so many ranks, started as torchrun does."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    torch.multiprocessing.start_processes(_rank, (ranks, port, command, status), ranks, start_method="fork")

@@ -1,0 +1,164 @@
+"""`dcae-fast eval-autoencoder` with the bundled model and stand-ins for the networks."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from stand_ins import brightness, difference, features, run_ranks
+
+import dcae_fast
+from dcae_fast import cli, images
+from dcae_fast.evaluation.autoencoder import COLUMNS
+from dcae_fast.evaluation.metrics import frechet_distance
+from dcae_fast.evaluation.moments import Moments
+from dcae_fast.models.autoencoder import DCAE
+
+
+def command(source, out, *argv, patch: bool = False) -> list[str]:
+    settings = ["--model", "dc-ae-tiny", "--resolution", "64", "--batch", "2", "--workers", "0", "--device", "cpu"]
+    settings += [] if patch else ["--no-patch"]
+    return ["eval-autoencoder", str(source), "--out", str(out), *settings, *map(str, argv)]
+
+
+def results(out) -> dict:
+    return json.loads((out / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def expected(photographs) -> dict[str, float]:
+    """Picture by picture, from the model and torchmetrics alone."""
+    from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+
+    model, rows, x, y, z = DCAE.from_pretrained("dc-ae-tiny"), [], [], [], []
+    for path in sorted(photographs.iterdir()):
+        with Image.open(path) as image:
+            picture = images.to_tensor(images.centre_crop(image.convert("RGB"), 64, 64))
+        with torch.inference_mode():
+            latent = model.encode(picture)
+            x.append(images.to_uint8(picture))
+            y.append(images.to_uint8(model.decode(latent)))
+            z.append(latent.double().numpy())
+        mse = np.square(x[-1].double().numpy() - y[-1].double().numpy()).mean()
+        similarity = ssim(y[-1].float(), x[-1].float(), data_range=(0.0, 255.0)).item()
+        rows.append((10 * math.log10(255**2 / mse), similarity))
+    x, y, z = torch.cat(x), torch.cat(y), np.concatenate(z)
+    figures = dict(zip(("psnr", "ssim"), np.mean(rows, 0), strict=True))
+    figures |= {"lpips": difference(y, x).mean().item(), "clip_iqa": brightness(y).mean().item()}
+    figures["rfid"] = frechet_distance(Moments.of(features(y)), Moments.of(features(x)))
+    return figures | {"mean": z.mean(), "rms": math.sqrt(np.square(z).mean()), "std": z.std(ddof=1)}
+
+
+def test_all_metrics(photographs, tmp_path, stand_ins, expected, capsys):
+    assert cli.main(command(photographs, tmp_path)) == 0
+    content = results(tmp_path)
+    figures = content["models"]["dc-ae-tiny"]
+    assert list(figures) == list(COLUMNS) and content["settings"]["images"] == 6
+    for name in COLUMNS:  # batches of two round differently, and a grey level may flip
+        assert figures[name] == pytest.approx(expected[name], rel=1e-3), name
+    heading, row = (line.split() for line in capsys.readouterr().out.splitlines()[:2])
+    assert heading == "model latent mean rms std rFID PSNR SSIM LPIPS CLIP-IQA".split()
+    assert row == ["dc-ae-tiny", *(f"{figures[name]:.4f}" for name in COLUMNS)]
+
+
+def test_pictures_of_the_best_median_and_worst(photographs, tmp_path, stand_ins):
+    assert cli.main(command(photographs, tmp_path)) == 0
+    with Image.open(tmp_path / "examples.png") as sheet:
+        assert sheet.height == 3 * (64 + 64) and sheet.width >= 2 * 64
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_agree(photographs, tmp_path, stand_ins, ranks):
+    """Means over pictures to the last bit; sums of features in fp64."""
+    run_ranks(ranks, command(photographs, tmp_path / "many"))
+    assert cli.main(command(photographs, tmp_path / "one")) == 0
+    many, one = (results(tmp_path / name)["models"]["dc-ae-tiny"] for name in ("many", "one"))
+    assert many.pop("rfid") == pytest.approx(one.pop("rfid"), rel=1e-9)
+    assert many == one
+
+
+def test_more_ranks_than_batches(photographs, tmp_path, stand_ins):
+    run = command(photographs, tmp_path, "--batch", "4")
+    run_ranks(3, run)
+    assert results(tmp_path)["settings"]["images"] == 6
+
+
+def test_against_another_model(photographs, tmp_path, stand_ins):
+    other = tmp_path / "other"
+    model = DCAE.from_pretrained("dc-ae-tiny")
+    for parameter in model.decoder.parameters():
+        parameter.data.mul_(0.9)
+    model.save_pretrained(other)
+    assert cli.main(command(photographs, tmp_path / "a", "--against", other)) == 0
+    figures = results(tmp_path / "a")["models"]
+    assert list(figures) == ["dc-ae-tiny", str(other)]
+    assert figures["dc-ae-tiny"]["psnr"] > figures[str(other)]["psnr"]
+    assert figures["dc-ae-tiny"]["mean"] == figures[str(other)]["mean"]
+
+
+def test_against_eager(photographs, tmp_path, stand_ins, monkeypatch, capsys):
+    """Only the first is patched; the patch is a stand-in, as kernels would take minutes under TRITON_INTERPRET."""
+
+    def patch(model: DCAE) -> None:
+        model.encoder.register_forward_hook(lambda module, args, z: 2 * z)
+
+    monkeypatch.setattr(dcae_fast, "patch", patch)
+    assert cli.main(command(photographs, tmp_path, "--against", "eager", patch=True)) == 0
+    figures = results(tmp_path)["models"]
+    assert list(figures) == ["dc-ae-tiny", "eager"]
+    assert figures["dc-ae-tiny"]["rms"] == pytest.approx(2 * figures["eager"]["rms"], rel=1e-6)
+    for against in (["--against", "eager"], ["--against", "dc-ae-tiny"]):
+        assert cli.main(command(photographs, tmp_path / "c", *against)) == 2
+        assert "--against" in capsys.readouterr().err
+
+
+def test_a_reference_file(photographs, tmp_path, stand_ins, expected):
+    stats = tmp_path / "stats.npz"
+    reference = ["reference-stats", str(photographs), "--fid", str(stats), "--resolution", "64", "--device", "cpu"]
+    assert cli.main([*reference, "--workers", "0"]) == 0
+    assert cli.main(command(photographs, tmp_path, "--reference", stats)) == 0
+    assert results(tmp_path)["models"]["dc-ae-tiny"]["rfid"] == pytest.approx(expected["rfid"], rel=1e-3)
+
+
+def test_missing_networks_and_broken_pictures(photographs, tmp_path, stand_ins, capsys):
+    """What can be computed is; the status says that something is not."""
+    stand_ins("clip_iqa")
+    assert cli.main(command(photographs, tmp_path)) == 1
+    assert list(results(tmp_path)["models"]["dc-ae-tiny"]) == ["mean", "rms", "std", "psnr", "ssim", "clip_iqa"]
+    output = capsys.readouterr()
+    assert output.out.splitlines()[1].split()[4] == "-"
+    assert "missing: lpips" in output.err and "missing: fid" in output.err and ".pth" in output.err
+    stand_ins()
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for name in ("a.png", "b.png"):
+        (broken / name).write_bytes((photographs / name).read_bytes())
+    (broken / "c.png").write_bytes((photographs / "a.png").read_bytes()[:300])
+    assert cli.main(command(broken, tmp_path)) == 1
+    assert results(tmp_path)["settings"]["images"] == 2 and "failed: c.png" in capsys.readouterr().err
+
+
+def test_a_single_picture(tmp_path, stand_ins):
+    """Has no rFID, and one rank of two has nothing to do."""
+    photographs = images.demo_photograph().parent
+    run_ranks(2, command(photographs, tmp_path))
+    assert list(results(tmp_path)["models"]["dc-ae-tiny"]) == [name for name in COLUMNS if name != "rfid"]
+
+
+def test_no_picture_can_be_read(tmp_path, stand_ins, capsys):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(b"no picture")
+    assert cli.main(command(tmp_path / "pictures", tmp_path / "out")) == 2
+    assert "no picture could be read" in capsys.readouterr().err
+
+
+def test_wrong_requests(photographs, tmp_path, stand_ins, capsys):
+    Moments.of(torch.rand(5, 3)).save(tmp_path / "short.npz")
+    assert cli.main(command(photographs, tmp_path / "out", "--reference", tmp_path / "short.npz")) == 2
+    assert "6 and of 3 features" in capsys.readouterr().err
+    for argv in (["--resolution", "50"], ["--batch", "0"], ["--reference", tmp_path / "absent.npz"]):
+        assert cli.main(command(photographs, tmp_path / "out", *argv)) == 2
+        assert str(argv[1]) in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

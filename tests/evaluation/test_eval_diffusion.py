@@ -1,0 +1,198 @@
+"""`dcae-fast eval-diffusion` with a small model of random weights and stand-ins for the networks."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_diffusion import DIT, UVIT, build
+from stand_ins import embeddings, features, logits, run_ranks
+
+from dcae_fast import cli, images
+from dcae_fast.diffusion import DCAEDiffusion
+from dcae_fast.evaluation import metrics, networks
+from dcae_fast.evaluation.labels import class_labels
+from dcae_fast.evaluation.moments import Moments
+from dcae_fast.models.diffusion_zoo import DIFFUSION_MODELS
+from dcae_fast.models.weights import CheckpointError
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, str]:
+    """Folders with models of 10 classes and pictures of 8x8 pixels."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, config in {"uvit": UVIT, "dit": DIT}.items():
+        build(config).save_pretrained(folder / name)
+    return {name: str(folder / name) for name in ("uvit", "dit")}
+
+
+@pytest.fixture(scope="module")
+def real() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (9, 3, 8, 8), generator=generator).to(torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory, real) -> list[str]:
+    """What reference-stats would write of real pictures, as options."""
+    folder = tmp_path_factory.mktemp("references")
+    Moments.of(features(real)).save(folder / "fid.npz")
+    np.save(folder / "pr.npy", features(real).numpy())
+    np.save(folder / "cmmd.npy", embeddings(real).numpy())
+    return ["--fid", f"{folder}/fid.npz", "--precision-recall", f"{folder}/pr.npy", "--cmmd", f"{folder}/cmmd.npy"]
+
+
+def command(model: str, out, *argv) -> list[str]:
+    """Eleven samples in batches of two, the last of one."""
+    settings = ["--samples", "11", "--batch", "2", "--device", "cpu", "--no-patch"]
+    return ["eval-diffusion", "--model", model, "--out", str(out), *settings, *map(str, argv)]
+
+
+def figures(out) -> dict[str, float]:
+    return json.loads((out / "results.json").read_text())["figures"]
+
+
+def load_npz(out) -> np.ndarray:
+    with np.load(out / "samples.npz") as file:
+        assert file["arr_1"].tolist() == class_labels(11, 10, 0).tolist()
+        return file["arr_0"]
+
+
+def test_samples_and_figures(models, references, real, tmp_path, stand_ins, capsys):
+    """The samples are what the model gives for the classes; the figures what the metrics give for them."""
+    assert cli.main(command(models["uvit"], tmp_path, "--save", "npz", "--cfg", "2", *references)) == 0
+    pixels = load_npz(tmp_path)
+    assert pixels.shape == (11, 8, 8, 3) and pixels.dtype == np.uint8
+    model, labels = DCAEDiffusion.from_pretrained(models["uvit"]), class_labels(11, 10, 0)
+    for number in range(6):
+        seed = int(np.random.SeedSequence((0, number)).generate_state(1, np.uint64)[0] >> 1)
+        generator = torch.Generator().manual_seed(seed)
+        part = slice(2 * number, 2 * number + 2)
+        with torch.inference_mode():
+            z = model.generate(labels[part], cfg_scale=2.0, generator=generator)
+            expected = images.to_uint8(model.decode(z)).permute(0, 2, 3, 1)
+        assert np.array_equal(pixels[part], expected.numpy())
+    samples = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    got = figures(tmp_path)
+    fid = metrics.frechet_distance(Moments.of(features(samples)), Moments.of(features(real)))
+    assert got["fid"] == pytest.approx(fid, rel=1e-9)
+    score = metrics.inception_score(logits(samples))
+    assert (got["inception_score"], got["inception_score_std"]) == pytest.approx(score, rel=1e-6)
+    shares = metrics.precision_recall(features(samples), features(real))
+    assert (got["precision"], got["recall"]) == shares
+    assert got["cmmd"] == pytest.approx(metrics.maximum_mean_discrepancy(embeddings(samples), embeddings(real)))
+    assert f"FID             {fid:.6f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_agree(models, references, tmp_path, stand_ins, ranks):
+    run_ranks(ranks, command(models["uvit"], tmp_path / "many", "--save", "npz", *references))
+    assert cli.main(command(models["uvit"], tmp_path / "one", "--save", "npz", *references)) == 0
+    assert np.array_equal(load_npz(tmp_path / "many"), load_npz(tmp_path / "one"))
+    assert figures(tmp_path / "many") == figures(tmp_path / "one")
+
+
+def slowly(run: list[str], batches, last: int) -> None:
+    """The command, ended by nobody but the test: the last of its batches never comes."""
+
+    def features_or_wait(pictures: torch.Tensor) -> torch.Tensor:
+        if len(list(batches.glob("[0-9]*"))) >= last:
+            time.sleep(600)
+        return features(pictures)
+
+    networks.LOADERS["fid"] = lambda device: features_or_wait
+    cli.main(run)
+
+
+@pytest.mark.parametrize("model", ["uvit", "dit"])  # dit draws noise on the way too
+def test_killed_and_continued(models, references, tmp_path, stand_ins, capsys, model):
+    """kill -9, then a torn file and the rest on two ranks: the same samples and figures."""
+    options = ["--save", "png", "--seed", "3", *references]
+    run, batches = command(models[model], tmp_path / "killed", *options), tmp_path / "killed" / "batches"
+    process = multiprocessing.get_context("fork").Process(target=slowly, args=(run, batches, 3))
+    process.start()
+    for _ in range(600):
+        if len(list(batches.glob("[0-9]*"))) >= 3:
+            break
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert len(list(batches.glob("[0-9]*"))) == 3 and not (tmp_path / "killed" / "results.json").exists()
+    (batches / "000001.safetensors").write_bytes(b"torn")
+    (tmp_path / "killed" / "samples" / f"000000_{class_labels(11, 10, 0)[0]}.png").unlink()
+    kept = (batches / "000002.safetensors").stat().st_mtime_ns
+    run_ranks(2, run)
+    assert (batches / "000002.safetensors").stat().st_mtime_ns == kept
+    assert cli.main(command(models[model], tmp_path / "whole", *options)) == 0
+    assert figures(tmp_path / "killed") == figures(tmp_path / "whole")
+    pictures = sorted((tmp_path / "whole" / "samples").iterdir())
+    assert [path.name for path in pictures] == [f"{i:06d}_{c}.png" for i, c in enumerate(class_labels(11, 10, 0))]
+    for path in pictures:
+        with Image.open(path) as one, Image.open(tmp_path / "killed" / "samples" / path.name) as other:
+            assert np.array_equal(np.asarray(one), np.asarray(other))
+    capsys.readouterr()
+    assert cli.main(run) == 0
+    assert "6 of 6 batches were there already" in capsys.readouterr().out
+
+
+def test_other_settings_need_another_folder(models, tmp_path, stand_ins, capsys):
+    assert cli.main(command(models["uvit"], tmp_path)) == 0
+    for argv, words in (
+        (["--cfg", "3"], "cfg 1.0, now 3.0"),
+        (["--steps", "5"], "steps 6, now 5"),
+        (["--seed", "1"], "seed 0, now 1"),
+    ):
+        assert cli.main(command(models["uvit"], tmp_path, *argv)) == 2
+        assert words in capsys.readouterr().err
+    assert cli.main(command(models["dit"], tmp_path)) == 2
+    assert "weights" in capsys.readouterr().err
+    (tmp_path / "samples.json").unlink()
+    assert cli.main(command(models["uvit"], tmp_path)) == 2
+    assert "not empty" in capsys.readouterr().err
+
+
+def test_a_missing_network_that_comes_later(models, references, tmp_path, stand_ins, capsys):
+    stand_ins("cmmd")
+    run = command(models["uvit"], tmp_path / "one", *references)
+    assert cli.main(run) == 1
+    assert list(figures(tmp_path / "one")) == ["cmmd"]
+    error = capsys.readouterr().err
+    assert "missing: inception_score" in error and "missing: fid" in error and networks.INCEPTION_FILE in error
+    stand_ins()
+    assert cli.main(run) == 0
+    assert cli.main(command(models["uvit"], tmp_path / "two", *references)) == 0
+    assert figures(tmp_path / "one") == figures(tmp_path / "two")
+    assert list(figures(tmp_path / "two"))[0] == "fid" and len(figures(tmp_path / "two")) == 6
+
+
+def test_a_released_model_without_a_connection(tmp_path, stand_ins, monkeypatch, capsys):
+    def absent(*args, **options):
+        raise CheckpointError("no connection")
+
+    monkeypatch.setattr(DCAEDiffusion, "from_pretrained", absent)
+    name = next(iter(DIFFUSION_MODELS))
+    assert cli.main(command(name, tmp_path)) == 2
+    error = capsys.readouterr().err
+    assert "no connection" in error and "hf download" in error
+
+
+def test_wrong_requests(models, tmp_path, stand_ins, capsys):
+    np.save(tmp_path / "wrong.npy", np.zeros((5, 4), np.float32))
+    np.save(tmp_path / "flat.npy", np.zeros(5, np.float32))
+    for argv, words in (
+        (["--samples", "0"], "--samples 0"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--steps", "0"], "steps"),
+        (["--fid", tmp_path / "absent.npz"], "absent.npz"),
+        (["--cmmd", tmp_path / "flat.npy"], "flat.npy"),
+        (["--cmmd", tmp_path / "wrong.npy"], "--cmmd: its features have length 4; expected 6"),
+        (["--precision-recall", tmp_path / "wrong.npy"], "--precision-recall: its features have length 4"),
+    ):
+        assert cli.main(command(models["uvit"], tmp_path / "out", *argv)) == 2, argv
+        assert words in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/batches/*"))

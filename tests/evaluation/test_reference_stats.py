@@ -1,0 +1,94 @@
+"""`dcae-fast reference-stats`: what it writes, from folders and from .npz files."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from stand_ins import embeddings, features, run_ranks
+
+from dcae_fast import cli, images
+from dcae_fast.evaluation import networks
+from dcae_fast.evaluation.moments import Moments
+
+NAMES = ("fid.npz", "pr.npy", "cmmd.npy")
+
+
+def command(source, out) -> list[str]:
+    files = [str(out / name) for name in NAMES]
+    wanted = ["--fid", files[0], "--precision-recall", files[1], "--cmmd", files[2]]
+    settings = ["--resolution", "64", "--batch", "2", "--workers", "0", "--device", "cpu"]
+    return ["reference-stats", str(source), *wanted, *settings]
+
+
+def crops(folder) -> torch.Tensor:
+    pictures = []
+    for path in sorted(folder.iterdir()):
+        with Image.open(path) as image:
+            pictures.append(torch.from_numpy(np.array(images.centre_crop(image.convert("RGB"), 64, 64))))
+    return torch.stack(pictures)
+
+
+def check(out, pixels: torch.Tensor) -> None:
+    pictures = pixels.permute(0, 3, 1, 2)
+    expected = features(pictures)
+    assert np.array_equal(np.load(out / "pr.npy"), expected.numpy())
+    assert np.array_equal(np.load(out / "cmmd.npy"), embeddings(pictures).numpy())
+    stats = Moments.load(out / "fid.npz")
+    np.testing.assert_allclose(stats.mu, expected.double().mean(0).numpy(), rtol=1e-12)
+    np.testing.assert_allclose(stats.sigma, np.cov(expected.double().numpy().T), rtol=1e-9)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_a_folder(photographs, tmp_path, stand_ins, ranks):
+    run = command(photographs, tmp_path)
+    assert cli.main(run) == 0 if ranks == 1 else run_ranks(ranks, run) is None
+    check(tmp_path, crops(photographs))
+
+
+@pytest.mark.parametrize("save, ranks", [(np.savez, 1), (np.savez_compressed, 1), (np.savez, 3)])
+def test_a_reference_batch(tmp_path, stand_ins, save, ranks):
+    """Five pictures in batches of two: as many as each file of ADM has they would not fit in memory."""
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 8, 12, 3), np.uint8)
+    save(tmp_path / "VIRTUAL_small.npz", arr_0=pixels)
+    run = command(tmp_path / "VIRTUAL_small.npz", tmp_path)
+    assert cli.main(run) == 0 if ranks == 1 else run_ranks(ranks, run) is None
+    check(tmp_path, torch.from_numpy(pixels))
+
+
+def test_a_missing_network(photographs, tmp_path, stand_ins, capsys):
+    """The other files are written; the message says which file is to be put where."""
+    stand_ins("cmmd")
+    assert cli.main(command(photographs, tmp_path)) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cmmd.npy"]
+    error = capsys.readouterr().err
+    assert networks.INCEPTION_FILE in error and torch.hub.get_dir() in error and "no such file" in error
+    stand_ins("fid")
+    assert cli.main(command(photographs, tmp_path)) == 1
+    assert networks.CLIP_336 in capsys.readouterr().err
+
+
+def test_a_missing_package(monkeypatch):
+    def loader(device):
+        raise ModuleNotFoundError("No module named 'torchvision'", name="torchvision")
+
+    monkeypatch.setitem(networks.LOADERS, "lpips", loader)
+    with pytest.raises(networks.MissingNetwork, match=r"lpips: .*pip install 'dcae_fast\[eval\]' torchvision"):
+        networks.load("lpips", torch.device("cpu"))
+
+
+def test_wrong_requests(photographs, tmp_path, stand_ins, capsys):
+    def refused(*argv) -> str:
+        assert cli.main(["reference-stats", *map(str, argv), "--device", "cpu"]) == 2
+        return capsys.readouterr().err
+
+    fid = tmp_path / "fid.npz"
+    assert "--fid" in refused(photographs)
+    assert "fid.txt" in refused(photographs, "--fid", tmp_path / "fid.txt")
+    assert "absent" in refused(tmp_path / "absent", "--fid", fid)
+    np.savez(tmp_path / "floats.npz", arr_0=np.zeros((2, 4, 4, 3)))
+    np.savez(tmp_path / "names.npz", pictures=np.zeros((2, 4, 4, 3), np.uint8))
+    np.savez(tmp_path / "one.npz", arr_0=np.zeros((1, 4, 4, 3), np.uint8))
+    (tmp_path / "torn.npz").write_bytes((tmp_path / "floats.npz").read_bytes()[:200])
+    for name, reason in {"floats": "uint8", "names": "arr_0", "torn": "torn.npz", "one": "1 pictures"}.items():
+        assert reason in refused(tmp_path / f"{name}.npz", "--fid", fid)
+    assert not fid.exists()
