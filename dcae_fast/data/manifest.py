@@ -1,0 +1,126 @@
+"""manifest.json of a folder of latents: what they were made from and how, how many there are, and their statistics."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from dcae_fast.files import written_atomically
+
+MANIFEST = "manifest.json"
+
+
+class DataError(ValueError):
+    """Pictures or latents on disk that are not what they should be; the message names them."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all latents of a folder share.
+
+    model: as the user named it; dtype: computed in; resolution: sides of the pictures; scaling_factor: which the
+    latents are multiplied by; format: npy or safetensors; weights: `weights_hash` of the encoder; shape: [c, h, w].
+    """
+
+    model: str
+    dtype: str
+    resolution: int
+    scaling_factor: float
+    format: str
+    weights: str
+    shape: tuple[int, int, int]
+
+    def check_same(self, other: "Settings", folder: Path) -> None:
+        """DataError unless latents with the other settings may lie beside these. A model may have several names."""
+        for field in fields(self):
+            mine, theirs = getattr(self, field.name), getattr(other, field.name)
+            if field.name != "model" and mine != theirs:
+                raise DataError(
+                    f"{folder} holds latents with {field.name} {theirs}, not {mine}; "
+                    "go on with the same settings, or take another folder"
+                )
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """classes: their names by number, of pictures in class folders. The rest is None or empty until all is done.
+
+    images: pictures found; latents: made of them; skipped: names of those that none could be made of.
+    mean, rms, std: of the scaled latents, all of them.
+    """
+
+    settings: Settings
+    classes: tuple[str, ...]
+    images: int | None = None
+    latents: int | None = None
+    skipped: tuple[str, ...] = ()
+    mean: float | None = None
+    rms: float | None = None
+    std: float | None = None
+
+    def save(self, folder: Path) -> None:
+        with written_atomically(folder / MANIFEST) as temporary:
+            temporary.write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+
+def load_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a folder, None if it has none. Raises DataError."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        settings = content.pop("settings")
+        lists = {name: tuple(content.pop(name)) for name in ("classes", "skipped")}
+        return Manifest(Settings(**settings | {"shape": tuple(settings["shape"])}), **lists, **content)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: not a manifest of cached latents: {error!r}") from error
+
+
+def weights_hash(module: nn.Module) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of a state dict, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        tensor = tensor.cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class Sums(NamedTuple):
+    """Of one latent, in fp64: its elements, their sum and the sum of their squares."""
+
+    count: int
+    first: float
+    second: float
+
+    @classmethod
+    def of(cls, latent: np.ndarray) -> "Sums":
+        z = latent.astype(np.float64).ravel()
+        with np.errstate(invalid="ignore"):  # `finite` says it
+            return cls(z.size, z.sum().item(), np.square(z).sum().item())
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.second)
+
+
+def statistics(sums: Iterable[Sums]) -> dict[str, float]:
+    """mean, rms = √(Σz² / n) and std = √((Σz² - mean Σz) / (n - 1)); empty unless there are two elements.
+
+    The latents' sums are added exactly, so that no order or number of ranks changes a bit.
+    """
+    sums = list(sums)
+    n = sum(each.count for each in sums)
+    if n < 2:
+        return {}
+    first, second = (math.fsum(each[k] for each in sums) for k in (1, 2))
+    mean = first / n
+    return {"mean": mean, "rms": math.sqrt(second / n), "std": math.sqrt(max(second - mean * first, 0.0) / (n - 1))}
