@@ -1,4 +1,4 @@
-"""The command line: dcae-fast reconstruct | encode | decode | sample | convert | models | info."""
+"""The command line: dcae-fast reconstruct | encode | decode | sample | train-diffusion | convert | models | info."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -15,7 +15,8 @@ import dcae_fast
 
 from . import describe, images
 from . import sample as sampling
-from .commands.common import Compute, UsageError
+from .commands.common import Compute, UsageError, with_files
+from .commands.train_diffusion import train_diffusion
 from .diffusion import DCAEDiffusion
 from .models import diffusion_zoo
 from .models.autoencoder import DCAE
@@ -290,14 +291,14 @@ def _for_each(files: Sequence[Path], work: Callable[[Path, str], str], out: Path
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; the exit status is 0, 1 if some files failed, or 2 if the request could not be met at all."""
-    commands = {command.__name__: command for command in (reconstruct, encode, decode, sample, convert, models, info)}
+    commands = [reconstruct, encode, decode, sample, train_diffusion, convert, models, info]
     try:
         return tyro.extras.subcommand_cli_from_dict(
-            commands,
+            {command.__name__.replace("_", "-"): command for command in commands},
             prog="dcae-fast",
             description="Deep compression autoencoders, fast.",
-            args=argv,
-            config=(tyro.conf.OmitArgPrefixes,),
+            args=with_files(sys.argv[1:] if argv is None else argv),
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.CascadeSubcommandArgs),
         )
     except (UsageError, DeviceError, CheckpointError, OSError) as error:
         print(f"dcae-fast: {error}", file=sys.stderr)
