@@ -9,7 +9,7 @@ from dcae_fast.data.latents import LatentDataset
 from dcae_fast.models.diffusion_zoo import DIFFUSION_MODELS, DPM_SOLVER, FLOW, GAUSSIAN, SIZES, DiffusionConfig
 from dcae_fast.models.dit import DiTConfig
 from dcae_fast.models.uvit import UViTConfig
-from dcae_fast.models.zoo import AUTOENCODERS
+from dcae_fast.models.zoo import autoencoder_config
 
 
 class TrainingError(RuntimeError):
@@ -114,13 +114,13 @@ class Recipe:
             settings = data.manifest.settings
             source = os.path.abspath(settings.model) if os.path.exists(settings.model) else settings.model
             return source, settings.scaling_factor
-        known = AUTOENCODERS.get(self.autoencoder)
-        if known is None or known.scaling_factor is None:
+        scaling_factor = autoencoder_config(self.autoencoder).scaling_factor
+        if scaling_factor is None:
             raise ValueError(
-                f"autoencoder={self.autoencoder!r} is none whose scaling factor is known, and {data.folder} has no "
-                "manifest.json; make the latents with `dcae-fast cache-latents`"
+                f"the scaling factor of autoencoder={self.autoencoder!r} is not known, and {data.folder} has no "
+                "manifest.json that tells it; make the latents with `dcae-fast cache-latents`"
             )
-        return self.autoencoder, known.scaling_factor
+        return self.autoencoder, scaling_factor
 
 
 @dataclass(frozen=True, kw_only=True)

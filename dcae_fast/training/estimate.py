@@ -59,7 +59,7 @@ def _kept_bytes(config: DiffusionConfig, precision: str, checkpointed: bool, bat
     size = config.network.input_size
     with torch.device("meta"):
         network = config.build().train()
-    with FakeTensorMode(), saved_tensors_hooks(pack, lambda tensor: tensor):
+    with FakeTensorMode(allow_non_fake_inputs=True), saved_tensors_hooks(pack, lambda tensor: tensor):
         network.to_empty(device="cpu")
         if checkpointed:
             checkpoint_blocks(network)
