@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch.distributed.fsdp import FSDPModule
 
 import dcae_fast
 from dcae_fast import distributed, images
@@ -36,6 +37,8 @@ def averaged(state: State) -> Iterator[None]:
             yield
         finally:
             state.network.train()
+            if isinstance(state.network, FSDPModule):
+                state.network.reshard()  # without a backward pass it keeps whole weights
 
 
 @dataclass
