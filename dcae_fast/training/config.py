@@ -73,17 +73,12 @@ class Recipe:
     """of initial weights, data order, times, noise and dropped labels"""
 
     def __post_init__(self):
-        checks = {
-            "batch": self.batch >= 1,
-            "steps": self.steps >= 0,
-            "lr": self.lr >= 0,
-            "warmup_steps": self.warmup_steps >= 0,
-            "clip_grad": self.clip_grad is None or self.clip_grad > 0,
-            "ema_decay": self.ema_decay is None or 0 < self.ema_decay < 1,
-        }
-        for name, right in checks.items():
-            if not right:
-                raise ValueError(f"{name}={getattr(self, name)} is out of range")
+        least = {"batch": 1, "steps": 0, "lr": 0, "weight_decay": 0, "warmup_steps": 0, "warmup_lr": 0}
+        _check_least(self, least)
+        if self.clip_grad is not None and not self.clip_grad > 0:
+            raise ValueError(f"clip_grad={self.clip_grad}; expected more than 0, or none")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay={self.ema_decay}; expected between 0 and 1, or none")
 
     def diffusion_config(self, data: LatentDataset) -> DiffusionConfig:
         """The model that will come of these latents. ValueError for latents or options that do not fit."""
@@ -165,12 +160,14 @@ class Run:
     """also log to this project of Weights & Biases"""
 
     def __post_init__(self):
-        for name in ("accumulate", "log_steps", "save_steps", "keep", "eval_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
-        for name in ("workers", "sample_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}; expected at least 0")
+        least = {"accumulate": 1, "log_steps": 1, "save_steps": 1, "keep": 1, "eval_steps": 1}
+        _check_least(self, least | {"workers": 0, "sample_steps": 0})
+
+
+def _check_least(settings: Recipe | Run, least: dict[str, int]) -> None:
+    for name, value in least.items():
+        if not getattr(settings, name) >= value:
+            raise ValueError(f"{name}={getattr(settings, name)}; expected at least {value}")
 
 
 def _recipe(kind: Literal["uvit", "dit"], schedulers: dict[str, Any], autoencoder: str, **options: Any) -> Recipe:

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -41,44 +40,37 @@ def averaged(state: State) -> Iterator[None]:
                 state.network.reshard()  # without a backward pass it keeps whole weights
 
 
-@dataclass
 class Samples:
-    """A grid of sixteen, in samples/<step>.png, always from the same noise and labels. Called by all ranks."""
+    """A grid of sixteen in samples/<step>.png, from the same noise and labels each time. TrainingError without decoder.
 
-    state: State
-    run: Run
-    autoencoder: DCAE
+    To be made and drawn by all ranks, which compute the same.
+    """
 
-    @classmethod
-    def of(cls, state: State, recipe: Recipe, run: Run) -> "Samples":
-        """TrainingError if there is no autoencoder to decode with, or no solver."""
-        if state.config.eval_scheduler == "ODE_dopri5" and find_spec("torchdiffeq") is None:
+    def __init__(self, state: State, recipe: Recipe, run: Run):
+        config = state.config
+        if config.eval_scheduler == "ODE_dopri5" and find_spec("torchdiffeq") is None:
             raise TrainingError("samples by ODE_dopri5 need torchdiffeq: pip install 'dcae_fast[ode]'")
         try:
-            autoencoder = DCAE.from_pretrained(state.config.autoencoder)
+            autoencoder = DCAE.from_pretrained(config.autoencoder)
         except CheckpointError as error:
-            raise TrainingError(
-                f"no autoencoder to decode samples with (sample_steps=0 trains without): {error}"
-            ) from error
+            reason = "no autoencoder to decode samples with (sample_steps=0 trains without)"
+            raise TrainingError(f"{reason}: {error}") from error
         autoencoder.to(state.device, DTYPES[recipe.precision], memory_format=torch.channels_last)
         if run.patch:
             dcae_fast.patch(autoencoder)
-        return cls(state, run, autoencoder)
-
-    def draw(self) -> Image.Image | None:
-        """The picture, which is also saved, in the main process."""
-        state, config = self.state, self.state.config
+        self.state, self.folder = state, run.out / "samples"
+        self.model = DCAEDiffusion(config, state.network, autoencoder)
         labels = sampling.default_labels(config.network.num_classes)
-        request = sampling.Request(labels, self.run.sample_cfg, 0, config.eval_scheduler, config.num_inference_steps)
-        with averaged(state):
-            z = sampling.sample(DCAEDiffusion(config, state.network, self.autoencoder), request)
-        if not distributed.is_main():
-            return None
-        pictures = sampling.decode(DCAEDiffusion(config, state.network, self.autoencoder), z)
-        grid = images.grid(pictures, request.columns)
-        folder = self.run.out / "samples"
-        folder.mkdir(exist_ok=True)
-        images.save_png(grid, folder / f"{state.step:09d}.png")
+        steps = config.num_inference_steps
+        self.request = sampling.Request(labels, run.sample_cfg, 0, config.eval_scheduler, steps)
+
+    def draw(self) -> Image.Image:
+        with averaged(self.state):
+            z = sampling.sample(self.model, self.request)
+            grid = images.grid(sampling.decode(self.model, z), self.request.columns)
+        if distributed.is_main():
+            self.folder.mkdir(exist_ok=True)
+            images.save_png(grid, self.folder / f"{self.state.step:09d}.png")
         return grid
 
 

@@ -59,7 +59,7 @@ class Training:
             distributed.print_main(f"Going on after step {self.state.step}, from {newest}")
         steps = range(self.state.step, recipe.steps)
         self.order = BatchOrder(len(self.data), recipe.batch, shards, recipe.seed, steps, rank, ranks)
-        self.samples = Samples.of(self.state, recipe, run) if run.sample_steps else None
+        self.samples = Samples(self.state, recipe, run) if run.sample_steps else None
         self.log = Log(run, self.state.step, recipe.steps, asdict(recipe))
         self.watch = Stopwatch(device)
         self.losses: list[torch.Tensor] = []

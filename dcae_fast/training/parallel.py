@@ -48,19 +48,26 @@ def checkpoint_blocks(network: UViT | DiT) -> None:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
+def compile_forward(module: nn.Module) -> None:
+    module.forward = torch.compile(module.forward, dynamic=False)
+
+
 def spread(network: UViT | DiT, run: Run) -> nn.Module:
     """The module to call in training, for which `network` is changed in place: it itself, or DDP around it.
 
+    One process compiles the whole network, several compile each block, so that its gradients leave when they are there.
     FSDP2 shards each block and the rest; float32 weights are gathered, as autocast takes them.
     """
     ranks, blocks = distributed.world_size(), blocks_of(network)
     if run.patch:
         dcae_fast.patch(network)
+    if run.compile and ranks > 1:
+        for block in blocks:
+            compile_forward(block)
     if run.checkpoint_activations:
         checkpoint_blocks(network)
-    if run.compile:
-        for module in blocks if ranks > 1 else [network]:
-            module.forward = torch.compile(module.forward, dynamic=False)
+    if run.compile and ranks == 1:
+        compile_forward(network)
     if not distributed.is_distributed():
         return network
     if run.parallel == "ddp":

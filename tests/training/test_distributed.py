@@ -38,7 +38,11 @@ def trainings(rank: int, folder: Path) -> None:
     for parallel in ("ddp", "fsdp"):
         train(RECIPE, run_in(folder / f"one-then-{parallel}", parallel=parallel, eval_data=folder / "latents"), CPU)
         train(FLOAT16, run_in(folder / f"{parallel}-float16", parallel=parallel), CPU)
-        train(SHORT, run_in(folder / f"{parallel}-compiled", parallel=parallel, compile=True), CPU)
+        train(
+            SHORT,
+            run_in(folder / f"{parallel}-compiled", compile=True, checkpoint_activations=True, parallel=parallel),
+            CPU,
+        )
     dist.barrier()
     os._exit(0)  # destroying a gloo group of DDP's may wait forever for a thread that needs the interpreter's lock
 

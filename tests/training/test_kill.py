@@ -35,7 +35,7 @@ def test_killed(shared):
     command = [sys.executable, "-c", PROGRAM, str(out)]
     result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert int(result.stdout.split()[-1]) >= 5
+    assert int(result.stdout.split()[-1]) >= 2
     assert_equal(weights(out), weights(shared / "whole"))
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, RECIPE.steps + 1))
