@@ -16,7 +16,6 @@ from dcae_fast.data.latents import LatentDataset
 from dcae_fast.diffusion import DCAEDiffusion
 from dcae_fast.models.autoencoder import DCAE
 from dcae_fast.models.weights import CheckpointError
-from dcae_fast.reconstruction import DTYPES
 
 from .batches import draw
 from .config import Recipe, Run, TrainingError
@@ -40,44 +39,45 @@ def averaged(state: State) -> Iterator[None]:
                 state.network.reshard()  # without a backward pass it keeps whole weights
 
 
-class Samples:
-    """A grid of sixteen in samples/<step>.png, from the same noise and labels each time. TrainingError without decoder.
+def build_model(state: State, recipe: Recipe, run: Run) -> DCAEDiffusion:
+    """The network in training with its autoencoder, in bfloat16 unless all is in float32.
 
-    To be made and drawn by all ranks, which compute the same.
+    TrainingError if there is no autoencoder, or no solver to sample with.
     """
+    config = state.config
+    if config.eval_scheduler == "ODE_dopri5" and find_spec("torchdiffeq") is None:
+        raise TrainingError("samples by ODE_dopri5 need torchdiffeq: pip install 'dcae_fast[ode]'")
+    try:
+        autoencoder = DCAE.from_pretrained(config.autoencoder)
+    except CheckpointError as error:
+        reason = "no autoencoder to decode samples with (sample_steps=0 trains without)"
+        raise TrainingError(f"{reason}: {error}") from error
+    dtype = torch.float32 if recipe.precision == "float32" else torch.bfloat16
+    autoencoder.to(state.device, dtype, memory_format=torch.channels_last)
+    if run.patch:
+        dcae_fast.patch(autoencoder)
+    return DCAEDiffusion(config, state.network, autoencoder)
 
-    def __init__(self, state: State, recipe: Recipe, run: Run):
-        config = state.config
-        if config.eval_scheduler == "ODE_dopri5" and find_spec("torchdiffeq") is None:
-            raise TrainingError("samples by ODE_dopri5 need torchdiffeq: pip install 'dcae_fast[ode]'")
-        try:
-            autoencoder = DCAE.from_pretrained(config.autoencoder)
-        except CheckpointError as error:
-            reason = "no autoencoder to decode samples with (sample_steps=0 trains without)"
-            raise TrainingError(f"{reason}: {error}") from error
-        autoencoder.to(state.device, DTYPES[recipe.precision], memory_format=torch.channels_last)
-        if run.patch:
-            dcae_fast.patch(autoencoder)
-        self.state, self.folder = state, run.out / "samples"
-        self.model = DCAEDiffusion(config, state.network, autoencoder)
-        labels = sampling.default_labels(config.network.num_classes)
-        steps = config.num_inference_steps
-        self.request = sampling.Request(labels, run.sample_cfg, 0, config.eval_scheduler, steps)
 
-    def draw(self) -> Image.Image:
-        with averaged(self.state):
-            z = sampling.sample(self.model, self.request)
-            grid = images.grid(sampling.decode(self.model, z), self.request.columns)
-        if distributed.is_main():
-            self.folder.mkdir(exist_ok=True)
-            images.save_png(grid, self.folder / f"{self.state.step:09d}.png")
-        return grid
+def draw_samples(model: DCAEDiffusion, cfg: float, file: Path) -> Image.Image:
+    """Sixteen pictures, from the same noise and labels each time, in one, which the main process saves.
+
+    All ranks compute the same, so that they may have parts of the weights each.
+    """
+    config = model.config
+    labels = sampling.default_labels(config.network.num_classes)
+    request = sampling.Request(labels, cfg, 0, config.eval_scheduler, config.num_inference_steps)
+    picture = images.grid(sampling.decode(model, sampling.sample(model, request)), request.columns)
+    if distributed.is_main():
+        file.parent.mkdir(exist_ok=True)
+        images.save_png(picture, file)
+    return picture
 
 
 def held_out_loss(state: State, recipe: Recipe, folder: Path) -> float:
-    """The mean objective over as many whole batches of a folder's latents as there are; the same draws each time.
+    """The mean objective over as many whole batches of a folder's latents as there are, with the same draws each time.
 
-    Called by all ranks. Raises DataError or ValueError.
+    Called by all ranks, with the weights to be judged in the network. Raises DataError or ValueError.
     """
     data = LatentDataset(folder)
     batches, ranks, rank = len(data) // recipe.batch, distributed.world_size(), distributed.rank()
@@ -85,7 +85,7 @@ def held_out_loss(state: State, recipe: Recipe, folder: Path) -> float:
         raise ValueError(f"eval_data={folder}: {len(data)} latents; expected at least a batch, {recipe.batch}")
     part = range(recipe.batch * rank // ranks, recipe.batch * (rank + 1) // ranks)
     total = torch.zeros((), device=state.device)
-    with averaged(state), autocast(state.device, recipe.precision):
+    with autocast(state.device, recipe.precision):
         for number in range(batches):
             items = [data[number * recipe.batch + i] for i in part]
             z = torch.stack([latent for latent, _ in items]).to(state.device)

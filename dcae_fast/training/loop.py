@@ -9,24 +9,26 @@ import torch
 
 from dcae_fast import distributed
 from dcae_fast.data.latents import LatentDataset
+from dcae_fast.diffusion import DCAEDiffusion
 
 from .batches import BatchOrder, Draws, draw, load_batches
 from .checkpoint import Checkpoints, export
 from .config import Recipe, Run, TrainingError
-from .evaluation import Samples, averaged, held_out_loss
+from .evaluation import averaged, build_model, draw_samples, held_out_loss
 from .log import Log
 from .settings import shards_of
-from .state import State, initial_state, take_step
+from .state import initial_state, take_step
 from .stopwatch import Stopwatch
 
-Evaluate = Callable[[State], dict[str, float]]
+Evaluate = Callable[[DCAEDiffusion, int], dict[str, float]]
 
 
 def train(recipe: Recipe, run: Run, device: torch.device, evaluate: Evaluate | None = None) -> Path:
     """Trains up to `recipe.steps`; the result is for `DCAEDiffusion.from_pretrained`, with the average's weights.
 
-    Called by all ranks, within `distributed.process_group`. evaluate: called by all ranks every `run.eval_steps`, while
-    the network is in evaluation mode and has the average for weights; the numbers that it returns are logged.
+    Called by all ranks, within `distributed.process_group`. evaluate: called by all ranks every `run.eval_steps` with
+    the model, which has the average for weights, and the step; the numbers that it returns are logged. With FSDP it
+    must call the network equally often on all ranks.
 
     Raises DataError, TrainingError or ValueError.
     """
@@ -59,7 +61,7 @@ class Training:
             distributed.print_main(f"Going on after step {self.state.step}, from {newest}")
         steps = range(self.state.step, recipe.steps)
         self.order = BatchOrder(len(self.data), recipe.batch, shards, recipe.seed, steps, rank, ranks)
-        self.samples = Samples(self.state, recipe, run) if run.sample_steps else None
+        self.model = build_model(self.state, recipe, run) if run.sample_steps or evaluate else None
         self.log = Log(run, self.state.step, recipe.steps, asdict(recipe))
         self.watch = Stopwatch(device)
         self.losses: list[torch.Tensor] = []
@@ -110,17 +112,20 @@ class Training:
 
     def _pause(self) -> None:
         """Saves, draws and evaluates what is due."""
-        state, run = self.state, self.run
-        if self._due(run.save_steps):
-            self.checkpoints.save(state)
+        if self._due(self.run.save_steps):
+            self.checkpoints.save(self.state)
+        if self._due(self.run.sample_steps) or self._due(self.run.eval_steps):
+            with averaged(self.state):
+                self._look()
+
+    def _look(self) -> None:
+        state, run, numbers = self.state, self.run, {}
         if self._due(run.sample_steps):
-            self.log.picture(state.step, "samples", self.samples.draw())
-        if self._due(run.eval_steps):
-            numbers = {}
-            if run.eval_data is not None:
-                numbers["held_out_loss"] = held_out_loss(state, self.recipe, run.eval_data)
-            if self.evaluate is not None:
-                with averaged(state):
-                    numbers |= self.evaluate(state)
-            if numbers:
-                self.log.numbers(state.step, **numbers)
+            file = run.out / "samples" / f"{state.step:09d}.png"
+            self.log.picture(state.step, "samples", draw_samples(self.model, run.sample_cfg, file))
+        if self._due(run.eval_steps) and run.eval_data is not None:
+            numbers["held_out_loss"] = held_out_loss(state, self.recipe, run.eval_data)
+        if self._due(run.eval_steps) and self.evaluate is not None:
+            numbers |= self.evaluate(self.model, state.step)
+        if numbers:
+            self.log.numbers(state.step, **numbers)

@@ -128,7 +128,7 @@ def test_compiled(shared, compare, monkeypatch):
     """The names of the weights are those of the bare network, and the average sees every step."""
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda *args, **kw: compile(*args, **kw, backend="aot_eager"))
-    run = run_in(shared / "compiled", compile=True, checkpoint_activations=True)
+    run = run_in(shared / "compiled", compile=True, checkpoint_activations=True, sample_steps=12)
     train_until(7, RECIPE, run)
     train(RECIPE, run, CPU)
     for name, expected in weights(shared / "whole").items():
@@ -212,9 +212,9 @@ def test_samples_and_evaluation(shared, tmp_path):
     """Both see the average, alter nothing, and are due every so many steps and at the end."""
     seen = []
 
-    def evaluate(state):
-        assert not state.network.training and not torch.is_grad_enabled()
-        seen.append({name: p.clone() for name, p in state.network.named_parameters()})
+    def evaluate(model, step):
+        assert not model.diffusion_model.training and not torch.is_grad_enabled() and step == [8, 12][len(seen)]
+        seen.append({name: p.clone() for name, p in model.diffusion_model.named_parameters()})
         return {"answer": 42.0}
 
     run = run_in(shared / "looked", sample_steps=5, eval_steps=8, eval_data=shared / "latents")
