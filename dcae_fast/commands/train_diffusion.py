@@ -1,5 +1,7 @@
 """dcae-fast train-diffusion: a diffusion transformer on cached latents."""
 
+import warnings
+
 import torch
 import tyro
 
@@ -32,6 +34,7 @@ def train_diffusion(recipe: Named, run: Run, *, dry_run: bool = False) -> int:
                 distributed.print_main(describe(recipe, run, LatentDataset(run.data), distributed.world_size()))
                 return 0
             torch.set_float32_matmul_precision("high")  # as the original: TF32 for what autocast leaves
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # whose result nobody changes in place
             model = train(recipe, run, device)
             distributed.print_main(f"The model is in {model.resolve()}")
     except torch.OutOfMemoryError as error:

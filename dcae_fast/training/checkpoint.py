@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 
@@ -31,6 +33,7 @@ from .config import TrainingError
 from .state import State
 
 LATEST = "latest.txt"
+BROKEN = (CheckpointException, SafetensorError)  # what the two kinds of files raise
 
 
 class Checkpoints:
@@ -92,7 +95,7 @@ class Checkpoints:
                 state.average.load(folder / "ema" / diffusion_checkpoint.FILES[0], diffusion_checkpoint.PREFIX)
             state.scaler.load_state_dict(progress["scaler"])
             state.step = progress["step"]
-        except (OSError, ValueError, KeyError, RuntimeError, dcp.api.CheckpointException) as error:
+        except (*BROKEN, OSError, ValueError, KeyError, RuntimeError) as error:
             raise TrainingError(f"{folder}: not a checkpoint of this training: {error}") from error
 
 

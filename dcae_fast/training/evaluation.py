@@ -74,22 +74,31 @@ def draw_samples(model: DCAEDiffusion, cfg: float, file: Path) -> Image.Image:
     return picture
 
 
-def held_out_loss(state: State, recipe: Recipe, folder: Path) -> float:
-    """The mean objective over as many whole batches of a folder's latents as there are, with the same draws each time.
+class HeldOut:
+    """The mean objective over as many whole batches of other latents as there are, with the same draws each time.
 
-    Called by all ranks, with the weights to be judged in the network. Raises DataError or ValueError.
+    Raises DataError, and ValueError unless they are like the ones trained on.
     """
-    data = LatentDataset(folder)
-    batches, ranks, rank = len(data) // recipe.batch, distributed.world_size(), distributed.rank()
-    if batches == 0:
-        raise ValueError(f"eval_data={folder}: {len(data)} latents; expected at least a batch, {recipe.batch}")
-    part = range(recipe.batch * rank // ranks, recipe.batch * (rank + 1) // ranks)
-    total = torch.zeros((), device=state.device)
-    with autocast(state.device, recipe.precision):
+
+    def __init__(self, folder: Path, recipe: Recipe, like: LatentDataset):
+        self.data, self.recipe = LatentDataset(folder), recipe
+        if self.data.shape != like.shape:
+            raise ValueError(f"eval_data={folder}: latents of {list(self.data.shape)}; expected {list(like.shape)}")
+        if len(self.data) < recipe.batch:
+            raise ValueError(
+                f"eval_data={folder}: {len(self.data)} latents; expected a batch of {recipe.batch} or more"
+            )
+
+    def loss(self, state: State) -> float:
+        """Of the weights that the network has. Called by all ranks."""
+        batch, batches = self.recipe.batch, len(self.data) // self.recipe.batch
+        ranks, rank = distributed.world_size(), distributed.rank()
+        part = range(batch * rank // ranks, batch * (rank + 1) // ranks)
+        total = torch.zeros((), device=state.device)
         for number in range(batches):
-            items = [data[number * recipe.batch + i] for i in part]
-            z = torch.stack([latent for latent, _ in items]).to(state.device)
-            labels = torch.tensor([label for _, label in items], device=state.device)
-            draws = draw(state.config, recipe.batch, part, recipe.seed, number, state.device)
-            total += batch_loss(state.config, state.network, z, labels, draws)
-    return distributed.all_sum(total).item() / (batches * ranks)
+            latents, classes = zip(*(self.data[number * batch + i] for i in part), strict=True)
+            z, labels = torch.stack(latents).to(state.device), torch.tensor(classes, device=state.device)
+            draws = draw(state.config, batch, part, self.recipe.seed, number, state.device)
+            with autocast(state.device, self.recipe.precision):
+                total += batch_loss(state.config, state.network, z, labels, draws)
+        return distributed.all_sum(total).item() / (batches * ranks)

@@ -14,7 +14,7 @@ from dcae_fast.diffusion import DCAEDiffusion
 from .batches import BatchOrder, Draws, draw, load_batches
 from .checkpoint import Checkpoints, export
 from .config import Recipe, Run, TrainingError
-from .evaluation import averaged, build_model, draw_samples, held_out_loss
+from .evaluation import HeldOut, averaged, build_model, draw_samples
 from .log import Log
 from .settings import shards_of
 from .state import initial_state, take_step
@@ -62,6 +62,7 @@ class Training:
         steps = range(self.state.step, recipe.steps)
         self.order = BatchOrder(len(self.data), recipe.batch, shards, recipe.seed, steps, rank, ranks)
         self.model = build_model(self.state, recipe, run) if run.sample_steps or evaluate else None
+        self.held_out = HeldOut(run.eval_data, recipe, self.data) if run.eval_data else None
         self.log = Log(run, self.state.step, recipe.steps, asdict(recipe))
         self.watch = Stopwatch(device)
         self.losses: list[torch.Tensor] = []
@@ -123,8 +124,8 @@ class Training:
         if self._due(run.sample_steps):
             file = run.out / "samples" / f"{state.step:09d}.png"
             self.log.picture(state.step, "samples", draw_samples(self.model, run.sample_cfg, file))
-        if self._due(run.eval_steps) and run.eval_data is not None:
-            numbers["held_out_loss"] = held_out_loss(state, self.recipe, run.eval_data)
+        if self._due(run.eval_steps) and self.held_out is not None:
+            numbers["held_out_loss"] = self.held_out.loss(state)
         if self._due(run.eval_steps) and self.evaluate is not None:
             numbers |= self.evaluate(self.model, state.step)
         if numbers:

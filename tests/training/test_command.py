@@ -133,6 +133,7 @@ def test_memory_of_the_estimate(shared, precision, checkpointed):
         (["--num-classes", "2"], "num_classes=2"),
         (["--data", "/nowhere"], "/nowhere"),
         (["--device", "cuda:99"], "cuda:99"),
+        (["--eval-data", "/elsewhere"], "/elsewhere"),
         (["--wandb", "project"], "dcae_fast[log]"),
         (["--tensorboard"], "dcae_fast[log]"),
     ],
@@ -193,3 +194,10 @@ def test_samples_need_the_autoencoder(shared, tmp_path, monkeypatch):
     monkeypatch.setattr(DCAE, "from_pretrained", absent)
     with pytest.raises(TrainingError, match="sample_steps=0 trains without.*not to be downloaded"):
         train(RECIPE, run_in(shared / "undecoded", sample_steps=5), CPU)
+
+
+def test_held_out_latents_must_be_alike(shared, tmp_path):
+    for name, items, shape, words in [("few", 7, (64, 2, 2), "7 latents"), ("other", 9, (64, 4, 4), r"\[64, 4, 4\]")]:
+        save_latents(tmp_path / name, items, shape)
+        with pytest.raises(ValueError, match=words):
+            train(RECIPE, run_in(shared / f"held-out-{name}", eval_data=tmp_path / name), CPU)

@@ -246,7 +246,7 @@ def test_broken_checkpoints(shared):
     (run.out / "checkpoints" / "step-000000012" / "state" / ".metadata").write_bytes(b"")
     with pytest.raises(TrainingError, match="step-000000012"):
         train(RECIPE, run, CPU)
-    (run.out / "checkpoints" / "latest.txt").write_text("step-000000008\n")  # as the README says to go back
+    (run.out / "checkpoints" / "latest.txt").write_text("step-000000008\n")  # the way to go back
     train(RECIPE, run, CPU)
     assert_equal(weights(run.out), weights(shared / "whole"))
     (run.out / "checkpoints" / "latest.txt").write_text("step-000000007\n")
