@@ -80,6 +80,12 @@ class Recipe:
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay}; expected between 0 and 1, or none")
 
+    def part(self, ranks: int, accumulate: int) -> int:
+        """Latents that a rank computes at once. ValueError if the batch cannot be divided."""
+        if self.batch % (ranks * accumulate):
+            raise ValueError(f"batch={self.batch} is not a multiple of {ranks} ranks x accumulate={accumulate}")
+        return self.batch // (ranks * accumulate)
+
     def diffusion_config(self, data: LatentDataset) -> DiffusionConfig:
         """The model that will come of these latents. ValueError for latents or options that do not fit."""
         channels, height, width = data.shape
@@ -109,13 +115,18 @@ class Recipe:
             settings = data.manifest.settings
             source = os.path.abspath(settings.model) if os.path.exists(settings.model) else settings.model
             return source, settings.scaling_factor
-        scaling_factor = autoencoder_config(self.autoencoder).scaling_factor
-        if scaling_factor is None:
+        autoencoder, channels = autoencoder_config(self.autoencoder), data.shape[0]
+        if autoencoder.latent_channels != channels:
+            raise ValueError(
+                f"{data.folder}: latents of {channels} channels, but those of autoencoder={self.autoencoder!r} have "
+                f"{autoencoder.latent_channels}"
+            )
+        if autoencoder.scaling_factor is None:
             raise ValueError(
                 f"the scaling factor of autoencoder={self.autoencoder!r} is not known, and {data.folder} has no "
                 "manifest.json that tells it; make the latents with `dcae-fast cache-latents`"
             )
-        return self.autoencoder, scaling_factor
+        return self.autoencoder, autoencoder.scaling_factor
 
 
 @dataclass(frozen=True, kw_only=True)

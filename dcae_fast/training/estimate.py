@@ -8,10 +8,10 @@ from dcae_fast.data.latents import LatentDataset
 from dcae_fast.describe import diffusion_cost, table
 from dcae_fast.models.diffusion_zoo import DiffusionConfig
 
-from .batches import Draws
+from .batches import BatchOrder
 from .config import Recipe, Run
 from .parallel import checkpoint_blocks
-from .state import autocast, batch_loss
+from .state import autocast
 
 
 def describe(recipe: Recipe, run: Run, data: LatentDataset, ranks: int) -> str:
@@ -20,19 +20,20 @@ def describe(recipe: Recipe, run: Run, data: LatentDataset, ranks: int) -> str:
     network, manifest = config.network, data.manifest
     parameters, flops = diffusion_cost(config)
     flops *= recipe.batch * (4 if run.checkpoint_activations else 3)
-    part = recipe.batch // (ranks * run.accumulate)
+    part = recipe.part(ranks, run.accumulate)
+    epoch = BatchOrder(len(data), recipe.batch, ranks, recipe.seed, range(0), 0, ranks).batches
     copies = 4 * (5 if recipe.ema_decay else 4)  # bytes: weight, gradient, two moments, average
     weights = copies * parameters / (ranks if run.parallel == "fsdp" else 1)
     kept = kept_bytes(config, recipe.precision, run.checkpoint_activations, part)
     rows = [
         ("data", f"{len(data)} latents {'x'.join(map(str, data.shape))} in {data.folder}"),
-        ("classes", f"{len(data.classes) or 'none, all latents have label 0'}"),
+        ("classes", f"{len(data.classes) or 1} of {network.num_classes}"),
         ("made by", f"{config.autoencoder}, multiplied by {config.scaling_factor}"),
         ("network", f"{recipe.network.kind}, depth {network.depth}, width {network.hidden_size}"),
         ("size", f"{parameters / 1e6:.1f} M parameters, {network.tokens} tokens"),
         ("objective", f"{recipe.train_scheduler}, {recipe.precision}"),
         ("batch", f"{recipe.batch}: ranks {ranks}, parts {run.accumulate} of {part}"),
-        ("length", f"{recipe.steps} steps, {recipe.steps * recipe.batch / len(data):.1f} epochs"),
+        ("length", f"{recipe.steps} steps, {recipe.steps / epoch:.1f} epochs of {epoch}"),
         ("work", f"{flops / 1e12:.4g} TFLOP in a step of all ranks"),
         ("memory", f"{_size(weights)} for weights, gradients, optimizer{' and average' if recipe.ema_decay else ''}"),
         ("", f"{_size(kept)} kept for the backward pass, unpatched and not compiled"),
@@ -63,11 +64,9 @@ def _kept_bytes(config: DiffusionConfig, precision: str, checkpointed: bool, bat
         network.to_empty(device="cpu")
         if checkpointed:
             checkpoint_blocks(network)
-        z = torch.empty(batch, config.network.in_channels, size, size)
-        labels = torch.zeros(batch, dtype=torch.int64)
-        draws = Draws(torch.ones(batch, dtype=torch.int64), z, labels.bool())
+        z, labels = torch.empty(batch, config.network.in_channels, size, size), torch.zeros(batch, dtype=torch.int64)
         with autocast(z.device, precision):
-            batch_loss(config, network, z, labels, draws)
+            network(z, torch.empty(batch), labels)
         for parameter in network.parameters():
             kept.pop(parameter.untyped_storage()._cdata, None)
     return sum(storage.nbytes() for storage in kept.values())

@@ -49,8 +49,7 @@ class Training:
     def __init__(self, recipe: Recipe, run: Run, device: torch.device, evaluate: Evaluate | None = None):
         self.recipe, self.run, self.evaluate = recipe, run, evaluate
         ranks, rank = distributed.world_size(), distributed.rank()
-        if recipe.batch % (ranks * run.accumulate):
-            raise ValueError(f"batch={recipe.batch} is not a multiple of {ranks} ranks x accumulate={run.accumulate}")
+        recipe.part(ranks, run.accumulate)  # raises if there is none
         self.data = LatentDataset(run.data)
         self.state = initial_state(recipe.diffusion_config(self.data), recipe, run, device)
         shards = shards_of(run.out, recipe, self.data)

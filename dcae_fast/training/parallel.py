@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -17,13 +18,14 @@ import dcae_fast
 from dcae_fast import distributed
 from dcae_fast.models.diffusion_zoo import DiffusionConfig
 from dcae_fast.models.dit import DiT
+from dcae_fast.models.transformer import LabelEmbedder
 from dcae_fast.models.uvit import UViT
 
 from .config import Run
 
 
 def build_network(config: DiffusionConfig, seed: int, device: torch.device) -> UViT | DiT:
-    """With random weights, the same on all ranks, in training mode.
+    """With random weights, the same on all ranks, in training mode. Seeds PyTorch's global generators.
 
     It drops no labels by itself: `batches.draw` does, so that parts of a batch are independent of who computes them.
     """
@@ -31,7 +33,7 @@ def build_network(config: DiffusionConfig, seed: int, device: torch.device) -> U
     with torch.device(device):
         network = config.build()
     for module in network.modules():
-        if hasattr(module, "dropout_prob"):
+        if isinstance(module, LabelEmbedder):
             module.dropout_prob = 0.0
     return network.train()
 
@@ -70,13 +72,14 @@ def spread(network: UViT | DiT, run: Run) -> nn.Module:
         compile_forward(network)
     if not distributed.is_distributed():
         return network
+    device = next(network.parameters()).device
     if run.parallel == "ddp":
-        device = next(network.parameters()).device
         ids = [device] if device.type == "cuda" else None
         return DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True)
+    mesh = init_device_mesh(device.type, (ranks,))
     for block in blocks:
-        fully_shard(block)
-    return fully_shard(network)
+        fully_shard(block, mesh=mesh)
+    return fully_shard(network, mesh=mesh)
 
 
 @contextlib.contextmanager

@@ -16,12 +16,11 @@ from dcae_fast.data.manifest import Manifest, Settings
 from dcae_fast.models.autoencoder import DCAE
 from dcae_fast.models.diffusion_zoo import diffusion_config
 from dcae_fast.models.weights import CheckpointError
-from dcae_fast.training.batches import draw
 from dcae_fast.training.config import DESCRIPTIONS, RECIPES, TrainingError
 from dcae_fast.training.estimate import kept_bytes
 from dcae_fast.training.loop import train
 from dcae_fast.training.parallel import build_network, checkpoint_blocks
-from dcae_fast.training.state import autocast, batch_loss
+from dcae_fast.training.state import autocast
 
 OPTIONS = {  # of small_training.RECIPE
     "network": {"depth": 2, "hidden_size": 32, "num_heads": 2, "num_classes": 3},
@@ -98,8 +97,16 @@ def test_dry_run(shared, tmp_path, capsys):
     file.write_text(json.dumps(OPTIONS))
     assert run("uvit-h-f64", f"@{file}", "--data", shared / "latents", "--out", tmp_path / "run", "--dry-run") == 0
     text = capsys.readouterr().out
-    assert f"{ITEMS} latents 64x2x2" in text and "DPM_Solver, float32" in text and "GiB kept" in text
+    assert (
+        f"{ITEMS} latents 64x2x2" in text
+        and "12 steps, 1.7 epochs of 7" in text
+        and "DPM_Solver, float32" in text
+        and "GiB kept" in text
+    )
     assert not (tmp_path / "run").exists()
+    assert (
+        run("uvit-h-f64", f"@{file}", "--data", shared / "latents", "--out", tmp_path, "--dry-run", "--batch", 61) == 2
+    )
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
@@ -117,10 +124,10 @@ def test_memory_of_the_estimate(shared, precision, checkpointed):
 
     z, labels = torch.randn(batch, 64, 2, 2), torch.zeros(batch, dtype=torch.int64)
     with saved_tensors_hooks(pack, lambda tensor: tensor), autocast(CPU, precision):
-        loss = batch_loss(config, network, z, labels, draw(config, batch, range(batch), 0, 0, CPU))
+        out = network(z, torch.ones(batch), labels)
     for parameter in network.parameters():
         kept.pop(parameter.untyped_storage().data_ptr(), None)
-    assert loss.requires_grad
+    assert out.requires_grad
     expected = sum(storage.nbytes() for storage in kept.values())
     assert kept_bytes(config, precision, checkpointed, batch) == pytest.approx(expected, rel=0.01)
 
