@@ -73,7 +73,7 @@ class Recipe:
     """of initial weights, data order, times, noise and dropped labels"""
 
     def __post_init__(self):
-        least = {"batch": 1, "steps": 0, "lr": 0, "weight_decay": 0, "warmup_steps": 0, "warmup_lr": 0}
+        least = {"batch": 1, "steps": 0, "lr": 0, "weight_decay": 0, "warmup_steps": 0, "warmup_lr": 0, "seed": 0}
         _check_least(self, least)
         if self.clip_grad is not None and not self.clip_grad > 0:
             raise ValueError(f"clip_grad={self.clip_grad}; expected more than 0, or none")

@@ -84,6 +84,8 @@ class HeldOut:
         self.data, self.recipe = LatentDataset(folder), recipe
         if self.data.shape != like.shape:
             raise ValueError(f"eval_data={folder}: latents of {list(self.data.shape)}; expected {list(like.shape)}")
+        if self.data.classes != like.classes:
+            raise ValueError(f"eval_data={folder}: other classes than those of {like.folder}")
         if len(self.data) < recipe.batch:
             raise ValueError(
                 f"eval_data={folder}: {len(self.data)} latents; expected a batch of {recipe.batch} or more"
