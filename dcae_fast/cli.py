@@ -16,10 +16,11 @@ import dcae_fast
 from . import describe, images
 from . import sample as sampling
 from .commands.cache_latents import cache_latents
-from .commands.common import Compute, UsageError
+from .commands.common import Compute, UsageError, with_files
 from .commands.eval_autoencoder import eval_autoencoder
 from .commands.eval_diffusion import eval_diffusion
 from .commands.reference_stats import reference_stats
+from .commands.train_diffusion import train_diffusion
 from .diffusion import DCAEDiffusion
 from .models import diffusion_zoo
 from .models.autoencoder import DCAE
@@ -285,15 +286,15 @@ def _for_each(files: Sequence[Path], work: Callable[[Path, str], str], out: Path
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; the exit status is 0, 1 if some files failed, or 2 if the request could not be met at all."""
-    commands = [reconstruct, encode, decode, sample, cache_latents, reference_stats, eval_autoencoder, eval_diffusion]
-    commands += [convert, models, info]
+    commands = [reconstruct, encode, decode, sample, cache_latents, train_diffusion]
+    commands += [reference_stats, eval_autoencoder, eval_diffusion, convert, models, info]
     try:
         return tyro.extras.subcommand_cli_from_dict(
             {command.__name__.replace("_", "-"): command for command in commands},
             prog="dcae-fast",
             description="Deep compression autoencoders, fast.",
-            args=argv,
-            config=(tyro.conf.OmitArgPrefixes,),
+            args=with_files(sys.argv[1:] if argv is None else argv),
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.CascadeSubcommandArgs),
         )
     except (UsageError, DeviceError, CheckpointError, OSError) as error:
         print(f"dcae-fast: {error}", file=sys.stderr)

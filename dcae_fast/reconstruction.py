@@ -1,5 +1,6 @@
 """Photographs through an autoencoder, at once or by way of files of latents."""
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +31,12 @@ class LatentError(ValueError):
 def choose_device(device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
     """A device, CUDA where there is one and else the CPU, and one of `DTYPES`, bfloat16 on CUDA and else float32.
 
-    Raises DeviceError if it is not there or cannot compute in that dtype.
+    Under torchrun "cuda" is the GPU of this process. Raises DeviceError if it is not there or cannot compute in dtype.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         one = torch.ones(1, 1, 3, 3, device=device, dtype=DTYPES[dtype])
         F.conv2d(one, one).item()

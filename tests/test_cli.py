@@ -188,6 +188,12 @@ def test_requests_that_cannot_be_met(photo, tmp_path, capsys, argv, words):
     assert errors.startswith("dcae-fast: ") and words in errors and "\n" not in errors
 
 
+def test_torchrun_gives_each_process_its_gpu(photo, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "98")
+    assert run("reconstruct", photo, "--out", tmp_path / "out", "--device", "cuda") == 2
+    assert "'cuda:98'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["encode", "decode"])
 def test_nothing_to_read(command, capsys):
     assert run(command) == 2

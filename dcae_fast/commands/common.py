@@ -1,7 +1,11 @@
-"""What the commands share: errors in a request, and where and how to compute."""
+"""What the commands share: errors in a request, where and how to compute, and options in files."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
 
 from dcae_fast import distributed, sample
 from dcae_fast.diffusion import DCAEDiffusion
@@ -50,3 +54,49 @@ def report_problems(failed: list[tuple[str, str]], missing: dict[str, str]) -> i
     for reason in missing.values():
         distributed.print_main(f"missing: {reason}", error=True)
     return 1 if failed or missing else 0
+
+
+def with_files(arguments: Sequence[str]) -> list[str]:
+    """The arguments, each @file.yaml, .toml or .json replaced by the options that it holds. UsageError.
+
+    {"lr": 1e-4, "betas": [0.9, 0.99], "patch": false, "network": {"depth": 12}} is --lr 1e-4 --betas 0.9 0.99
+    --no-patch --depth 12; the names of inner mappings only group options.
+    """
+    expanded = []
+    for argument in arguments:
+        expanded += _options(_read(Path(argument[1:]))) if argument.startswith("@") else [argument]
+    return expanded
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        if path.suffix == ".toml":
+            import tomllib  # from Python 3.11 on
+
+            content = tomllib.loads(path.read_text())
+        elif path.suffix in (".yaml", ".yml", ".json"):  # which is YAML, too
+            content = yaml.safe_load(path.read_text())
+        else:
+            raise UsageError(f"@{path}: expected a .yaml, .toml or .json file")
+    except ImportError as error:
+        raise UsageError(f"@{path}: reading TOML needs Python 3.11; YAML and JSON do not") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"@{path}: not readable: {error}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"@{path}: expected options by name")
+    return content
+
+
+def _options(content: dict[str, Any]) -> list[str]:
+    options = []
+    for name, value in content.items():
+        flag = str(name).replace("_", "-")
+        if isinstance(value, dict):
+            options += _options(value)
+        elif isinstance(value, bool):
+            options.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, list):
+            options += [f"--{flag}", *map(str, value)]
+        else:
+            options += [f"--{flag}", str(value)]
+    return options

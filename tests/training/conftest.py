@@ -1,0 +1,15 @@
+from pathlib import Path
+
+import pytest
+from small_training import CPU, RECIPE, run_in, save_latents
+
+from dcae_fast.training.loop import train
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory) -> Path:
+    """A folder with latents, in which trainings can have theirs, and one that was never interrupted in "whole"."""
+    folder = tmp_path_factory.mktemp("training")
+    save_latents(folder / "latents")
+    train(RECIPE, run_in(folder / "whole"), CPU)
+    return folder

@@ -1,0 +1,58 @@
+"""A training that takes a second: a UViT of two blocks on random latents, sixty of three classes."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from dcae_fast.training.config import RECIPES, Architecture, Recipe, Run
+from dcae_fast.training.loop import Training
+
+CPU = torch.device("cpu")
+ITEMS, SHAPE = 60, (64, 2, 2)  # of dc-ae-tiny, pictures of 64 pixels
+RECIPE = replace(
+    RECIPES["uvit-h-f64"],
+    network=Architecture(kind="uvit", depth=2, hidden_size=32, num_heads=2, num_classes=3),
+    autoencoder="dc-ae-tiny",
+    num_inference_steps=2,
+    batch=8,
+    steps=12,
+    lr=1e-2,
+    warmup_steps=5,
+    precision="float32",
+)
+
+
+def save_latents(folder: Path, items: int = ITEMS, shape: tuple[int, ...] = SHAPE) -> None:
+    """As the original has them. A class has a mean of its own, so that there is something to learn."""
+    rng = np.random.default_rng(0)
+    for index in range(items):
+        file = folder / f"class{index % 3}" / f"{index:03d}.npy"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.save(file, (rng.normal(size=shape) * 0.3 + index % 3 - 1).astype(np.float32))
+
+
+def run_in(folder: Path, **options) -> Run:
+    """With the latents beside the run's folder; not patched, as kernels are slow without a GPU."""
+    defaults = {"device": "cpu", "patch": False, "workers": 0, "log_steps": 4, "save_steps": 4, "sample_steps": 0}
+    return Run(data=folder.parent / "latents", out=folder, **defaults | options)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The result of a training."""
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def train_until(step: int, recipe: Recipe, run: Run) -> None:
+    """As far as a run gets that is ended after so many steps: no checkpoint then, and no result."""
+    training = Training(recipe, run, CPU)
+    training.order.steps = range(training.state.step, step)
+    training.run_all()
+    training.log.close()

@@ -1,0 +1,65 @@
+"""The order of the data and the random draws: the original's, and the same on any number of ranks."""
+
+import pytest
+import torch
+from small_training import CPU
+
+from dcae_fast.data.sampler import EpochSampler
+from dcae_fast.models.diffusion_zoo import diffusion_config
+from dcae_fast.training.batches import BatchOrder, draw
+
+ITEMS, BATCH = 50, 12
+
+
+def whole_batches(shards: int, ranks: int, steps: range) -> list[list[int]]:
+    """The parts of all ranks, one after another, by step."""
+    parts = [BatchOrder(ITEMS, BATCH, shards, 3, steps, rank, ranks) for rank in range(ranks)]
+    return [sum(batch, start=[]) for batch in zip(*parts, strict=True)]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_the_original_order(ranks):
+    each = BATCH // ranks
+    for rank in range(ranks):
+        sampler = EpochSampler(ITEMS, rank, ranks, seed=3)
+        sampler.resume(1, each)
+        expected = []
+        for _ in range(3):
+            epoch = list(sampler)
+            expected += [epoch[start : start + each] for start in range(0, len(epoch) - each + 1, each)]
+        assert len(expected) > 2 * (ITEMS // BATCH)
+        assert list(BatchOrder(ITEMS, BATCH, ranks, 3, range(1, len(expected) + 1), rank, ranks)) == expected
+
+
+@pytest.mark.parametrize("shards", [1, 3, 4])
+def test_other_ranks_share_the_same_batches(shards):
+    expected = whole_batches(shards, shards, range(11))
+    for ranks in (1, 2, 3, 4, 6, 12):
+        assert whole_batches(shards, ranks, range(11)) == expected
+        assert whole_batches(shards, ranks, range(5, 11)) == expected[5:]
+    epoch = sum(expected[: ITEMS // shards // (BATCH // shards)], start=[])
+    assert len(set(epoch)) == len(epoch)
+
+
+def test_draws():
+    config = diffusion_config("dc-ae-f64c128-in-1.0-uvit-h-in-512px")
+    whole = draw(config, 12, range(12), 0, 7, CPU)
+    assert whole.noise.shape == (12, 128, 8, 8) and whole.t.min() >= 1 and whole.t.max() <= 1000
+    for ranks in (2, 3):
+        parts = [draw(config, 12, range(12 * r // ranks, 12 * (r + 1) // ranks), 0, 7, CPU) for r in range(ranks)]
+        for name in ("t", "noise", "dropped"):
+            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+    for seed, step in ((0, 8), (1, 7)):
+        other = draw(config, 12, range(12), seed, step, CPU)
+        assert not torch.equal(other.noise, whole.noise) and not torch.equal(other.t, whole.t)
+    many = torch.cat([draw(config, 64, range(64), 0, step, CPU).dropped for step in range(50)])
+    assert 0.08 < many.float().mean() < 0.12
+
+
+@pytest.mark.parametrize(
+    "items, batch, shards, ranks, words",
+    [(50, 12, 5, 1, "5, the shards"), (50, 12, 1, 5, "5, the ranks"), (50, 60, 1, 1, "at most 50")],
+)
+def test_batches_that_cannot_be(items, batch, shards, ranks, words):
+    with pytest.raises(ValueError, match=words):
+        BatchOrder(items, batch, shards, 0, range(1), 0, ranks)

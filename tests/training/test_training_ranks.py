@@ -1,0 +1,113 @@
+"""Two processes against one: the same batches, the same weights to rounding, on DDP and FSDP2; and back again."""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from small_training import CPU, RECIPE, assert_equal, run_in, train_until, weights
+
+from dcae_fast import distributed
+from dcae_fast.training.loop import train
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch.distributed is not built")
+RANKS = 2
+ROUNDING = 1e-4
+SHORT = replace(RECIPE, steps=3)
+FLOAT16 = replace(SHORT, precision="float16")
+
+
+def trainings(rank: int, folder: Path) -> None:
+    """In each process: one training after another."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
+    torch.compile = partial(torch.compile, backend="aot_eager")
+    train(RECIPE, run_in(folder / "ddp", accumulate=2), CPU)
+    train(RECIPE, run_in(folder / "fsdp", parallel="fsdp", sample_steps=12, checkpoint_activations=True), CPU)
+    train_until(6, RECIPE, run_in(folder / "fsdp-ended", parallel="fsdp"))
+    distributed.barrier()
+    if distributed.is_main():
+        shutil.copytree(folder / "fsdp-ended", folder / "fsdp-then-one")
+    distributed.barrier()
+    train(RECIPE, run_in(folder / "fsdp-ended", parallel="fsdp"), CPU)
+    for parallel in ("ddp", "fsdp"):
+        train(RECIPE, run_in(folder / f"one-then-{parallel}", parallel=parallel, eval_data=folder / "latents"), CPU)
+        train(FLOAT16, run_in(folder / f"{parallel}-float16", parallel=parallel), CPU)
+        train(
+            SHORT,
+            run_in(folder / f"{parallel}-compiled", compile=True, checkpoint_activations=True, parallel=parallel),
+            CPU,
+        )
+    dist.barrier()
+    os._exit(0)  # destroying a gloo group of DDP's may wait forever for a thread that needs the interpreter's lock
+
+
+@pytest.fixture(scope="module")
+def folder(shared) -> Path:
+    """With what two processes trained."""
+    for parallel in ("ddp", "fsdp"):
+        train_until(6, RECIPE, run_in(shared / f"one-then-{parallel}"))
+    torch.multiprocessing.spawn(trainings, (shared,), RANKS)
+    return shared
+
+
+def in_one_process(folder: Path, name: str, recipe=RECIPE) -> dict[str, torch.Tensor]:
+    """The training that two processes began, from its beginning in this one: on the same batches."""
+    out = folder / f"{name}-in-one-{recipe.precision}"
+    out.mkdir()
+    settings = json.loads((folder / name / "training.json").read_text())
+    assert settings["shards"] == RANKS
+    settings["recipe"]["precision"] = recipe.precision
+    (out / "training.json").write_text(json.dumps(settings))
+    train(recipe, run_in(out), CPU)
+    return weights(out)
+
+
+@pytest.mark.parametrize(
+    "name, recipe", [("ddp", RECIPE), ("fsdp", RECIPE), ("ddp-compiled", SHORT), ("fsdp-compiled", SHORT)]
+)
+def test_as_one_process(folder, name, recipe, compare):
+    for key, expected in in_one_process(folder, name, recipe).items():
+        compare("eager", weights(folder / name)[key], expected, ROUNDING, key)
+
+
+def test_going_on_is_exact(folder):
+    assert_equal(weights(folder / "fsdp-ended"), weights(folder / "fsdp"))
+
+
+@pytest.mark.parametrize("name", ["one-then-ddp", "one-then-fsdp", "fsdp-then-one"])
+def test_going_on_with_other_ranks(folder, name, compare):
+    if name == "fsdp-then-one":
+        train(RECIPE, run_in(folder / name), CPU)
+    whole = folder / ("fsdp" if name == "fsdp-then-one" else "whole")
+    for key, expected in weights(whole).items():
+        compare("eager", weights(folder / name)[key], expected, ROUNDING, key)
+
+
+def test_samples_and_losses_are_those_of_one_process(folder):
+    assert (folder / "fsdp" / "samples" / "000000012.png").is_file()
+    for name in ("one-then-ddp", "one-then-fsdp"):
+        lines, expected = (
+            [json.loads(line) for line in (folder / run / "log.jsonl").read_text().splitlines()]
+            for run in (name, "whole")
+        )
+        numbers = [[line["step"], line["loss"], line["grad_norm"]] for line in lines if "loss" in line]
+        assert numbers[-1] == pytest.approx([expected[-1][key] for key in ("step", "loss", "grad_norm")], rel=ROUNDING)
+        assert 0 < lines[-1]["held_out_loss"] < 1.2
+
+
+@pytest.mark.parametrize("name", ["ddp-float16", "fsdp-float16"])
+def test_float16(folder, name):
+    """Rounding differs by no more than twice what float16 itself is off."""
+    one, exact = (in_one_process(folder, name, recipe) for recipe in (FLOAT16, SHORT))
+    got = weights(folder / name)
+
+    def distance(a, b):
+        return sum((a[key] - b[key]).square().sum() for key in a).sqrt()
+
+    assert 0 < distance(got, one) <= 2 * distance(one, exact)
