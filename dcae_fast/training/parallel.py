@@ -58,7 +58,7 @@ def spread(network: UViT | DiT, run: Run) -> nn.Module:
     """The module to call in training, for which `network` is changed in place: it itself, or DDP around it.
 
     One process compiles the whole network, several compile each block, so that its gradients leave when they are there.
-    FSDP2 shards each block and the rest; float32 weights are gathered, as autocast takes them.
+    FSDP2 shards each block and the rest; the ranks gather float32 weights, which autocast rounds where norms do not.
     """
     ranks, blocks = distributed.world_size(), blocks_of(network)
     if run.patch:

@@ -45,7 +45,8 @@ def initial_state(config: DiffusionConfig, recipe: Recipe, run: Run, device: tor
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "float32")
+    """Without its cache of rounded weights: in a forward pass each is used once, and blocks may not want to keep it."""
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "float32", cache_enabled=False)
 
 
 def batch_loss(

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch.distribut
 RANKS = 2
 ROUNDING = 1e-4
 SHORT = replace(RECIPE, steps=3)
-FLOAT16 = replace(SHORT, precision="float16")
+HALF = {precision: replace(SHORT, precision=precision) for precision in ("bfloat16", "float16")}
 
 
 def trainings(rank: int, folder: Path) -> None:
@@ -37,7 +37,8 @@ def trainings(rank: int, folder: Path) -> None:
     train(RECIPE, run_in(folder / "fsdp-ended", parallel="fsdp"), CPU)
     for parallel in ("ddp", "fsdp"):
         train(RECIPE, run_in(folder / f"one-then-{parallel}", parallel=parallel, eval_data=folder / "latents"), CPU)
-        train(FLOAT16, run_in(folder / f"{parallel}-float16", parallel=parallel), CPU)
+        for precision, recipe in HALF.items():
+            train(recipe, run_in(folder / f"{parallel}-{precision}", parallel=parallel), CPU)
         train(
             SHORT,
             run_in(folder / f"{parallel}-compiled", compile=True, checkpoint_activations=True, parallel=parallel),
@@ -101,10 +102,12 @@ def test_samples_and_losses_are_those_of_one_process(folder):
         assert 0 < lines[-1]["held_out_loss"] < 1.2
 
 
-@pytest.mark.parametrize("name", ["ddp-float16", "fsdp-float16"])
-def test_float16(folder, name):
-    """Rounding differs by no more than twice what float16 itself is off."""
-    one, exact = (in_one_process(folder, name, recipe) for recipe in (FLOAT16, SHORT))
+@pytest.mark.parametrize("precision", HALF)
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_half_precision(folder, parallel, precision):
+    """Rounding differs by no more than twice what half precision itself is off."""
+    name = f"{parallel}-{precision}"
+    one, exact = (in_one_process(folder, name, recipe) for recipe in (HALF[precision], SHORT))
     got = weights(folder / name)
 
     def distance(a, b):
