@@ -36,15 +36,16 @@ SECTIONS = {  # heading → part, table
     "Sampling": ("sampling", tables.network_table),
     "Loss of a training": ("loss-curve", tables.loss_table),
 }
-EXPLANATION = """bf16, random weights; milliseconds of one call, medians over calls in which the contenders take turns.
-eager is the model as loaded; torch.compile and patched have channels-last weights and input. The floor is the plain
-model's arithmetic at the rate of a large matrix product in the same run ({rate} TFLOP/s). The last two columns are for
-the faster of the patched ones."""
+EXPLANATION = """bf16, random weights; a large matrix product runs at {rate} TFLOP/s. """
+AUTOENCODER_EXPLANATION = """Milliseconds of one call, medians over calls in which the contenders take turns. eager is the
+model as loaded; torch.compile and patched have channels-last weights and input. The floor is the plain model's
+arithmetic at the rate of a large matrix product in the same run. The last two columns are for the faster of the patched
+ones."""
 PAGE_EXPLANATION = """An error is the relative L2 error against fp32 (TF32 under Memory). Peak GiB is what one call
 allocates at the most; weights and the memory that a captured graph keeps do not count. "of ceiling" is the share of the
 measured copy's bandwidth, for convolutions of the matrix product's rate. A first call is that of a fresh process."""
-NETWORK_EXPLANATION = """Diffusion transformers run under autocast to bf16 over random fp32 weights. eager computes its
-attention in fp32, as the original does; torch.compile is that, compiled block by block. MFU is the plain network's
+NETWORK_EXPLANATION = """Diffusion transformers run under autocast to bf16 over random fp32 weights. eager is as
+the original runs them, which casts q, k and v up and down again; torch.compile is that, compiled block by block. MFU is the plain network's
 arithmetic in the time of a call, three times the forward's for a training step, as a share of the measured ceiling.
 Errors are relative to fp32: of the result, for a training step of its gradients. Peak GiB of a training step counts
 everything, weights and optimizer included. In training one contender has the memory to itself, so that they do not take
@@ -79,7 +80,8 @@ def setting(results: Results) -> str:
     rates = sorted({f"{record['ceilings']['tflops']:.0f}" for record in records})
     versions = ", ".join(f"{name} {stamps(results, name.lower())}" for name in ("torch", "cuDNN", "triton", "commit"))
     rate = " to ".join(dict.fromkeys((rates[0], rates[-1])))
-    return paragraph(f"One {stamps(results, 'gpu')}, {versions}, {date}; {EXPLANATION.format(rate=rate)}")
+    explained = EXPLANATION.format(rate=rate) + (AUTOENCODER_EXPLANATION if results.get("autoencoder") else "")
+    return paragraph(f"One {stamps(results, 'gpu')}, {versions}, {date}; {explained}")
 
 
 def verdict(results: Results, link: str) -> str:
