@@ -37,21 +37,21 @@ SECTIONS = {  # heading → part, table
     "Loss of a training": ("loss-curve", tables.loss_table),
 }
 EXPLANATION = """bf16, random weights; a large matrix product runs at {rate} TFLOP/s. """
-AUTOENCODER_EXPLANATION = """Milliseconds of one call, medians over calls in which the contenders take turns. eager is the
-model as loaded; torch.compile and patched have channels-last weights and input. The floor is the plain model's
+AUTOENCODER_EXPLANATION = """Milliseconds of one call, medians over calls in which the contenders take turns. eager
+is the model as loaded; torch.compile and patched have channels-last weights and input. The floor is the plain model's
 arithmetic at the rate of a large matrix product in the same run. The last two columns are for the faster of the patched
 ones."""
 PAGE_EXPLANATION = """An error is the relative L2 error against fp32 (TF32 under Memory). Peak GiB is what one call
 allocates at the most; weights and the memory that a captured graph keeps do not count. "of ceiling" is the share of the
 measured copy's bandwidth, for convolutions of the matrix product's rate. A first call is that of a fresh process."""
-NETWORK_EXPLANATION = """Diffusion transformers run under autocast to bf16 over random fp32 weights. eager is as
-the original runs them, which casts q, k and v up and down again; torch.compile is that, compiled block by block. MFU is the plain network's
-arithmetic in the time of a call, three times the forward's for a training step, as a share of the measured ceiling.
-Errors are relative to fp32: of the result, for a training step of its gradients. Peak GiB of a training step counts
-everything, weights and optimizer included. In training one contender has the memory to itself, so that they do not take
-turns; eager measured again after the others took {drift} of its time. A step of sampling is one call of the network on
-both halves of the guidance, and the update; samples are all steps, and the decoder, of which the arithmetic is not
-counted."""
+NETWORK_EXPLANATION = """Diffusion transformers run under autocast to bf16 over random fp32 weights. eager is as the
+original runs them, which casts q, k and v up and down again; torch.compile is that, compiled block by block. MFU is
+the plain network's arithmetic in the time of a call, three times the forward's for a training step, as a share of the
+measured ceiling. Errors are relative to fp32: of the result, for a training step of its gradients. Peak GiB of a
+training step counts everything, weights and optimizer included. In training one contender has the memory to itself,
+so that they do not take turns; eager measured again after the others took {drift} of its time. A step of sampling is
+one call of the network on both halves of the guidance, and the update; samples are all steps, and the decoder, of
+which the arithmetic is not counted."""
 
 
 def load(path: Path) -> Results:
