@@ -9,10 +9,10 @@ import tyro
 import dcae_fast
 from dcae_fast import distributed
 from dcae_fast import images as pictures
-from dcae_fast.data.cache import default_workers
 from dcae_fast.data.manifest import DataError
 from dcae_fast.data.pictures import find_pictures
 from dcae_fast.describe import table
+from dcae_fast.distributed import default_workers
 from dcae_fast.evaluation import autoencoder, networks
 from dcae_fast.evaluation.moments import Moments
 from dcae_fast.evaluation.pictures import FolderBatches

@@ -5,9 +5,9 @@ from pathlib import Path
 import tyro
 
 from dcae_fast import distributed
-from dcae_fast.data.cache import default_workers
 from dcae_fast.data.manifest import DataError
 from dcae_fast.data.pictures import find_pictures
+from dcae_fast.distributed import default_workers
 from dcae_fast.evaluation import networks
 from dcae_fast.evaluation.pictures import FolderBatches, NpzBatches
 from dcae_fast.evaluation.references import Wanted, write_references

@@ -1,6 +1,5 @@
 """A folder of latents from pictures: made by all ranks, resumed, described by its manifest."""
 
-import os
 import time
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -49,12 +48,6 @@ def settings_of(model: DCAE, name: str, scaling_factor: float | None, resolution
     return Settings(name, dtype, resolution, factor, format, weights_hash(model.encoder), shape)
 
 
-def default_workers() -> int:
-    """Processes that read pictures for this rank: its share of this machine's cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
 def cache_latents(
     pictures: Pictures,
     folder: Path,
@@ -78,7 +71,7 @@ def cache_latents(
     kept = {index: sums for part in distributed.all_gather(there) for index, sums in part.items()}
     missing = _share_of_missing(len(pictures.items), kept, store.unit)
     encode = BatchEncoder(model, settings.scaling_factor, batch or automatic_batch(model, settings.resolution))
-    outcome = _encode(pictures, missing, store, encode, default_workers() if workers is None else workers)
+    outcome = _encode(pictures, missing, store, encode, distributed.default_workers() if workers is None else workers)
     return _report(folder, pictures, Manifest(settings, pictures.classes), kept, distributed.all_gather(outcome))
 
 

@@ -1,10 +1,11 @@
 """What a training is: the recipe, which decides the weights, and the run, which says where and how it is computed."""
 
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from dcae_fast import distributed
 from dcae_fast.data.latents import LatentDataset
 from dcae_fast.models.diffusion_zoo import DIFFUSION_MODELS, DPM_SOLVER, FLOW, GAUSSIAN, SIZES, DiffusionConfig
 from dcae_fast.models.dit import DiTConfig
@@ -149,7 +150,7 @@ class Run:
     """torch.compile: the network, with several ranks its blocks, whose gradients can then leave early"""
     checkpoint_activations: bool = False
     """compute each block again in the backward pass rather than keep what it needs"""
-    workers: int = 8
+    workers: int = field(default_factory=distributed.default_workers)
     """processes of each rank that read latents"""
     log_steps: int = 50
     """steps from one line of the log to the next"""
