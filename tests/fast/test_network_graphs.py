@@ -25,9 +25,10 @@ def inputs(batch: int = 2, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, t
 
 @pytest.fixture(params=["uvit", "dit"])
 def pair(request) -> tuple[nn.Module, nn.Module]:
-    """A patched transformer with graphs, and its plain twin."""
+    """A patched transformer with graphs, and its twin without."""
     network = build(CONFIGS[request.param]).diffusion_model.to(DEVICE)
     twin = copy.deepcopy(network)
+    dcae_fast.patch(twin)
     dcae_fast.patch(network, cuda_graphs=True)
     return network, twin
 
@@ -199,6 +200,7 @@ def test_steps_are_captured(tape, which, sampler, steps, kinds):
 def test_the_scale_and_the_labels(tape):
     model = build().to(DEVICE)
     plain = copy.deepcopy(model)
+    dcae_fast.patch(plain)
     dcae_fast.patch(model, cuda_graphs=True)
     generate(model)
     captures = tape.captures
@@ -215,6 +217,7 @@ def test_guidance_within_an_interval(tape):
     """Steps before, in and after the interval have graphs of their own; those at its ends run as they are."""
     model = build().to(DEVICE)
     plain = copy.deepcopy(model)
+    dcae_fast.patch(plain)
     dcae_fast.patch(model, cuda_graphs=True)
     for _ in range(2):
         options = {"interval": (250.0, 700.0), "steps": 15}
@@ -226,6 +229,7 @@ def test_adaptive_solvers_replay_the_network(tape):
     pytest.importorskip("torchdiffeq")
     model = build(FLOW).to(DEVICE)
     plain = copy.deepcopy(model)
+    dcae_fast.patch(plain)
     dcae_fast.patch(model, cuda_graphs=True)
     options = {"sampler": "ODE_dopri5"}
     assert torch.equal(generate(model, **options), generate(plain, **options))
