@@ -24,7 +24,7 @@ from dcae_fast.diffusion import DCAEDiffusion
 from dcae_fast.files import written_atomically
 
 from .labels import class_labels
-from .metrics import frechet_distance, inception_score, maximum_mean_discrepancy, precision_recall
+from .metrics import SPLITS, frechet_distance, inception_score, maximum_mean_discrepancy, precision_recall
 from .moments import Moments
 from .networks import Network
 
@@ -192,13 +192,16 @@ def generate(model: DCAEDiffusion, folder: SampleFolder, networks: dict[str, Net
 
 
 def figures(folder: SampleFolder, references: References, names: set[str], device: torch.device) -> dict[str, float]:
-    """What the samples' features give; names: of the networks that there were. Raises ValueError if they do not fit."""
+    """What the samples' features give; names: of the networks that there were. Raises ValueError if they do not fit.
+
+    Of fewer than ten samples there is no inception score.
+    """
     result = {}
     if "fid" in names:
         features = torch.cat(list(folder.read("fid")))
     if references.fid is not None and "fid" in names:
         result["fid"] = frechet_distance(Moments.of(features), references.fid)
-    if "inception_score" in names:
+    if "inception_score" in names and folder.settings.samples >= SPLITS:
         score = inception_score(torch.cat(list(folder.read("inception_score"))))
         result |= dict(zip(("inception_score", "inception_score_std"), score, strict=True))
     if references.precision_recall is not None and "fid" in names:

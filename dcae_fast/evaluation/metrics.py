@@ -11,6 +11,7 @@ from dcae_fast.data.manifest import DataError
 from .moments import Moments
 
 ROWS = 4096  # of a matrix of distances, at once
+SPLITS = 10  # of the samples, for the inception score
 
 
 def frechet_distance(one: Moments, other: Moments) -> float:
@@ -32,11 +33,14 @@ def frechet_distance(one: Moments, other: Moments) -> float:
     return float(difference @ difference + traces)
 
 
-def inception_score(logits: torch.Tensor, splits: int = 10) -> tuple[float, float]:
+def inception_score(logits: torch.Tensor, splits: int = SPLITS) -> tuple[float, float]:
     """exp(mean KL(p(y | x) ‖ p(y))) over each of the splits, in fp64: the mean and the population's deviation.
 
-    logits [N, classes]; rows are permuted first by NumPy's RandomState(2020), as torch-fidelity does.
+    logits [N, classes]; rows are permuted first by NumPy's RandomState(2020), as torch-fidelity does. Raises ValueError
+    where there are fewer rows than splits.
     """
+    if len(logits) < splits:
+        raise ValueError(f"{len(logits)} samples; the inception score needs {splits} at least")
     order = np.random.RandomState(2020).permutation(len(logits))
     log_p = logits[torch.from_numpy(order)].double().log_softmax(1)
     scores = []

@@ -89,6 +89,11 @@ def test_samples_and_figures(models, references, real, tmp_path, stand_ins, caps
     assert f"FID             {fid:.6f}" in capsys.readouterr().out
 
 
+def test_too_few_samples_for_an_inception_score(models, references, tmp_path, stand_ins):
+    assert cli.main(command(models["uvit"], tmp_path, "--samples", "9", *references)) == 0
+    assert list(figures(tmp_path)) == ["fid", "precision", "recall", "cmmd"]
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_agree(models, references, tmp_path, stand_ins, ranks):
     run_ranks(ranks, command(models["uvit"], tmp_path / "many", "--save", "npz", *references))

@@ -70,6 +70,8 @@ def test_inception_score(pipeline):
     expected = pipeline.file_meta["inception_score"]
     got = metrics.inception_score(pipeline.tensors("inception_score")["logits"])
     assert got == pytest.approx((expected["inception_score_mean"], expected["inception_score_std"]), rel=1e-6)
+    with pytest.raises(ValueError, match="9 samples"):
+        metrics.inception_score(torch.zeros(9, 4))
 
 
 def test_maximum_mean_discrepancy(pipeline, monkeypatch):
