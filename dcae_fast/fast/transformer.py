@@ -26,15 +26,13 @@ class Block(TransformerBlock):
     """UViT's."""
 
     def fast_forward(self, x: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
-        dtype = compute_dtype(x)
-        norms, layers = (self.norm1, self.norm2), (self.skip_linear,) if self.skip_linear is not None else ()
-        if not (can_fuse(self, x) and all(norm.elementwise_affine for norm in norms) and are_layers(layers, x)):
+        if not (can_fuse(self, x) and is_affine(self.norm1) and is_affine(self.norm2) and plain(self.skip_linear)):
             return self.eager(x, skip)
         if self.skip_linear is not None:
-            x = long_skip(self.skip_linear, x, skip, dtype)
-        x, y = affine_norm(self.norm1, x, dtype)
+            x = long_skip(self.skip_linear, x, skip)
+        x, y = affine_norm(self.norm1, x, input_dtype(self.attn.qkv, x))
         x = attention(self.attn, y, residual=x)
-        x, y = affine_norm(self.norm2, x, dtype)
+        x, y = affine_norm(self.norm2, x, input_dtype(self.mlp.fc1, x))
         return mlp(self.mlp, y, residual=x)
 
 
@@ -53,9 +51,10 @@ class DiTBlock(TransformerBlock):
 
     def run(self, x, branch, gate, condition) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The block on x + gate · branch, or on x; its result in the same form."""
-        dtype = compute_dtype(x)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation(self, condition, 6)
+        dtype = input_dtype(self.attn.qkv, x)
         x, y = ops.layer_norm(x, scale1, shift1, self.norm1.eps, branch, gate, dtype)
+        dtype = input_dtype(self.mlp.fc1, x)
         x, y = ops.layer_norm(x, scale2, shift2, self.norm2.eps, attention(self.attn, y), gate1, dtype)
         return x, mlp(self.mlp, y), gate2
 
@@ -70,16 +69,15 @@ class FinalLayer(TransformerBlock):
 
     def fuses(self, x: torch.Tensor) -> bool:
         norm = self.norm_final
-        return (
-            type(norm) is nn.LayerNorm and not norm.elementwise_affine and are_layers((self.linear,), x) and plain(norm)
-        )
+        known = is_ordinary(x) and type(norm) is nn.LayerNorm and not norm.elementwise_affine
+        return known and plain(norm, self.linear)
 
     def run(self, x, branch, gate, condition) -> torch.Tensor:
         """The layer on x + gate · branch, or on x."""
-        dtype = compute_dtype(x)
         shift, scale = modulation(self, condition, 2)
+        dtype = input_dtype(self.linear, x)
         _, y = ops.layer_norm(x, scale, shift, self.norm_final.eps, branch, gate, dtype)
-        return ops.linear(y, self.linear.weight.to(dtype), self.linear.bias)
+        return linear(self.linear, y)
 
 
 class DiT(Network):
@@ -104,31 +102,42 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
 
 
+def input_dtype(layer: nn.Module, x: torch.Tensor) -> torch.dtype:
+    """In which a norm of x is handed to a layer; to one that is called, as the plain norm hands it over."""
+    if is_linear(layer, x):
+        return compute_dtype(x)
+    return torch.float32 if autocasts(x) else x.dtype
+
+
+def is_ordinary(tensor: torch.Tensor) -> bool:
+    """Whether this is of no subclass: of one that is distributed or quantised, for example."""
+    return type(tensor) in (nn.Parameter, torch.Tensor)
+
+
 def can_fuse(block: nn.Module, x: torch.Tensor) -> bool:
     """Whether norms, attention and MLP are those of a UViT or DiT, and nobody would miss a call of them."""
     attn, feed = block.attn, block.mlp
     return (
-        kind(attn) == "Attention"
+        is_ordinary(x)
+        and kind(attn) == "Attention"
         and kind(feed) == "Mlp"
         and type(feed.act) is nn.GELU
         and getattr(attn, "scale", None) in (None, (x.shape[-1] // attn.num_heads) ** -0.5)
         and all(type(norm) is nn.LayerNorm and len(norm.normalized_shape) == 1 for norm in (block.norm1, block.norm2))
-        and are_layers((attn.qkv, attn.proj, feed.fc1, feed.fc2), x)
         and has_no_more(attn, "qkv", "proj")
         and has_no_more(feed, "fc1", "act", "fc2")
         and plain(attn, feed, block.norm1, block.norm2, *attn.children(), *feed.children())
     )
 
 
-def are_layers(layers: tuple[nn.Module, ...], x: torch.Tensor) -> bool:
-    """Whether these are linear layers with weights of their own in the dtype of x, or of any where autocast is on."""
-    return all(
-        type(layer) is nn.Linear
-        and type(layer.weight) in (nn.Parameter, torch.Tensor)
-        and (autocasts(x) or layer.weight.dtype == x.dtype)
-        and plain(layer)
-        for layer in layers
-    )
+def is_linear(layer: nn.Module, x: torch.Tensor) -> bool:
+    """Whether this is a linear layer with weights of its own in the dtype of x, or of any where autocast is on."""
+    return type(layer) is nn.Linear and is_ordinary(layer.weight) and (autocasts(x) or layer.weight.dtype == x.dtype)
+
+
+def is_affine(norm: nn.Module) -> bool:
+    """Whether this is a layer norm with weight and bias."""
+    return type(norm) is nn.LayerNorm and norm.weight is not None and norm.bias is not None
 
 
 def has_no_more(module: nn.Module, *names: str) -> bool:
@@ -139,11 +148,14 @@ def has_no_more(module: nn.Module, *names: str) -> bool:
     )
 
 
-def long_skip(layer: nn.Linear, x: torch.Tensor, skip: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def long_skip(layer: nn.Module, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
     """layer([x, skip]). For a gradient it is two products, and [x, skip] is not kept; the first one is rounded.
 
     Otherwise [x, skip] is written once, in the dtype of the product, as fast as another product and not rounded.
     """
+    if not is_linear(layer, x):
+        return layer(torch.cat([x, skip], dim=-1))
+    dtype = compute_dtype(x)
     weight, width = layer.weight.to(dtype), x.shape[-1]
     if torch.is_grad_enabled():
         of_x, of_skip = weight.split(width, dim=1)
@@ -162,12 +174,21 @@ def modulation(module: nn.Module, condition: torch.Tensor, parts: int) -> tuple[
     return module.adaLN_modulation(condition).unflatten(1, (parts, -1)).transpose(0, 1).contiguous().unbind(0)
 
 
+def linear(layer: nn.Module, y: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    """layer(y) + residual. A layer of another kind is called: LoRA's, a quantised one."""
+    if is_linear(layer, y):
+        dtype = compute_dtype(y)
+        return ops.linear(y.to(dtype), layer.weight.to(dtype), layer.bias, residual)
+    y = layer(y)
+    return y if residual is None else y + residual
+
+
 def attention(attn: nn.Module, y: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-    qkv = ops.linear(y, attn.qkv.weight.to(y.dtype), attn.qkv.bias)
-    out = ops.packed_attention(qkv, attn.num_heads)
-    return ops.linear(out, attn.proj.weight.to(y.dtype), attn.proj.bias, residual)
+    return linear(attn.proj, ops.packed_attention(linear(attn.qkv, y), attn.num_heads), residual)
 
 
 def mlp(feed: nn.Module, y: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    if not (is_linear(feed.fc1, y) and is_linear(feed.fc2, y)):
+        return linear(feed.fc2, feed.act(linear(feed.fc1, y)), residual)
     w1, w2 = (layer.weight.to(y.dtype) for layer in (feed.fc1, feed.fc2))
     return ops.mlp(y, w1, feed.fc1.bias, w2, feed.fc2.bias, residual, GELU[feed.act.approximate])

@@ -3,7 +3,7 @@
     s = x + gate · branch,    y = norm(s) · scale + shift,    norm(s) = (s - mean_d(s)) * rsqrt(var_d(s) + eps)
 
 x, branch, s, y: [B, N, D]; scale, shift: [D], or [B, D], an image's own, and then norm is multiplied by 1 + scale, as
-in adaLN; gate: [B, D]. Statistics in fp32; s is of the promoted type of x and branch, y of `dtype`. Source: U-ViT
+in adaLN; gate: [B, D]. Statistics in fp32; s is of the promoted type of x, branch and gate, y of `dtype`. Source: U-ViT
 (arXiv 2209.12152), DiT (arXiv 2212.09748).
 
 The gradient of s, which goes on beside the norm, is added to that of the norm in the same pass.

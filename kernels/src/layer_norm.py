@@ -56,9 +56,9 @@ def _layer_norm_backward_kernel(
 ):  # fmt: skip
     """dx and dbranch, and this program's sums for dscale, dshift and dgate in partial [images, splits, 3, width].
 
-    Programs count over (splits of an image's tokens, images); where scale and shift are parameters, all is one image.
+    Programs count over (images, splits of an image's tokens); where scale and shift are parameters, all is one image.
     """
-    split, splits, image = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
+    image, split, splits = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     d = tl.arange(0, BLOCK_D)
     d_mask = d < width
     scale = tl.load(scale_ptr + image * width + d, d_mask, 0.0).to(tl.float32)
@@ -101,7 +101,10 @@ def _num_warps(block_d):
 
 def launch_layer_norm(x, scale, shift, eps, branch, gate, dtype):
     images, tokens, width = x.shape
-    total = torch.empty_like(x, dtype=promoted(x, branch)) if branch is not None else x.new_empty(0)
+    if branch is None:
+        total = x.new_empty(0)
+    else:
+        total = torch.empty_like(x, dtype=torch.promote_types(promoted(x, branch), gate.dtype))
     y = torch.empty_like(x, dtype=dtype)
     if x.numel():
         block_rows, block_d = row_tile(width, width)
@@ -121,7 +124,7 @@ def launch_layer_norm_backward(dy, dsum, total, scale, branch, gate, eps, dtype)
     splits = persistent_splits(total, triton.cdiv(tokens, block_rows), images)
     partial = torch.empty(images, splits, 3, width, dtype=torch.float32, device=total.device)
     if total.numel():
-        _layer_norm_backward_kernel[(splits, images)](
+        _layer_norm_backward_kernel[(images, splits)](
             dy, dsum, total, scale, branch, gate, dx, dbranch, partial, tokens, width, eps,
             OF_IMAGE=scale.dim() == 2, HAS_DSUM=dsum is not None, HAS_BRANCH=branch is not None,
             BLOCK_ROWS=block_rows, BLOCK_D=block_d, num_warps=_num_warps(block_d),

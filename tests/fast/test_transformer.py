@@ -151,14 +151,93 @@ def test_checkpointed_blocks(networks, monkeypatch):
     torch.testing.assert_close(out, want[0])
 
 
-def test_lora(networks):
+@pytest.mark.parametrize(
+    "targets", [["qkv", "fc2"], ["proj", "fc1"], ["skip_linear", "linear", "decoder_pred"]], ids=str
+)
+def test_lora(networks, targets, monkeypatch):
+    """Its layers are called, everything else is as fast as before."""
     plain, fast = networks
-    config = LoraConfig(r=2, target_modules=["qkv", "fc2"], init_lora_weights=False)
+    config, before = LoraConfig(r=2, target_modules=targets, init_lora_weights=False), launches(fast, monkeypatch)
     for network in networks:
         torch.manual_seed(1)
         inject_adapter_in_model(config, network)
     for got, want in zip(results(fast), results(plain), strict=True):
         assert error(got, want) <= 1e-5
+    called = launches(fast, monkeypatch)
+    assert all(called.count(name) == before.count(name) for name in ("layer_norm", "packed_attention"))
+    exact = results(copy.deepcopy(plain).double(), torch.float64)
+    rounded = [results(network, autocast=torch.bfloat16) for network in (fast, plain)]
+    for got, eager, want in zip(*rounded, exact, strict=True):
+        assert got.dtype == eager.dtype and error(got, want) <= (2 if DEVICE == "cuda" else 4) * error(eager, want)
+
+
+class Distributed(torch.Tensor):
+    """Stands for tensors whose results are of their own kind."""
+
+
+class Quantised(torch.Tensor):
+    """Stands for weights whose products are plain tensors."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        result = super().__torch_function__(function, types, args, kwargs)
+        return result.as_subclass(torch.Tensor) if function is nn.functional.linear else result
+
+
+def test_distributed_activations_are_left_alone(networks, monkeypatch):
+    _, fast = networks
+    assert launches(fast, monkeypatch)
+    run = inputs
+    monkeypatch.setitem(globals(), "inputs", lambda *args: (run(*args)[0].as_subclass(Distributed), *run(*args)[1:]))
+    assert not launches(fast, monkeypatch)
+
+
+def test_quantised_layers_are_called(networks, monkeypatch):
+    plain, fast = networks
+    before = launches(fast, monkeypatch)
+    for network in networks:
+        for module in network.modules():
+            if isinstance(module, nn.Linear):
+                module.weight = nn.Parameter(module.weight.detach().as_subclass(Quantised), requires_grad=False)
+    called = launches(fast, monkeypatch)
+    assert called.count("layer_norm") == before.count("layer_norm") and not {"linear", "mlp"} & set(called)
+    assert error(fast(*inputs()), plain(*inputs())) <= 2e-6
+
+
+def test_norms_without_bias_run_as_they_are():
+    plain, _ = pair("uvit")
+    plain.mid_block.norm1 = nn.LayerNorm(SIZES["hidden_size"], bias=False, device=DEVICE)
+    fast = copy.deepcopy(plain)
+    dcae_fast.patch(fast)
+    assert error(fast(*inputs()), plain(*inputs())) <= 2e-6
+
+
+def kept_for_backward(network: nn.Module, autocast: torch.dtype | None) -> int:
+    """Bytes of all tensors that a forward keeps, but for the parameters."""
+    memory, parameters = {}, {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            memory[storage.data_ptr()] = storage  # alive, so that no other one has its address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autocast(DEVICE, autocast, enabled=autocast is not None):
+            _ = network(*inputs(next(network.parameters()).dtype))
+    return sum(storage.nbytes() for storage in memory.values())
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
+def test_training_keeps_no_more_than_a_compiled_network(networks, autocast):
+    """torch.compile recomputes what is cheap."""
+    torch._dynamo.reset()
+    plain, fast = (network.to(torch.float32 if autocast else torch.bfloat16) for network in networks)
+    compiled = copy.deepcopy(plain)
+    for block in compiled.modules():
+        if type(block).__name__ in BLOCKS:
+            block.compile(backend="aot_eager_decomp_partition")
+    assert kept_for_backward(fast, autocast) <= kept_for_backward(compiled, autocast)
 
 
 def test_dropout_that_is_on_is_not_passed_over(networks, monkeypatch):

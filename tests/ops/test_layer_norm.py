@@ -85,6 +85,21 @@ def test_from_float32_to_half_precision(shape, of_image, branch):
         assert relative_error(got, want) <= CEILING[torch.bfloat16]
 
 
+@pytest.mark.parametrize("place", range(3), ids=["x", "branch", "gate"])
+def test_sum_has_the_promoted_type(place):
+    """Of x, branch and gate, as the plain sum and the operator's fake."""
+    tensors = [tensor.detach() for tensor in make(*CASES["branch"], torch.bfloat16)]
+    chosen = (0, 3, 4)[place]
+    tensors[chosen] = tensors[chosen].float().requires_grad_()
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *args: ours(*args), fullgraph=True, backend="aot_eager")
+    for function in (ours, lambda *args: compiled(*args)):
+        total, y = function(*tensors)
+        assert (total.dtype, y.dtype) == (torch.float32, tensors[0].dtype)
+        (gradient,) = torch.autograd.grad(total.sum() + y.sum(), tensors[chosen])
+        assert gradient.dtype == torch.float32
+
+
 @every_case
 def test_registration(shape, of_image, branch):
     tensors = make(shape, of_image, branch, torch.float32)
