@@ -58,13 +58,20 @@ def rounded_on_hopper(x: torch.Tensor, *parameters: torch.Tensor) -> bool:
 
 
 class Operator:
-    """A registered operator. Inference on plain CUDA tensors goes straight to its kernel, past torch's dispatcher."""
+    """A registered operator. Calls on plain CUDA tensors go past torch's dispatcher, which takes longer than most
+    kernels: to the kernel, or to `function`, the operator's autograd.Function, where there is one.
+    """
 
     def __init__(self, overload: torch._ops.OpOverload, kernel: Callable):
         self.overload, self.kernel = overload, kernel
+        self.function: type[torch.autograd.Function] | None = None
 
     def __call__(self, *args):
-        return self.kernel(*args) if _is_plain_inference(args) else self.overload(*args)
+        if not _dispatcher_is_idle() or not all(map(_is_plain, tensors := _tensors(args))):
+            return self.overload(*args)
+        if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+            return self.kernel(*args)
+        return self.overload(*args) if self.function is None else self.function.apply(*args)
 
 
 def define(
@@ -92,7 +99,7 @@ def define(
         if not accepts(*args):
             return plain(*args)
         args = [_channels_last(arg) for arg in args]
-        device = _first_tensor(args).device
+        device = _tensors(args)[0].device
         if cuda_accepts and device.type == "cuda" and cuda_extension() and cuda_accepts(*args):
             return getattr(cuda_extension(), name)(*args)
         if device.type != "cuda" or device.index == torch.cuda.current_device():
@@ -129,6 +136,15 @@ def _make_known_to_inductor(overload: torch._ops.OpOverload) -> None:
 def differentiable(op: Operator, backward: Callable, setup_context: Callable) -> None:
     """Register the gradient of an operator."""
     torch.library.register_autograd(op.overload.name(), backward, setup_context=setup_context, lib=LIBRARY)
+
+    def forward(ctx, *args):
+        output = op.kernel(*args)
+        setup_context(ctx, args, output)
+        return output
+
+    if not any("List[Tensor]" in str(argument.type) for argument in op.overload._schema.arguments):  # unseen by apply
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        op.function = type(op.overload.name(), (torch.autograd.Function,), methods)
 
 
 def differentiable_as(op: Operator, reference: Callable) -> None:
@@ -175,36 +191,32 @@ def _channels_last(value):
 
 def _is_weight(value: torch.Tensor) -> bool:
     """Whether a 4-D tensor has the form of a convolution's weight, which torch is slow to bring to channels-last."""
-    return _is_plain(value) and HAS_TRITON and value.is_contiguous() and 1 < value.shape[2] * value.shape[3] <= 16
+    on_gpu = HAS_TRITON and value.is_cuda and _is_plain(value)
+    return on_gpu and value.is_contiguous() and 1 < value.shape[2] * value.shape[3] <= 16
 
 
 def _is_plain(value: torch.Tensor) -> bool:
-    """On a GPU, and of no subclass that computes otherwise."""
-    return value.is_cuda and type(value) in (torch.Tensor, torch.nn.Parameter)
+    """Where kernels run, and of no subclass that computes otherwise."""
+    return (value.is_cuda or INTERPRETED) and type(value) in (torch.Tensor, torch.nn.Parameter)
 
 
-def _first_tensor(args) -> torch.Tensor:
-    for tensor in _tensors(args):
-        return tensor
-    raise TypeError("an operator was called without a tensor")
-
-
-def _is_plain_inference(args) -> bool:
-    """Whether nobody would notice the dispatcher's absence: no gradients, modes, transforms, tracing or subclasses."""
+def _dispatcher_is_idle() -> bool:
+    """Whether nobody would notice the dispatcher's absence: no tracing, modes or transforms."""
     return (
         HAS_TRITON
-        and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch.jit.is_tracing()
-        and all(map(_is_plain, _tensors(args)))
     )
 
 
-def _tensors(args):
+def _tensors(args) -> list[torch.Tensor]:
+    """Those among the arguments of an operator, also in their lists."""
+    found = []
     for arg in args:
         if isinstance(arg, torch.Tensor):
-            yield arg
+            found.append(arg)
         elif isinstance(arg, (list, tuple)):
-            yield from _tensors(arg)
+            found += _tensors(arg)
+    return found
