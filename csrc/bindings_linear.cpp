@@ -35,7 +35,8 @@ struct BoundProductPlan {
   ProductPlan plan;
   at::ScalarType dtype, out_dtype;
 
-  // The result; then the preactivation or the sums that the epilogue gives.
+  // The result; then the preactivation or the sums that the epilogue gives. If it is not transposed, left may have any
+  // number of dimensions before its last, which the results have too.
   std::vector<at::Tensor> operator()(const at::Tensor& left, const at::Tensor& right, const MaybeTensor& bias,
                                      const MaybeTensor& residual) const {
     const ProductShape& shape = plan.shape();
@@ -47,8 +48,14 @@ struct BoundProductPlan {
     const auto sizes = [](int64_t first, int64_t second, bool transposed) {
       return transposed ? std::vector<int64_t>{second, first} : std::vector<int64_t>{first, second};
     };
-    const std::vector<int64_t> out_sizes{shape.rows, shape.columns};
-    check_operand("left", left, sizes(shape.rows, shape.depth, shape.left_transposed), dtype, left.device());
+    auto left_sizes = sizes(shape.rows, shape.depth, shape.left_transposed);
+    std::vector<int64_t> out_sizes{shape.rows, shape.columns};
+    if (!shape.left_transposed && left.dim() > 0 && left.numel() == shape.rows * shape.depth) {
+      left_sizes = out_sizes = left.sizes().vec();
+      left_sizes.back() = shape.depth;
+      out_sizes.back() = shape.columns;
+    }
+    check_operand("left", left, left_sizes, dtype, left.device());
     check_operand("right", right, sizes(shape.depth, shape.columns, shape.right_transposed), dtype, left.device());
     check("bias", bias, epilogue.takes_bias(), shape.columns);
     check("residual", residual, residual.has_value(), out_sizes);

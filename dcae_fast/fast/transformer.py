@@ -149,20 +149,15 @@ def has_no_more(module: nn.Module, *names: str) -> bool:
 
 
 def long_skip(layer: nn.Module, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-    """layer([x, skip]). For a gradient it is two products, and [x, skip] is not kept; the first one is rounded.
-
-    Otherwise [x, skip] is written once, in the dtype of the product, as fast as another product and not rounded.
-    """
+    """layer([x, skip]), which is written once, in the dtype of the product: two products would round the first one."""
     if not is_linear(layer, x):
         return layer(torch.cat([x, skip], dim=-1))
-    dtype = compute_dtype(x)
-    weight, width = layer.weight.to(dtype), x.shape[-1]
+    dtype, width = compute_dtype(x), x.shape[-1]
     if torch.is_grad_enabled():
-        of_x, of_skip = weight.split(width, dim=1)
-        return ops.linear(skip.to(dtype), of_skip, residual=ops.linear(x.to(dtype), of_x, layer.bias))
+        return linear(layer, torch.cat([x.to(dtype), skip.to(dtype)], dim=-1))
     both = x.new_empty(*x.shape[:-1], 2 * width, dtype=dtype)
     both[..., :width], both[..., width:] = x, skip
-    return ops.linear(both, weight, layer.bias)
+    return linear(layer, both)
 
 
 def affine_norm(norm: nn.LayerNorm, x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -174,11 +169,17 @@ def modulation(module: nn.Module, condition: torch.Tensor, parts: int) -> tuple[
     return module.adaLN_modulation(condition).unflatten(1, (parts, -1)).transpose(0, 1).contiguous().unbind(0)
 
 
+def weight_of(layer: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
+    """As operators take it: in the dtype of the product, or in float32, so that its gradient is not rounded either."""
+    trains = torch.is_grad_enabled() and layer.weight.dtype == torch.float32
+    return layer.weight if trains else layer.weight.to(dtype)
+
+
 def linear(layer: nn.Module, y: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
     """layer(y) + residual. A layer of another kind is called: LoRA's, a quantised one."""
     if is_linear(layer, y):
         dtype = compute_dtype(y)
-        return ops.linear(y.to(dtype), layer.weight.to(dtype), layer.bias, residual)
+        return ops.linear(y.to(dtype), weight_of(layer, dtype), layer.bias, residual)
     y = layer(y)
     return y if residual is None else y + residual
 
@@ -190,5 +191,5 @@ def attention(attn: nn.Module, y: torch.Tensor, residual: torch.Tensor | None = 
 def mlp(feed: nn.Module, y: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
     if not (is_linear(feed.fc1, y) and is_linear(feed.fc2, y)):
         return linear(feed.fc2, feed.act(linear(feed.fc1, y)), residual)
-    w1, w2 = (layer.weight.to(y.dtype) for layer in (feed.fc1, feed.fc2))
+    w1, w2 = (weight_of(layer, y.dtype) for layer in (feed.fc1, feed.fc2))
     return ops.mlp(y, w1, feed.fc1.bias, w2, feed.fc2.bias, residual, GELU[feed.act.approximate])

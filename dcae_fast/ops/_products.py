@@ -19,17 +19,21 @@ def available() -> bool:
 def accepts(left: torch.Tensor, right: torch.Tensor, *others: torch.Tensor | None) -> bool:
     """What `product` is for: half precision on a GPU, not empty, rows and addresses of whole 16 bytes.
 
-    others: vectors and matrices of the result's width, which may also be float32.
+    right, which is to be rounded, and others, vectors and matrices of the result's width, may also be float32.
     """
     operands = [left, right, *[tensor for tensor in others if tensor is not None]]
     return (
         left.is_cuda
         and left.dtype in (torch.float16, torch.bfloat16)
-        and left.dtype == right.dtype
         and all(tensor.dtype in (left.dtype, torch.float32) for tensor in operands)
         and all(tensor.numel() > 0 and tensor.shape[-1] % 8 == 0 for tensor in operands)
         and all(tensor.data_ptr() % 16 == 0 for tensor in operands)
     )
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """[..., K] → [rows, K]."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def product(
@@ -41,26 +45,27 @@ def product(
     right_transposed: bool = False,
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """epilogue(left · right + residual), and what else the epilogue gives; see csrc/linear.h.
 
-    left: [rows, depth], right: [depth, columns], contiguous; those that are said to be are transposed in memory. The
-    result has the type of the residual, without one that of left; the bias is brought to it. fallback: the same in
-    PyTorch, for where it is faster or cuBLASLt not at hand.
+    left: [..., depth], right: [depth, columns], contiguous; those that are said to be are transposed in memory, and
+    then left is a matrix. dtype: of the result [..., columns], by default that of the residual, without one that of
+    left; the bias is brought to it. fallback: the same in PyTorch, for where it is faster or cuBLASLt not at hand.
     """
     if not available():
         return fallback()
-    out_dtype = left.dtype if residual is None else residual.dtype
-    operands = {"bias": None if bias is None else bias.to(out_dtype), "residual": residual}
-    rows, depth = left.T.shape if left_transposed else left.shape
-    columns = right.shape[0 if right_transposed else 1]
-    arguments = (left_transposed, right_transposed, out_dtype == torch.float32, epilogue)
+    dtype = dtype or (left if residual is None else residual).dtype
+    operands = {"bias": None if bias is None else bias.to(dtype), "residual": residual}
+    depth, columns = right.shape[::-1] if right_transposed else right.shape
+    rows = left.numel() // depth
+    arguments = (left_transposed, right_transposed, dtype == torch.float32, epilogue)
     plan = _plans.find(
         CUBLASLT,
         (left.dtype, rows, columns, depth, *arguments, residual is not None),
         left.device,
         rows * columns * depth >= WORTH_A_SEARCH,
-        lambda: cuda_extension().Product(left, right, *arguments),
+        lambda: cuda_extension().Product(as_rows(left), right, *arguments),
         lambda plan: plan(left, right, **operands),
         fallback,
     )

@@ -5,7 +5,8 @@
 x: [..., K]; weight: [M, K]; bias: [M]; residual and y: [..., M]. Sums in fp32. In half precision on a GPU, with K and M
 multiples of 8, cuBLASLt computes bias, residual or activation within the product, and nothing is rounded before y is;
 otherwise PyTorch does. The residual may be of higher precision than x, and then y is; a bias of other precision is
-brought to x's, or to y's where it is added within.
+brought to x's, or to y's where it is added within. A float32 weight is rounded to x's precision, for the gradient once
+more: that takes no longer than to keep it and to round its own gradient, which is float32 thus.
 
 "gelu" is the exact one, with erf. In half precision on a GPU cuBLASLt computes both forms of GELU by the tanh
 approximation, which is off by 2e-4 in relative L2 on normal preactivations; rounding them and the result is off by 3e-3
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 
 from . import _products
 from ._library import define, differentiable, differentiable_as
+from ._products import as_rows
 
 ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}  # as PyTorch's functions name the approximation
 
@@ -43,7 +45,7 @@ def without_autocast(function):
 
 @without_autocast
 def linear_reference(x, weight, bias, residual):
-    y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     return y if residual is None else y + residual
 
 
@@ -54,11 +56,12 @@ def linear_gelu_reference(x, weight, bias, act):
 
 @without_autocast
 def linear_input_gradient_reference(dy, weight):
-    return dy @ weight
+    return dy @ weight.to(dy.dtype)
 
 
 @without_autocast
-def linear_weight_gradient_reference(dy, x, bias):
+def linear_weight_gradient_reference(dy, x, bias, dtype):
+    dy, x = as_rows(dy).to(dtype), as_rows(x).to(dtype)
     return dy.T @ x, dy.sum(0) if bias else dy.new_empty(0)
 
 
@@ -67,6 +70,8 @@ def accepts_layer(x, weight, bias, residual):
 
 
 def launch_layer(x, weight, bias, residual):
+    weight = weight.to(x.dtype)
+
     def fallback():
         return (linear_reference(x, weight, bias, residual),)
 
@@ -75,26 +80,34 @@ def launch_layer(x, weight, bias, residual):
 
 
 def _launch_linear_gelu(x, weight, bias, act):
+    weight = weight.to(x.dtype)
+
     @without_autocast
     def fallback():
         if bias is None:
             return (F.gelu(x @ weight.T, approximate="tanh"),)
-        return (torch._addmm_activation(bias.to(x.dtype), x, weight.T, use_gelu=True),)
+        y = torch._addmm_activation(bias.to(x.dtype), as_rows(x), weight.T, use_gelu=True)
+        return (y.view(*x.shape[:-1], -1),)
 
     epilogue = "gelu" if bias is None else "gelu_bias"
     return _products.product(fallback, x, weight, epilogue, right_transposed=True, bias=bias)[0]
 
 
 def _launch_input_gradient(dy, weight):
+    weight = weight.to(dy.dtype)
     return _products.product(lambda: (linear_input_gradient_reference(dy, weight),), dy, weight)[0]
 
 
-def _launch_weight_gradient(dy, x, bias):
-    def fallback():
-        return linear_weight_gradient_reference(dy, x, bias)
+def _launch_weight_gradient(dy, x, bias, dtype):
+    dy, x = as_rows(dy), as_rows(x)
 
-    results = _products.product(fallback, dy, x, "bgrad" if bias else "none", left_transposed=True)
-    return results if len(results) == 2 else (*results, dy.new_empty(0))
+    def fallback():
+        if dtype == dy.dtype:
+            return linear_weight_gradient_reference(dy, x, bias, dtype)
+        return torch.mm(dy.T, x, out_dtype=dtype), dy.sum(0, dtype=dtype) if bias else dy.new_empty(0, dtype=dtype)
+
+    results = _products.product(fallback, dy, x, "bgrad" if bias else "none", left_transposed=True, dtype=dtype)
+    return results if len(results) == 2 else (*results, dy.new_empty(0, dtype=dtype))
 
 
 _linear = define(
@@ -116,19 +129,19 @@ input_gradient = define(
     _launch_input_gradient,
 )
 _weight_gradient = define(
-    "linear_weight_gradient(Tensor dy, Tensor x, bool bias) -> (Tensor, Tensor)",
+    "linear_weight_gradient(Tensor dy, Tensor x, bool bias, ScalarType dtype) -> (Tensor, Tensor)",
     linear_weight_gradient_reference,
-    lambda dy, x, bias: _products.accepts(dy, x),
+    lambda dy, x, bias, dtype: _products.accepts(dy, x) and dy.dtype == x.dtype and dtype in (x.dtype, torch.float32),
     _launch_weight_gradient,
 )
 
 
-def parameter_gradients(dy, x, bias_dtype, wants_weight, wants_bias):
+def parameter_gradients(dy, x, weight_dtype, bias_dtype, wants_weight, wants_bias):
     """Of weight and bias, each None unless wanted."""
     if wants_weight:
-        dweight, dbias = _weight_gradient(dy, x, wants_bias)
+        dweight, dbias = _weight_gradient(dy, x, wants_bias, weight_dtype)
     else:
-        dweight, dbias = None, dy.sum(0) if wants_bias else None
+        dweight, dbias = None, as_rows(dy).sum(0) if wants_bias else None
     return dweight, dbias.to(bias_dtype) if wants_bias else None
 
 
@@ -145,7 +158,7 @@ def _gradient(ctx, dy):
     dresidual = dy.to(ctx.residual_dtype) if wants_residual else None
     dy = dy.to(x.dtype)
     dx = input_gradient(dy, weight) if wants_x else None
-    return dx, *parameter_gradients(dy, x, ctx.bias_dtype, wants_weight, wants_bias), dresidual
+    return dx, *parameter_gradients(dy, x, weight.dtype, ctx.bias_dtype, wants_weight, wants_bias), dresidual
 
 
 differentiable(_linear, _gradient, _setup_context)
@@ -156,10 +169,11 @@ differentiable_as(_weight_gradient, linear_weight_gradient_reference)
 
 def check_layer(shape, dtype, weight, bias, residual=None):
     """Raises ValueError unless these are the operands of a linear layer for an x of this shape and dtype."""
-    if weight.dim() != 2 or not shape or shape[-1] != weight.shape[1] or weight.dtype != dtype:
+    known = weight.dtype == dtype or (weight.dtype == torch.float32 and dtype in (torch.float16, torch.bfloat16))
+    if weight.dim() != 2 or not shape or shape[-1] != weight.shape[1] or not known:
         raise ValueError(
             f"x is {dtype} {list(shape)}, weight {weight.dtype} {list(weight.shape)}:"
-            " expected [..., K] and [M, K] of one type"
+            " expected [..., K] and [M, K] of one type, or weight in float32"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias is {list(bias.shape)}; expected [{weight.shape[0]}], one for each output")
@@ -167,9 +181,10 @@ def check_layer(shape, dtype, weight, bias, residual=None):
         raise ValueError(f"residual is {list(residual.shape)}; expected {[*shape[:-1], weight.shape[0]]}")
 
 
-def as_rows(x: torch.Tensor | None) -> torch.Tensor | None:
-    """[..., K] → [rows, K]."""
-    return x if x is None else x.reshape(-1, x.shape[-1])
+def with_rows(layer, x, *parameters, residual, act):
+    """layer(...) for an x of more than three dimensions; one of four would be an image to the operators."""
+    rows = None if residual is None else as_rows(residual)
+    return layer(as_rows(x), *parameters, residual=rows, act=act).unflatten(0, x.shape[:-1])
 
 
 def wants_gradient(*tensors: torch.Tensor | None) -> bool:
@@ -186,16 +201,17 @@ def linear(
     """act(x · weightᵀ + bias) + residual; see the head of this file.
 
     act: "none", "gelu" or "gelu_tanh". Returns [..., M], contiguous, in the common type of x and residual. Raises
-    ValueError on other activations, shapes that do not fit, and unless weight has x's type.
+    ValueError on other activations, shapes that do not fit, and unless weight has x's type, or float32 for half an x.
     """
     if act != "none" and act not in ACTIVATIONS:
         raise ValueError(f"act={act!r}; expected one of {('none', *ACTIVATIONS)}")
     check_layer(x.shape, x.dtype, weight, bias, residual)
-    rows, shape = as_rows(x), (*x.shape[:-1], weight.shape[0])
+    if x.dim() > 3:
+        return with_rows(linear, x, weight, bias, residual=residual, act=act)
     if act == "none":
-        return _linear(rows, weight, bias, as_rows(residual)).view(shape)
+        return _linear(x, weight, bias, residual)
     if wants_gradient(x, weight, bias):
-        y = F.gelu(_linear(rows, weight, bias, None), approximate=ACTIVATIONS[act])
+        y = F.gelu(_linear(x, weight, bias, None), approximate=ACTIVATIONS[act])
     else:
-        y = _linear_gelu(rows, weight, bias, act)
-    return y.view(shape) if residual is None else y.view(shape) + residual
+        y = _linear_gelu(x, weight, bias, act)
+    return y if residual is None else y + residual

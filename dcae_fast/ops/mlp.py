@@ -16,10 +16,10 @@ import torch.nn.functional as F
 
 from . import _products
 from ._library import KERNEL_DTYPES, define, differentiable, differentiable_as
+from ._products import as_rows
 from .linear import (
     ACTIVATIONS,
     accepts_layer,
-    as_rows,
     check_layer,
     input_gradient,
     launch_layer,
@@ -27,6 +27,7 @@ from .linear import (
     linear_reference,
     parameter_gradients,
     wants_gradient,
+    with_rows,
     without_autocast,
 )
 
@@ -41,7 +42,7 @@ def mlp_reference(x, w1, b1, w2, b2, residual, act):
 def gelu_gradient_reference(dg, h, act):
     approximate = ACTIVATIONS[act]
     dh = torch.ops.aten.gelu_backward(dg, h, approximate=approximate)
-    return dh, F.gelu(h, approximate=approximate), dh.sum(0)
+    return dh, F.gelu(h, approximate=approximate), as_rows(dh).sum(0)
 
 
 def _accepts(x, w1, b1, w2, b2, residual, act):
@@ -49,6 +50,8 @@ def _accepts(x, w1, b1, w2, b2, residual, act):
 
 
 def _launch(x, w1, b1, w2, b2, residual, act):
+    w1 = w1.to(x.dtype)
+
     def fallback():
         h = linear_reference(x, w1, b1, None)
         return F.gelu(h, approximate=ACTIVATIONS[act]), h
@@ -83,16 +86,16 @@ def _gradient(ctx, dy, dh_of_h):
     x, w1, w2, h = ctx.saved_tensors
     wants_x, wants_w1, wants_b1, wants_w2, wants_b2, wants_residual, _ = ctx.needs_input_grad
     b1_dtype, b2_dtype, residual_dtype = ctx.dtypes
-    dy = x.new_zeros(x.shape[0], w2.shape[0]) if dy is None else dy
+    dy = x.new_zeros(*x.shape[:-1], w2.shape[0]) if dy is None else dy
     dresidual = dy.to(residual_dtype) if wants_residual else None
     dy = dy.to(x.dtype)
     dh, g, db1 = _gelu_gradient(input_gradient(dy, w2), h, ctx.act)
-    dw2, db2 = parameter_gradients(dy, g, b2_dtype, wants_w2, wants_b2)
+    dw2, db2 = parameter_gradients(dy, g, w2.dtype, b2_dtype, wants_w2, wants_b2)
     del g  # as large as dh
     if dh_of_h is not None:
-        dh, db1 = dh + dh_of_h, db1 + dh_of_h.sum(0)
+        dh, db1 = dh + dh_of_h, db1 + as_rows(dh_of_h).sum(0)
     dx = input_gradient(dh, w1) if wants_x else None
-    dw1, _ = parameter_gradients(dh, x, None, wants_w1, False)
+    dw1, _ = parameter_gradients(dh, x, w1.dtype, None, wants_w1, False)
     db1 = db1.to(b1_dtype) if wants_b1 else None
     return dx, dw1, db1, dw2, db2, dresidual, None
 
@@ -113,7 +116,7 @@ def mlp(
     """gelu(x · w1ᵀ + b1) · w2ᵀ + b2 + residual; see the head of this file.
 
     act: "gelu" or "gelu_tanh". Returns [..., M], contiguous, in the common type of x and residual. Raises ValueError on
-    other activations, shapes that do not fit, and unless the weights have x's type.
+    other activations, shapes that do not fit, and unless the weights have x's type, or float32 for half an x.
     """
     if act not in ACTIVATIONS:
         raise ValueError(f"act={act!r}; expected one of {tuple(ACTIVATIONS)}")
@@ -121,5 +124,6 @@ def mlp(
         return linear(linear(x, w1, b1, act=act), w2, b2, residual)
     check_layer(x.shape, x.dtype, w1, b1)
     check_layer((*x.shape[:-1], w1.shape[0]), x.dtype, w2, b2, residual)
-    y, _ = _mlp(as_rows(x), w1, b1, w2, b2, as_rows(residual), act)
-    return y.view(*x.shape[:-1], w2.shape[0])
+    if x.dim() > 3:
+        return with_rows(mlp, x, w1, b1, w2, b2, residual=residual, act=act)
+    return _mlp(x, w1, b1, w2, b2, residual, act)[0]

@@ -45,7 +45,8 @@ def _gelu_gradient_kernel(
 
 
 def launch_gelu_gradient(dg, h, act):
-    rows, columns = h.shape
+    columns = h.shape[-1]
+    rows = h.numel() // max(columns, 1)
     dh, g = torch.empty_like(h), torch.empty_like(h)
     blocks = triton.cdiv(columns, BLOCK_COLUMNS)
     splits = persistent_splits(h, triton.cdiv(rows, BLOCK_ROWS), blocks, per_processor=8)

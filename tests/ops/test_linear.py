@@ -161,6 +161,34 @@ def test_biases_of_higher_precision():
     assert b1.grad.dtype == b2.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("name", ["linear", "linear-odd", "linear-gelu", "mlp-residual", "mlp-no_bias"])
+def test_weights_of_higher_precision(name):
+    """They are rounded."""
+    function, plain, shapes, act = CASES[name]
+    tensors = make(shapes, torch.bfloat16)
+    for place in (place for place, shape in enumerate(shapes[:-1]) if place and shape and len(shape) == 2):
+        tensors[place] = tensors[place].detach().float().requires_grad_()
+    y, *gradients = run(function, tensors, act)
+    assert y.dtype == torch.bfloat16
+    present = [tensor for tensor in tensors if tensor is not None]
+    assert [gradient.dtype for gradient in gradients] == [tensor.dtype for tensor in present]
+    exact = run(plain, double(tensors), act)
+    for got, want in zip([y, *gradients], exact, strict=True):
+        assert relative_error(got, want) <= TYPES[torch.bfloat16]
+    with torch.no_grad():
+        rounded = [None if tensor is None else tensor.to(torch.bfloat16) for tensor in tensors]
+        assert torch.equal(function(*tensors, act=act), function(*rounded, act=act))
+
+
+@pytest.mark.parametrize("shapes", [CASES["linear"][2], CASES["linear-odd"][2], ((3001, 768), (1152, 768), (1152,))])
+def test_their_gradients_are_not_rounded(shapes):
+    x, weight, bias = make(shapes[:3], torch.bfloat16)
+    weight = weight.detach().float().requires_grad_()
+    dy = torch.randn_like(y := ops.linear(x, weight, bias))
+    (got,) = torch.autograd.grad(y, weight, dy)
+    assert relative_error(got, dy.double().T @ x.double()) <= 1e-5
+
+
 def test_autocast_changes_nothing():
     function, _, shapes, act = CASES["mlp-residual"]
     for dtype in (torch.float32, torch.bfloat16):
@@ -243,6 +271,7 @@ def launches():
     x, w1, b1, w2, b2, residual = [tensor.detach() for tensor in make(CASES["mlp-residual"][2], torch.float32)]
     x, residual = x.flatten(0, 1), residual.flatten(0, 1)
     h = F.linear(x, w1)
+    weight_gradient = linear._launch_weight_gradient, linear.linear_weight_gradient_reference
     return {
         "linear": (linear.launch_layer, linear.linear_reference, [x, w1, b1, None]),
         "linear-residual": (linear.launch_layer, linear.linear_reference, [h, w2, b2, residual]),
@@ -250,8 +279,8 @@ def launches():
         "gelu": (linear._launch_linear_gelu, linear.linear_gelu_reference, [x, w1, b1, "gelu_tanh"]),
         "gelu-no_bias": (linear._launch_linear_gelu, linear.linear_gelu_reference, [x, w1, None, "gelu_tanh"]),
         "input_gradient": (linear._launch_input_gradient, linear.linear_input_gradient_reference, [residual, w2]),
-        "weight_gradient": (linear._launch_weight_gradient, linear.linear_weight_gradient_reference, [h, x, True]),
-        "weight_alone": (linear._launch_weight_gradient, linear.linear_weight_gradient_reference, [h, x, False]),
+        "weight_gradient": (*weight_gradient, [h, x, True, h.dtype]),
+        "weight_alone": (*weight_gradient, [h, x, False, h.dtype]),
         "mlp": (mlp._launch, mlp.mlp_reference, [x, w1, b1, w2, b2, residual, "gelu_tanh"]),
         "mlp-no_bias": (mlp._launch, mlp.mlp_reference, [x, w1, None, w2, None, None, "gelu_tanh"]),
     }
