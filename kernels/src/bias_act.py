@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from .common import activate, activate_backward, like_channels_last, persistent_splits, row_tile, rows_of
+from .launch import Kernel
 
 MOST_CHANNELS = 1024  # of one program
 
@@ -22,7 +23,7 @@ def _scale_and_shift(bias_ptr, scale_ptr, mean_ptr, variance_ptr, eps, c, mask, 
         return one, bias, one
 
 
-@triton.jit
+@Kernel
 def _bias_act_forward_kernel(
     x_ptr, bias_ptr, scale_ptr, mean_ptr, variance_ptr, residual_ptr, out_ptr, rows, channels, eps,
     ACT: tl.constexpr, HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
@@ -43,7 +44,7 @@ def _bias_act_forward_kernel(
     tl.store(out_ptr + offset, y.to(out_ptr.dtype.element_ty), mask)
 
 
-@triton.jit
+@Kernel
 def _bias_act_backward_kernel(
     dy_ptr, x_ptr, bias_ptr, scale_ptr, mean_ptr, variance_ptr, dx_ptr, partial_ptr, rows, channels, eps,
     ACT: tl.constexpr, HAS_NORM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -73,7 +74,7 @@ def _bias_act_backward_kernel(
     tl.store(partial + channels, dscale, c_mask)
 
 
-@triton.jit
+@Kernel
 def _fold_batch_norm_kernel(
     weight_ptr, bias_ptr, scale_ptr, mean_ptr, variance_ptr, folded_ptr, shift_ptr, size, eps, BLOCK: tl.constexpr
 ):

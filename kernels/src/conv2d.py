@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from .common import activate, dot, like_channels_last, persistent_splits
+from .launch import Kernel
 
 # of a tile: positions, filters in half and in single precision, warps; programs that a multiprocessor holds
 POSITIONS, BLOCK_K, WARPS, PER_PROCESSOR = 64, {2: 128, 4: 32}, 4, 3
@@ -33,7 +34,7 @@ def _weight_row(
     return tl.load(weight_ptr + offset, inside & (k < filters)[None, :], 0.0)
 
 
-@triton.jit
+@Kernel
 def _conv2d_kernel(
     x_ptr, weight_ptr, bias_ptr, out_ptr, height, width, out_height, out_width, filters, top, left,
     tiles, tiles_h, tiles_w, blocks_k,

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .common import like_channels_last, persistent_splits, sigmoid
+from .launch import Kernel
 
 STRIP = {"BLOCK_W": 8, "BLOCK_C": 64}  # forward
 TILE = {"TILE_H": 4, "TILE_W": 8, "BLOCK_C": 64}  # backward
@@ -78,7 +79,7 @@ def _taps_row(taps_ptr, row: tl.constexpr, c, c_mask, channels):
     return left, middle, right
 
 
-@triton.jit
+@Kernel
 def _depthwise_glu_forward_kernel(
     x_ptr, taps_ptr, bias_ptr, out_ptr, height, width, half, strips, blocks_w, blocks_c, rows,
     BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -116,7 +117,7 @@ def _depthwise_glu_forward_kernel(
             tl.store(out_ptr + offset, (value * gate * sigmoid(gate)).to(out_ptr.dtype.element_ty), mask)
 
 
-@triton.jit
+@Kernel
 def _depthwise_glu_gate_backward_kernel(
     dout_ptr, x_ptr, taps_ptr, bias_ptr, dconv_ptr, height, width, half, tiles_h, tiles_w, blocks_c,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -140,7 +141,7 @@ def _depthwise_glu_gate_backward_kernel(
     tl.store(dconv + half, dgate.to(dconv_ptr.dtype.element_ty), mask)
 
 
-@triton.jit
+@Kernel
 def _depthwise_glu_input_backward_kernel(
     dconv_ptr, taps_ptr, dx_ptr, height, width, channels, tiles_h, tiles_w, blocks_c,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -156,7 +157,7 @@ def _depthwise_glu_input_backward_kernel(
     tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), ((h < height) & (w < width))[:, None] & c_mask[None, :])
 
 
-@triton.jit
+@Kernel
 def _depthwise_glu_weight_backward_kernel(
     dconv_ptr, x_ptr, partial_ptr, height, width, channels, tiles, tiles_h, tiles_w, blocks_c, splits,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_C: tl.constexpr,

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from .common import like_channels_last, promoted
+from .launch import Kernel
 
 BLOCK_U, ELEMENTS = 1024, 4096  # channels before the shuffle, and elements, of a program
 
@@ -27,7 +28,7 @@ def _store_pixel(
     tl.store(out_ptr + offset, values.to(out_ptr.dtype.element_ty), mask)
 
 
-@triton.jit
+@Kernel
 def _duplicate_shuffle_add_kernel(
     x_ptr, main_ptr, bias_ptr, out_ptr, positions, width, in_channels, out_channels, blocks_u, scale,
     F: tl.constexpr, REPEATS: tl.constexpr, HAS_X: tl.constexpr, HAS_MAIN: tl.constexpr, HAS_BIAS: tl.constexpr,

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from .common import persistent_splits, sigmoid
+from .launch import Kernel
 
 SQRT_HALF = tl.constexpr(math.sqrt(0.5))
 DENSITY = tl.constexpr(1 / math.sqrt(2 * math.pi))
@@ -16,7 +17,7 @@ CUBIC_SLOPE = tl.constexpr(3 * 0.044715)
 BLOCK_ROWS, BLOCK_COLUMNS = 4, 1024
 
 
-@triton.jit
+@Kernel
 def _gelu_gradient_kernel(
     dg_ptr, h_ptr, dh_ptr, g_ptr, partial_ptr, rows, columns,
     TANH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from .common import persistent_splits, promoted, row_tile
+from .launch import Kernel
 
 
 @triton.jit
@@ -18,7 +19,7 @@ def _normalise(x, mask, width, eps):
     return x * rstd[:, None], rstd
 
 
-@triton.jit
+@Kernel
 def _layer_norm_forward_kernel(
     x_ptr, scale_ptr, shift_ptr, branch_ptr, gate_ptr, sum_ptr, y_ptr, rows, tokens, width, eps,
     OF_IMAGE: tl.constexpr, HAS_BRANCH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -47,7 +48,7 @@ def _layer_norm_forward_kernel(
     tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask)
 
 
-@triton.jit
+@Kernel
 def _layer_norm_backward_kernel(
     dy_ptr, dsum_ptr, sum_ptr, scale_ptr, branch_ptr, gate_ptr, dx_ptr, dbranch_ptr, partial_ptr,
     tokens, width, eps,

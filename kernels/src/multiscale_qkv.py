@@ -8,11 +8,12 @@ import triton
 import triton.language as tl
 
 from .common import like_channels_last
+from .launch import Kernel
 
 ROWS, COLUMNS = 8, 16  # of a tile
 
 
-@triton.jit
+@Kernel
 def _multiscale_qkv_kernel(
     x_ptr, taps_ptr, grouped_ptr, out_ptr, height, width, channels, tiles_y, tiles_x,
     D: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,

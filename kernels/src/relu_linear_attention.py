@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .common import like_channels_last, persistent_splits
+from .launch import Kernel
 
 
 @triton.jit
@@ -24,7 +25,7 @@ def _dot(a, b, DTYPE: tl.constexpr):
     return tl.dot(a, b, input_precision="tf32" if DTYPE == tl.bfloat16 else "tf32x3")
 
 
-@triton.jit
+@Kernel
 def _relu_linear_attention_state_kernel(
     qkv_ptr, state_ptr, positions, heads, splits, D: tl.constexpr, BLOCK_N: tl.constexpr
 ):
@@ -47,7 +48,7 @@ def _relu_linear_attention_state_kernel(
     tl.store(state + D * D + d, z)
 
 
-@triton.jit
+@Kernel
 def _relu_linear_attention_apply_kernel(
     qkv_ptr, state_ptr, out_ptr, positions, heads, blocks, out_channels, out_start, eps,
     D: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -66,7 +67,7 @@ def _relu_linear_attention_apply_kernel(
     tl.store(out_ptr + row + d[None, :], out.to(out_ptr.dtype.element_ty), mask)
 
 
-@triton.jit
+@Kernel
 def _relu_linear_attention_query_backward_kernel(
     dout_ptr, qkv_ptr, state_ptr, dqkv_ptr, dstate_ptr, positions, heads, splits, out_channels, out_start, eps,
     D: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -100,7 +101,7 @@ def _relu_linear_attention_query_backward_kernel(
     tl.store(dstate + D * D + d, dz)
 
 
-@triton.jit
+@Kernel
 def _relu_linear_attention_key_value_backward_kernel(
     qkv_ptr, dstate_ptr, dqkv_ptr, positions, heads, blocks, D: tl.constexpr, BLOCK_N: tl.constexpr
 ):

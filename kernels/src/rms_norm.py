@@ -5,9 +5,10 @@ import triton
 import triton.language as tl
 
 from .common import activate, activate_backward, like_channels_last, persistent_splits, row_tile, rows_of
+from .launch import Kernel
 
 
-@triton.jit
+@Kernel
 def _rms_norm_forward_kernel(
     x_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, rows, channels, eps,
     ACT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -28,7 +29,7 @@ def _rms_norm_forward_kernel(
     tl.store(out_ptr + offset, y.to(out_ptr.dtype.element_ty), mask)
 
 
-@triton.jit
+@Kernel
 def _rms_norm_backward_kernel(
     dy_ptr, x_ptr, weight_ptr, bias_ptr, dx_ptr, partial_ptr, rows, channels, eps,
     ACT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,

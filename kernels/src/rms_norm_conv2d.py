@@ -9,13 +9,14 @@ import triton
 import triton.language as tl
 
 from .common import activate, dot, like_channels_last, persistent_splits, rows_of
+from .launch import Kernel
 
 # of the first kernel: elements of x in a tile and of the weight that stays on chip, programs on a multiprocessor
 ELEMENTS, WEIGHTS, PER_PROCESSOR, WARPS, STAGES = 16384, 32768, 2, 4, 1
 TILE_H, TILE_W = 8, 32  # of the second kernel
 
 
-@triton.jit
+@Kernel
 def _rms_norm_conv2d_taps_kernel(
     x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, z_ptr, rows, channels, eps, blocks_t,
     N: tl.constexpr, COLUMNS: tl.constexpr, ACT: tl.constexpr,
@@ -39,7 +40,7 @@ def _rms_norm_conv2d_taps_kernel(
         tl.store(z_ptr + target, z.to(z_ptr.dtype.element_ty), mask & (t < COLUMNS)[None, :])
 
 
-@triton.jit
+@Kernel
 def _rms_norm_conv2d_sum_kernel(
     z_ptr, bias_ptr, out_ptr, height, width, tiles_h, tiles_w,
     N: tl.constexpr, COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr,

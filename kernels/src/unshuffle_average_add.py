@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from .common import like_channels_last, promoted
+from .launch import Kernel
 
 BLOCK_O, ELEMENTS = 256, 4096  # output channels, and elements of the largest operand, of a program
 
@@ -33,7 +34,7 @@ def _unshuffled(
         return tl.interleave(tl.interleave(x00, x10), tl.interleave(x01, x11))
 
 
-@triton.jit
+@Kernel
 def _unshuffle_average_add_kernel(
     x_ptr, main_ptr, bias_ptr, out_ptr, positions, height, width, in_channels, out_channels, blocks_o, scale,
     F: tl.constexpr, GROUP: tl.constexpr, HAS_X: tl.constexpr, HAS_MAIN: tl.constexpr, HAS_BIAS: tl.constexpr,

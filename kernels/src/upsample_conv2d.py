@@ -4,8 +4,10 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import Kernel
 
-@triton.jit
+
+@Kernel
 def _subpixel_weights_kernel(
     weight_ptr, out_ptr, filters, channels, stride_k, stride_c, stride_tap, BLOCK: tl.constexpr
 ):

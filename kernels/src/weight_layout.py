@@ -4,9 +4,10 @@ import triton
 import triton.language as tl
 
 from .common import like_channels_last
+from .launch import Kernel
 
 
-@triton.jit
+@Kernel
 def _weight_layout_kernel(
     weight_ptr, out_ptr, channels, TAPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr
 ):
