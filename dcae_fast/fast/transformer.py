@@ -19,7 +19,7 @@ GELU = {"none": "gelu", "tanh": "gelu_tanh"}  # what the operators call the form
 
 class TransformerBlock(FastModule):
     dims = 3
-    operators = ("layer_norm", "linear", "mlp", "packed_attention")
+    operators = ("layer_norm", "linear", "mlp", "packed_attention")  # alone, or in the halves of a block
 
 
 class Block(TransformerBlock):
@@ -30,10 +30,8 @@ class Block(TransformerBlock):
             return self.eager(x, skip)
         if self.skip_linear is not None:
             x = long_skip(self.skip_linear, x, skip)
-        x, y = affine_norm(self.norm1, x, input_dtype(self.attn.qkv, x))
-        x = attention(self.attn, y, residual=x)
-        x, y = affine_norm(self.norm2, x, input_dtype(self.mlp.fc1, x))
-        return mlp(self.mlp, y, residual=x)
+        _, x = attention(self.attn, x, self.norm1.weight, self.norm1.bias, self.norm1.eps, residual=True)
+        return mlp(self.mlp, x, self.norm2.weight, self.norm2.bias, self.norm2.eps, residual=True)[1]
 
 
 class DiTBlock(TransformerBlock):
@@ -52,11 +50,8 @@ class DiTBlock(TransformerBlock):
     def run(self, x, branch, gate, condition) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The block on x + gate · branch, or on x; its result in the same form."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation(self, condition, 6)
-        dtype = input_dtype(self.attn.qkv, x)
-        x, y = ops.layer_norm(x, scale1, shift1, self.norm1.eps, branch, gate, dtype)
-        dtype = input_dtype(self.mlp.fc1, x)
-        x, y = ops.layer_norm(x, scale2, shift2, self.norm2.eps, attention(self.attn, y), gate1, dtype)
-        return x, mlp(self.mlp, y), gate2
+        x, branch = attention(self.attn, x, scale1, shift1, self.norm1.eps, branch, gate)
+        return *mlp(self.mlp, x, scale2, shift2, self.norm2.eps, branch, gate1), gate2
 
 
 class FinalLayer(TransformerBlock):
@@ -135,6 +130,10 @@ def is_linear(layer: nn.Module, x: torch.Tensor) -> bool:
     return type(layer) is nn.Linear and is_ordinary(layer.weight) and (autocasts(x) or layer.weight.dtype == x.dtype)
 
 
+def are_linear(first: nn.Module, second: nn.Module, x: torch.Tensor) -> bool:
+    return is_linear(first, x) and is_linear(second, x)
+
+
 def is_affine(norm: nn.Module) -> bool:
     """Whether this is a layer norm with weight and bias."""
     return type(norm) is nn.LayerNorm and norm.weight is not None and norm.bias is not None
@@ -160,10 +159,6 @@ def long_skip(layer: nn.Module, x: torch.Tensor, skip: torch.Tensor) -> torch.Te
     return linear(layer, both)
 
 
-def affine_norm(norm: nn.LayerNorm, x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    return ops.layer_norm(x, norm.weight, norm.bias, norm.eps, dtype=dtype)
-
-
 def modulation(module: nn.Module, condition: torch.Tensor, parts: int) -> tuple[torch.Tensor, ...]:
     """What adaLN makes of the condition [B, D]: `parts` tensors [B, D]."""
     return module.adaLN_modulation(condition).unflatten(1, (parts, -1)).transpose(0, 1).contiguous().unbind(0)
@@ -184,12 +179,27 @@ def linear(layer: nn.Module, y: torch.Tensor, residual: torch.Tensor | None = No
     return y if residual is None else y + residual
 
 
-def attention(attn: nn.Module, y: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-    return linear(attn.proj, ops.packed_attention(linear(attn.qkv, y), attn.num_heads), residual)
+def attention(
+    attn: nn.Module, x, scale, shift, eps: float, branch=None, gate=None, residual: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(s, attn(norm(s))), with s added to it if `residual`, where s is x + gate · branch, or x."""
+    dtype = input_dtype(attn.qkv, x)
+    dim = attn.qkv.out_features // (3 * attn.num_heads)
+    if are_linear(attn.qkv, attn.proj, x) and ops.is_for_few_tokens(dtype, x.shape[1], dim, x.device):
+        layers = weight_of(attn.qkv, dtype), attn.qkv.bias, weight_of(attn.proj, dtype), attn.proj.bias, attn.num_heads
+        return ops.norm_attention(x, scale, shift, eps, *layers, branch, gate, dtype, residual)
+    s, y = ops.layer_norm(x, scale, shift, eps, branch, gate, dtype)
+    y = ops.packed_attention(linear(attn.qkv, y), attn.num_heads)
+    return s, linear(attn.proj, y, s if residual else None)
 
 
-def mlp(feed: nn.Module, y: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-    if not (is_linear(feed.fc1, y) and is_linear(feed.fc2, y)):
-        return linear(feed.fc2, feed.act(linear(feed.fc1, y)), residual)
-    w1, w2 = (weight_of(layer, y.dtype) for layer in (feed.fc1, feed.fc2))
-    return ops.mlp(y, w1, feed.fc1.bias, w2, feed.fc2.bias, residual, GELU[feed.act.approximate])
+def mlp(
+    feed: nn.Module, x, scale, shift, eps: float, branch=None, gate=None, residual: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(s, feed(norm(s))) in the same way."""
+    dtype = input_dtype(feed.fc1, x)
+    if are_linear(feed.fc1, feed.fc2, x):
+        layers = weight_of(feed.fc1, dtype), feed.fc1.bias, weight_of(feed.fc2, dtype), feed.fc2.bias
+        return ops.norm_mlp(x, scale, shift, eps, *layers, branch, gate, dtype, residual, GELU[feed.act.approximate])
+    s, y = ops.layer_norm(x, scale, shift, eps, branch, gate, dtype)
+    return s, linear(feed.fc2, feed.act(linear(feed.fc1, y)), s if residual else None)

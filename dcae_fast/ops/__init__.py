@@ -2,6 +2,7 @@
 
 from ._library import has_kernels
 from .bias_act import bias_act
+from .block_halves import norm_attention, norm_mlp
 from .conv2d import conv2d
 from .conv2d_unshuffle import conv2d_unshuffle
 from .depthwise_glu import depthwise_glu
@@ -9,7 +10,7 @@ from .layer_norm import layer_norm
 from .linear import linear
 from .mlp import mlp
 from .multiscale_qkv import multiscale_qkv
-from .packed_attention import packed_attention
+from .packed_attention import is_for_few_tokens, packed_attention
 from .relu_linear_attention import relu_linear_attention
 from .rms_norm import rms_norm
 from .rms_norm_conv2d import rms_norm_conv2d
@@ -23,10 +24,13 @@ __all__ = [
     "depthwise_glu",
     "duplicate_shuffle_add",
     "has_kernels",
+    "is_for_few_tokens",
     "layer_norm",
     "linear",
     "mlp",
     "multiscale_qkv",
+    "norm_attention",
+    "norm_mlp",
     "packed_attention",
     "relu_linear_attention",
     "rms_norm",

@@ -21,6 +21,8 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 DESCRIBES_ARGUMENTS = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)  # Inductor; see below
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
+_KEY, _KEYS = torch._C.DispatchKey, torch._C.DispatchKeySet
+_AUTOCAST = _KEYS(_KEY.AutocastCPU) | _KEYS(_KEY.AutocastCUDA)
 
 
 def has_kernels(x: torch.Tensor) -> bool:
@@ -41,6 +43,17 @@ def cuda_extension():
         return importlib.import_module(f"{NAMESPACE}._C")
     except ImportError:
         return None
+
+
+def without_autocast(function):
+    """Operands have the types that they are to be computed in before an operator is called."""
+
+    @functools.wraps(function)
+    def run(*args):
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+            return function(*args)
+
+    return run
 
 
 def halves_on_hopper(*tensors: torch.Tensor) -> bool:

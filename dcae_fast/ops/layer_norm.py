@@ -44,22 +44,22 @@ def _accepts(x, scale, *_):
     return x.dtype in KERNEL_DTYPES and scale.dtype in KERNEL_DTYPES and x.shape[2] <= MOST_CHANNELS
 
 
-_forward = define(
+layer_norm_op = define(
     "layer_norm(Tensor x, Tensor scale, Tensor shift, float eps, Tensor? branch, Tensor? gate, ScalarType dtype)"
     " -> (Tensor, Tensor)",
     layer_norm_reference,
     _accepts,
     "layer_norm",
 )
-_backward = define(
+layer_norm_backward_op = define(
     "layer_norm_backward(Tensor dy, Tensor? dsum, Tensor total, Tensor scale, Tensor? branch, Tensor? gate,"
     " float eps, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     layer_norm_backward_reference,
     lambda dy, dsum, *args: _accepts(*args),
     "layer_norm",
 )
-differentiable_as(_forward, layer_norm_reference)
-differentiable_as(_backward, layer_norm_backward_reference)
+differentiable_as(layer_norm_op, layer_norm_reference)
+differentiable_as(layer_norm_backward_op, layer_norm_backward_reference)
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -67,7 +67,7 @@ class _LayerNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, scale, shift, eps, branch, gate, dtype):
-        total, y = _forward(x, scale, shift, eps, branch, gate, dtype)
+        total, y = layer_norm_op(x, scale, shift, eps, branch, gate, dtype)
         total = x if branch is None else total
         ctx.save_for_backward(total, scale, branch, gate)
         ctx.eps, ctx.dtypes = eps, (x.dtype, shift.dtype)
@@ -79,9 +79,25 @@ class _LayerNorm(torch.autograd.Function):
         total, scale, branch, gate = ctx.saved_tensors
         x_dtype, shift_dtype = ctx.dtypes
         dy = torch.zeros_like(total) if dy is None else dy
-        dx, dscale, dshift, *rest = _backward(dy, dsum, total, scale, branch, gate, ctx.eps, x_dtype)
+        dx, dscale, dshift, *rest = layer_norm_backward_op(dy, dsum, total, scale, branch, gate, ctx.eps, x_dtype)
         dbranch, dgate = (None, None) if branch is None else rest
         return dx, dscale, dshift.to(shift_dtype), None, dbranch, dgate, None
+
+
+def check_norm(x, scale, shift, branch, gate):
+    """Raises ValueError on shapes that do not fit."""
+    image = (x.shape[0], x.shape[2]) if x.dim() == 3 else ()
+    fits = x.dim() == 3 and scale.shape == shift.shape and scale.shape in (x.shape[2:], image)
+    if not fits or (branch is None) != (gate is None):
+        raise ValueError(
+            f"x {list(x.shape)}, scale {list(scale.shape)}, shift {list(shift.shape)}: expected [B, N, D], and [D] or"
+            " [B, D] twice; branch and gate: both or neither"
+        )
+    if branch is not None and not (branch.shape == x.shape and gate.shape == scale.shape == image):
+        raise ValueError(
+            f"branch {list(branch.shape)}, gate {list(gate.shape)}, scale {list(scale.shape)}: expected"
+            f" {list(x.shape)}, and {list(image)} twice"
+        )
 
 
 def layer_norm(
@@ -99,21 +115,10 @@ def layer_norm(
     y, x.dtype by default. Raises ValueError unless x and branch are [B, N, D], scale and shift both [D] or both [B, D],
     and gate is [B, D], for which scale must be too.
     """
-    image = (x.shape[0], x.shape[2]) if x.dim() == 3 else ()
-    fits = x.dim() == 3 and scale.shape == shift.shape and scale.shape in (x.shape[2:], image)
-    if not fits or (branch is None) != (gate is None):
-        raise ValueError(
-            f"x {list(x.shape)}, scale {list(scale.shape)}, shift {list(shift.shape)}: expected [B, N, D], and [D] or"
-            " [B, D] twice; branch and gate: both or neither"
-        )
-    if branch is not None and not (branch.shape == x.shape and gate.shape == scale.shape == image):
-        raise ValueError(
-            f"branch {list(branch.shape)}, gate {list(gate.shape)}, scale {list(scale.shape)}: expected"
-            f" {list(x.shape)}, and {list(image)} twice"
-        )
+    check_norm(x, scale, shift, branch, gate)
     dtype = dtype or x.dtype
     tensors = [tensor for tensor in (x, scale, shift, branch, gate) if tensor is not None]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return _LayerNorm.apply(x, scale, shift, eps, branch, gate, dtype)
-    total, y = _forward(x, scale, shift, eps, branch, gate, dtype)
+    total, y = layer_norm_op(x, scale, shift, eps, branch, gate, dtype)
     return x if branch is None else total, y

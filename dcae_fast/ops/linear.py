@@ -16,31 +16,17 @@ The gradients are products too: of dy and weight; and of dyᵀ and x, whose epil
 gets its gradient from PyTorch; where there is one, and a second layer after it, `mlp` is faster.
 """
 
-import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from . import _products
-from ._library import define, differentiable, differentiable_as
+from ._library import define, differentiable, differentiable_as, without_autocast
 from ._products import as_rows
 
 ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}  # as PyTorch's functions name the approximation
-
-
-_KEY, _KEYS = torch._C.DispatchKey, torch._C.DispatchKeySet
-_AUTOCAST = _KEYS(_KEY.AutocastCPU) | _KEYS(_KEY.AutocastCUDA)
-
-
-def without_autocast(function):
-    """Operands have the types that they are to be computed in before an operator is called."""
-
-    @functools.wraps(function)
-    def run(*args):
-        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
-            return function(*args)
-
-    return run
 
 
 @without_autocast
@@ -110,13 +96,13 @@ def _launch_weight_gradient(dy, x, bias, dtype):
     return results if len(results) == 2 else (*results, dy.new_empty(0, dtype=dtype))
 
 
-_linear = define(
+linear_op = define(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual) -> Tensor",
     linear_reference,
     accepts_layer,
     launch_layer,
 )
-_linear_gelu = define(
+linear_gelu_op = define(
     "linear_gelu(Tensor x, Tensor weight, Tensor? bias, str act) -> Tensor",
     linear_gelu_reference,
     lambda x, weight, bias, act: accepts_layer(x, weight, bias, None),
@@ -128,7 +114,7 @@ input_gradient = define(
     _products.accepts,
     _launch_input_gradient,
 )
-_weight_gradient = define(
+weight_gradient = define(
     "linear_weight_gradient(Tensor dy, Tensor x, bool bias, ScalarType dtype) -> (Tensor, Tensor)",
     linear_weight_gradient_reference,
     lambda dy, x, bias, dtype: _products.accepts(dy, x) and dy.dtype == x.dtype and dtype in (x.dtype, torch.float32),
@@ -136,35 +122,47 @@ _weight_gradient = define(
 )
 
 
-def parameter_gradients(dy, x, weight_dtype, bias_dtype, wants_weight, wants_bias):
-    """Of weight and bias, each None unless wanted."""
-    if wants_weight:
-        dweight, dbias = _weight_gradient(dy, x, wants_bias, weight_dtype)
-    else:
-        dweight, dbias = None, as_rows(dy).sum(0) if wants_bias else None
-    return dweight, dbias.to(bias_dtype) if wants_bias else None
+@dataclass(frozen=True)
+class Gradients:
+    """What the gradients of layers are made of: the two operators above, their kernels, or their references."""
+
+    input_gradient: Callable
+    weight_gradient: Callable
+
+    def of_parameters(self, dy, x, weight, bias, wants_weight, wants_bias):
+        """Of weight and bias, each None unless wanted."""
+        if wants_weight:
+            dweight, dbias = self.weight_gradient(dy, x, wants_bias, weight.dtype)
+        else:
+            dweight, dbias = None, as_rows(dy).sum(0) if wants_bias else None
+        return dweight, dbias.to(bias.dtype) if wants_bias else None
+
+    def of_layer(self, dy, x, weight, bias, wants_x, wants_weight, wants_bias):
+        """Of x, weight and bias, each None unless wanted. dy: in x's type."""
+        dx = self.input_gradient(dy, weight) if wants_x else None
+        return dx, *self.of_parameters(dy, x, weight, bias, wants_weight, wants_bias)
+
+
+OPERATORS = Gradients(input_gradient, weight_gradient)
 
 
 def _setup_context(ctx, inputs, output):
     x, weight, bias, residual = inputs
-    ctx.save_for_backward(x, weight)
-    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(x, weight, bias)
     ctx.residual_dtype = None if residual is None else residual.dtype
 
 
 def _gradient(ctx, dy):
-    x, weight = ctx.saved_tensors
-    wants_x, wants_weight, wants_bias, wants_residual = ctx.needs_input_grad
+    *wants, wants_residual = ctx.needs_input_grad
+    x, weight, bias = ctx.saved_tensors
     dresidual = dy.to(ctx.residual_dtype) if wants_residual else None
-    dy = dy.to(x.dtype)
-    dx = input_gradient(dy, weight) if wants_x else None
-    return dx, *parameter_gradients(dy, x, weight.dtype, ctx.bias_dtype, wants_weight, wants_bias), dresidual
+    return *OPERATORS.of_layer(dy.to(x.dtype), x, weight, bias, *wants), dresidual
 
 
-differentiable(_linear, _gradient, _setup_context)
-differentiable_as(_linear_gelu, linear_gelu_reference)
+differentiable(linear_op, _gradient, _setup_context)
+differentiable_as(linear_gelu_op, linear_gelu_reference)
 differentiable_as(input_gradient, linear_input_gradient_reference)
-differentiable_as(_weight_gradient, linear_weight_gradient_reference)
+differentiable_as(weight_gradient, linear_weight_gradient_reference)
 
 
 def check_layer(shape, dtype, weight, bias, residual=None):
@@ -209,9 +207,9 @@ def linear(
     if x.dim() > 3:
         return with_rows(linear, x, weight, bias, residual=residual, act=act)
     if act == "none":
-        return _linear(x, weight, bias, residual)
+        return linear_op(x, weight, bias, residual)
     if wants_gradient(x, weight, bias):
-        y = F.gelu(_linear(x, weight, bias, None), approximate=ACTIVATIONS[act])
+        y = F.gelu(linear_op(x, weight, bias, None), approximate=ACTIVATIONS[act])
     else:
-        y = _linear_gelu(x, weight, bias, act)
+        y = linear_gelu_op(x, weight, bias, act)
     return y if residual is None else y + residual

@@ -15,20 +15,18 @@ import torch
 import torch.nn.functional as F
 
 from . import _products
-from ._library import KERNEL_DTYPES, define, differentiable, differentiable_as
+from ._library import KERNEL_DTYPES, define, differentiable, differentiable_as, without_autocast
 from ._products import as_rows
 from .linear import (
     ACTIVATIONS,
+    OPERATORS,
     accepts_layer,
     check_layer,
-    input_gradient,
     launch_layer,
     linear,
     linear_reference,
-    parameter_gradients,
     wants_gradient,
     with_rows,
-    without_autocast,
 )
 
 
@@ -61,13 +59,13 @@ def _launch(x, w1, b1, w2, b2, residual, act):
     return launch_layer(g, w2, b2, residual), h
 
 
-_mlp = define(
+mlp_op = define(
     "mlp(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? residual, str act) -> (Tensor, Tensor)",
     mlp_reference,
     _accepts,
     _launch,
 )
-_gelu_gradient = define(
+gelu_gradient = define(
     "gelu_gradient(Tensor dg, Tensor h, str act) -> (Tensor, Tensor, Tensor)",
     gelu_gradient_reference,
     lambda dg, h, act: dg.dtype == h.dtype and h.dtype in KERNEL_DTYPES,
@@ -75,33 +73,42 @@ _gelu_gradient = define(
 )
 
 
+def mlp_gradients(products, gelu_gradient, dy, x, w1, b1, w2, b2, h, act, wants, dh_of_h=None):
+    """Of x, w1, b1, w2 and b2, each None unless wanted. products: a linear layer's Gradients; dy: in x's type."""
+    wants_x, wants_w1, wants_b1, wants_w2, wants_b2 = wants
+    dh, g, db1 = gelu_gradient(products.input_gradient(dy, w2), h, act)
+    dw2, db2 = products.of_parameters(dy, g, w2, b2, wants_w2, wants_b2)
+    del g  # as large as dh
+    if dh_of_h is not None:
+        dh, db1 = dh + dh_of_h, db1 + as_rows(dh_of_h).sum(0)
+    dx, dw1, _ = products.of_layer(dh, x, w1, b1, wants_x, wants_w1, False)
+    return dx, dw1, db1.to(b1.dtype) if wants_b1 else None, dw2, db2
+
+
 def _setup_context(ctx, inputs, output):
     x, w1, b1, w2, b2, residual, ctx.act = inputs
-    ctx.save_for_backward(x, w1, w2, output[1])
-    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (b1, b2, residual)]
+    ctx.save_for_backward(x, w1, b1, w2, b2, output[1])
+    ctx.residual_dtype = None if residual is None else residual.dtype
     ctx.set_materialize_grads(False)  # nobody but the gradient of the gradient has one for h
 
 
 def _gradient(ctx, dy, dh_of_h):
-    x, w1, w2, h = ctx.saved_tensors
-    wants_x, wants_w1, wants_b1, wants_w2, wants_b2, wants_residual, _ = ctx.needs_input_grad
-    b1_dtype, b2_dtype, residual_dtype = ctx.dtypes
-    dy = x.new_zeros(*x.shape[:-1], w2.shape[0]) if dy is None else dy
-    dresidual = dy.to(residual_dtype) if wants_residual else None
+    *wants, wants_residual, _ = ctx.needs_input_grad
+    x, *parameters, h = ctx.saved_tensors
+    dy = x.new_zeros(*x.shape[:-1], parameters[2].shape[0]) if dy is None else dy
+    dresidual = dy.to(ctx.residual_dtype) if wants_residual else None
     dy = dy.to(x.dtype)
-    dh, g, db1 = _gelu_gradient(input_gradient(dy, w2), h, ctx.act)
-    dw2, db2 = parameter_gradients(dy, g, w2.dtype, b2_dtype, wants_w2, wants_b2)
-    del g  # as large as dh
-    if dh_of_h is not None:
-        dh, db1 = dh + dh_of_h, db1 + as_rows(dh_of_h).sum(0)
-    dx = input_gradient(dh, w1) if wants_x else None
-    dw1, _ = parameter_gradients(dh, x, w1.dtype, None, wants_w1, False)
-    db1 = db1.to(b1_dtype) if wants_b1 else None
-    return dx, dw1, db1, dw2, db2, dresidual, None
+    return *mlp_gradients(OPERATORS, gelu_gradient, dy, x, *parameters, h, ctx.act, wants, dh_of_h), dresidual, None
 
 
-differentiable(_mlp, _gradient, _setup_context)
-differentiable_as(_gelu_gradient, gelu_gradient_reference)
+differentiable(mlp_op, _gradient, _setup_context)
+differentiable_as(gelu_gradient, gelu_gradient_reference)
+
+
+def check_activation(act):
+    """Raises ValueError unless this is a form of GELU."""
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act={act!r}; expected one of {tuple(ACTIVATIONS)}")
 
 
 def mlp(
@@ -118,12 +125,11 @@ def mlp(
     act: "gelu" or "gelu_tanh". Returns [..., M], contiguous, in the common type of x and residual. Raises ValueError on
     other activations, shapes that do not fit, and unless the weights have x's type, or float32 for half an x.
     """
-    if act not in ACTIVATIONS:
-        raise ValueError(f"act={act!r}; expected one of {tuple(ACTIVATIONS)}")
+    check_activation(act)
     if not wants_gradient(x, w1, b1, w2, b2, residual):
         return linear(linear(x, w1, b1, act=act), w2, b2, residual)
     check_layer(x.shape, x.dtype, w1, b1)
     check_layer((*x.shape[:-1], w1.shape[0]), x.dtype, w2, b2, residual)
     if x.dim() > 3:
         return with_rows(mlp, x, w1, b1, w2, b2, residual=residual, act=act)
-    return _mlp(x, w1, b1, w2, b2, residual, act)[0]
+    return mlp_op(x, w1, b1, w2, b2, residual, act)[0]

@@ -13,7 +13,7 @@ import importlib.util
 import torch
 import torch.nn.functional as F
 
-from ._library import define, differentiable, differentiable_as, halves_on_hopper
+from ._library import define, differentiable, differentiable_as, halves_on_hopper, without_autocast
 
 HEAD_DIMS = (64, 72)
 MAX_TOKENS = 320
@@ -35,12 +35,14 @@ def _wide(x):
     return x if x.dtype == torch.float64 else x.float()
 
 
+@without_autocast
 def packed_attention_reference(qkv, num_heads):
     q, k, v = _unpack(_wide(qkv), num_heads)
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     return _pack(scores.softmax(-1) @ v).to(qkv.dtype), scores.detach().logsumexp(-1)
 
 
+@without_autocast
 def packed_attention_backward_reference(dout, qkv, out, lse, num_heads):
     """From dout and qkv alone, so that it can be differentiated again; the kernel saves time with out and lse."""
     q, k, v = _unpack(_wide(qkv), num_heads)
@@ -54,19 +56,22 @@ def packed_attention_backward_reference(dout, qkv, out, lse, num_heads):
     )
 
 
+def _fits(dtype, tokens, dim):
+    return dtype in (torch.bfloat16, torch.float16) and 0 < tokens <= MAX_TOKENS and dim in HEAD_DIMS
+
+
 def _takes(qkv, num_heads):
-    half = qkv.dtype in (torch.bfloat16, torch.float16)
-    return half and 0 < qkv.shape[1] <= MAX_TOKENS and qkv.shape[2] // (3 * num_heads) in HEAD_DIMS
+    return _fits(qkv.dtype, qkv.shape[1], qkv.shape[2] // (3 * num_heads))
 
 
-_forward = define(
+attention_op = define(
     "packed_attention(Tensor qkv, int num_heads) -> (Tensor out, Tensor lse)",
     packed_attention_reference,
     _takes,
     packed_attention_reference,
     lambda qkv, _: halves_on_hopper(qkv),
 )
-_backward = define(
+attention_backward_op = define(
     "packed_attention_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, int num_heads) -> Tensor",
     packed_attention_backward_reference,
     lambda dout, qkv, out, lse, num_heads: _takes(qkv, num_heads),
@@ -82,18 +87,18 @@ def _setup_context(ctx, inputs, output):
 
 
 def _gradient(ctx, dout, _):
-    return _backward(dout, *ctx.saved_tensors, ctx.num_heads), None
+    return attention_backward_op(dout, *ctx.saved_tensors, ctx.num_heads), None
 
 
-differentiable(_forward, _gradient, _setup_context)
-differentiable_as(_backward, packed_attention_backward_reference)
+differentiable(attention_op, _gradient, _setup_context)
+differentiable_as(attention_backward_op, packed_attention_backward_reference)
 
 
-def _has_kernel(device: torch.device) -> bool:
-    """Whether the operator is the fast way; on a CPU, where it is its reference, it stands in for that."""
-    if device.type == "cuda":
-        return HAS_EXTENSION and torch.cuda.get_device_properties(device).major == 9
-    return device.type == "cpu"
+def is_for_few_tokens(dtype: torch.dtype, tokens: int, dim: int, device: torch.device) -> bool:
+    """Whether the operator is the fast way for heads of that size; on a CPU its reference stands in for that."""
+    if device.type == "cuda" and not (HAS_EXTENSION and torch.cuda.get_device_properties(device).major == 9):
+        return False
+    return device.type in ("cuda", "cpu") and _fits(dtype, tokens, dim)
 
 
 def packed_attention(qkv: torch.Tensor, num_heads: int) -> torch.Tensor:
@@ -105,6 +110,6 @@ def packed_attention(qkv: torch.Tensor, num_heads: int) -> torch.Tensor:
         raise ValueError(
             f"qkv is {list(qkv.shape)} with num_heads={num_heads}; expected [B, N, a multiple of 3 * num_heads]"
         )
-    if _takes(qkv, num_heads) and _has_kernel(qkv.device):
-        return _forward(qkv, num_heads)[0]
+    if is_for_few_tokens(qkv.dtype, qkv.shape[1], qkv.shape[2] // (3 * num_heads), qkv.device):
+        return attention_op(qkv, num_heads)[0]
     return _pack(F.scaled_dot_product_attention(*_unpack(qkv, num_heads)))

@@ -17,13 +17,14 @@ from dcae_fast.fast.module import is_fast, original_class
 from dcae_fast.fast.transformer import TransformerBlock
 from dcae_fast.models import DiT, DiTConfig, UViT, UViTConfig
 
-SIZES = {"in_channels": 8, "input_size": 4, "depth": 2, "hidden_size": 48, "num_heads": 3, "num_classes": 10}
+SIZES = {"in_channels": 8, "input_size": 4, "depth": 2, "hidden_size": 128, "num_heads": 2, "num_classes": 10}
 NETWORKS = {
     "uvit": lambda: UViT(UViTConfig(**SIZES)),
     "dit": lambda: DiT(DiTConfig(**SIZES)),
     "sit-patch2": lambda: DiT(DiTConfig(**SIZES | {"patch_size": 2}, learn_sigma=False)),
 }
 BLOCKS = ("Block", "DiTBlock", "FinalLayer")
+HALVES = {"norm_attention": ["layer_norm", "linear", "packed_attention", "linear"], "norm_mlp": ["layer_norm", "mlp"]}
 
 
 @pytest.fixture(params=NETWORKS)
@@ -69,10 +70,10 @@ def launches(network: nn.Module, monkeypatch) -> list[str]:
     """The operators of transformers that a call runs."""
     called = []
     with monkeypatch.context() as patch:
-        for name in TransformerBlock.operators:
-            run = getattr(ops, name)
+        for name in (*TransformerBlock.operators, *HALVES):
+            run, names = getattr(ops, name), HALVES.get(name, [name])
             patch.setattr(
-                ops, name, lambda *args, name=name, run=run, **kwargs: called.append(name) or run(*args, **kwargs)
+                ops, name, lambda *args, run=run, names=names, **kwargs: called.extend(names) or run(*args, **kwargs)
             )
         network(*inputs(next(network.parameters()).dtype))
     return called
@@ -282,13 +283,13 @@ Attention.__module__ = "timm.models.vision_transformer"
 
 def test_what_else_an_attention_may_have(monkeypatch):
     """Norms of q and k, or another scale, are not passed over."""
-    for change, fuses in (({}, True), ({"q_norm": nn.LayerNorm(16)}, False), ({"scale": 1.0}, False)):
+    for change, fuses in (({}, True), ({"q_norm": nn.LayerNorm(64)}, False), ({"scale": 1.0}, False)):
         _, fast = pair("dit")
         block = fast.blocks[0]
-        attention = Attention(48, 3).to(DEVICE)
+        attention = Attention(SIZES["hidden_size"], SIZES["num_heads"]).to(DEVICE)
         attention.load_state_dict(block.attn.state_dict())
         for name, value in change.items():
             setattr(attention, name, value)
         block.attn = attention
-        x = torch.randn(2, 4, 48, device=DEVICE)
+        x = torch.randn(2, 4, SIZES["hidden_size"], device=DEVICE)
         assert block.fuses(x) == fuses
