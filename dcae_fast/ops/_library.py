@@ -111,8 +111,8 @@ def define(
     def kernel(*args):
         if not accepts(*args):
             return plain(*args)
-        args = [_channels_last(arg) for arg in args]
-        device = _tensors(args)[0].device
+        args = list(map(_channels_last, args))
+        device = (args[0] if isinstance(args[0], torch.Tensor) else _tensors(args)[0]).device
         if cuda_accepts and device.type == "cuda" and cuda_extension() and cuda_accepts(*args):
             return getattr(cuda_extension(), name)(*args)
         if device.type != "cuda" or device.index == torch.cuda.current_device():
@@ -197,8 +197,8 @@ def _channels_last(value):
         if _is_weight(value):
             return launcher("weight_layout", "launch_weight_layout")(value)
         return value.contiguous(memory_format=memory_format)
-    if isinstance(value, (list, tuple)):
-        return type(value)(_channels_last(item) for item in value)
+    if isinstance(value, (list, tuple)) and value and isinstance(value[0], torch.Tensor):
+        return type(value)(map(_channels_last, value))
     return value
 
 
@@ -231,5 +231,5 @@ def _tensors(args) -> list[torch.Tensor]:
         if isinstance(arg, torch.Tensor):
             found.append(arg)
         elif isinstance(arg, (list, tuple)):
-            found += _tensors(arg)
+            found += [item for item in arg if isinstance(item, torch.Tensor)]
     return found
