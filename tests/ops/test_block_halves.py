@@ -111,18 +111,20 @@ def test_gradients_of_gradients(case):
     torch.autograd.gradgradcheck(call, present, fast_mode=True)
 
 
-@pytest.mark.parametrize("dtype, ceiling", [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("weights", ["half", "float32"])
 @pytest.mark.parametrize("case", [*CASES.values(), *WIDE.values()], ids=[*CASES, *WIDE])
-def test_half_precision(case, weights, dtype, ceiling):
-    """On a residual stream in float32, with weights of both kinds."""
+def test_half_precision(case, weights, dtype):
+    """On a residual stream in float32, with weights of both kinds; as exact as plain modules with half weights."""
     tensors = make(case, dtype, torch.float32, torch.float32 if weights == "float32" else None)
     exact = run(plain, case, [None if t is None else t.detach().double().requires_grad_() for t in tensors])
+    eager = run(plain, case, make(case, dtype, torch.float32))
     got = run(ours, case, tensors, dtype=dtype)
     present = [tensor for tensor in tensors if tensor is not None]
     assert [gradient.dtype for gradient in got[-len(present) :]] == [tensor.dtype for tensor in present]
     assert got[-len(present) - 1].dtype == (torch.float32 if case[4] else dtype)
-    assert all(error(mine, want) <= ceiling for mine, want in zip(got, exact, strict=True))
+    for mine, theirs, want in zip(got, eager, exact, strict=True):
+        assert error(mine, want) <= max(2 * error(theirs, want), 4 * torch.finfo(dtype).eps)
 
 
 @every_case
