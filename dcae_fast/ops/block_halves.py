@@ -140,6 +140,10 @@ NORM = "Tensor x, Tensor scale, Tensor shift, float eps, Tensor? branch, Tensor?
 DIFFERENTIABLE = (0, 1, 2, 4, 5, 7, 8, 9, 10)  # places of x, scale, shift, branch, gate, and two layers' parameters
 
 
+norm_attention_reference = partial(_attention, REFERENCES)
+norm_mlp_reference = partial(_mlp, REFERENCES)
+
+
 def _define_half(name: str, layers: str, forward: Callable, gradients: Callable, kept: int) -> Operator:
     """Register a half that keeps so many tensors, and its gradient, whose reference computes them again."""
     inputs = f"{NORM}, {layers}"
