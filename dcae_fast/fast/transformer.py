@@ -148,7 +148,7 @@ def has_no_more(module: nn.Module, *names: str) -> bool:
 
 
 def long_skip(layer: nn.Module, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-    """layer([x, skip]), which is written once, in the dtype of the product: two products would round the first one."""
+    """layer([x, skip]) in one product: of two the first would be rounded. [x, skip] has the dtype of the product."""
     if not is_linear(layer, x):
         return layer(torch.cat([x, skip], dim=-1))
     dtype, width = compute_dtype(x), x.shape[-1]

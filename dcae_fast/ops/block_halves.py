@@ -22,6 +22,7 @@ from .layer_norm import (
     layer_norm_backward_reference,
     layer_norm_op,
     layer_norm_reference,
+    norm_gradients,
 )
 from .linear import (
     Gradients,
@@ -61,13 +62,14 @@ class Parts:
 
 
 KERNELS = Parts(
-    *(
-        op.kernel
-        for op in (
-            *(layer_norm_op, layer_norm_backward_op, linear_op, linear_gelu_op, mlp_op),
-            *(attention_op, attention_backward_op, gelu_gradient),
-        )
-    ),
+    layer_norm_op.kernel,
+    layer_norm_backward_op.kernel,
+    linear_op.kernel,
+    linear_gelu_op.kernel,
+    mlp_op.kernel,
+    attention_op.kernel,
+    attention_backward_op.kernel,
+    gelu_gradient.kernel,
     Gradients(input_gradient.kernel, weight_gradient.kernel),
 )
 REFERENCES = Parts(
@@ -83,29 +85,28 @@ REFERENCES = Parts(
 )
 
 
+def _norm(parts, x, scale, shift, eps, branch, gate, dtype):
+    """s; s again if there is a branch, else nothing; and y."""
+    total, y = parts.layer_norm(x, scale, shift, eps, branch, gate, dtype)
+    return x if branch is None else total, total, y
+
+
 def _attention(parts, x, scale, shift, eps, branch, gate, dtype, w_qkv, b_qkv, w_proj, b_proj, num_heads, residual):
     """out, s if there is a branch, and what is kept for the gradient."""
-    total, y = parts.layer_norm(x, scale, shift, eps, branch, gate, dtype)
+    s, total, y = _norm(parts, x, scale, shift, eps, branch, gate, dtype)
     qkv = parts.linear(y, w_qkv, b_qkv, None)
     attended, lse = parts.attention(qkv, num_heads)
-    out = parts.linear(attended, w_proj, b_proj, _residual(x, branch, total, residual))
-    return out, total, y, qkv, attended, lse
+    return parts.linear(attended, w_proj, b_proj, s if residual else None), total, y, qkv, attended, lse
 
 
 def _mlp(parts, x, scale, shift, eps, branch, gate, dtype, w1, b1, w2, b2, act, residual, trains):
     """The same of the other half; without `trains` nothing is kept."""
-    total, y = parts.layer_norm(x, scale, shift, eps, branch, gate, dtype)
-    added = _residual(x, branch, total, residual)
+    s, total, y = _norm(parts, x, scale, shift, eps, branch, gate, dtype)
+    added = s if residual else None
     if trains:
         out, h = parts.mlp(y, w1, b1, w2, b2, added, act)
         return out, total, y, h
     return parts.linear(parts.linear_gelu(y, w1, b1, act), w2, b2, added), total, y.new_empty(0), y.new_empty(0)
-
-
-def _residual(x, branch, total, residual):
-    if not residual:
-        return None
-    return x if branch is None else total
 
 
 def _attention_gradients(parts, dout, dtotal, inputs, kept, wants):
@@ -128,12 +129,11 @@ def _mlp_gradients(parts, dout, dtotal, inputs, kept, wants):
 
 
 def _norm_gradients(parts, dy, dresidual, dtotal, of_norm, total):
-    """Of x, scale, shift, branch and gate; the last two None without a branch."""
     x, scale, shift, eps, branch, gate, _ = of_norm
-    dsum = dresidual if dtotal is None else dtotal if dresidual is None else dresidual + dtotal
+    sums = [gradient for gradient in (dresidual, dtotal) if gradient is not None]
+    dsum = sums[0] + sums[1] if len(sums) == 2 else next(iter(sums), None)
     s = x if branch is None else total
-    dx, dscale, dshift, *rest = parts.layer_norm_backward(dy, dsum, s, scale, branch, gate, eps, x.dtype)
-    return dx, dscale, dshift.to(shift.dtype), *((None, None) if branch is None else rest)
+    return norm_gradients(parts.layer_norm_backward, dy, dsum, s, scale, shift.dtype, branch, gate, eps, x.dtype)
 
 
 NORM = "Tensor x, Tensor scale, Tensor shift, float eps, Tensor? branch, Tensor? gate, ScalarType dtype"

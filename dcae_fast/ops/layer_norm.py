@@ -62,6 +62,12 @@ differentiable_as(layer_norm_op, layer_norm_reference)
 differentiable_as(layer_norm_backward_op, layer_norm_backward_reference)
 
 
+def norm_gradients(backward, dy, dsum, total, scale, shift_dtype, branch, gate, eps, dtype):
+    """Of x, scale, shift, branch and gate; the last two None without a branch. backward: the operator or its like."""
+    dx, dscale, dshift, *rest = backward(dy, dsum, total, scale, branch, gate, eps, dtype)
+    return dx, dscale, dshift.to(shift_dtype), *((None, None) if branch is None else rest)
+
+
 class _LayerNorm(torch.autograd.Function):
     """(s, y); without a branch s is x itself, so that its gradient comes here."""
 
@@ -79,9 +85,10 @@ class _LayerNorm(torch.autograd.Function):
         total, scale, branch, gate = ctx.saved_tensors
         x_dtype, shift_dtype = ctx.dtypes
         dy = torch.zeros_like(total) if dy is None else dy
-        dx, dscale, dshift, *rest = layer_norm_backward_op(dy, dsum, total, scale, branch, gate, ctx.eps, x_dtype)
-        dbranch, dgate = (None, None) if branch is None else rest
-        return dx, dscale, dshift.to(shift_dtype), None, dbranch, dgate, None
+        dx, dscale, dshift, dbranch, dgate = norm_gradients(
+            layer_norm_backward_op, dy, dsum, total, scale, shift_dtype, branch, gate, ctx.eps, x_dtype
+        )
+        return dx, dscale, dshift, None, dbranch, dgate, None
 
 
 def check_norm(x, scale, shift, branch, gate):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import triton
+from dcae_fast.kernels.launch import OPTIONS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -20,7 +21,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 
 def compile_instead(kernel, *args, grid, warmup, **named):
-    options = {name: named.pop(name) for name in ("num_warps", "num_stages") if name in named}
+    options = {name: named.pop(name) for name in OPTIONS if name in named}
     assert [*named] == kernel.arg_names[len(args) :], f"{kernel.__name__}: constants in another order"
     bound = dict(zip(kernel.arg_names, args, strict=False)) | named
     signature, constants, hints = {}, {}, {}
