@@ -148,6 +148,8 @@ class Run:
     """use the fast operators"""
     compile: bool = False
     """torch.compile: the network, with several ranks its blocks, whose gradients can then leave early"""
+    cuda_graphs: bool = False
+    """replay the compiled network as CUDA graphs, which need no Python: for small networks and batches, on one GPU"""
     checkpoint_activations: bool = False
     """compute each block again in the backward pass rather than keep what it needs"""
     workers: int = field(default_factory=distributed.default_workers)
@@ -174,6 +176,8 @@ class Run:
     def __post_init__(self):
         least = {"accumulate": 1, "log_steps": 1, "save_steps": 1, "keep": 1, "eval_steps": 1}
         _check_least(self, least | {"workers": 0, "sample_steps": 0})
+        if self.cuda_graphs and (not self.compile or self.accumulate > 1):
+            raise ValueError("cuda_graphs: expected together with compile and without accumulate")
 
 
 def _check_least(settings: Recipe | Run, least: dict[str, int]) -> None:

@@ -50,8 +50,9 @@ def checkpoint_blocks(network: UViT | DiT) -> None:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
-def compile_forward(module: nn.Module) -> None:
-    module.forward = torch.compile(module.forward, dynamic=False)
+def compile_forward(module: nn.Module, cuda_graphs: bool = False) -> None:
+    mode = "reduce-overhead" if cuda_graphs else None
+    module.forward = torch.compile(module.forward, dynamic=False, mode=mode)
 
 
 def spread(network: UViT | DiT, run: Run) -> nn.Module:
@@ -59,8 +60,11 @@ def spread(network: UViT | DiT, run: Run) -> nn.Module:
 
     One process compiles the whole network, several compile each block, so that its gradients leave when they are there.
     FSDP2 shards each block and the rest; the ranks gather float32 weights, which autocast rounds where norms do not.
+    ValueError for CUDA graphs of several processes.
     """
     ranks, blocks = distributed.world_size(), blocks_of(network)
+    if run.cuda_graphs and ranks > 1:
+        raise ValueError(f"cuda_graphs: expected one process, found {ranks}")
     if run.patch:
         dcae_fast.patch(network)
     if run.compile and ranks > 1:
@@ -69,7 +73,7 @@ def spread(network: UViT | DiT, run: Run) -> nn.Module:
     if run.checkpoint_activations:
         checkpoint_blocks(network)
     if run.compile and ranks == 1:
-        compile_forward(network)
+        compile_forward(network, run.cuda_graphs)
     if not distributed.is_distributed():
         return network
     device = next(network.parameters()).device

@@ -50,9 +50,9 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def train_until(step: int, recipe: Recipe, run: Run) -> None:
+def train_until(step: int, recipe: Recipe, run: Run, device: torch.device = CPU) -> None:
     """As far as a run gets that is ended after so many steps: no checkpoint then, and no result."""
-    training = Training(recipe, run, CPU)
+    training = Training(recipe, run, device)
     training.order.steps = range(training.state.step, step)
     training.run_all()
     training.log.close()

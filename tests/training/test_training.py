@@ -135,6 +135,19 @@ def test_compiled(shared, compare, monkeypatch):
         compare("eager", weights(run.out)[name], expected, 1e-4, name)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("patch", [False, True])
+def test_cuda_graphs(shared, compare, patch):
+    """Of the compiled network they compute what it computes, also after pauses and when a training goes on."""
+    device, options = torch.device("cuda"), {"device": "cuda", "compile": True, "patch": patch, "sample_steps": 5}
+    plain, graphs = (run_in(shared / f"graphs-{patch}-{on}", cuda_graphs=on, **options) for on in (False, True))
+    train(RECIPE, plain, device)
+    train_until(7, RECIPE, graphs, device)
+    train(RECIPE, graphs, device)
+    for name, expected in weights(plain.out).items():
+        compare("eager", weights(graphs.out)[name], expected, 1e-4, name)
+
+
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_half_precision(shared, precision):
     recipe = replace(RECIPE, precision=precision)

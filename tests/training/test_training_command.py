@@ -186,7 +186,12 @@ def test_help_shows_the_recipe(capsys):
 
 
 @pytest.mark.parametrize(
-    "argv, words", [(["--batch", "0"], "batch=0; expected at least 1"), (["--keep", "0"], "keep=0")]
+    "argv, words",
+    [
+        (["--batch", "0"], "batch=0; expected at least 1"),
+        (["--keep", "0"], "keep=0"),
+        (["--cuda-graphs"], "cuda_graphs: expected together"),
+    ],
 )
 def test_options_out_of_range(tmp_path, capsys, argv, words):
     with pytest.raises(SystemExit):
