@@ -58,6 +58,19 @@ def test_matches_the_formula_in_float64(shape, dtype):
         assert error <= max(2 * relative_error(plain, want), 4 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("dtype", CEILING, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 128, 3, 72), (1, 256, 2, 64)], ids=str)
+def test_without_a_gradient(shape, dtype):
+    qkv, heads = packed(*shape, dtype).detach(), shape[2]
+    exact = formula(qkv.double(), heads)
+    with torch.no_grad():
+        got = ops.packed_attention(qkv, heads)
+    assert got.dtype == dtype and got.is_contiguous()
+    error = relative_error(got, exact)
+    assert error <= CEILING[dtype]
+    assert error <= max(2 * relative_error(sdpa(qkv, heads), exact), 4 * torch.finfo(dtype).eps)
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_takes_the_place_of_attention_between_its_projections(dtype):
     attention = Attention(144, 2, qkv_bias=False).to(DEVICE, dtype)
