@@ -80,7 +80,7 @@ def eval_diffusion(
             settings = _settings(network, model, compute.patch, sampler, steps, options)
             folder = SampleFolder(out, settings, network.config.network.num_classes, save)
             found, missing = networks.load_all(references.networks, device)
-            references.check(found, device)
+            references.check(found, device, samples)
             kept = generate(network, folder, found)
             if distributed.is_main():
                 print(_results(folder, references, set(found), device, kept))

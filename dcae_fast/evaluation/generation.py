@@ -24,7 +24,7 @@ from dcae_fast.diffusion import DCAEDiffusion
 from dcae_fast.files import written_atomically
 
 from .labels import class_labels
-from .metrics import SPLITS, frechet_distance, inception_score, maximum_mean_discrepancy, precision_recall
+from .metrics import NEIGHBOURS, SPLITS, frechet_distance, inception_score, maximum_mean_discrepancy, precision_recall
 from .moments import Moments
 from .networks import Network
 
@@ -70,18 +70,25 @@ class References:
         with_features = self.fid is not None or self.precision_recall is not None
         return ["inception_score"] + ["fid"] * with_features + ["cmmd"] * (self.cmmd is not None)
 
-    def check(self, networks: dict[str, Network], device: torch.device) -> None:
-        """Raises DataError where a reference is not of the features that a network makes."""
+    def check(self, networks: dict[str, Network], device: torch.device, samples: int) -> None:
+        """Raises DataError where a reference is not of the features that a network makes, or pictures are too few."""
         blank = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=device)
         lengths = {name: network(blank).shape[1] for name, network in networks.items()}
-        for option, network, length in (
-            ("fid", "fid", None if self.fid is None else len(self.fid.mu)),
-            ("precision-recall", "fid", None if self.precision_recall is None else self.precision_recall.shape[1]),
-            ("cmmd", "cmmd", None if self.cmmd is None else self.cmmd.shape[1]),
+        for option, reference, network, least in (
+            ("--fid", self.fid, "fid", 2),
+            ("--precision-recall", self.precision_recall, "fid", NEIGHBOURS + 1),
+            ("--cmmd", self.cmmd, "cmmd", 1),
         ):
+            if reference is None:
+                continue
+            if samples < least:
+                raise DataError(f"--samples {samples}: expected at least {least} for {option}")
+            rows, length = (least, len(reference.mu)) if isinstance(reference, Moments) else reference.shape
+            if rows < least:
+                raise DataError(f"{option}: has {rows} pictures; expected at least {least}")
             expected = lengths.get(network, length)
-            if length not in (None, expected):
-                raise DataError(f"--{option}: its features have length {length}; expected {expected}")
+            if length != expected:
+                raise DataError(f"{option}: its features have length {length}; expected {expected}")
 
 
 class SampleFolder:

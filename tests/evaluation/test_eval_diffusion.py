@@ -189,6 +189,9 @@ def test_a_released_model_without_a_connection(tmp_path, stand_ins, monkeypatch,
 def test_wrong_requests(models, tmp_path, stand_ins, capsys):
     np.save(tmp_path / "wrong.npy", np.zeros((5, 4), np.float32))
     np.save(tmp_path / "flat.npy", np.zeros(5, np.float32))
+    for rows in (0, 3, 4):
+        np.save(tmp_path / f"{rows}.npy", np.zeros((rows, 6), np.float32))
+    Moments.of(torch.rand(5, 6)).save(tmp_path / "fid.npz")
     for argv, words in (
         (["--samples", "0"], "--samples 0"),
         (["--seed", "-1"], "--seed -1"),
@@ -197,7 +200,13 @@ def test_wrong_requests(models, tmp_path, stand_ins, capsys):
         (["--cmmd", tmp_path / "flat.npy"], "flat.npy"),
         (["--cmmd", tmp_path / "wrong.npy"], "--cmmd: its features have length 4; expected 6"),
         (["--precision-recall", tmp_path / "wrong.npy"], "--precision-recall: its features have length 4"),
+        (["--precision-recall", tmp_path / "3.npy"], "--precision-recall: has 3 pictures; expected at least 4"),
+        (["--cmmd", tmp_path / "0.npy"], "--cmmd: has 0 pictures; expected at least 1"),
+        (["--precision-recall", tmp_path / "4.npy", "--samples", "3"], "--samples 3: expected at least 4 for --prec"),
+        (["--fid", tmp_path / "fid.npz", "--samples", "1"], "--samples 1: expected at least 2 for --fid"),
     ):
         assert cli.main(command(models["uvit"], tmp_path / "out", *argv)) == 2, argv
         assert words in capsys.readouterr().err
     assert not list(tmp_path.glob("out/batches/*"))
+    least = ["--samples", "4", "--precision-recall", tmp_path / "4.npy"]
+    assert cli.main(command(models["uvit"], tmp_path / "least", *least)) == 0
