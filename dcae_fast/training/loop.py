@@ -111,12 +111,12 @@ class Training:
         self.watch.restart()
 
     def _pause(self) -> None:
-        """Saves, draws and evaluates what is due."""
-        if self._due(self.run.save_steps):
-            self.checkpoints.save(self.state)
+        """Draws, evaluates and saves what is due: a run that is ended before it has saved does all of it again."""
         if self._due(self.run.sample_steps) or self._due(self.run.eval_steps):
             with averaged(self.state):
                 self._look()
+        if self._due(self.run.save_steps):
+            self.checkpoints.save(self.state)
 
     def _look(self) -> None:
         state, run, numbers = self.state, self.run, {}
