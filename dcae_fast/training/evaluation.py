@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch.distributed.fsdp import FSDPModule
 
 import dcae_fast
 from dcae_fast import distributed, images
@@ -19,24 +18,24 @@ from dcae_fast.models.weights import CheckpointError
 
 from .batches import draw
 from .config import Recipe, Run, TrainingError
+from .parallel import gathered
 from .state import State, autocast, batch_loss
 
 
 @contextlib.contextmanager
 def averaged(state: State) -> Iterator[None]:
-    """The network in evaluation mode, without gradients and not compiled, with the average for weights."""
+    """The network in evaluation mode, whole, without gradients and not compiled, with the average for weights."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         if state.average is not None:
             stack.enter_context(state.average.in_place_of_weights(state.network))
+        stack.enter_context(gathered(state.network))
         state.network.eval()
         try:
             yield
         finally:
             state.network.train()
-            if isinstance(state.network, FSDPModule):
-                state.network.reshard()  # without a backward pass it keeps whole weights
 
 
 def build_model(state: State, recipe: Recipe, run: Run) -> DCAEDiffusion:
@@ -60,10 +59,7 @@ def build_model(state: State, recipe: Recipe, run: Run) -> DCAEDiffusion:
 
 
 def draw_samples(model: DCAEDiffusion, cfg: float, file: Path) -> Image.Image:
-    """Sixteen pictures, from the same noise and labels each time, in one, which the main process saves.
-
-    All ranks compute the same, so that they may have parts of the weights each.
-    """
+    """Sixteen pictures, from the same noise and labels each time, in one, which the main process saves."""
     config = model.config
     labels = sampling.default_labels(config.network.num_classes)
     request = sampling.Request(labels, cfg, 0, config.eval_scheduler, config.num_inference_steps)

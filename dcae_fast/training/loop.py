@@ -27,8 +27,8 @@ def train(recipe: Recipe, run: Run, device: torch.device, evaluate: Evaluate | N
     """Trains up to `recipe.steps`; the result is for `DCAEDiffusion.from_pretrained`, with the average's weights.
 
     Called by all ranks, within `distributed.process_group`. evaluate: called by all ranks every `run.eval_steps` with
-    the model, which has the average for weights, and the step; the numbers that it returns are logged. With FSDP it
-    must call the network equally often on all ranks.
+    the model, which has the average for weights, and the step; the numbers that it returns are logged. Ranks may call
+    the network as often as they like, with FSDP too: each has all weights then.
 
     Raises DataError, TrainingError or ValueError.
     """

@@ -22,12 +22,22 @@ SHORT = replace(RECIPE, steps=3)
 HALF = {precision: replace(SHORT, precision=precision) for precision in ("bfloat16", "float16")}
 
 
+def evaluate(model, step: int) -> dict[str, float]:
+    """A sum over pictures that the second rank alone draws."""
+    total = torch.zeros(())
+    for label in range(3) if distributed.rank() == 1 else ():
+        generator = torch.Generator().manual_seed(step + label)
+        total += model.generate(torch.tensor([label]), generator=generator).sum()
+    return {"total": distributed.all_sum(total).item()}
+
+
 def trainings(rank: int, folder: Path) -> None:
     """In each process: one training after another."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
     torch.compile = partial(torch.compile, backend="aot_eager")
     train(RECIPE, run_in(folder / "ddp", accumulate=2), CPU)
+    train(RECIPE, run_in(folder / "ddp-alone"), CPU)
     train(RECIPE, run_in(folder / "fsdp", parallel="fsdp", sample_steps=12, checkpoint_activations=True), CPU)
     train_until(6, RECIPE, run_in(folder / "fsdp-ended", parallel="fsdp"))
     distributed.barrier()
@@ -36,6 +46,7 @@ def trainings(rank: int, folder: Path) -> None:
     distributed.barrier()
     train(RECIPE, run_in(folder / "fsdp-ended", parallel="fsdp"), CPU)
     for parallel in ("ddp", "fsdp"):
+        train(RECIPE, run_in(folder / f"{parallel}-evaluated", parallel=parallel, eval_steps=5), CPU, evaluate)
         train(RECIPE, run_in(folder / f"one-then-{parallel}", parallel=parallel, eval_data=folder / "latents"), CPU)
         for precision, recipe in HALF.items():
             train(recipe, run_in(folder / f"{parallel}-{precision}", parallel=parallel), CPU)
@@ -55,6 +66,12 @@ def folder(shared) -> Path:
         train_until(6, RECIPE, run_in(shared / f"one-then-{parallel}"))
     torch.multiprocessing.spawn(trainings, (shared,), RANKS)
     return shared
+
+
+def evaluations(out: Path, name: str) -> dict[int, float]:
+    """A number of the log, by the step."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return {line["step"]: line[name] for line in lines if name in line}
 
 
 def in_one_process(folder: Path, name: str, recipe=RECIPE) -> dict[str, torch.Tensor]:
@@ -79,6 +96,14 @@ def test_as_one_process(folder, name, recipe, compare):
 
 def test_going_on_is_exact(folder):
     assert_equal(weights(folder / "fsdp-ended"), weights(folder / "fsdp"))
+
+
+def test_evaluation_alters_no_bit(folder):
+    """Whatever a rank calls; and both ways of spreading the weights evaluate the same ones."""
+    assert_equal(weights(folder / "ddp-evaluated"), weights(folder / "ddp-alone"))
+    assert_equal(weights(folder / "fsdp-evaluated"), weights(folder / "fsdp"))
+    ddp, fsdp = (evaluations(folder / f"{parallel}-evaluated", "total") for parallel in ("ddp", "fsdp"))
+    assert ddp.keys() == {5, 10, 12} and ddp == pytest.approx(fsdp, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["one-then-ddp", "one-then-fsdp", "fsdp-then-one"])
