@@ -28,7 +28,7 @@ def train(recipe: Recipe, run: Run, device: torch.device, evaluate: Evaluate | N
 
     Called by all ranks, within `distributed.process_group`. evaluate: called by all ranks every `run.eval_steps` with
     the model, which has the average for weights, and the step; the numbers that it returns are logged. Ranks may call
-    the network as often as they like, with FSDP too: each has all weights then.
+    the network as often as they like, with FSDP too: each has all weights then. `evaluation.Comparison` is such a one.
 
     Raises DataError, TrainingError or ValueError.
     """

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from small_diffusion import DIT, UVIT, build
-from stand_ins import embeddings, features, logits, run_ranks
+from stand_ins import embeddings, features, logits, real_pictures, run_ranks, save_references
 
 from dcae_fast import cli, images
 from dcae_fast.diffusion import DCAEDiffusion
@@ -32,19 +32,8 @@ def models(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def real() -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (9, 3, 8, 8), generator=generator).to(torch.uint8)
-
-
-@pytest.fixture(scope="module")
-def references(tmp_path_factory, real) -> list[str]:
-    """What reference-stats would write of real pictures, as options."""
-    folder = tmp_path_factory.mktemp("references")
-    Moments.of(features(real)).save(folder / "fid.npz")
-    np.save(folder / "pr.npy", features(real).numpy())
-    np.save(folder / "cmmd.npy", embeddings(real).numpy())
-    return ["--fid", f"{folder}/fid.npz", "--precision-recall", f"{folder}/pr.npy", "--cmmd", f"{folder}/cmmd.npy"]
+def references(tmp_path_factory) -> list[str]:
+    return save_references(tmp_path_factory.mktemp("references"))
 
 
 def command(model: str, out, *argv) -> list[str]:
@@ -63,7 +52,7 @@ def load_npz(out) -> np.ndarray:
         return file["arr_0"]
 
 
-def test_samples_and_figures(models, references, real, tmp_path, stand_ins, capsys):
+def test_samples_and_figures(models, references, tmp_path, stand_ins, capsys):
     """The samples are what the model gives for the classes; the figures what the metrics give for them."""
     assert cli.main(command(models["uvit"], tmp_path, "--save", "npz", "--cfg", "2", *references)) == 0
     pixels = load_npz(tmp_path)
@@ -77,7 +66,7 @@ def test_samples_and_figures(models, references, real, tmp_path, stand_ins, caps
             z = model.generate(labels[part], cfg_scale=2.0, generator=generator)
             expected = images.to_uint8(model.decode(z)).permute(0, 2, 3, 1)
         assert np.array_equal(pixels[part], expected.numpy())
-    samples = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    samples, real = torch.from_numpy(pixels).permute(0, 3, 1, 2), real_pictures()
     got = figures(tmp_path)
     fid = metrics.frechet_distance(Moments.of(features(samples)), Moments.of(features(real)))
     assert got["fid"] == pytest.approx(fid, rel=1e-9)
