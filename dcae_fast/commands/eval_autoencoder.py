@@ -1,6 +1,7 @@
 """dcae-fast eval-autoencoder: how close an autoencoder's reconstructions are to pictures."""
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -39,7 +40,8 @@ def eval_autoencoder(
 ) -> int:
     """Measure reconstructions of pictures and the latents, into results.json and examples.png; under torchrun too.
 
-    The exit status is 1 if a metric lacked its network, or if there are pictures that could not be read.
+    A PSNR that is infinite is null in results.json. The exit status is 1 if a metric lacked its network, or if there
+    are pictures that could not be read.
 
     Args:
         images: folder of pictures, of class folders, or of WebDataset's .tar shards
@@ -108,8 +110,13 @@ def _check_resolution(resolution: int, models: dict[str, DCAE]) -> None:
 
 
 def _save(results: dict[str, autoencoder.Result], settings: dict, out: Path) -> None:
+    """Into results.json, where a figure that is not finite, as the PSNR of equal pictures, is null."""
     out.mkdir(parents=True, exist_ok=True)
-    content = {"settings": settings, "models": {name: result.figures for name, result in results.items()}}
+    models = {
+        name: {column: figure if math.isfinite(figure) else None for column, figure in result.figures.items()}
+        for name, result in results.items()
+    }
+    content = {"settings": settings, "models": models}
     with written_atomically(out / "results.json") as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n")
 

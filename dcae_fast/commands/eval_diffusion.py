@@ -12,8 +12,6 @@ from dcae_fast.data.manifest import weights_hash
 from dcae_fast.diffusion import DCAEDiffusion
 from dcae_fast.evaluation import networks
 from dcae_fast.evaluation.generation import References, SampleFolder, Settings, figures, generate
-from dcae_fast.evaluation.moments import Moments
-from dcae_fast.evaluation.references import load_features
 from dcae_fast.files import written_atomically
 from dcae_fast.reconstruction import choose_device
 
@@ -74,13 +72,13 @@ def eval_diffusion(
     place, _ = choose_device(compute.device, compute.dtype)
     with distributed.process_group(place) as device:
         try:
-            references = _references(fid, precision_recall, cmmd)
+            references = References.load(fid, precision_recall, cmmd)
             network = replace(compute, device=str(device)).load_diffusion(model)
             options = {"samples": samples, "batch": batch, "cfg": cfg, "seed": seed, "class_seed": class_seed}
             settings = _settings(network, model, compute.patch, sampler, steps, options)
             folder = SampleFolder(out, settings, network.config.network.num_classes, save)
             found, missing = networks.load_all(references.networks, device)
-            references.check(found, device)
+            references.check(found, device, samples)
             kept = generate(network, folder, found)
             if distributed.is_main():
                 print(_results(folder, references, set(found), device, kept))
@@ -89,14 +87,6 @@ def eval_diffusion(
         except (ImportError, ValueError) as error:  # without torchdiffeq; settings or references that do not fit
             raise UsageError(str(error)) from error
         return report_problems([], missing)
-
-
-def _references(fid: Path | None, precision_recall: Path | None, cmmd: Path | None) -> References:
-    return References(
-        None if fid is None else Moments.load(fid),
-        None if precision_recall is None else load_features(precision_recall),
-        None if cmmd is None else load_features(cmmd),
-    )
 
 
 def _settings(

@@ -1,6 +1,8 @@
 """dcae-fast train-diffusion: a diffusion transformer on cached latents."""
 
 import warnings
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import tyro
@@ -8,9 +10,11 @@ import tyro
 from dcae_fast import distributed
 from dcae_fast.data.latents import LatentDataset
 from dcae_fast.data.manifest import DataError
+from dcae_fast.evaluation.generation import References
 from dcae_fast.reconstruction import choose_device
 from dcae_fast.training.config import DESCRIPTIONS, RECIPES, Run, TrainingError
 from dcae_fast.training.estimate import describe
+from dcae_fast.training.evaluation import Comparison
 from dcae_fast.training.loop import train
 
 from .common import UsageError
@@ -18,7 +22,28 @@ from .common import UsageError
 Named = tyro.extras.subcommand_type_from_defaults(RECIPES, DESCRIPTIONS, prefix_names=False)
 
 
-def train_diffusion(recipe: Named, run: Run, *, dry_run: bool = False) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """Samples of the average, compared with real pictures every eval_steps, where one of the files is given.
+
+    Their inception score is computed along with it.
+    """
+
+    eval_fid: Path | None = None
+    """.npz file of reference-stats, for FID"""
+    eval_precision_recall: Path | None = None
+    """.npy file of reference-stats, for precision and recall"""
+    eval_cmmd: Path | None = None
+    """.npy file of reference-stats, for CMMD"""
+    eval_samples: int = 5000
+    """how many; of fewer samples the FID is higher"""
+
+    def comparison(self, run: Run, device: torch.device) -> Comparison | None:
+        files = self.eval_fid, self.eval_precision_recall, self.eval_cmmd
+        return Comparison(References.load(*files), self.eval_samples, run, device) if any(files) else None
+
+
+def train_diffusion(recipe: Named, run: Run, compared: Compared, *, dry_run: bool = False) -> int:
     """Train a diffusion transformer on cached latents by one of the original's recipes; under torchrun on several GPUs.
 
     A run that was ended goes on where it was. All options may also stand in a YAML, TOML or JSON file, which is named
@@ -35,7 +60,7 @@ def train_diffusion(recipe: Named, run: Run, *, dry_run: bool = False) -> int:
                 return 0
             torch.set_float32_matmul_precision("high")  # as the original: TF32 for what autocast leaves
             warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # whose result nobody changes in place
-            model = train(recipe, run, device)
+            model = train(recipe, run, device, compared.comparison(run, device))
             distributed.print_main(f"The model is in {model.resolve()}")
     except torch.OutOfMemoryError as error:
         reason = "try --accumulate, --checkpoint-activations or, on several GPUs, --parallel fsdp"

@@ -24,9 +24,10 @@ from dcae_fast.diffusion import DCAEDiffusion
 from dcae_fast.files import written_atomically
 
 from .labels import class_labels
-from .metrics import SPLITS, frechet_distance, inception_score, maximum_mean_discrepancy, precision_recall
+from .metrics import NEIGHBOURS, SPLITS, frechet_distance, inception_score, maximum_mean_discrepancy, precision_recall
 from .moments import Moments
 from .networks import Network
+from .references import load_features
 
 MANIFEST = "samples.json"
 
@@ -65,23 +66,42 @@ class References:
     precision_recall: torch.Tensor | None = None
     cmmd: torch.Tensor | None = None
 
+    @classmethod
+    def load(cls, fid: Path | None, precision_recall: Path | None, cmmd: Path | None) -> "References":
+        """Of files of reference-stats, those that are given. Raises DataError."""
+        return cls(
+            None if fid is None else Moments.load(fid),
+            None if precision_recall is None else load_features(precision_recall),
+            None if cmmd is None else load_features(cmmd),
+        )
+
     @property
     def networks(self) -> list[str]:
         with_features = self.fid is not None or self.precision_recall is not None
         return ["inception_score"] + ["fid"] * with_features + ["cmmd"] * (self.cmmd is not None)
 
-    def check(self, networks: dict[str, Network], device: torch.device) -> None:
-        """Raises DataError where a reference is not of the features that a network makes."""
+    def check(self, networks: dict[str, Network], device: torch.device, samples: int, prefix: str = "") -> None:
+        """Raises DataError where a reference is not of the features that a network makes, or pictures are too few.
+
+        prefix: of the options' names in the message.
+        """
         blank = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=device)
         lengths = {name: network(blank).shape[1] for name, network in networks.items()}
-        for option, network, length in (
-            ("fid", "fid", None if self.fid is None else len(self.fid.mu)),
-            ("precision-recall", "fid", None if self.precision_recall is None else self.precision_recall.shape[1]),
-            ("cmmd", "cmmd", None if self.cmmd is None else self.cmmd.shape[1]),
+        for option, reference, network, least in (
+            ("fid", self.fid, "fid", 2),
+            ("precision-recall", self.precision_recall, "fid", NEIGHBOURS + 1),
+            ("cmmd", self.cmmd, "cmmd", 1),
         ):
+            if reference is None:
+                continue
+            if samples < least:
+                raise DataError(f"--{prefix}samples {samples}: expected at least {least} for --{prefix}{option}")
+            rows, length = (least, len(reference.mu)) if isinstance(reference, Moments) else reference.shape
+            if rows < least:
+                raise DataError(f"--{prefix}{option}: has {rows} pictures; expected at least {least}")
             expected = lengths.get(network, length)
-            if length not in (None, expected):
-                raise DataError(f"--{option}: its features have length {length}; expected {expected}")
+            if length != expected:
+                raise DataError(f"--{prefix}{option}: its features have length {length}; expected {expected}")
 
 
 class SampleFolder:

@@ -12,6 +12,7 @@ from .moments import Moments
 
 ROWS = 4096  # of a matrix of distances, at once
 SPLITS = 10  # of the samples, for the inception score
+NEIGHBOURS = 3  # of a picture, for precision and recall
 
 
 def frechet_distance(one: Moments, other: Moments) -> float:
@@ -51,7 +52,9 @@ def inception_score(logits: torch.Tensor, splits: int = SPLITS) -> tuple[float, 
     return float(np.mean(scores)), float(np.std(scores))
 
 
-def precision_recall(samples: torch.Tensor, reference: torch.Tensor, neighbours: int = 3) -> tuple[float, float]:
+def precision_recall(
+    samples: torch.Tensor, reference: torch.Tensor, neighbours: int = NEIGHBOURS
+) -> tuple[float, float]:
     """Shares of the samples inside the reference's manifold, and of the reference inside the samples'.
 
     A manifold is the union of balls around its features [N, F], each as wide as to its `neighbours`-th nearest.

@@ -163,7 +163,7 @@ class Run:
     sample_steps: int = 20_000
     """steps from one grid of samples to the next, which needs the autoencoder; 0 for none"""
     sample_cfg: float = 1.5
-    """scale of the guidance of these samples"""
+    """scale of the guidance of these samples, and of those that are compared with real pictures"""
     eval_data: Path | None = None
     """folder of held-out latents, for the loss on them"""
     eval_steps: int = 20_000

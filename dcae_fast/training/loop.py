@@ -27,8 +27,8 @@ def train(recipe: Recipe, run: Run, device: torch.device, evaluate: Evaluate | N
     """Trains up to `recipe.steps`; the result is for `DCAEDiffusion.from_pretrained`, with the average's weights.
 
     Called by all ranks, within `distributed.process_group`. evaluate: called by all ranks every `run.eval_steps` with
-    the model, which has the average for weights, and the step; the numbers that it returns are logged. With FSDP it
-    must call the network equally often on all ranks.
+    the model, which has the average for weights, and the step; the numbers that it returns are logged. Ranks may call
+    the network as often as they like, with FSDP too: each has all weights then. `evaluation.Comparison` is such a one.
 
     Raises DataError, TrainingError or ValueError.
     """
@@ -111,12 +111,12 @@ class Training:
         self.watch.restart()
 
     def _pause(self) -> None:
-        """Saves, draws and evaluates what is due."""
-        if self._due(self.run.save_steps):
-            self.checkpoints.save(self.state)
+        """Draws, evaluates and saves what is due: a run that is ended before it has saved does all of it again."""
         if self._due(self.run.sample_steps) or self._due(self.run.eval_steps):
             with averaged(self.state):
                 self._look()
+        if self._due(self.run.save_steps):
+            self.checkpoints.save(self.state)
 
     def _look(self) -> None:
         state, run, numbers = self.state, self.run, {}

@@ -97,3 +97,18 @@ def gradients_summed(module: nn.Module, last: bool) -> Iterator[None]:
             yield
     else:
         yield
+
+
+@contextlib.contextmanager
+def gathered(network: nn.Module) -> Iterator[None]:
+    """Each rank has all weights of a network within the block, so that calls of it need no other rank."""
+    sharded = [module for module in network.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in sharded:
+            module.set_reshard_after_forward(module is not network, recurse=False)  # as fully_shard has it
+            module.reshard()

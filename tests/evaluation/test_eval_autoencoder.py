@@ -11,6 +11,7 @@ from stand_ins import brightness, difference, features, run_ranks
 
 import dcae_fast
 from dcae_fast import cli, images
+from dcae_fast.evaluation import autoencoder
 from dcae_fast.evaluation.autoencoder import COLUMNS
 from dcae_fast.evaluation.metrics import frechet_distance
 from dcae_fast.evaluation.moments import Moments
@@ -145,6 +146,22 @@ def test_a_single_picture(tmp_path, stand_ins):
     photographs = images.demo_photograph().parent
     run_ranks(2, command(photographs, tmp_path))
     assert list(results(tmp_path)["models"]["dc-ae-tiny"]) == [name for name in COLUMNS if name != "rfid"]
+
+
+def test_pictures_that_are_reproduced_exactly(photographs, tmp_path, stand_ins, monkeypatch, capsys):
+    """Their PSNR is infinite, which JSON cannot say."""
+    reconstruct = autoencoder.reconstruct
+
+    def exactly(model: DCAE, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        x, _, z = reconstruct(model, pixels)
+        return x, x, z
+
+    monkeypatch.setattr(autoencoder, "reconstruct", exactly)
+    assert cli.main(command(photographs, tmp_path)) == 0
+    assert "Infinity" not in (tmp_path / "results.json").read_text()
+    figures = results(tmp_path)["models"]["dc-ae-tiny"]
+    assert figures["psnr"] is None and figures["ssim"] == 1 and figures["lpips"] == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[5] == "inf"
 
 
 def test_no_picture_can_be_read(tmp_path, stand_ins, capsys):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from small_diffusion import DIT, UVIT, build
-from stand_ins import embeddings, features, logits, run_ranks
+from stand_ins import embeddings, features, logits, real_pictures, run_ranks, save_references
 
 from dcae_fast import cli, images
 from dcae_fast.diffusion import DCAEDiffusion
@@ -32,19 +32,8 @@ def models(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def real() -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (9, 3, 8, 8), generator=generator).to(torch.uint8)
-
-
-@pytest.fixture(scope="module")
-def references(tmp_path_factory, real) -> list[str]:
-    """What reference-stats would write of real pictures, as options."""
-    folder = tmp_path_factory.mktemp("references")
-    Moments.of(features(real)).save(folder / "fid.npz")
-    np.save(folder / "pr.npy", features(real).numpy())
-    np.save(folder / "cmmd.npy", embeddings(real).numpy())
-    return ["--fid", f"{folder}/fid.npz", "--precision-recall", f"{folder}/pr.npy", "--cmmd", f"{folder}/cmmd.npy"]
+def references(tmp_path_factory) -> list[str]:
+    return save_references(tmp_path_factory.mktemp("references"))
 
 
 def command(model: str, out, *argv) -> list[str]:
@@ -63,7 +52,7 @@ def load_npz(out) -> np.ndarray:
         return file["arr_0"]
 
 
-def test_samples_and_figures(models, references, real, tmp_path, stand_ins, capsys):
+def test_samples_and_figures(models, references, tmp_path, stand_ins, capsys):
     """The samples are what the model gives for the classes; the figures what the metrics give for them."""
     assert cli.main(command(models["uvit"], tmp_path, "--save", "npz", "--cfg", "2", *references)) == 0
     pixels = load_npz(tmp_path)
@@ -77,7 +66,7 @@ def test_samples_and_figures(models, references, real, tmp_path, stand_ins, caps
             z = model.generate(labels[part], cfg_scale=2.0, generator=generator)
             expected = images.to_uint8(model.decode(z)).permute(0, 2, 3, 1)
         assert np.array_equal(pixels[part], expected.numpy())
-    samples = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    samples, real = torch.from_numpy(pixels).permute(0, 3, 1, 2), real_pictures()
     got = figures(tmp_path)
     fid = metrics.frechet_distance(Moments.of(features(samples)), Moments.of(features(real)))
     assert got["fid"] == pytest.approx(fid, rel=1e-9)
@@ -189,6 +178,9 @@ def test_a_released_model_without_a_connection(tmp_path, stand_ins, monkeypatch,
 def test_wrong_requests(models, tmp_path, stand_ins, capsys):
     np.save(tmp_path / "wrong.npy", np.zeros((5, 4), np.float32))
     np.save(tmp_path / "flat.npy", np.zeros(5, np.float32))
+    for rows in (0, 3, 4):
+        np.save(tmp_path / f"{rows}.npy", np.zeros((rows, 6), np.float32))
+    Moments.of(torch.rand(5, 6)).save(tmp_path / "fid.npz")
     for argv, words in (
         (["--samples", "0"], "--samples 0"),
         (["--seed", "-1"], "--seed -1"),
@@ -197,7 +189,13 @@ def test_wrong_requests(models, tmp_path, stand_ins, capsys):
         (["--cmmd", tmp_path / "flat.npy"], "flat.npy"),
         (["--cmmd", tmp_path / "wrong.npy"], "--cmmd: its features have length 4; expected 6"),
         (["--precision-recall", tmp_path / "wrong.npy"], "--precision-recall: its features have length 4"),
+        (["--precision-recall", tmp_path / "3.npy"], "--precision-recall: has 3 pictures; expected at least 4"),
+        (["--cmmd", tmp_path / "0.npy"], "--cmmd: has 0 pictures; expected at least 1"),
+        (["--precision-recall", tmp_path / "4.npy", "--samples", "3"], "--samples 3: expected at least 4 for --prec"),
+        (["--fid", tmp_path / "fid.npz", "--samples", "1"], "--samples 1: expected at least 2 for --fid"),
     ):
         assert cli.main(command(models["uvit"], tmp_path / "out", *argv)) == 2, argv
         assert words in capsys.readouterr().err
     assert not list(tmp_path.glob("out/batches/*"))
+    least = ["--samples", "4", "--precision-recall", tmp_path / "4.npy"]
+    assert cli.main(command(models["uvit"], tmp_path / "least", *least)) == 0

@@ -244,6 +244,20 @@ def test_samples_and_evaluation(shared, tmp_path):
     assert same_numbers([line for line in log(run.out) if "loss" in line], log(shared / "whole"))
 
 
+def test_ended_in_an_evaluation(shared):
+    """Also at a step that has a checkpoint: the run that goes on evaluates then."""
+    run = run_in(shared / "evaluating", eval_steps=8)
+
+    def end(model, step):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(RECIPE, run, CPU, end)
+    train(RECIPE, run, CPU, lambda model, step: {"answer": step / 2})
+    assert_equal(weights(run.out), weights(shared / "whole"))
+    assert [line["answer"] for line in log(run.out) if "answer" in line] == [4, 6]
+
+
 def test_a_folder_of_another_training(shared):
     for recipe, words in [
         (replace(RECIPE, lr=1.0), "lr 0.01, not 1.0"),

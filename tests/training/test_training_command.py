@@ -4,15 +4,18 @@ import json
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from small_training import CPU, ITEMS, RECIPE, assert_equal, run_in, save_latents, weights
+from stand_ins import eval_diffusion, save_references, use
 from torch.autograd.graph import saved_tensors_hooks
 
 from dcae_fast import cli
 from dcae_fast.commands.common import UsageError, with_files
 from dcae_fast.data.latents import LatentDataset
 from dcae_fast.data.manifest import Manifest, Settings
+from dcae_fast.evaluation import networks
 from dcae_fast.models.autoencoder import DCAE
 from dcae_fast.models.diffusion_zoo import diffusion_config
 from dcae_fast.models.weights import CheckpointError
@@ -152,6 +155,42 @@ def test_requests_that_cannot_be_met(shared, tmp_path, capsys, monkeypatch, argv
     file.write_text(json.dumps(OPTIONS))
     assert run("uvit-h-f64", f"@{file}", "--data", shared / "latents", "--out", tmp_path / "run", *argv) == 2
     assert words in capsys.readouterr().err
+
+
+def test_evaluation(shared, tmp_path, monkeypatch):
+    """Every eval_steps and at the end, as eval-diffusion does it; no bit of the weights differs."""
+    monkeypatch.setattr(networks, "LOADERS", use())
+    file, out = tmp_path / "options.json", shared / "evaluated"
+    file.write_text(json.dumps(OPTIONS))
+    (out / "evaluation").mkdir(parents=True)
+    (out / "evaluation" / "samples.json").write_text("of a run that was ended")
+    argv = ["--eval-samples", 33, "--eval-steps", 8, *save_references(tmp_path, "eval-")]
+    assert run("uvit-h-f64", f"@{file}", "--data", shared / "latents", "--out", out, *argv) == 0
+    assert_equal(weights(out), weights(shared / "whole"))
+    lines = [line for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "fid" in line]
+    assert [line.pop("step") for line in lines] == [8, 12] and lines[0] != lines[1]
+    assert list(lines[1]) == ["fid", "inception_score", "inception_score_std", "precision", "recall", "cmmd"]
+    assert lines[1] == pytest.approx(eval_diffusion(out / "model", tmp_path, 33), rel=1e-6)
+    assert not (out / "evaluation").exists()
+
+
+def test_evaluations_that_cannot_be_made(shared, tmp_path, monkeypatch, capsys):
+    """It is said before the first step."""
+    file, out = tmp_path / "options.json", tmp_path / "run"
+    file.write_text(json.dumps(OPTIONS))
+    np.save(tmp_path / "short.npy", np.zeros((5, 4), np.float32))
+    fid, recall, cmmd = (tmp_path / name for name in ("fid.npz", "pr.npy", "cmmd.npy"))
+    save_references(tmp_path)
+    for there, argv, words in [
+        (["cmmd"], ["--eval-fid", fid], networks.INCEPTION_FILE),
+        ([], ["--eval-fid", tmp_path / "absent.npz"], "absent.npz"),
+        ([], ["--eval-cmmd", tmp_path / "short.npy"], "--eval-cmmd: its features have length 4; expected 6"),
+        ([], ["--eval-cmmd", cmmd, "--eval-samples", 0], "--eval-samples 0: expected at least 1"),
+        ([], ["--eval-precision-recall", recall, "--eval-samples", 3], "--eval-samples 3: expected at least 4"),
+    ]:
+        monkeypatch.setattr(networks, "LOADERS", use(*there))
+        assert run("uvit-h-f64", f"@{file}", "--data", shared / "latents", "--out", out, *argv) == 2
+        assert words in capsys.readouterr().err and not out.exists()
 
 
 def test_trackers(shared, monkeypatch):

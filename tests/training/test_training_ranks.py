@@ -11,12 +11,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from small_training import CPU, RECIPE, assert_equal, run_in, train_until, weights
+from stand_ins import eval_diffusion, save_references, use
 
 from dcae_fast import distributed
+from dcae_fast.evaluation import networks
+from dcae_fast.evaluation.generation import References
+from dcae_fast.training.evaluation import Comparison
 from dcae_fast.training.loop import train
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch.distributed is not built")
 RANKS = 2
+SAMPLES = 12
 ROUNDING = 1e-4
 SHORT = replace(RECIPE, steps=3)
 HALF = {precision: replace(SHORT, precision=precision) for precision in ("bfloat16", "float16")}
@@ -27,7 +32,10 @@ def trainings(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
     torch.compile = partial(torch.compile, backend="aot_eager")
+    networks.LOADERS.update(use())
+    references = References.load(*(folder / name for name in ("fid.npz", "pr.npy", "cmmd.npy")))
     train(RECIPE, run_in(folder / "ddp", accumulate=2), CPU)
+    train(RECIPE, run_in(folder / "ddp-alone"), CPU)
     train(RECIPE, run_in(folder / "fsdp", parallel="fsdp", sample_steps=12, checkpoint_activations=True), CPU)
     train_until(6, RECIPE, run_in(folder / "fsdp-ended", parallel="fsdp"))
     distributed.barrier()
@@ -36,6 +44,8 @@ def trainings(rank: int, folder: Path) -> None:
     distributed.barrier()
     train(RECIPE, run_in(folder / "fsdp-ended", parallel="fsdp"), CPU)
     for parallel in ("ddp", "fsdp"):
+        run = run_in(folder / f"{parallel}-evaluated", parallel=parallel, eval_steps=5)
+        train(RECIPE, run, CPU, Comparison(references, SAMPLES, run, CPU))
         train(RECIPE, run_in(folder / f"one-then-{parallel}", parallel=parallel, eval_data=folder / "latents"), CPU)
         for precision, recipe in HALF.items():
             train(recipe, run_in(folder / f"{parallel}-{precision}", parallel=parallel), CPU)
@@ -53,6 +63,7 @@ def folder(shared) -> Path:
     """With what two processes trained."""
     for parallel in ("ddp", "fsdp"):
         train_until(6, RECIPE, run_in(shared / f"one-then-{parallel}"))
+    save_references(shared)
     torch.multiprocessing.spawn(trainings, (shared,), RANKS)
     return shared
 
@@ -79,6 +90,17 @@ def test_as_one_process(folder, name, recipe, compare):
 
 def test_going_on_is_exact(folder):
     assert_equal(weights(folder / "fsdp-ended"), weights(folder / "fsdp"))
+
+
+@pytest.mark.parametrize("parallel, same", [("ddp", "ddp-alone"), ("fsdp", "fsdp")])
+def test_evaluation(folder, tmp_path, monkeypatch, parallel, same):
+    """It alters no bit, and tells what eval-diffusion does; the one batch of samples is that of the second rank."""
+    out = folder / f"{parallel}-evaluated"
+    assert_equal(weights(out), weights(folder / same))
+    lines = [line for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "fid" in line]
+    assert [line.pop("step") for line in lines] == [5, 10, 12] and not (out / "evaluation").exists()
+    monkeypatch.setattr(networks, "LOADERS", use())
+    assert lines[-1] == pytest.approx(eval_diffusion(out / "model", tmp_path, SAMPLES), rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["one-then-ddp", "one-then-fsdp", "fsdp-then-one"])

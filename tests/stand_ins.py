@@ -1,13 +1,17 @@
 """Small functions in the place of the pretrained networks, and processes of several ranks that use them."""
 
+import json
 import os
 import socket
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import torch
 
 from dcae_fast import cli
 from dcae_fast.evaluation import networks
+from dcae_fast.evaluation.moments import Moments
 
 
 def features(pictures: torch.Tensor) -> torch.Tensor:
@@ -45,6 +49,27 @@ def use(*names: str) -> dict[str, Callable]:
     loaders = {name: lambda device, network=network: network for name, network in STAND_INS.items()}
     loaders = {name: loader if not names or name in names else absent for name, loader in loaders.items()}
     return {"ssim": networks.LOADERS["ssim"], **loaders}
+
+
+def real_pictures() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (9, 3, 8, 8), generator=generator).to(torch.uint8)
+
+
+def save_references(folder: Path, prefix: str = "") -> list[str]:
+    """What reference-stats would write of `real_pictures`; as options of eval-diffusion, or with a prefix."""
+    fid, pr, cmmd = folder / "fid.npz", folder / "pr.npy", folder / "cmmd.npy"
+    Moments.of(features(real_pictures())).save(fid)
+    np.save(pr, features(real_pictures()).numpy())
+    np.save(cmmd, embeddings(real_pictures()).numpy())
+    return [f"--{prefix}fid", f"{fid}", f"--{prefix}precision-recall", f"{pr}", f"--{prefix}cmmd", f"{cmmd}"]
+
+
+def eval_diffusion(model: Path, out: Path, samples: int) -> dict[str, float]:
+    """Figures of a model beside `save_references`, computed as those of a model in training are by default."""
+    settings = ["--samples", f"{samples}", "--cfg", "1.5", "--device", "cpu", "--no-patch", *save_references(out)]
+    assert cli.main(["eval-diffusion", "--model", f"{model}", "--out", f"{out}/samples", *settings]) == 0
+    return json.loads((out / "samples" / "results.json").read_text())["figures"]
 
 
 def _rank(rank: int, ranks: int, port: int, command: list[str], status: int) -> None:
