@@ -2,6 +2,9 @@
 
 Residual sums are as precise as in the modules' own forwards, everything between them is in the dtype of the weights or
 of an autocast, softmax attention too.
+
+Modules and parameters are read from `_modules` and `_parameters`: to ask the module for them by name takes longer, all
+together, than to launch the kernels of a block.
 """
 
 import torch
@@ -26,12 +29,14 @@ class Block(TransformerBlock):
     """UViT's."""
 
     def fast_forward(self, x: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
-        if not (can_fuse(self, x) and is_affine(self.norm1) and is_affine(self.norm2) and plain(self.skip_linear)):
+        modules = self._modules
+        norm1, norm2, skip_linear = modules["norm1"], modules["norm2"], modules.get("skip_linear")
+        if not (can_fuse(self, x) and is_affine(norm1) and is_affine(norm2) and plain(skip_linear)):
             return self.eager(x, skip)
-        if self.skip_linear is not None:
-            x = long_skip(self.skip_linear, x, skip)
-        _, x = attention(self.attn, x, self.norm1.weight, self.norm1.bias, self.norm1.eps, residual=True)
-        return mlp(self.mlp, x, self.norm2.weight, self.norm2.bias, self.norm2.eps, residual=True)[1]
+        if skip_linear is not None:
+            x = long_skip(skip_linear, x, skip)
+        _, x = attention(modules["attn"], x, *parameters_of(norm1), norm1.eps, residual=True)
+        return mlp(modules["mlp"], x, *parameters_of(norm2), norm2.eps, residual=True)[1]
 
 
 class DiTBlock(TransformerBlock):
@@ -44,14 +49,16 @@ class DiTBlock(TransformerBlock):
         return x + gate[:, None] * branch
 
     def fuses(self, x: torch.Tensor) -> bool:
-        affine = self.norm1.elementwise_affine or self.norm2.elementwise_affine
-        return can_fuse(self, x) and not affine and not getattr(self, "post_norm", False)
+        norms = self._modules["norm1"], self._modules["norm2"]
+        known = can_fuse(self, x) and not vars(self).get("post_norm")
+        return known and not any(norm.elementwise_affine for norm in norms)
 
     def run(self, x, branch, gate, condition) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The block on x + gate · branch, or on x; its result in the same form."""
+        modules = self._modules
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation(self, condition, 6)
-        x, branch = attention(self.attn, x, scale1, shift1, self.norm1.eps, branch, gate)
-        return *mlp(self.mlp, x, scale2, shift2, self.norm2.eps, branch, gate1), gate2
+        x, branch = attention(modules["attn"], x, scale1, shift1, modules["norm1"].eps, branch, gate)
+        return *mlp(modules["mlp"], x, scale2, shift2, modules["norm2"].eps, branch, gate1), gate2
 
 
 class FinalLayer(TransformerBlock):
@@ -63,9 +70,9 @@ class FinalLayer(TransformerBlock):
         return self.run(x, None, None, condition) if self.fuses(x) else self.eager(x, condition)
 
     def fuses(self, x: torch.Tensor) -> bool:
-        norm = self.norm_final
+        norm = self._modules["norm_final"]
         known = is_ordinary(x) and type(norm) is nn.LayerNorm and not norm.elementwise_affine
-        return known and plain(norm, self.linear)
+        return known and plain(norm, self._modules["linear"])
 
     def run(self, x, branch, gate, condition) -> torch.Tensor:
         """The layer on x + gate · branch, or on x."""
@@ -80,11 +87,12 @@ class DiT(Network):
 
     def fast_forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         check_inputs(self.config, x, t, y, fewest_channels=self.config.in_channels)
-        tokens, layers = self.x_embedder(x) + self.pos_embed, (*self.blocks, self.final_layer)
-        if not all(
-            isinstance(layer, DiTBlock | FinalLayer) and plain(layer) and layer.fuses(tokens) for layer in layers
+        table, layers = self.pos_embed, (*self.blocks, self.final_layer)
+        if not is_ordinary(x) or not all(
+            isinstance(layer, DiTBlock | FinalLayer) and plain(layer) and layer.fuses(table) for layer in layers
         ):
             return self.eager(x, t, y)
+        tokens = self.x_embedder(x) + table
         condition = self.t_embedder(t) + self.y_embedder(y)
         branch = gate = None
         for block in self.blocks:
@@ -104,30 +112,34 @@ def input_dtype(layer: nn.Module, x: torch.Tensor) -> torch.dtype:
     return torch.float32 if autocasts(x) else x.dtype
 
 
-def is_ordinary(tensor: torch.Tensor) -> bool:
-    """Whether this is of no subclass: of one that is distributed or quantised, for example."""
+def is_ordinary(tensor: torch.Tensor | None) -> bool:
+    """Whether this is a tensor of no subclass: of one that is distributed or quantised, for example."""
     return type(tensor) in (nn.Parameter, torch.Tensor)
 
 
 def can_fuse(block: nn.Module, x: torch.Tensor) -> bool:
     """Whether norms, attention and MLP are those of a UViT or DiT, and nobody would miss a call of them."""
-    attn, feed = block.attn, block.mlp
+    attn, feed, *norms = map(block._modules.get, ("attn", "mlp", "norm1", "norm2"))
     return (
         is_ordinary(x)
         and kind(attn) == "Attention"
         and kind(feed) == "Mlp"
-        and type(feed.act) is nn.GELU
-        and getattr(attn, "scale", None) in (None, (x.shape[-1] // attn.num_heads) ** -0.5)
-        and all(type(norm) is nn.LayerNorm and len(norm.normalized_shape) == 1 for norm in (block.norm1, block.norm2))
+        and type(feed._modules.get("act")) is nn.GELU
+        and not (attn._parameters or attn._buffers)
+        and vars(attn).get("scale") in (None, (x.shape[-1] // attn.num_heads) ** -0.5)
+        and all(type(norm) is nn.LayerNorm and len(norm.normalized_shape) == 1 for norm in norms)
         and has_no_more(attn, "qkv", "proj")
         and has_no_more(feed, "fc1", "act", "fc2")
-        and plain(attn, feed, block.norm1, block.norm2, *attn.children(), *feed.children())
+        and plain(attn, feed, *norms, *attn._modules.values(), *feed._modules.values())
     )
 
 
 def is_linear(layer: nn.Module, x: torch.Tensor) -> bool:
     """Whether this is a linear layer with weights of its own in the dtype of x, or of any where autocast is on."""
-    return type(layer) is nn.Linear and is_ordinary(layer.weight) and (autocasts(x) or layer.weight.dtype == x.dtype)
+    if type(layer) is not nn.Linear:
+        return False
+    weight = layer._parameters.get("weight")
+    return is_ordinary(weight) and (weight.dtype == x.dtype or autocasts(x))
 
 
 def are_linear(first: nn.Module, second: nn.Module, x: torch.Tensor) -> bool:
@@ -136,14 +148,15 @@ def are_linear(first: nn.Module, second: nn.Module, x: torch.Tensor) -> bool:
 
 def is_affine(norm: nn.Module) -> bool:
     """Whether this is a layer norm with weight and bias."""
-    return type(norm) is nn.LayerNorm and norm.weight is not None and norm.bias is not None
+    return type(norm) is nn.LayerNorm and all(each is not None for each in parameters_of(norm))
 
 
 def has_no_more(module: nn.Module, *names: str) -> bool:
     """Whether all children but those of these names do nothing: dropout that is off, identities."""
     return all(
         name in names or type(child) is nn.Identity or (type(child) is nn.Dropout and not (child.training and child.p))
-        for name, child in module.named_children()
+        for name, child in module._modules.items()
+        if child is not None
     )
 
 
@@ -164,17 +177,25 @@ def modulation(module: nn.Module, condition: torch.Tensor, parts: int) -> tuple[
     return module.adaLN_modulation(condition).unflatten(1, (parts, -1)).transpose(0, 1).contiguous().unbind(0)
 
 
-def weight_of(layer: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
-    """As operators take it: in the dtype of the product, or in float32, so that its gradient is not rounded either."""
-    trains = torch.is_grad_enabled() and layer.weight.dtype == torch.float32
-    return layer.weight if trains else layer.weight.to(dtype)
+def parameters_of(layer: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Weight and bias."""
+    return layer._parameters.get("weight"), layer._parameters.get("bias")
+
+
+def operands_of(layer: nn.Linear, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias as operators take them: the weight in the dtype of the product, or in float32 where there are
+    gradients, so that its own is not rounded either.
+    """
+    weight, bias = parameters_of(layer)
+    trains = weight.dtype == torch.float32 and torch.is_grad_enabled()
+    return weight if trains or weight.dtype == dtype else weight.to(dtype), bias
 
 
 def linear(layer: nn.Module, y: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
     """layer(y) + residual. A layer of another kind is called: LoRA's, a quantised one."""
     if is_linear(layer, y):
         dtype = compute_dtype(y)
-        return ops.linear(y.to(dtype), weight_of(layer, dtype), layer.bias, residual)
+        return ops.linear(y.to(dtype), *operands_of(layer, dtype), residual)
     y = layer(y)
     return y if residual is None else y + residual
 
@@ -183,23 +204,26 @@ def attention(
     attn: nn.Module, x, scale, shift, eps: float, branch=None, gate=None, residual: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(s, attn(norm(s))), with s added to it if `residual`, where s is x + gate · branch, or x."""
-    dtype = input_dtype(attn.qkv, x)
-    dim = attn.qkv.out_features // (3 * attn.num_heads)
-    if are_linear(attn.qkv, attn.proj, x) and ops.is_for_few_tokens(dtype, x.shape[1], dim, x.device):
-        layers = weight_of(attn.qkv, dtype), attn.qkv.bias, weight_of(attn.proj, dtype), attn.proj.bias, attn.num_heads
-        return ops.norm_attention(x, scale, shift, eps, *layers, branch, gate, dtype, residual)
+    qkv, proj, num_heads = attn._modules["qkv"], attn._modules["proj"], attn.num_heads
+    dtype = input_dtype(qkv, x)
+    if are_linear(qkv, proj, x) and ops.is_for_few_tokens(
+        dtype, x.shape[1], qkv.out_features // (3 * num_heads), x.device
+    ):
+        layers = *operands_of(qkv, dtype), *operands_of(proj, dtype)
+        return ops.norm_attention(x, scale, shift, eps, *layers, num_heads, branch, gate, dtype, residual)
     s, y = ops.layer_norm(x, scale, shift, eps, branch, gate, dtype)
-    y = ops.packed_attention(linear(attn.qkv, y), attn.num_heads)
-    return s, linear(attn.proj, y, s if residual else None)
+    y = ops.packed_attention(linear(qkv, y), num_heads)
+    return s, linear(proj, y, s if residual else None)
 
 
 def mlp(
     feed: nn.Module, x, scale, shift, eps: float, branch=None, gate=None, residual: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(s, feed(norm(s))) in the same way."""
-    dtype = input_dtype(feed.fc1, x)
-    if are_linear(feed.fc1, feed.fc2, x):
-        layers = weight_of(feed.fc1, dtype), feed.fc1.bias, weight_of(feed.fc2, dtype), feed.fc2.bias
-        return ops.norm_mlp(x, scale, shift, eps, *layers, branch, gate, dtype, residual, GELU[feed.act.approximate])
+    fc1, act, fc2 = map(feed._modules.get, ("fc1", "act", "fc2"))
+    dtype = input_dtype(fc1, x)
+    if are_linear(fc1, fc2, x):
+        layers = *operands_of(fc1, dtype), *operands_of(fc2, dtype)
+        return ops.norm_mlp(x, scale, shift, eps, *layers, branch, gate, dtype, residual, GELU[act.approximate])
     s, y = ops.layer_norm(x, scale, shift, eps, branch, gate, dtype)
-    return s, linear(feed.fc2, feed.act(linear(feed.fc1, y)), s if residual else None)
+    return s, linear(fc2, act(linear(fc1, y)), s if residual else None)

@@ -73,10 +73,13 @@ def rounded_on_hopper(x: torch.Tensor, *parameters: torch.Tensor) -> bool:
 class Operator:
     """A registered operator. Calls on plain CUDA tensors go past torch's dispatcher, which takes longer than most
     kernels: to the kernel, or to `function`, the operator's autograd.Function, where there is one.
+
+    dense_kernel: the kernel for arguments that are dense, as `_channels_last` makes them, on the current device; for
+    operators that are made of others.
     """
 
-    def __init__(self, overload: torch._ops.OpOverload, kernel: Callable):
-        self.overload, self.kernel = overload, kernel
+    def __init__(self, overload: torch._ops.OpOverload, kernel: Callable, dense_kernel: Callable):
+        self.overload, self.kernel, self.dense_kernel = overload, kernel, dense_kernel
         self.function: type[torch.autograd.Function] | None = None
 
     def __call__(self, *args):
@@ -108,17 +111,19 @@ def define(
     def plain(*args):
         return _channels_last(reference(*args))
 
-    def kernel(*args):
+    def dense_kernel(*args):
         if not accepts(*args):
             return plain(*args)
-        args = list(map(_channels_last, args))
-        device = (args[0] if isinstance(args[0], torch.Tensor) else _tensors(args)[0]).device
-        if cuda_accepts and device.type == "cuda" and cuda_extension() and cuda_accepts(*args):
+        if cuda_accepts and _first_tensor(args).is_cuda and cuda_extension() and cuda_accepts(*args):
             return getattr(cuda_extension(), name)(*args)
+        return run(*args)
+
+    def kernel(*args):
+        device = _first_tensor(args).device
         if device.type != "cuda" or device.index == torch.cuda.current_device():
-            return run(*args)
+            return dense_kernel(*map(_channels_last, args))
         with torch.cuda.device(device):
-            return run(*args)
+            return dense_kernel(*map(_channels_last, args))
 
     LIBRARY.impl(name, plain, "CompositeExplicitAutograd")
     if HAS_TRITON:
@@ -133,7 +138,7 @@ def define(
         return plain(*args)
 
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
-    return Operator(overload, kernel)
+    return Operator(overload, kernel, dense_kernel)
 
 
 def _make_known_to_inductor(overload: torch._ops.OpOverload) -> None:
@@ -222,6 +227,10 @@ def _dispatcher_is_idle() -> bool:
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch.jit.is_tracing()
     )
+
+
+def _first_tensor(args) -> torch.Tensor:
+    return args[0] if isinstance(args[0], torch.Tensor) else _tensors(args)[0]
 
 
 def _tensors(args) -> list[torch.Tensor]:

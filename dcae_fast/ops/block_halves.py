@@ -62,15 +62,15 @@ class Parts:
 
 
 KERNELS = Parts(
-    layer_norm_op.kernel,
-    layer_norm_backward_op.kernel,
-    linear_op.kernel,
-    linear_gelu_op.kernel,
-    mlp_op.kernel,
-    attention_op.kernel,
-    attention_backward_op.kernel,
-    gelu_gradient.kernel,
-    Gradients(input_gradient.kernel, weight_gradient.kernel),
+    layer_norm_op.dense_kernel,
+    layer_norm_backward_op.dense_kernel,
+    linear_op.dense_kernel,
+    linear_gelu_op.dense_kernel,
+    mlp_op.dense_kernel,
+    attention_op.dense_kernel,
+    attention_backward_op.dense_kernel,
+    gelu_gradient.dense_kernel,
+    Gradients(input_gradient.dense_kernel, weight_gradient.dense_kernel),
 )
 REFERENCES = Parts(
     layer_norm_reference,

@@ -205,6 +205,27 @@ def test_quantised_layers_are_called(networks, monkeypatch):
     assert error(fast(*inputs()), plain(*inputs())) <= 2e-6
 
 
+def test_layers_in_a_wrapper_are_called(networks, monkeypatch):
+    """A wrapper need not have the attributes of what is in it."""
+    for network in networks:
+        for module in network.modules():
+            if original_class(module).__name__ == "Attention":
+                module.qkv = nn.Sequential(module.qkv)
+    plain, fast = networks
+    assert launches(fast, monkeypatch).count("layer_norm") >= 2 * SIZES["depth"]
+    for got, want in zip(results(fast), results(plain), strict=True):
+        assert error(got, want) <= 1e-5
+
+
+def test_eager_calls_embed_once():
+    _, fast = pair("dit")
+    calls = []
+    fast.x_embedder.register_forward_hook(lambda *args: calls.append("embedded"))
+    fast.blocks[0].register_forward_hook(lambda *args: calls.append("block"))
+    fast(*inputs())
+    assert calls == ["embedded", "block"]
+
+
 def test_norms_without_bias_run_as_they_are():
     plain, _ = pair("uvit")
     plain.mid_block.norm1 = nn.LayerNorm(SIZES["hidden_size"], bias=False, device=DEVICE)
@@ -283,12 +304,14 @@ Attention.__module__ = "timm.models.vision_transformer"
 
 def test_what_else_an_attention_may_have(monkeypatch):
     """Norms of q and k, or another scale, are not passed over."""
-    for change, fuses in (({}, True), ({"q_norm": nn.LayerNorm(64)}, False), ({"scale": 1.0}, False)):
+    others = {"q_norm": nn.LayerNorm(64)}, {"scale": 1.0}, {"scale": nn.Parameter(torch.ones(()))}
+    for change, fuses in (({}, True), *((other, False) for other in others)):
         _, fast = pair("dit")
         block = fast.blocks[0]
         attention = Attention(SIZES["hidden_size"], SIZES["num_heads"]).to(DEVICE)
         attention.load_state_dict(block.attn.state_dict())
         for name, value in change.items():
+            vars(attention).pop(name, None)
             setattr(attention, name, value)
         block.attn = attention
         x = torch.randn(2, 4, SIZES["hidden_size"], device=DEVICE)
