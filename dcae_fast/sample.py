@@ -52,7 +52,8 @@ def default_labels(classes: int) -> tuple[int, ...]:
 
 
 def load(source: str, device: str | None, dtype: str | None, patch: bool) -> DCAEDiffusion:
-    """`DCAEDiffusion.from_pretrained(source)` on a device, patched; the transformer stays in float32, for autocast.
+    """`DCAEDiffusion.from_pretrained(source)` on a device, patched, with CUDA graphs; the transformer stays in float32,
+    for autocast.
 
     device, dtype: as `choose_device` takes them. Raises DeviceError and CheckpointError.
     """
@@ -61,7 +62,7 @@ def load(source: str, device: str | None, dtype: str | None, patch: bool) -> DCA
     model.diffusion_model.to(place[0])
     model.autoencoder.to(*place, memory_format=torch.channels_last)
     if patch:
-        dcae_fast.patch(model)
+        dcae_fast.patch(model, cuda_graphs=True)
     return model
 
 
