@@ -78,7 +78,7 @@ def _layer_norm_backward_kernel(
         dy = tl.load(dy_ptr + offset, mask, 0.0).to(tl.float32)
         x_hat, rstd = _normalise(x, mask, width, eps)
         dx_hat = dy * scale[None, :]
-        along, across = tl.sum(dx_hat * x_hat, 1) / width, tl.sum(dx_hat, 1) / width
+        along, across = tl.split(tl.sum(tl.join(dx_hat * x_hat, dx_hat), 1) / width)  # both at once
         dx = (dx_hat - across[:, None] - x_hat * along[:, None]) * rstd[:, None]
         if HAS_DSUM:
             dx += tl.load(dsum_ptr + offset, mask, 0.0).to(tl.float32)
@@ -115,7 +115,8 @@ def launch_layer_norm(x, scale, shift, eps, branch, gate, dtype):
         total = torch.empty_like(x, dtype=torch.promote_types(promoted(x, branch), gate.dtype))
     y = torch.empty_like(x, dtype=dtype)
     if x.numel():
-        block_rows, block_d = row_tile(width, width)
+        block_d = triton.next_power_of_2(width)
+        block_rows = max(1, min(4, (8192 if branch is None else 2048) // block_d))
         _layer_norm_forward_kernel[(triton.cdiv(images * tokens, block_rows),)](
             x, scale, shift, branch, gate, total, y, images * tokens, tokens, width, eps,
             OF_IMAGE=scale.dim() == 2, HAS_BRANCH=branch is not None, BLOCK_ROWS=block_rows, BLOCK_D=block_d,
