@@ -196,13 +196,12 @@ def differentiable_as(op: Operator, reference: Callable) -> None:
 def _channels_last(value):
     """Dense: 4-D tensors channels-last, others contiguous; also those in a list or tuple."""
     if isinstance(value, torch.Tensor):
-        memory_format = torch.channels_last if value.dim() == 4 else torch.contiguous_format
-        if value.is_contiguous(memory_format=memory_format):
-            return value
-        if _is_weight(value):
+        if value.dim() != 4:
+            return value.contiguous()
+        if _is_weight(value) and not value.is_contiguous(memory_format=torch.channels_last):
             return launcher("weight_layout", "launch_weight_layout")(value)
-        return value.contiguous(memory_format=memory_format)
-    if isinstance(value, (list, tuple)) and value and isinstance(value[0], torch.Tensor):
+        return value.contiguous(memory_format=torch.channels_last)
+    if type(value) in (list, tuple) and value and isinstance(value[0], torch.Tensor):
         return type(value)(map(_channels_last, value))
     return value
 

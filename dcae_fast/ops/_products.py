@@ -21,14 +21,16 @@ def accepts(left: torch.Tensor, right: torch.Tensor, *others: torch.Tensor | Non
 
     right, which is to be rounded, and others, vectors and matrices of the result's width, may also be float32.
     """
-    operands = [left, right, *[tensor for tensor in others if tensor is not None]]
-    return (
-        left.is_cuda
-        and left.dtype in (torch.float16, torch.bfloat16)
-        and all(tensor.dtype in (left.dtype, torch.float32) for tensor in operands)
-        and all(tensor.numel() > 0 and tensor.shape[-1] % 8 == 0 for tensor in operands)
-        and all(tensor.data_ptr() % 16 == 0 for tensor in operands)
-    )
+    if not left.is_cuda or left.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    for tensor in (left, right, *others):  # a loop, since this is asked before each product
+        if tensor is None:
+            continue
+        if tensor.dtype not in (left.dtype, torch.float32) or tensor.numel() == 0:
+            return False
+        if tensor.shape[-1] % 8 or tensor.data_ptr() % 16:
+            return False
+    return True
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:

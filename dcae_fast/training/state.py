@@ -73,7 +73,8 @@ def take_step(
         with gradients_summed(state.called, last=number == len(parts) - 1):
             with autocast(z.device, recipe.precision):
                 loss = batch_loss(state.config, state.called, z, labels, draws) / len(parts)
-            state.scaler.scale(loss).backward()
+            with torch.autograd.set_multithreading_enabled(False):  # Python functions take longer in another thread
+                state.scaler.scale(loss).backward()
         losses.append(loss.detach())
     state.scaler.unscale_(state.optimizer)
     norm = gradient_norm(state.network.parameters()) if want_norm or recipe.clip_grad else None
