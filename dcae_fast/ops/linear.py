@@ -134,7 +134,7 @@ class Gradients:
         if wants_weight:
             dweight, dbias = self.weight_gradient(dy, x, wants_bias, weight.dtype)
         else:
-            dweight, dbias = None, as_rows(dy).sum(0) if wants_bias else None
+            dweight, dbias = None, as_rows(dy).sum(0, dtype=bias.dtype) if wants_bias else None
         return dweight, dbias.to(bias.dtype) if wants_bias else None
 
     def of_layer(self, dy, x, weight, bias, wants_x, wants_weight, wants_bias):

@@ -38,9 +38,9 @@ def mlp_reference(x, w1, b1, w2, b2, residual, act):
 
 @without_autocast
 def gelu_gradient_reference(dg, h, act):
-    approximate = ACTIVATIONS[act]
+    approximate, wide = ACTIVATIONS[act], torch.promote_types(h.dtype, torch.float32)
     dh = torch.ops.aten.gelu_backward(dg, h, approximate=approximate)
-    return dh, F.gelu(h, approximate=approximate), as_rows(dh).sum(0)
+    return dh, F.gelu(h, approximate=approximate), as_rows(dh).sum(0, dtype=wide)
 
 
 def _accepts(x, w1, b1, w2, b2, residual, act):
@@ -80,7 +80,7 @@ def mlp_gradients(products, gelu_gradient, dy, x, w1, b1, w2, b2, h, act, wants,
     dw2, db2 = products.of_parameters(dy, g, w2, b2, wants_w2, wants_b2)
     del g  # as large as dh
     if dh_of_h is not None:
-        dh, db1 = dh + dh_of_h, db1 + as_rows(dh_of_h).sum(0)
+        dh, db1 = dh + dh_of_h, db1 + as_rows(dh_of_h).sum(0, dtype=db1.dtype)
     dx, dw1, _ = products.of_layer(dh, x, w1, b1, wants_x, wants_w1, False)
     return dx, dw1, db1.to(b1.dtype) if wants_b1 else None, dw2, db2
 

@@ -1,4 +1,4 @@
-"""GELU and its gradient in one pass over a matrix, and the sums of the gradient down its columns."""
+"""GELU and its gradient in one pass over a matrix, and the sums of the gradient down its columns, in fp32."""
 
 import math
 
@@ -57,4 +57,4 @@ def launch_gelu_gradient(dg, h, act):
             dg, h, dh, g, partial, rows, columns,
             TANH=act == "gelu_tanh", BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLUMNS=BLOCK_COLUMNS,
         )  # fmt: skip
-    return dh, g, partial.sum(0).to(h.dtype)
+    return dh, g, partial.sum(0)

@@ -189,6 +189,27 @@ def test_their_gradients_are_not_rounded(shapes):
     assert relative_error(got, dy.double().T @ x.double()) <= 1e-5
 
 
+@pytest.mark.parametrize("act", APPROXIMATION)
+@pytest.mark.parametrize("weights", ["trained", "frozen"])
+def test_gradients_of_biases_are_not_rounded(weights, act):
+    """Sums in float32 of what is half, as it is."""
+    x, w1, b1, w2, b2, _ = make(CASES["mlp"][2], torch.bfloat16)
+    w1, b1, w2, b2 = (tensor.detach().float().requires_grad_() for tensor in (w1, b1, w2, b2))
+    if weights == "frozen":
+        w1, w2 = w1.detach(), w2.detach()
+    y = ops.mlp(x.detach(), w1, b1, w2, b2, act=act)
+    dy = torch.randn_like(y)
+    db1, db2 = torch.autograd.grad(y, [b1, b2], dy)
+    with torch.no_grad():
+        _, h = mlp.mlp_op(x, w1, b1, w2, b2, None, act)
+        dh, _, of_columns = mlp.gelu_gradient(linear.input_gradient(dy, w2), h, act)
+    for got, summed in ((db1, dh), (of_columns, dh), (db2, dy)):
+        assert got.dtype == torch.float32
+        assert relative_error(got, summed.double().flatten(0, 1).sum(0)) <= 1e-6
+    (dbias,) = torch.autograd.grad(ops.linear(x.detach(), w1, b1), b1, dh)
+    assert relative_error(dbias, dh.double().flatten(0, 1).sum(0)) <= 1e-6
+
+
 def test_autocast_changes_nothing():
     function, _, shapes, act = CASES["mlp-residual"]
     for dtype in (torch.float32, torch.bfloat16):
