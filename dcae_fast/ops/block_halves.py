@@ -183,7 +183,9 @@ def _define_half(name: str, layers: str, forward: Callable, gradients: Callable,
     def gradient(ctx, dout, dtotal, *_):
         tensors, wants = ctx.saved_tensors, ctx.needs_input_grad
         given = [c if t is None else t for t, c in zip(tensors[:count], ctx.constants, strict=True)]
-        dout = torch.zeros_like(given[0]) if dout is None else dout
+        if dout is None:
+            x, last_weight = given[0], given[9]
+            dout = x.new_zeros(*x.shape[:2], last_weight.shape[0])
         found = backward_op(dout, dtotal, *given, *tensors[count:], [wants[place] for place in DIFFERENTIABLE])
         found = dict(zip(DIFFERENTIABLE, found, strict=True))
         return tuple(found[place] if wanted else None for place, wanted in enumerate(wants))

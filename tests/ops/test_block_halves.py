@@ -161,6 +161,24 @@ def test_only_wanted_gradients_are_computed(case):
         assert_close(got, whole[wanted])
 
 
+@pytest.mark.parametrize("case", [CASES["attention-branch"], CASES["mlp-branch"]], ids=["attention", "mlp"])
+def test_either_result_alone_and_another_width(case):
+    tensors = make(case, torch.float64)
+    narrow = [t[:-4] if place in (5, 6) else t for place, t in enumerate(tensors)]
+    for given in (tensors, narrow):
+        for result in (0, 1):
+            got, want = (
+                torch.autograd.grad(
+                    function(case[0], False, *given)[result].square().sum(),
+                    tensors,
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+                for function in (ours, plain)
+            )
+            assert_close(got, want)
+
+
 @pytest.mark.parametrize("half, message", [("attention", "w_qkv"), ("mlp", "bias")])
 def test_bad_input_is_refused(half, message):
     x, d, w = torch.randn(2, 3, 8), torch.randn(8), torch.randn(20, 8)
