@@ -4,8 +4,8 @@
 
 x: [..., K]; w1: [H, K]; w2: [M, H]; residual and y: [..., M]. Exactness, types and sums as in `linear`.
 
-For the gradient x and h are kept, as torch.compile would; gelu(h), as large as h, would add a third to what a
-transformer's block keeps. It is computed again in the pass that makes dh, all else lies in products:
+For the gradient h is kept, and x for that of w1, as torch.compile would; gelu(h), as large as h, would add a third to
+what a transformer's block keeps. It is computed again in the pass that makes dh, all else lies in products:
 
     dg = dy · w2;    dh = dg * gelu'(h), g = gelu(h), db1 = Σ dh
     dw2 = dyᵀ · g, db2 = Σ dy;    dx = dh · w1, dw1 = dhᵀ · x
@@ -87,7 +87,7 @@ def mlp_gradients(products, gelu_gradient, dy, x, w1, b1, w2, b2, h, act, wants,
 
 def _setup_context(ctx, inputs, output):
     x, w1, b1, w2, b2, residual, ctx.act = inputs
-    ctx.save_for_backward(x, w1, b1, w2, b2, output[1])
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w1, b1, w2, b2, output[1])
     ctx.residual_dtype = None if residual is None else residual.dtype
     ctx.set_materialize_grads(False)  # nobody but the gradient of the gradient has one for h
 
@@ -95,9 +95,9 @@ def _setup_context(ctx, inputs, output):
 def _gradient(ctx, dy, dh_of_h):
     *wants, wants_residual, _ = ctx.needs_input_grad
     x, *parameters, h = ctx.saved_tensors
-    dy = x.new_zeros(*x.shape[:-1], parameters[2].shape[0]) if dy is None else dy
+    dy = h.new_zeros(*h.shape[:-1], parameters[2].shape[0]) if dy is None else dy
     dresidual = dy.to(ctx.residual_dtype) if wants_residual else None
-    dy = dy.to(x.dtype)
+    dy = dy.to(h.dtype)
     return *mlp_gradients(OPERATORS, gelu_gradient, dy, x, *parameters, h, ctx.act, wants, dh_of_h), dresidual, None
 
 

@@ -179,6 +179,35 @@ def test_either_result_alone_and_another_width(case):
             assert_close(got, want)
 
 
+@pytest.mark.parametrize("case", [CASES["attention-branch"], CASES["mlp-branch-residual"]], ids=["attention", "mlp"])
+def test_frozen_layers(case):
+    """The result of the norm is kept for the gradient of the first weight alone."""
+    whole, tensors = make(case, torch.float64), make(case, torch.float64)
+    tensors = [t.detach() if place in range(3, 7) else t for place, t in enumerate(tensors)]
+    trained = [t for t in tensors if t.requires_grad]
+
+    def kept(given):
+        found = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: found.setdefault(t.data_ptr(), t), lambda t: t):
+            ours(case[0], case[4], *given)
+        return sum(t.nbytes for t in found.values())
+
+    y = whole[0]
+    assert kept(whole) - kept(tensors) == y.nbytes
+
+    def call(*given):
+        return ours(case[0], case[4], *given[:3], *tensors[3:7], *given[3:])
+
+    torch._dynamo.reset()
+    got = [
+        torch.autograd.grad(f(*trained)[1].square().sum(), trained)
+        for f in (call, torch.compile(call, backend="aot_eager"))
+    ]
+    want = torch.autograd.grad(plain(case[0], case[4], *tensors)[1].square().sum(), trained)
+    assert_close(got, [want, want])
+    torch.autograd.gradgradcheck(call, trained, fast_mode=True)
+
+
 @pytest.mark.parametrize("half, message", [("attention", "w_qkv"), ("mlp", "bias")])
 def test_bad_input_is_refused(half, message):
     x, d, w = torch.randn(2, 3, 8), torch.randn(8), torch.randn(20, 8)

@@ -219,6 +219,22 @@ def test_autocast_changes_nothing():
             assert_close(run(function, tensors, act), expected, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["linear", "linear-residual", "mlp-residual"])
+def test_a_frozen_weight_keeps_no_input(name):
+    function, _, shapes, act = CASES[name]
+    x, weight, *others = make(shapes, torch.float64)
+
+    def keeps_x(weight):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()), lambda _: None):
+            function(x, weight, *others, act=act)
+        return x.data_ptr() in kept
+
+    assert keeps_x(weight) and not keeps_x(weight.detach())
+    tensors = [x, *others]
+    torch.autograd.gradgradcheck(lambda x, *others: function(x, weight.detach(), *others, act=act), tensors)
+
+
 def test_only_wanted_gradients_are_computed():
     x, w1, b1, w2, b2, _ = make(CASES["mlp"][2], torch.float64)
     frozen = [tensor.detach() for tensor in (x, w1, b1)]
