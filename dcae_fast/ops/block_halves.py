@@ -18,6 +18,7 @@ import torch
 from ._library import KERNEL_DTYPES, Operator, define, differentiable, differentiable_as
 from .layer_norm import (
     check_norm,
+    gradients_of_terms,
     layer_norm_backward_op,
     layer_norm_backward_reference,
     layer_norm_op,
@@ -138,7 +139,7 @@ def _norm_gradients(parts, dy, dresidual, dtotal, of_norm, total):
 
 NORM = "Tensor x, Tensor scale, Tensor shift, float eps, Tensor? branch, Tensor? gate, ScalarType dtype"
 DIFFERENTIABLE = (0, 1, 2, 4, 5, 7, 8, 9, 10)  # places of x, scale, shift, branch, gate, and two layers' parameters
-FIRST_WEIGHT, LAST_WEIGHT = 7, 9
+X, BRANCH, GATE, FIRST_WEIGHT, LAST_WEIGHT = 0, 4, 5, 7, 9
 
 
 norm_attention_reference = partial(_attention, REFERENCES)
@@ -177,19 +178,28 @@ def _define_half(name: str, layers: str, forward: Callable, gradients: Callable,
     def setup_context(ctx, inputs, output):
         ctx.mark_non_differentiable(*output[2:])
         ctx.set_materialize_grads(False)
-        ctx.constants = [None if isinstance(value, torch.Tensor) else value for value in inputs]
-        given = (value if isinstance(value, torch.Tensor) else None for value in inputs)
         _, total, y, *others = output
         y = y if ctx.needs_input_grad[FIRST_WEIGHT] else None  # nothing else reads it
+        ctx.terms = None
+        if inputs[BRANCH] is not None and not ctx.needs_input_grad[GATE]:  # s takes the place of x and branch
+            ctx.terms = inputs[X].dtype, inputs[BRANCH].dtype
+            inputs = (total, *inputs[1:BRANCH], None, *inputs[GATE:])
+        ctx.constants = [None if isinstance(value, torch.Tensor) else value for value in inputs]
+        given = (value if isinstance(value, torch.Tensor) else None for value in inputs)
         ctx.save_for_backward(*given, total, y, *others)
 
     def gradient(ctx, dout, dtotal, *_):
         tensors, wants = ctx.saved_tensors, ctx.needs_input_grad
         given = [c if t is None else t for t, c in zip(tensors[:count], ctx.constants, strict=True)]
+        gate = given[GATE]
+        if ctx.terms is not None:
+            given[GATE] = None
         if dout is None:
             dout = given[0].new_zeros(*given[0].shape[:2], given[LAST_WEIGHT].shape[0])
         found = backward_op(dout, dtotal, *given, *tensors[count:], [wants[place] for place in DIFFERENTIABLE])
         found = dict(zip(DIFFERENTIABLE, found, strict=True))
+        if ctx.terms is not None:
+            found[X], found[BRANCH] = gradients_of_terms(found[X], gate, *ctx.terms)
         return tuple(found[place] if wanted else None for place, wanted in enumerate(wants))
 
     differentiable(half, gradient, setup_context)

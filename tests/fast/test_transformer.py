@@ -243,10 +243,10 @@ def test_training_keeps_no_more_than_a_compiled_network(networks, autocast):
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
-def test_a_frozen_network_keeps_no_more_than_the_plain_one(autocast):
+def test_a_frozen_network_keeps_no_more_than_the_plain_one(networks, autocast):
     """A gradient goes through it: guidance, for example."""
     dtype = torch.float32 if autocast else torch.bfloat16
-    plain, fast = (network.to(dtype).requires_grad_(False) for network in pair("uvit"))
+    plain, fast = (network.to(dtype).requires_grad_(False) for network in networks)
     assert kept_for_backward(fast, autocast) <= kept_for_backward(plain, autocast)
 
 
