@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 from registration import check_registration
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dcae_fast import ops
 from dcae_fast.ops._library import Operator
@@ -246,6 +247,41 @@ def test_gradients_of_the_reference(name):
     tensors = [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
     torch.autograd.gradcheck(op, tensors, fast_mode=True)
     torch.autograd.gradgradcheck(op, tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_one_gradient_alone(name):
+    """As among all; to the second order it does not depend on what else could have one."""
+    op, shapes = CASES[name]
+    whole = run(op, make(shapes, torch.float32))[1:]
+    for wanted, expected in enumerate(whole):
+        tensors = [t.requires_grad_(place == wanted) for place, t in enumerate(make(shapes, torch.float32))]
+        y = op(*tensors)
+        dy = torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=y.device).view(y.shape).to(y.dtype)
+        torch.testing.assert_close(torch.autograd.grad(y, tensors[wanted], dy, retain_graph=True)[0], expected)
+        (again,) = torch.autograd.grad(y, tensors[wanted], dy, create_graph=True)
+        torch.testing.assert_close(again, expected)
+        if again.requires_grad:
+            torch.autograd.grad(again.sum(), tensors[wanted], allow_unused=True)
+
+
+class ConvolutionGradients(TorchDispatchMode):
+    """Which of input, weight and bias PyTorch's convolutions computed gradients of."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution_backward.default:
+            self.computed = [*getattr(self, "computed", []), args[-1]]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["conv2d-relu", "conv2d_unshuffle", "upsample_conv2d", "multiscale_qkv"])
+def test_no_gradient_of_a_frozen_weight_is_computed(name):
+    op, shapes = CASES[name]
+    x, *weights = make(shapes, torch.float32)
+    y = op(x, *[weight.detach() for weight in weights]).sum()
+    with ConvolutionGradients() as convolutions:
+        y.backward()
+    assert convolutions.computed and not any(any(of[1:]) for of in convolutions.computed)
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-4, 1e4])
