@@ -174,8 +174,11 @@ def differentiable_as(op: Operator, reference: Callable) -> None:
     def gradient(ctx, *grads):
         again = torch.is_grad_enabled()  # somebody asks for a gradient of the gradient
         with torch.enable_grad():
-            saved = ctx.saved_tensors
-            tensors = [t if t is None or again else t.detach().requires_grad_(t.requires_grad) for t in saved]
+            # views, so that a tensor that was given twice has a gradient in each place
+            tensors = [
+                t if t is None else t.view_as(t) if again else t.detach().requires_grad_(t.requires_grad)
+                for t in ctx.saved_tensors
+            ]
             leaves = [c if t is None else t for t, c in zip(tensors, ctx.constants, strict=True)]
             outputs = tree_leaves(reference(*tree_unflatten(leaves, ctx.structure)))
             pairs = zip(outputs, tree_leaves(grads), strict=True)

@@ -284,6 +284,14 @@ def test_no_gradient_of_a_frozen_weight_is_computed(name):
     assert convolutions.computed and not any(any(of[1:]) for of in convolutions.computed)
 
 
+def test_a_tensor_in_two_places():
+    x, weight = make([(1, 4, 5, 5), (4, 4, 3, 3)], torch.float64)
+    torch.autograd.gradgradcheck(lambda x, weight: ops.conv2d(x, weight, residual=x, padding=1), [x, weight])
+    y = ops.conv2d(x, weight, residual=x, padding=1).sum()
+    (once,), (again,) = (torch.autograd.grad(y, x, retain_graph=True, create_graph=create) for create in (False, True))
+    torch.testing.assert_close(again, once)
+
+
 @pytest.mark.parametrize("value", [0.0, 1e-4, 1e4])
 def test_extreme_values(value):
     x = torch.full((1, 64, 7, 9), value, device=DEVICE)
