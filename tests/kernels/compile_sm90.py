@@ -85,7 +85,7 @@ def main():
         launch_multiscale_qkv(qkv, tensor(1536, 1, 5, 5, dtype=dtype), tensor(1536, 32, 1, 1, dtype=dtype))
         x, weight, bias = tensor(2, 256, 16, 16, dtype=dtype), tensor(256, 1, 3, 3), tensor(256)
         launch_depthwise_glu(x, weight, bias)
-        launch_depthwise_glu_backward(x[:, :128], x, weight, bias)
+        launch_depthwise_glu_backward(x[:, :128], x, weight, bias, True)
     for dtype in POINTER:
         x, weight, bias = tensor(2, 3, 64, 64, dtype=dtype), tensor(128, 3, 3, 3, dtype=dtype), tensor(128, dtype=dtype)
         launch_conv2d(x, weight, bias, "none", 1, (1, 1, 1, 1))

@@ -1,5 +1,6 @@
 """Every operator against its formula in float64: results, gradients, layouts, odd and empty sizes, registration."""
 
+import importlib
 import sys
 
 import pytest
@@ -265,12 +266,15 @@ def test_one_gradient_alone(name):
             torch.autograd.grad(again.sum(), tensors[wanted], allow_unused=True)
 
 
-class ConvolutionGradients(TorchDispatchMode):
-    """Which of input, weight and bias PyTorch's convolutions computed gradients of."""
+class Calls(TorchDispatchMode):
+    """(name, arguments) of what PyTorch's dispatcher was asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.convolution_backward.default:
-            self.computed = [*getattr(self, "computed", []), args[-1]]
+        self.seen.append((func.name(), args))
         return func(*args, **(kwargs or {}))
 
 
@@ -279,9 +283,48 @@ def test_no_gradient_of_a_frozen_weight_is_computed(name):
     op, shapes = CASES[name]
     x, *weights = make(shapes, torch.float32)
     y = op(x, *[weight.detach() for weight in weights]).sum()
-    with ConvolutionGradients() as convolutions:
+    with Calls() as calls:
         y.backward()
-    assert convolutions.computed and not any(any(of[1:]) for of in convolutions.computed)
+    masks = [args[-1] for name, args in calls.seen if name == "aten::convolution_backward"]
+    assert masks and not any(of_weight or of_bias for _, of_weight, of_bias in masks)
+
+
+@pytest.mark.parametrize("name", ["average-unshuffled_main", "duplicate-planes", "duplicate-main_alone"])
+def test_no_gradient_of_a_frozen_bias_is_summed(name):
+    op, shapes = CASES[name]
+    tensors = make(shapes, torch.float32)
+    sums = []
+    for given in (tensors, [*tensors[:-1], tensors[-1].detach()]):
+        y = op(*given)
+        with Calls() as calls:
+            torch.autograd.grad(y, tensors[0], torch.ones_like(y))
+        sums.append(sum(name == "aten::sum.dim_IntList" for name, _ in calls.seen))
+    assert sums == [1, 0]
+
+
+def test_no_kernel_runs_for_frozen_parameters(monkeypatch):
+    op, shapes = CASES["depthwise_glu"]
+    x, weight, bias = make(shapes, torch.float32)
+    y = op(x, weight, bias)
+    (expected,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    kernels = importlib.import_module("dcae_fast.kernels.depthwise_glu")
+    monkeypatch.setattr(kernels, "_depthwise_glu_weight_backward_kernel", None)
+    for again in (False, True):
+        y = op(x, weight.detach(), bias.detach())
+        (dx,) = torch.autograd.grad(y, x, torch.ones_like(y), create_graph=again)
+        torch.testing.assert_close(dx, expected, atol=0, rtol=0)
+    assert dx.requires_grad
+
+    def backward(function=op):
+        return torch.autograd.grad(function(x, weight.detach(), bias.detach()).sum(), x)
+
+    check_registration(backward)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *args: op(*args), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(backward(compiled), backward(), atol=0, rtol=0)
+    y = op(x.detach(), weight.detach(), bias)
+    with pytest.raises(TypeError):
+        torch.autograd.grad(y, bias, torch.ones_like(y))
 
 
 def test_a_tensor_in_two_places():
