@@ -37,10 +37,11 @@ def mlp_reference(x, w1, b1, w2, b2, residual, act):
 
 
 @without_autocast
-def gelu_gradient_reference(dg, h, act):
+def gelu_gradient_reference(dg, h, act, wants_g):
     approximate, wide = ACTIVATIONS[act], torch.promote_types(h.dtype, torch.float32)
     dh = torch.ops.aten.gelu_backward(dg, h, approximate=approximate)
-    return dh, F.gelu(h, approximate=approximate), as_rows(dh).sum(0, dtype=wide)
+    g = F.gelu(h, approximate=approximate) if wants_g else h.new_empty(0)
+    return dh, g, as_rows(dh).sum(0, dtype=wide)
 
 
 def _accepts(x, w1, b1, w2, b2, residual, act):
@@ -66,9 +67,9 @@ mlp_op = define(
     _launch,
 )
 gelu_gradient = define(
-    "gelu_gradient(Tensor dg, Tensor h, str act) -> (Tensor, Tensor, Tensor)",
+    "gelu_gradient(Tensor dg, Tensor h, str act, bool wants_g) -> (Tensor, Tensor, Tensor)",
     gelu_gradient_reference,
-    lambda dg, h, act: dg.dtype == h.dtype and h.dtype in KERNEL_DTYPES,
+    lambda dg, h, act, wants_g: dg.dtype == h.dtype and h.dtype in KERNEL_DTYPES,
     "gelu_gradient",
 )
 
@@ -76,7 +77,7 @@ gelu_gradient = define(
 def mlp_gradients(products, gelu_gradient, dy, x, w1, b1, w2, b2, h, act, wants, dh_of_h=None):
     """Of x, w1, b1, w2 and b2, each None unless wanted. products: a linear layer's Gradients; dy: in x's type."""
     wants_x, wants_w1, wants_b1, wants_w2, wants_b2 = wants
-    dh, g, db1 = gelu_gradient(products.input_gradient(dy, w2), h, act)
+    dh, g, db1 = gelu_gradient(products.input_gradient(dy, w2), h, act, wants_w2)
     dw2, db2 = products.of_parameters(dy, g, w2, b2, wants_w2, wants_b2)
     del g  # as large as dh
     if dh_of_h is not None:

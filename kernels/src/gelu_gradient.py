@@ -20,7 +20,7 @@ BLOCK_ROWS, BLOCK_COLUMNS = 4, 1024
 @Kernel
 def _gelu_gradient_kernel(
     dg_ptr, h_ptr, dh_ptr, g_ptr, partial_ptr, rows, columns,
-    TANH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    TANH: tl.constexpr, WANTS_G: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Programs count over (blocks of columns, splits of the rows); sums go to partial [splits, columns]."""
     column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
@@ -40,21 +40,22 @@ def _gelu_gradient_kernel(
             slope = cdf + h * DENSITY * tl.exp(-0.5 * h * h)
         dh = (dg * slope).to(dh_ptr.dtype.element_ty)
         tl.store(dh_ptr + offset, dh, mask)
-        tl.store(g_ptr + offset, (h * cdf).to(g_ptr.dtype.element_ty), mask)
+        if WANTS_G:
+            tl.store(g_ptr + offset, (h * cdf).to(g_ptr.dtype.element_ty), mask)
         total += tl.sum(dh.to(tl.float32), 0)
     tl.store(partial_ptr + tl.program_id(1) * columns + column, total, column_mask)
 
 
-def launch_gelu_gradient(dg, h, act):
+def launch_gelu_gradient(dg, h, act, wants_g):
     columns = h.shape[-1]
     rows = h.numel() // max(columns, 1)
-    dh, g = torch.empty_like(h), torch.empty_like(h)
+    dh, g = torch.empty_like(h), torch.empty_like(h) if wants_g else h.new_empty(0)
     blocks = triton.cdiv(columns, BLOCK_COLUMNS)
     splits = persistent_splits(h, triton.cdiv(rows, BLOCK_ROWS), blocks, per_processor=8)
     partial = torch.empty(splits, columns, dtype=torch.float32, device=h.device)
     if h.numel():
         _gelu_gradient_kernel[(blocks, splits)](
             dg, h, dh, g, partial, rows, columns,
-            TANH=act == "gelu_tanh", BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLUMNS=BLOCK_COLUMNS,
+            TANH=act == "gelu_tanh", WANTS_G=wants_g, BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLUMNS=BLOCK_COLUMNS,
         )  # fmt: skip
     return dh, g, partial.sum(0)

@@ -202,7 +202,7 @@ def test_gradients_of_biases_are_not_rounded(weights, act):
     db1, db2 = torch.autograd.grad(y, [b1, b2], dy)
     with torch.no_grad():
         _, h = mlp.mlp_op(x, w1, b1, w2, b2, None, act)
-        dh, _, of_columns = mlp.gelu_gradient(linear.input_gradient(dy, w2), h, act)
+        dh, _, of_columns = mlp.gelu_gradient(linear.input_gradient(dy, w2), h, act, False)
     for got, summed in ((db1, dh), (of_columns, dh), (db2, dy)):
         assert got.dtype == torch.float32
         assert relative_error(got, summed.double().flatten(0, 1).sum(0)) <= 1e-6
@@ -233,6 +233,24 @@ def test_a_frozen_weight_keeps_no_input(name):
     assert keeps_x(weight) and not keeps_x(weight.detach())
     tensors = [x, *others]
     torch.autograd.gradgradcheck(lambda x, *others: function(x, weight.detach(), *others, act=act), tensors)
+
+
+@pytest.mark.parametrize("act", APPROXIMATION)
+def test_gelu_is_computed_again_for_a_second_weight_alone(act, monkeypatch):
+    x, w1, b1, w2, b2, _ = make(CASES["mlp"][2], KERNEL_DTYPE)
+    first, sizes, gelu_gradient = [x, w1, b1], [], mlp.gelu_gradient
+
+    def record(*args):
+        dh, g, db1 = gelu_gradient(*args)
+        sizes.append(g.numel())
+        return dh, g, db1
+
+    monkeypatch.setattr(mlp, "gelu_gradient", record)
+    whole = torch.autograd.grad(ops.mlp(*first, w2, b2, act=act).sum(), first)
+    frozen = torch.autograd.grad(ops.mlp(*first, w2.detach(), b2, act=act).sum(), first)
+    assert_close(frozen, whole, atol=0, rtol=0)
+    assert sizes == [x[..., 0].numel() * w1.shape[0], 0]
+    check_registration(lambda: torch.autograd.grad(ops.mlp(*first, w2.detach(), b2, act=act).sum(), first))
 
 
 def test_only_wanted_gradients_are_computed():
