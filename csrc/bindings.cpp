@@ -90,7 +90,7 @@ at::Tensor depthwise_glu(const at::Tensor& x, const at::Tensor& weight, const st
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> depthwise_glu_backward(const at::Tensor& dout, const at::Tensor& x,
                                                                       const at::Tensor& weight,
-                                                                      const at::Tensor& bias) {
+                                                                      const at::Tensor& bias, bool parameters) {
   const DepthwiseConvolution conv(x, weight, bias);
   const void* dout_data = channels_last("dout", dout);
   const std::vector<int64_t> shape = {x.size(0), conv.channels, x.size(2), x.size(3)};
@@ -100,7 +100,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> depthwise_glu_backward(const at::
   require_value(dout.device() == x.device(), "dout must be on ", x.device(), ", got ", dout.device());
 
   at::Tensor dx = empty_channels_last(x, x.size(1));
-  if (x.numel() == 0) return {dx, at::zeros_like(weight), at::zeros_like(bias)};
+  const auto none = [&] { return at::empty({0}, x.options()); };
+  if (x.numel() == 0) {
+    return {dx, parameters ? at::zeros_like(weight) : none(), parameters ? at::zeros_like(bias) : none()};
+  }
   const auto channels = static_cast<int>(x.size(1));
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
   int splits;
@@ -113,6 +116,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> depthwise_glu_backward(const at::
   C10_CUDA_CHECK(launch_depthwise_backward(dconv.const_data_ptr(), conv.x, conv.weight_data(), dx.mutable_data_ptr(),
                                            partial.mutable_data_ptr(), conv.batch, conv.height, conv.width, channels,
                                            conv.dtype, stream));
+  if (!parameters) return {dx, none(), none()};
   const at::Tensor sums = partial.sum(0);
   at::Tensor dweight = at::empty_like(weight);
   dweight.view({channels, 9}).copy_(sums.narrow(0, 0, 9).t());
@@ -246,7 +250,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("depthwise_glu", &depthwise_glu, pybind11::arg("x"), pybind11::arg("weight"), pybind11::arg("bias"),
              "c[:, :M] * silu(c[:, M:]) with c the depthwise 3x3 convolution of x, in channels-last.");
   module.def("depthwise_glu_backward", &depthwise_glu_backward, pybind11::arg("dout"), pybind11::arg("x"),
-             pybind11::arg("weight"), pybind11::arg("bias"), "The gradients of depthwise_glu by x, weight and bias.");
+             pybind11::arg("weight"), pybind11::arg("bias"), pybind11::arg("parameters") = true,
+             "The gradients of depthwise_glu by x, weight and bias; without `parameters` the last two are empty.");
   module.def("packed_attention", &packed_attention, pybind11::arg("qkv"), pybind11::arg("num_heads"),
              "Softmax attention of packed q, k and v, and the logarithm of its denominator.");
   module.def("packed_attention_backward", &packed_attention_backward, pybind11::arg("dout"), pybind11::arg("qkv"),

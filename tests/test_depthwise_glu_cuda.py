@@ -68,6 +68,8 @@ def test_gradients_agree_with_float64(shape, dtype):
     got = _C.depthwise_glu_backward(dout.contiguous(memory_format=torch.channels_last), x, weight, bias)
     expected = gradients(dout.double(), x.double(), weight.double(), bias.double())
     eager = gradients(dout, x, weight, bias)
+    alone = _C.depthwise_glu_backward(dout.contiguous(memory_format=torch.channels_last), x, weight, bias, False)
+    assert torch.equal(alone[0], got[0]) and alone[1].numel() == alone[2].numel() == 0
     assert got[0].is_contiguous(memory_format=torch.channels_last)
     for mine, plain, exact in zip(got, eager, expected, strict=True):
         assert mine.dtype == dtype and mine.shape == exact.shape

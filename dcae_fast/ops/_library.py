@@ -179,15 +179,20 @@ def differentiable_as(op: Operator, reference: Callable) -> None:
     def gradient(ctx, *grads):
         again = torch.is_grad_enabled()  # somebody asks for a gradient of the gradient
         with torch.enable_grad():
-            connected = (t if t is None or (again and t.requires_grad) else t.detach() for t in ctx.saved_tensors)
-            tensors = [t if t is None or t.requires_grad else t.requires_grad_() for t in connected]
+            # views, so that a tensor that was given twice has a gradient in each place
+            tensors = [
+                t if t is None else t.view_as(t) if again else t.detach().requires_grad_(t.requires_grad)
+                for t in ctx.saved_tensors
+            ]
             leaves = [c if t is None else t for t, c in zip(tensors, ctx.constants, strict=True)]
             outputs = tree_leaves(reference(*tree_unflatten(leaves, ctx.structure)))
             pairs = zip(outputs, tree_leaves(grads), strict=True)
-            outputs, grads = zip(*[(y, dy) for y, dy in pairs if dy is not None and y.requires_grad], strict=True)
-            inputs = [tensor for tensor in tensors if tensor is not None]
+            pairs = [(y, dy) for y, dy in pairs if dy is not None and y.requires_grad]
+            outputs, grads = [y for y, _ in pairs], [dy for _, dy in pairs]
+            wanted = [t is not None and t.requires_grad for t in tensors]
+            inputs = [t for t, wants in zip(tensors, wanted, strict=True) if wants]
             found = iter(torch.autograd.grad(outputs, inputs, grads, allow_unused=True, create_graph=again))
-        gradients = tree_unflatten([None if t is None else next(found) for t in tensors], ctx.structure)
+        gradients = tree_unflatten([next(found) if wants else None for wants in wanted], ctx.structure)
         return tuple(None if all(leaf is None for leaf in tree_leaves(part)) else part for part in gradients)
 
     differentiable(op, gradient, setup_context)

@@ -18,6 +18,7 @@ import torch
 from ._library import KERNEL_DTYPES, Operator, define, differentiable, differentiable_as
 from .layer_norm import (
     check_norm,
+    gradients_of_terms,
     layer_norm_backward_op,
     layer_norm_backward_reference,
     layer_norm_op,
@@ -114,7 +115,7 @@ def _attention_gradients(parts, dout, dtotal, inputs, kept, wants):
     total, y, qkv, attended, lse = kept
     *_, wants_w_qkv, wants_b_qkv, wants_w_proj, wants_b_proj = wants
     proj = w_proj, b_proj, True, wants_w_proj, wants_b_proj
-    dattended, *of_proj = parts.products.of_layer(dout.to(y.dtype), attended, *proj)
+    dattended, *of_proj = parts.products.of_layer(dout.to(attended.dtype), attended, *proj)
     dqkv = parts.attention_backward(dattended, qkv, attended, lse, num_heads)
     dy, *of_qkv = parts.products.of_layer(dqkv, y, w_qkv, b_qkv, True, wants_w_qkv, wants_b_qkv)
     return *_norm_gradients(parts, dy, dout if residual else None, dtotal, of_norm, total), *of_qkv, *of_proj
@@ -124,7 +125,7 @@ def _mlp_gradients(parts, dout, dtotal, inputs, kept, wants):
     *of_norm, w1, b1, w2, b2, act, residual, _ = inputs
     total, y, h = kept
     layers = w1, b1, w2, b2, h, act, (True, *wants[-4:])
-    dy, *of_layers = mlp_gradients(parts.products, parts.gelu_gradient, dout.to(y.dtype), y, *layers)
+    dy, *of_layers = mlp_gradients(parts.products, parts.gelu_gradient, dout.to(h.dtype), y, *layers)
     return *_norm_gradients(parts, dy, dout if residual else None, dtotal, of_norm, total), *of_layers
 
 
@@ -138,6 +139,7 @@ def _norm_gradients(parts, dy, dresidual, dtotal, of_norm, total):
 
 NORM = "Tensor x, Tensor scale, Tensor shift, float eps, Tensor? branch, Tensor? gate, ScalarType dtype"
 DIFFERENTIABLE = (0, 1, 2, 4, 5, 7, 8, 9, 10)  # places of x, scale, shift, branch, gate, and two layers' parameters
+X, BRANCH, GATE, FIRST_WEIGHT, LAST_WEIGHT = 0, 4, 5, 7, 9
 
 
 norm_attention_reference = partial(_attention, REFERENCES)
@@ -164,7 +166,7 @@ def _define_half(name: str, layers: str, forward: Callable, gradients: Callable,
         accepts,
         partial(forward, KERNELS),
     )
-    tensors = ", ".join(f"Tensor kept{place}" for place in range(kept))
+    tensors = ", ".join(f"Tensor? kept{place}" for place in range(kept))
     backward_op = define(
         f"{name}_backward(Tensor dout, Tensor? dtotal, {inputs}, {tensors}, bool[] wants)"
         f" -> ({', '.join(['Tensor'] * len(DIFFERENTIABLE))})",
@@ -176,16 +178,28 @@ def _define_half(name: str, layers: str, forward: Callable, gradients: Callable,
     def setup_context(ctx, inputs, output):
         ctx.mark_non_differentiable(*output[2:])
         ctx.set_materialize_grads(False)
+        _, total, y, *others = output
+        y = y if ctx.needs_input_grad[FIRST_WEIGHT] else None  # nothing else reads it
+        ctx.terms = None
+        if inputs[BRANCH] is not None and not ctx.needs_input_grad[GATE]:  # s takes the place of x and branch
+            ctx.terms = inputs[X].dtype, inputs[BRANCH].dtype
+            inputs = (total, *inputs[1:BRANCH], None, *inputs[GATE:])
         ctx.constants = [None if isinstance(value, torch.Tensor) else value for value in inputs]
         given = (value if isinstance(value, torch.Tensor) else None for value in inputs)
-        ctx.save_for_backward(*given, *output[1:])
+        ctx.save_for_backward(*given, total, y, *others)
 
     def gradient(ctx, dout, dtotal, *_):
         tensors, wants = ctx.saved_tensors, ctx.needs_input_grad
         given = [c if t is None else t for t, c in zip(tensors[:count], ctx.constants, strict=True)]
-        dout = torch.zeros_like(given[0]) if dout is None else dout
+        gate = given[GATE]
+        if ctx.terms is not None:
+            given[GATE] = None
+        if dout is None:
+            dout = given[0].new_zeros(*given[0].shape[:2], given[LAST_WEIGHT].shape[0])
         found = backward_op(dout, dtotal, *given, *tensors[count:], [wants[place] for place in DIFFERENTIABLE])
         found = dict(zip(DIFFERENTIABLE, found, strict=True))
+        if ctx.terms is not None:
+            found[X], found[BRANCH] = gradients_of_terms(found[X], gate, *ctx.terms)
         return tuple(found[place] if wanted else None for place, wanted in enumerate(wants))
 
     differentiable(half, gradient, setup_context)

@@ -22,12 +22,15 @@ def depthwise_glu_reference(x, weight, bias):
     return value * F.silu(gate)
 
 
-def depthwise_glu_backward_reference(dout, x, weight, bias):
+def depthwise_glu_backward_reference(dout, x, weight, bias, parameters):
     value, gate = _convolution(x, weight, bias).chunk(2, dim=1)
     dconv = torch.cat([dout * F.silu(gate), activate_backward(gate, dout * value, "silu")], dim=1)
+    mask = [True, parameters, False]
     dx, dweight, _ = torch.ops.aten.convolution_backward(
-        dconv, x, weight.to(x.dtype), None, [1, 1], [1, 1], [1, 1], False, [0, 0], x.shape[1], [True, True, False]
+        dconv, x, weight.to(x.dtype), None, [1, 1], [1, 1], [1, 1], False, [0, 0], x.shape[1], mask
     )
+    if not parameters:
+        return dx, x.new_empty(0), x.new_empty(0)
     return dx, dweight.to(weight.dtype), sum_to_channels(dconv).to(bias.dtype)
 
 
@@ -48,11 +51,12 @@ _forward = define(
     _cuda_accepts,
 )
 _backward = define(
-    "depthwise_glu_backward(Tensor dout, Tensor x, Tensor weight, Tensor bias) -> (Tensor, Tensor, Tensor)",
+    "depthwise_glu_backward(Tensor dout, Tensor x, Tensor weight, Tensor bias, bool parameters)"
+    " -> (Tensor, Tensor, Tensor)",
     depthwise_glu_backward_reference,
-    lambda dout, *args: _accepts(*args),
+    lambda dout, x, weight, bias, _: _accepts(x, weight, bias),
     "depthwise_glu",
-    lambda dout, *args: _cuda_accepts(*args, dout),
+    lambda dout, x, weight, bias, _: _cuda_accepts(x, weight, bias, dout),
 )
 
 
@@ -61,7 +65,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _gradient(ctx, dout):
-    return _backward(dout, *ctx.saved_tensors)
+    wants_parameters = any(ctx.needs_input_grad[1:])
+    dx, *of_parameters = _backward(dout, *ctx.saved_tensors, wants_parameters)
+    return dx, *(of_parameters if wants_parameters else (None, None))
 
 
 differentiable(_forward, _gradient, _setup_context)

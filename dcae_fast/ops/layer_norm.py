@@ -68,6 +68,11 @@ def norm_gradients(backward, dy, dsum, total, scale, shift_dtype, branch, gate, 
     return dx, dscale, dshift.to(shift_dtype), *((None, None) if branch is None else rest)
 
 
+def gradients_of_terms(dsum, gate, x_dtype, branch_dtype):
+    """Of x and branch, from that of the sum: where the gate has none, they are not kept."""
+    return dsum.to(x_dtype), (dsum * gate[:, None]).to(branch_dtype)
+
+
 class _LayerNorm(torch.autograd.Function):
     """(s, y); without a branch s is x itself, so that its gradient comes here."""
 
@@ -75,19 +80,23 @@ class _LayerNorm(torch.autograd.Function):
     def forward(ctx, x, scale, shift, eps, branch, gate, dtype):
         total, y = layer_norm_op(x, scale, shift, eps, branch, gate, dtype)
         total = x if branch is None else total
-        ctx.save_for_backward(total, scale, branch, gate)
-        ctx.eps, ctx.dtypes = eps, (x.dtype, shift.dtype)
+        ctx.save_for_backward(total, scale, branch if ctx.needs_input_grad[5] else None, gate)
+        ctx.eps, ctx.dtypes = eps, (x.dtype, shift.dtype, None if branch is None else branch.dtype)
         ctx.set_materialize_grads(False)
         return total, y
 
     @staticmethod
     def backward(ctx, dsum, dy):
         total, scale, branch, gate = ctx.saved_tensors
-        x_dtype, shift_dtype = ctx.dtypes
+        x_dtype, shift_dtype, branch_dtype = ctx.dtypes
+        summed = branch is None and gate is not None
         dy = torch.zeros_like(total) if dy is None else dy
+        terms = (None, None, ctx.eps, total.dtype) if summed else (branch, gate, ctx.eps, x_dtype)
         dx, dscale, dshift, dbranch, dgate = norm_gradients(
-            layer_norm_backward_op, dy, dsum, total, scale, shift_dtype, branch, gate, ctx.eps, x_dtype
+            layer_norm_backward_op, dy, dsum, total, scale, shift_dtype, *terms
         )
+        if summed:
+            dx, dbranch = gradients_of_terms(dx, gate, x_dtype, branch_dtype)
         return dx, dscale, dshift, None, dbranch, dgate, None
 
 

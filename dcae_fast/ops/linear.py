@@ -134,7 +134,7 @@ class Gradients:
         if wants_weight:
             dweight, dbias = self.weight_gradient(dy, x, wants_bias, weight.dtype)
         else:
-            dweight, dbias = None, as_rows(dy).sum(0) if wants_bias else None
+            dweight, dbias = None, as_rows(dy).sum(0, dtype=bias.dtype) if wants_bias else None
         return dweight, dbias.to(bias.dtype) if wants_bias else None
 
     def of_layer(self, dy, x, weight, bias, wants_x, wants_weight, wants_bias):
@@ -148,15 +148,15 @@ OPERATORS = Gradients(input_gradient, weight_gradient)
 
 def _setup_context(ctx, inputs, output):
     x, weight, bias, residual = inputs
-    ctx.save_for_backward(x, weight, bias)
-    ctx.residual_dtype = None if residual is None else residual.dtype
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, bias)
+    ctx.x_dtype, ctx.residual_dtype = x.dtype, None if residual is None else residual.dtype
 
 
 def _gradient(ctx, dy):
     *wants, wants_residual = ctx.needs_input_grad
     x, weight, bias = ctx.saved_tensors
     dresidual = dy.to(ctx.residual_dtype) if wants_residual else None
-    return *OPERATORS.of_layer(dy.to(x.dtype), x, weight, bias, *wants), dresidual
+    return *OPERATORS.of_layer(dy.to(ctx.x_dtype), x, weight, bias, *wants), dresidual
 
 
 differentiable(linear_op, _gradient, _setup_context)

@@ -4,8 +4,8 @@
 
 x: [..., K]; w1: [H, K]; w2: [M, H]; residual and y: [..., M]. Exactness, types and sums as in `linear`.
 
-For the gradient x and h are kept, as torch.compile would; gelu(h), as large as h, would add a third to what a
-transformer's block keeps. It is computed again in the pass that makes dh, all else lies in products:
+For the gradient h is kept, and x for that of w1, as torch.compile would; gelu(h), as large as h, would add a third to
+what a transformer's block keeps. It is computed again in the pass that makes dh, all else lies in products:
 
     dg = dy · w2;    dh = dg * gelu'(h), g = gelu(h), db1 = Σ dh
     dw2 = dyᵀ · g, db2 = Σ dy;    dx = dh · w1, dw1 = dhᵀ · x
@@ -37,10 +37,11 @@ def mlp_reference(x, w1, b1, w2, b2, residual, act):
 
 
 @without_autocast
-def gelu_gradient_reference(dg, h, act):
-    approximate = ACTIVATIONS[act]
+def gelu_gradient_reference(dg, h, act, wants_g):
+    approximate, wide = ACTIVATIONS[act], torch.promote_types(h.dtype, torch.float32)
     dh = torch.ops.aten.gelu_backward(dg, h, approximate=approximate)
-    return dh, F.gelu(h, approximate=approximate), as_rows(dh).sum(0)
+    g = F.gelu(h, approximate=approximate) if wants_g else h.new_empty(0)
+    return dh, g, as_rows(dh).sum(0, dtype=wide)
 
 
 def _accepts(x, w1, b1, w2, b2, residual, act):
@@ -66,9 +67,9 @@ mlp_op = define(
     _launch,
 )
 gelu_gradient = define(
-    "gelu_gradient(Tensor dg, Tensor h, str act) -> (Tensor, Tensor, Tensor)",
+    "gelu_gradient(Tensor dg, Tensor h, str act, bool wants_g) -> (Tensor, Tensor, Tensor)",
     gelu_gradient_reference,
-    lambda dg, h, act: dg.dtype == h.dtype and h.dtype in KERNEL_DTYPES,
+    lambda dg, h, act, wants_g: dg.dtype == h.dtype and h.dtype in KERNEL_DTYPES,
     "gelu_gradient",
 )
 
@@ -76,18 +77,18 @@ gelu_gradient = define(
 def mlp_gradients(products, gelu_gradient, dy, x, w1, b1, w2, b2, h, act, wants, dh_of_h=None):
     """Of x, w1, b1, w2 and b2, each None unless wanted. products: a linear layer's Gradients; dy: in x's type."""
     wants_x, wants_w1, wants_b1, wants_w2, wants_b2 = wants
-    dh, g, db1 = gelu_gradient(products.input_gradient(dy, w2), h, act)
+    dh, g, db1 = gelu_gradient(products.input_gradient(dy, w2), h, act, wants_w2)
     dw2, db2 = products.of_parameters(dy, g, w2, b2, wants_w2, wants_b2)
     del g  # as large as dh
     if dh_of_h is not None:
-        dh, db1 = dh + dh_of_h, db1 + as_rows(dh_of_h).sum(0)
+        dh, db1 = dh + dh_of_h, db1 + as_rows(dh_of_h).sum(0, dtype=db1.dtype)
     dx, dw1, _ = products.of_layer(dh, x, w1, b1, wants_x, wants_w1, False)
     return dx, dw1, db1.to(b1.dtype) if wants_b1 else None, dw2, db2
 
 
 def _setup_context(ctx, inputs, output):
     x, w1, b1, w2, b2, residual, ctx.act = inputs
-    ctx.save_for_backward(x, w1, b1, w2, b2, output[1])
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w1, b1, w2, b2, output[1])
     ctx.residual_dtype = None if residual is None else residual.dtype
     ctx.set_materialize_grads(False)  # nobody but the gradient of the gradient has one for h
 
@@ -95,9 +96,9 @@ def _setup_context(ctx, inputs, output):
 def _gradient(ctx, dy, dh_of_h):
     *wants, wants_residual, _ = ctx.needs_input_grad
     x, *parameters, h = ctx.saved_tensors
-    dy = x.new_zeros(*x.shape[:-1], parameters[2].shape[0]) if dy is None else dy
+    dy = h.new_zeros(*h.shape[:-1], parameters[2].shape[0]) if dy is None else dy
     dresidual = dy.to(ctx.residual_dtype) if wants_residual else None
-    dy = dy.to(x.dtype)
+    dy = dy.to(h.dtype)
     return *mlp_gradients(OPERATORS, gelu_gradient, dy, x, *parameters, h, ctx.act, wants, dh_of_h), dresidual, None
 
 

@@ -88,17 +88,18 @@ def _setup_context(ctx, inputs, output):
 def _gradient_with(adjoint):
     def gradient(ctx, dout):
         dx = dmain = dbias = None
-        if ctx.x is not None:
+        wants_x, wants_main, wants_bias, *_ = ctx.needs_input_grad
+        if wants_x:
             channels, dtype = ctx.x
             dx = adjoint(dout, None, None, channels, ctx.factor, ctx.scale).to(dtype)
-        if ctx.main is not None:
+        if wants_main or wants_bias:
             channels, dtype = ctx.main
             if ctx.planes:
                 dmain = to_planes(dout)
             else:
                 dmain = adjoint(dout, None, None, channels, ctx.factor, 1.0) if ctx.moved else dout
             dmain = dmain.to(dtype)
-        if ctx.bias_dtype is not None:
+        if wants_bias:
             wide = torch.promote_types(dmain.dtype, torch.float32)
             dbias = sum_to_channels(dmain.to(wide)).to(ctx.bias_dtype)
         return dx, dmain, dbias, None, None, None

@@ -202,7 +202,8 @@ def launch_depthwise_glu(x, weight, bias):
     return out
 
 
-def launch_depthwise_glu_backward(dout, x, weight, bias):
+def launch_depthwise_glu_backward(dout, x, weight, bias, parameters):
+    """Gradients by x, and by weight and bias if `parameters`, else empty."""
     _, channels, height, width = x.shape
     taps, dconv, dx = _taps(weight), like_channels_last(x), like_channels_last(x)
     tiles_h, tiles_w, blocks_c, tiles = _sizes(x, channels // 2)
@@ -216,6 +217,8 @@ def launch_depthwise_glu_backward(dout, x, weight, bias):
             dconv, taps, dx, height, width, channels, tiles_h, tiles_w, blocks_c, **TILE
         )
         splits = persistent_splits(x, tiles, blocks_c)
+    if not parameters:
+        return dx, x.new_empty(0), x.new_empty(0)
     partial = torch.empty(splits, 10, channels, dtype=torch.float32, device=x.device)
     if splits:
         _depthwise_glu_weight_backward_kernel[(splits * blocks_c,)](

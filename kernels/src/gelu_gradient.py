@@ -1,4 +1,4 @@
-"""GELU and its gradient in one pass over a matrix, and the sums of the gradient down its columns."""
+"""GELU and its gradient in one pass over a matrix, and the sums of the gradient down its columns, in fp32."""
 
 import math
 
@@ -32,7 +32,7 @@ def _normal(x):
 @Kernel
 def _gelu_gradient_kernel(
     dg_ptr, h_ptr, dh_ptr, g_ptr, partial_ptr, rows, columns,
-    TANH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    TANH: tl.constexpr, WANTS_G: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Programs count over (blocks of columns, splits of the rows); sums go to partial [splits, columns]."""
     column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
@@ -52,21 +52,22 @@ def _gelu_gradient_kernel(
             slope = cdf + h * density
         dh = (dg * slope).to(dh_ptr.dtype.element_ty)
         tl.store(dh_ptr + offset, dh, mask)
-        tl.store(g_ptr + offset, (h * cdf).to(g_ptr.dtype.element_ty), mask)
+        if WANTS_G:
+            tl.store(g_ptr + offset, (h * cdf).to(g_ptr.dtype.element_ty), mask)
         total += tl.sum(dh.to(tl.float32), 0)
     tl.store(partial_ptr + tl.program_id(1) * columns + column, total, column_mask)
 
 
-def launch_gelu_gradient(dg, h, act):
+def launch_gelu_gradient(dg, h, act, wants_g):
     columns = h.shape[-1]
     rows = h.numel() // max(columns, 1)
-    dh, g = torch.empty_like(h), torch.empty_like(h)
+    dh, g = torch.empty_like(h), torch.empty_like(h) if wants_g else h.new_empty(0)
     blocks = triton.cdiv(columns, BLOCK_COLUMNS)
     splits = persistent_splits(h, triton.cdiv(rows, BLOCK_ROWS), blocks, per_processor=16)
     partial = torch.empty(splits, columns, dtype=torch.float32, device=h.device)
     if h.numel():
         _gelu_gradient_kernel[(blocks, splits)](
             dg, h, dh, g, partial, rows, columns,
-            TANH=act == "gelu_tanh", BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLUMNS=BLOCK_COLUMNS, num_warps=2,
+            TANH=act == "gelu_tanh", WANTS_G=wants_g, BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLUMNS=BLOCK_COLUMNS, num_warps=2,
         )  # fmt: skip
-    return dh, g, partial.sum(0).to(h.dtype)
+    return dh, g, partial.sum(0)

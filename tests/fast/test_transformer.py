@@ -246,7 +246,8 @@ def kept_for_backward(network: nn.Module, autocast: torch.dtype | None) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         with torch.autocast(DEVICE, autocast, enabled=autocast is not None):
-            _ = network(*inputs(next(network.parameters()).dtype))
+            x, *others = inputs(next(network.parameters()).dtype)
+            _ = network(x.requires_grad_(), *others)
     return sum(storage.nbytes() for storage in memory.values())
 
 
@@ -260,6 +261,14 @@ def test_training_keeps_no_more_than_a_compiled_network(networks, autocast):
         if type(block).__name__ in BLOCKS:
             block.compile(backend="aot_eager_decomp_partition")
     assert kept_for_backward(fast, autocast) <= kept_for_backward(compiled, autocast)
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
+def test_a_frozen_network_keeps_no_more_than_the_plain_one(networks, autocast):
+    """A gradient goes through it: guidance, for example."""
+    dtype = torch.float32 if autocast else torch.bfloat16
+    plain, fast = (network.to(dtype).requires_grad_(False) for network in networks)
+    assert kept_for_backward(fast, autocast) <= kept_for_backward(plain, autocast)
 
 
 def test_dropout_that_is_on_is_not_passed_over(networks, monkeypatch):

@@ -85,7 +85,7 @@ def main():
         launch_multiscale_qkv(qkv, tensor(1536, 1, 5, 5, dtype=dtype), tensor(1536, 32, 1, 1, dtype=dtype))
         x, weight, bias = tensor(2, 256, 16, 16, dtype=dtype), tensor(256, 1, 3, 3), tensor(256)
         launch_depthwise_glu(x, weight, bias)
-        launch_depthwise_glu_backward(x[:, :128], x, weight, bias)
+        launch_depthwise_glu_backward(x[:, :128], x, weight, bias, True)
     for dtype in POINTER:
         x, weight, bias = tensor(2, 3, 64, 64, dtype=dtype), tensor(128, 3, 3, 3, dtype=dtype), tensor(128, dtype=dtype)
         launch_conv2d(x, weight, bias, "none", 1, (1, 1, 1, 1))
@@ -104,7 +104,7 @@ def main():
         launch_layer_norm_backward(y, x, x, d, None, None, 1e-5, dtype)
         launch_layer_norm_backward(y, x, x, of_image, y, of_image, 1e-6, dtype)
         for act in ("gelu", "gelu_tanh"):
-            launch_gelu_gradient(y.flatten(0, 1), y.flatten(0, 1), act)
+            launch_gelu_gradient(y.flatten(0, 1), y.flatten(0, 1), act, True)
     launch_unshuffle_average_add(tensor(2, 256, 64, 64), tensor(2, 128, 64, 64), tensor(128), 512, 2, 0.5)
     launch_duplicate_shuffle_add(tensor(2, 512, 32, 32), tensor(2, 1024, 32, 32), tensor(1024), 256, 2, 1.0)
     launch_duplicate_shuffle_add(tensor(2, 512, 32, 32), tensor(8, 256, 32, 32), tensor(256), 256, 2, 1.0)

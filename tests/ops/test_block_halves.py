@@ -161,6 +161,54 @@ def test_only_wanted_gradients_are_computed(case):
         assert_close(got, whole[wanted])
 
 
+@pytest.mark.parametrize("case", [CASES["attention-branch"], CASES["mlp-branch"]], ids=["attention", "mlp"])
+def test_either_result_alone_and_another_width(case):
+    tensors = make(case, torch.float64)
+    narrow = [t[:-4] if place in (5, 6) else t for place, t in enumerate(tensors)]
+    for given in (tensors, narrow):
+        for result in (0, 1):
+            got, want = (
+                torch.autograd.grad(
+                    function(case[0], False, *given)[result].square().sum(),
+                    tensors,
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+                for function in (ours, plain)
+            )
+            assert_close(got, want)
+
+
+@pytest.mark.parametrize("case", [CASES["attention-branch"], CASES["mlp-branch-residual"]], ids=["attention", "mlp"])
+@pytest.mark.parametrize("frozen, fewer", [((3, 4, 5, 6), 1), ((8,), 2), ((1, 2, 3, 4, 5, 6, 8), 3)], ids=str)
+def test_frozen_parts_keep_less(case, frozen, fewer):
+    """The result of the norm is kept for the gradient of the first weight alone, x and branch for that of the gate."""
+    whole, tensors = make(case, torch.float64), make(case, torch.float64)
+    tensors = [t.detach() if place in frozen else t for place, t in enumerate(tensors)]
+    trained = [t for t in tensors if t.requires_grad]
+
+    def kept(given):
+        found = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: found.setdefault(t.data_ptr(), t), lambda t: t):
+            ours(case[0], case[4], *given)
+        return sum(t.nbytes for t in found.values())
+
+    assert kept(whole) - kept(tensors) == fewer * whole[0].nbytes
+
+    def call(*given):
+        given = iter(given)
+        return ours(case[0], case[4], *[next(given) if t.requires_grad else t for t in tensors])
+
+    torch._dynamo.reset()
+    got = [
+        torch.autograd.grad(f(*trained)[1].square().sum(), trained)
+        for f in (call, torch.compile(call, backend="aot_eager"))
+    ]
+    want = torch.autograd.grad(plain(case[0], case[4], *tensors)[1].square().sum(), trained)
+    assert_close(got, [want, want])
+    torch.autograd.gradgradcheck(call, trained, fast_mode=True)
+
+
 @pytest.mark.parametrize("half, message", [("attention", "w_qkv"), ("mlp", "bias")])
 def test_bad_input_is_refused(half, message):
     x, d, w = torch.randn(2, 3, 8), torch.randn(8), torch.randn(20, 8)

@@ -127,6 +127,28 @@ def test_gradients_of_gradients():
         torch.autograd.gradgradcheck(ours, tensors, fast_mode=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_gate_without_gradient(dtype):
+    """Nothing but the sum is kept, and gradients are as exact as with it, also where the branch's is the widest."""
+    *tensors, gate = make(*CASES["branch"], dtype)
+    tensors[3] = tensors[3].detach().to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+    gate = gate.detach()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()), lambda _: None):
+        ours(*tensors, gate)
+    assert tensors[0].data_ptr() not in kept and tensors[3].data_ptr() not in kept
+
+    exact = run(lambda *args, **_: plain(*args, gate.double()), [t.detach().double().requires_grad_() for t in tensors])
+    got = run(lambda *args, dtype: ours(*args, gate, dtype=dtype), tensors)
+    whole = run(ours, [*tensors, gate.requires_grad_()])
+    for mine, kept_gate, want in zip(got, whole, exact, strict=False):
+        assert mine.dtype == kept_gate.dtype
+        limit = 2 * relative_error(kept_gate, want)
+        assert relative_error(mine, want) <= max(limit, 4 * torch.finfo(mine.dtype).eps)
+    if dtype == torch.float64:
+        torch.autograd.gradgradcheck(lambda *args: ours(*args, gate.detach()), tensors, fast_mode=True)
+
+
 def test_strides_do_not_matter():
     tensors = make(*CASES["branch"], torch.float32)
     strided = [tensor.detach().repeat_interleave(2, dim=-1)[..., ::2].requires_grad_() for tensor in tensors]

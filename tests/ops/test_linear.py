@@ -189,6 +189,27 @@ def test_their_gradients_are_not_rounded(shapes):
     assert relative_error(got, dy.double().T @ x.double()) <= 1e-5
 
 
+@pytest.mark.parametrize("act", APPROXIMATION)
+@pytest.mark.parametrize("weights", ["trained", "frozen"])
+def test_gradients_of_biases_are_not_rounded(weights, act):
+    """Sums in float32 of what is half, as it is."""
+    x, w1, b1, w2, b2, _ = make(CASES["mlp"][2], torch.bfloat16)
+    w1, b1, w2, b2 = (tensor.detach().float().requires_grad_() for tensor in (w1, b1, w2, b2))
+    if weights == "frozen":
+        w1, w2 = w1.detach(), w2.detach()
+    y = ops.mlp(x.detach(), w1, b1, w2, b2, act=act)
+    dy = torch.randn_like(y)
+    db1, db2 = torch.autograd.grad(y, [b1, b2], dy)
+    with torch.no_grad():
+        _, h = mlp.mlp_op(x, w1, b1, w2, b2, None, act)
+        dh, _, of_columns = mlp.gelu_gradient(linear.input_gradient(dy, w2), h, act, False)
+    for got, summed in ((db1, dh), (of_columns, dh), (db2, dy)):
+        assert got.dtype == torch.float32
+        assert relative_error(got, summed.double().flatten(0, 1).sum(0)) <= 1e-6
+    (dbias,) = torch.autograd.grad(ops.linear(x.detach(), w1, b1), b1, dh)
+    assert relative_error(dbias, dh.double().flatten(0, 1).sum(0)) <= 1e-6
+
+
 def test_autocast_changes_nothing():
     function, _, shapes, act = CASES["mlp-residual"]
     for dtype in (torch.float32, torch.bfloat16):
@@ -196,6 +217,40 @@ def test_autocast_changes_nothing():
         expected = run(function, tensors, act)
         with torch.autocast(DEVICE, torch.bfloat16):
             assert_close(run(function, tensors, act), expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["linear", "linear-residual", "mlp-residual"])
+def test_a_frozen_weight_keeps_no_input(name):
+    function, _, shapes, act = CASES[name]
+    x, weight, *others = make(shapes, torch.float64)
+
+    def keeps_x(weight):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()), lambda _: None):
+            function(x, weight, *others, act=act)
+        return x.data_ptr() in kept
+
+    assert keeps_x(weight) and not keeps_x(weight.detach())
+    tensors = [x, *others]
+    torch.autograd.gradgradcheck(lambda x, *others: function(x, weight.detach(), *others, act=act), tensors)
+
+
+@pytest.mark.parametrize("act", APPROXIMATION)
+def test_gelu_is_computed_again_for_a_second_weight_alone(act, monkeypatch):
+    x, w1, b1, w2, b2, _ = make(CASES["mlp"][2], KERNEL_DTYPE)
+    first, sizes, gelu_gradient = [x, w1, b1], [], mlp.gelu_gradient
+
+    def record(*args):
+        dh, g, db1 = gelu_gradient(*args)
+        sizes.append(g.numel())
+        return dh, g, db1
+
+    monkeypatch.setattr(mlp, "gelu_gradient", record)
+    whole = torch.autograd.grad(ops.mlp(*first, w2, b2, act=act).sum(), first)
+    frozen = torch.autograd.grad(ops.mlp(*first, w2.detach(), b2, act=act).sum(), first)
+    assert_close(frozen, whole, atol=0, rtol=0)
+    assert sizes == [x[..., 0].numel() * w1.shape[0], 0]
+    check_registration(lambda: torch.autograd.grad(ops.mlp(*first, w2.detach(), b2, act=act).sum(), first))
 
 
 def test_only_wanted_gradients_are_computed():

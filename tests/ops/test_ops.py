@@ -1,10 +1,12 @@
 """Every operator against its formula in float64: results, gradients, layouts, odd and empty sizes, registration."""
 
+import importlib
 import sys
 
 import pytest
 import torch
 from registration import check_registration
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dcae_fast import ops
 from dcae_fast.ops._library import Operator
@@ -246,6 +248,91 @@ def test_gradients_of_the_reference(name):
     tensors = [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
     torch.autograd.gradcheck(op, tensors, fast_mode=True)
     torch.autograd.gradgradcheck(op, tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_one_gradient_alone(name):
+    """As among all; to the second order it does not depend on what else could have one."""
+    op, shapes = CASES[name]
+    whole = run(op, make(shapes, torch.float32))[1:]
+    for wanted, expected in enumerate(whole):
+        tensors = [t.requires_grad_(place == wanted) for place, t in enumerate(make(shapes, torch.float32))]
+        y = op(*tensors)
+        dy = torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=y.device).view(y.shape).to(y.dtype)
+        torch.testing.assert_close(torch.autograd.grad(y, tensors[wanted], dy, retain_graph=True)[0], expected)
+        (again,) = torch.autograd.grad(y, tensors[wanted], dy, create_graph=True)
+        torch.testing.assert_close(again, expected)
+        if again.requires_grad:
+            torch.autograd.grad(again.sum(), tensors[wanted], allow_unused=True)
+
+
+class Calls(TorchDispatchMode):
+    """(name, arguments) of what PyTorch's dispatcher was asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append((func.name(), args))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["conv2d-relu", "conv2d_unshuffle", "upsample_conv2d", "multiscale_qkv"])
+def test_no_gradient_of_a_frozen_weight_is_computed(name):
+    op, shapes = CASES[name]
+    x, *weights = make(shapes, torch.float32)
+    y = op(x, *[weight.detach() for weight in weights]).sum()
+    with Calls() as calls:
+        y.backward()
+    masks = [args[-1] for name, args in calls.seen if name == "aten::convolution_backward"]
+    assert masks and not any(of_weight or of_bias for _, of_weight, of_bias in masks)
+
+
+@pytest.mark.parametrize("name", ["average-unshuffled_main", "duplicate-planes", "duplicate-main_alone"])
+def test_no_gradient_of_a_frozen_bias_is_summed(name):
+    op, shapes = CASES[name]
+    tensors = make(shapes, torch.float32)
+    sums = []
+    for given in (tensors, [*tensors[:-1], tensors[-1].detach()]):
+        y = op(*given)
+        with Calls() as calls:
+            torch.autograd.grad(y, tensors[0], torch.ones_like(y))
+        sums.append(sum(name == "aten::sum.dim_IntList" for name, _ in calls.seen))
+    assert sums == [1, 0]
+
+
+def test_no_kernel_runs_for_frozen_parameters(monkeypatch):
+    op, shapes = CASES["depthwise_glu"]
+    x, weight, bias = make(shapes, torch.float32)
+    y = op(x, weight, bias)
+    (expected,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    kernels = importlib.import_module("dcae_fast.kernels.depthwise_glu")
+    monkeypatch.setattr(kernels, "_depthwise_glu_weight_backward_kernel", None)
+    for again in (False, True):
+        y = op(x, weight.detach(), bias.detach())
+        (dx,) = torch.autograd.grad(y, x, torch.ones_like(y), create_graph=again)
+        torch.testing.assert_close(dx, expected, atol=0, rtol=0)
+    assert dx.requires_grad
+
+    def backward(function=op):
+        return torch.autograd.grad(function(x, weight.detach(), bias.detach()).sum(), x)
+
+    check_registration(backward)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *args: op(*args), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(backward(compiled), backward(), atol=0, rtol=0)
+    y = op(x.detach(), weight.detach(), bias)
+    with pytest.raises(TypeError):
+        torch.autograd.grad(y, bias, torch.ones_like(y))
+
+
+def test_a_tensor_in_two_places():
+    x, weight = make([(1, 4, 5, 5), (4, 4, 3, 3)], torch.float64)
+    torch.autograd.gradgradcheck(lambda x, weight: ops.conv2d(x, weight, residual=x, padding=1), [x, weight])
+    y = ops.conv2d(x, weight, residual=x, padding=1).sum()
+    (once,), (again,) = (torch.autograd.grad(y, x, retain_graph=True, create_graph=create) for create in (False, True))
+    torch.testing.assert_close(again, once)
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-4, 1e4])
