@@ -9,6 +9,7 @@ from graph_tape import CAPTURED, REPLAYED, SEEN, counts, not_captured
 from small_diffusion import DIT, FLOW, UVIT, build
 from small_models import DEVICE, duplicates
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import dcae_fast
 from dcae_fast.fast.casts import Casts
@@ -62,6 +63,17 @@ def test_kinds_of_calls(tape, pair):
     with torch.autocast(DEVICE, torch.float16):
         settle(x, t, y)
     assert counts(network, x, t, y) == REPLAYED
+
+
+@torch.no_grad()
+def test_what_attention_may_run_as(tape, pair):
+    """A graph is of the implementations of attention that were allowed when it was captured."""
+    network, _ = pair
+    fused = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION)
+    for choice in ([SDPBackend.MATH], *([SDPBackend.MATH, backend] for backend in fused)):
+        assert [counts(network, *inputs()) for _ in range(3)][-1] == REPLAYED
+        with sdpa_kernel(choice):
+            assert [counts(network, *inputs()) for _ in range(3)] == [SEEN, CAPTURED, REPLAYED]
 
 
 def test_calls_that_are_left_alone(tape, pair):
