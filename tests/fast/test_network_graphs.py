@@ -66,6 +66,20 @@ def test_kinds_of_calls(tape, pair):
 
 
 @torch.no_grad()
+def test_calls_with_keywords(tape, pair):
+    """They share the graphs of calls without, in any order; others are refused as without `patch`."""
+    network, twin = pair
+    x, t, y = inputs()
+    assert [counts(network, x, t=t, y=y) for _ in range(3)] == [SEEN, CAPTURED, REPLAYED]
+    for given, named in [((x, t), {"y": y}), ((x,), {"y": y, "t": t}), ((), {"t": t, "y": y, "x": x}), ((x, t, y), {})]:
+        assert counts(network, *given, **named) == REPLAYED
+        assert torch.equal(network(*given, **named), twin(x, t, y))
+    for given, named in [((x, t, y), {"y": y}), ((x,), {"t": t}), ((x, t), {"labels": y})]:
+        with pytest.raises(TypeError, match="argument"):
+            network(*given, **named)
+
+
+@torch.no_grad()
 def test_what_attention_may_run_as(tape, pair):
     """A graph is of the implementations of attention that were allowed when it was captured."""
     network, _ = pair
@@ -82,7 +96,6 @@ def test_calls_that_are_left_alone(tape, pair):
     not_captured(network, x, t, y)
     assert network(x, t, y).requires_grad
     with torch.no_grad():
-        not_captured(network, x, t=t, y=y)
         not_captured(network, x[:0], t[:0], y[:0])
         network.train()
         not_captured(network, x, t, y)
