@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import sys
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ import torch.nn.functional as F
 from dcae_fast import ops
 from dcae_fast.ops import _convolution_plans, _plans
 from dcae_fast.ops.conv2d import _launch, conv2d_reference
+from dcae_fast.ops.upsample_conv2d import _launch as upsample_conv2d
+from dcae_fast.ops.upsample_conv2d import upsample_conv2d_reference
 
 DEVICE, NHWC = "cuda" if torch.cuda.is_available() else "cpu", torch.channels_last
 
@@ -113,6 +116,24 @@ def test_a_plan_and_its_fallback_compute_the_same(before, act, residual, found, 
         torch.testing.assert_close(_launch(*args), conv2d_reference(*args), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("size, aligned", [(5, [True, False, True, False]), (4, [True] * 4)])
+def test_planes_that_begin_between_16_bytes_take_the_fallback(size, aligned, monkeypatch):
+    """12 channels of 5×5 pixels in half precision are no multiple of 16 bytes."""
+    planes = []
+
+    def find(x, weight, stride, padding, epilogue, fallback):
+        return lambda x, weight, operands, out: (planes.append(out.data_ptr()), fallback())[1]
+
+    monkeypatch.setattr(_convolution_plans, "available", lambda: True)
+    monkeypatch.setattr(_convolution_plans, "find", find)
+    monkeypatch.setattr(sys.modules["dcae_fast.ops.conv2d"], "_accepts", lambda *args: True)
+    x, weight = torch.randn(1, 16, size, size), torch.randn(12, 16, 3, 3) / 12
+    x, weight = (tensor.to(DEVICE, torch.bfloat16).contiguous(memory_format=NHWC) for tensor in (x, weight))
+    got, exact = upsample_conv2d(x, weight), upsample_conv2d_reference(x.double(), weight.double())
+    assert relative_error(got, exact) <= 1e-2
+    assert len(planes) == sum(aligned) and all(address % 16 == 0 for address in planes)
+
+
 def random(*shape, dtype):
     x = torch.randn(shape, device="cuda", dtype=dtype)
     return x.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else x
@@ -178,6 +199,16 @@ def test_every_candidate_is_right(kind, dtype, empty_cache):
         assert got.is_contiguous(memory_format=torch.channels_last) and got.dtype == dtype
         assert torch.equal(run(), got), "not deterministic"
         assert key in _plans._plans
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_planes_of_odd_size(dtype, empty_cache):
+    x, weight = random(1, 512, 65, 65, dtype=dtype), random(12, 512, 3, 3, dtype=dtype) / 68
+    exact = upsample_conv2d_reference(x.double(), weight.double())
+    eager_error = relative_error(upsample_conv2d_reference(x, weight), exact)
+    assert relative_error(ops.upsample_conv2d(x, weight), exact) <= max(2 * eager_error, 4 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.gpu
