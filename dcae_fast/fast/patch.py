@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from dcae_fast.ops._library import HAS_TRITON, INTERPRETED, cuda_extension
+from dcae_fast.ops._library import EXTENSION_IS_BUILT, HAS_TRITON, INTERPRETED, cuda_extension
 
 from . import dcae, diffusers, transformer
 from .coder import Coder, configure, release
@@ -207,7 +207,8 @@ def _note(model: nn.Module, report: Report) -> str:
     if not HAS_TRITON:
         return "Triton is not installed: the modules' own forwards run."
     if torch.cuda.is_available() and cuda_extension() is None:
-        return "dcae_fast._C is not built: convolutions and linear layers are torch's, all else runs in Triton."
+        state = "does not load" if EXTENSION_IS_BUILT else "is not built"
+        return f"dcae_fast._C {state}: convolutions, linear layers and attention are torch's, all else runs in Triton."
     libraries = {"Convolution": "cuDNN: convolutions are torch's", "Product": "cuBLASLt: linear layers are torch's"}
     missing = [words for name, words in libraries.items() if not hasattr(cuda_extension(), name)]
     if torch.cuda.is_available() and missing:
