@@ -109,8 +109,9 @@ def patch(
 
     Every module whose exact class is known gets a subclass with a fast forward; parameters, buffers, names and hooks
     stay. A module that needs an operator named in `disable`, or in the environment variable DCAE_FAST_DISABLE ("all" or
-    names separated by commas), keeps or gets back its own. Patching twice is the same as once; other options replace
-    the former ones.
+    names separated by commas), keeps or gets back its own. So does one whose forward was replaced on the instance
+    before; what replaces it afterwards, torch.compile(module.forward) for one, calls the fast forward until `unpatch`.
+    Patching twice is the same as once; other options replace the former ones.
 
     cuda_graphs: inference calls of a patched encoder, decoder or transformer are captured the second time that they
     have the same shape and type, and replayed from then on; so are the steps of `DCAEDiffusion.generate`. Eight graphs
@@ -194,7 +195,7 @@ def _reason_to_skip(module: nn.Module, mixin: type[FastModule], disabled: set[st
     missing = sorted(disabled.intersection(mixin.operators))
     if missing:
         return f"{', '.join(missing)} disabled"
-    if "forward" in module.__dict__:
+    if "forward" in module.__dict__ and not is_fast(module):  # which may know the module's own forward alone
         return "its forward was replaced on the instance"
     return ""
 

@@ -1,6 +1,7 @@
 """CUDA graphs of transformers and of whole sampling steps: which calls they stand for. Calls stand for graphs."""
 
 import copy
+import functools
 import warnings
 
 import pytest
@@ -140,6 +141,19 @@ def test_options_come_and_go(tape):
         assert "fast_options" in vars(model.diffusion_model)
     dcae_fast.patch(model, disable="all")
     assert type(model.diffusion_model).__name__ == "UViT"
+
+
+@torch.no_grad()
+def test_a_forward_replaced_while_patched(tape, pair):
+    """As activation checkpointing and torch.compile replace it."""
+    network, twin = pair
+    network.forward = functools.partial(network.forward)
+    expected = twin(*inputs())
+    assert [counts(network, *inputs()) for _ in range(3)] == [SEEN, CAPTURED, REPLAYED]
+    assert not dcae_fast.patch(network).skipped and torch.equal(network(*inputs()), expected)
+    dcae_fast.unpatch(network)
+    dcae_fast.unpatch(twin)
+    assert torch.equal(network(*inputs()), twin(*inputs()))
 
 
 @duplicates
