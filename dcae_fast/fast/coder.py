@@ -41,6 +41,8 @@ class Coder(FastModule):
     fast_options = Options()
 
     def forward(self, *args, **kwargs) -> Result:
+        if not isinstance(self, FastModule):  # a wrapper kept this forward, and the module is patched no more
+            return type(self).forward(self, *args, **kwargs)
         if torch.compiler.is_compiling() or not args or type(args[0]) is not torch.Tensor or in_transform():
             return super().forward(*args, **kwargs)
         graphs = None if getattr(self, "_is_replica", False) else self.fast_options.graphs

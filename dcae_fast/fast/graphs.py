@@ -259,6 +259,7 @@ def call_key(args: tuple, kwargs: dict[str, Any], network: bool, under_autocast:
         (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision, cudnn.fp32_precision),
         (cuda.matmul.fp32_precision, torch.backends.fp32_precision, cuda.matmul.allow_bf16_reduced_precision_reduction),
         (cuda.matmul.allow_fp16_reduced_precision_reduction, cuda.matmul.allow_fp16_accumulation),
+        (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()),
     )
 
 

@@ -31,6 +31,8 @@ class FastModule:
     dims = 4
 
     def forward(self, *args, **kwargs):
+        if not isinstance(self, FastModule):  # a wrapper kept this forward, and the module is patched no more
+            return type(self).forward(self, *args, **kwargs)
         if not args or args[0].dim() != self.dims or not ops.has_kernels(args[0]) or in_transform():
             return self.eager(*args, **kwargs)
         return self.fast_forward(*args, **kwargs)
@@ -57,13 +59,27 @@ def _new(mixin: type[FastModule], base: type[nn.Module]) -> nn.Module:
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module before it was patched."""
-    cls = type(module)
-    return cls.__bases__[1] if is_fast(module) else cls
+    return without_mixin(type(module))
+
+
+def without_mixin(cls: type[nn.Module]) -> type[nn.Module]:
+    return cls.__bases__[1] if _is_fast_class(cls) else cls
 
 
 def is_fast(module: nn.Module) -> bool:
-    cls = type(module)
+    return _is_fast_class(type(module))
+
+
+def _is_fast_class(cls: type[nn.Module]) -> bool:
     return len(cls.__bases__) == 2 and issubclass(cls.__bases__[0], FastModule)
+
+
+def unsharded_class(module: nn.Module) -> type[nn.Module]:
+    """A module's class; if fully_shard (FSDP2) has made that, the one that it was made of."""
+    cls = type(module)
+    names = ((base.__module__, base.__name__) for base in cls.__mro__)
+    is_sharded = any(name == "FSDPModule" and package.startswith("torch.distributed.") for package, name in names)
+    return cls.__bases__[1] if is_sharded else cls
 
 
 def kind(module: nn.Module) -> str:

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from dcae_fast.ops._library import HAS_TRITON, INTERPRETED, cuda_extension
+from dcae_fast.ops._library import EXTENSION_IS_BUILT, HAS_TRITON, INTERPRETED, cuda_extension
 
 from . import dcae, diffusers, transformer
 from .coder import Coder, configure, release
 from .graphs import Graphs, NetworkGraphs
-from .module import FastModule, fast_class, is_fast, original_class, qualified_name
+from .module import FastModule, fast_class, qualified_name, unsharded_class, without_mixin
 from .network import Network
 
 OPERATORS = (
@@ -109,8 +109,9 @@ def patch(
 
     Every module whose exact class is known gets a subclass with a fast forward; parameters, buffers, names and hooks
     stay. A module that needs an operator named in `disable`, or in the environment variable DCAE_FAST_DISABLE ("all" or
-    names separated by commas), keeps or gets back its own. Patching twice is the same as once; other options replace
-    the former ones.
+    names separated by commas), keeps or gets back its own. So does one whose forward was replaced on the instance
+    before; what replaces it afterwards, torch.compile(module.forward) for one, calls the fast forward until `unpatch`.
+    Patching twice is the same as once; other options replace the former ones.
 
     cuda_graphs: inference calls of a patched encoder, decoder or transformer are captured the second time that they
     have the same shape and type, and replayed from then on; so are the steps of `DCAEDiffusion.generate`. Eight graphs
@@ -120,28 +121,22 @@ def patch(
     to rounding. None: what is free on the GPU, no bound on a CPU.
 
     Returns a report that prints as a table. Raises ValueError on an unknown operator name and unless max_memory is
-    positive.
+    positive, and RuntimeError after fully_shard (FSDP2), which makes classes of its own: patch before it.
     """
     disabled = _disabled(disable)
     if max_memory is not None and max_memory <= 0:
         raise ValueError(f"max_memory={max_memory}; expected a positive number of bytes")
     report = Report()
-    for path, module in model.named_modules():
-        mixin = REGISTRY.get(qualified_name(original_class(module)))
-        if mixin is None:
-            continue
-        name = original_class(module).__name__
-        reason = _reason_to_skip(module, mixin, disabled)
+    for path, module, cls, reason in _known_modules(model, disabled):
+        name = without_mixin(cls).__name__
+        _set_class(module, cls)
         if reason:
             release(module)
-            module.__class__ = original_class(module)
             report.skipped.append((path, name, reason))
             continue
-        if not is_fast(module):
-            module.__class__ = fast_class(mixin, type(module))
-        if issubclass(mixin, Coder):
+        if issubclass(cls, Coder):
             configure(module, Graphs() if cuda_graphs else None, max_memory)
-        elif issubclass(mixin, Network):
+        elif issubclass(cls, Network):
             configure(module, NetworkGraphs() if cuda_graphs else None, None)
         report.replaced[name] += 1
     report.note = _note(model, report)
@@ -149,11 +144,10 @@ def patch(
 
 
 def unpatch(model: nn.Module) -> None:
-    """Give every patched module its own class back."""
-    for module in model.modules():
-        if is_fast(module):
-            release(module)
-            module.__class__ = original_class(module)
+    """Give every patched module its own class back. Raises RuntimeError after fully_shard (FSDP2)."""
+    for _, module, cls, _ in _known_modules(model, {"all"}):
+        release(module)
+        _set_class(module, cls)
 
 
 @contextlib.contextmanager
@@ -172,11 +166,39 @@ def patched(
         yield report
     finally:
         for module, cls in changed:
-            module.__class__ = cls
+            _set_class(module, cls)
         for module, _, options in before:
             release(module)
             if options is not None:
                 module.fast_options = options
+
+
+def _known_modules(model: nn.Module, disabled: set[str]) -> list[tuple[str, nn.Module, type[nn.Module], str]]:
+    """(path, module, the class that it is to have, why that is not a fast one) of those in REGISTRY."""
+    known = []
+    for path, module in model.named_modules():
+        own = without_mixin(unsharded_class(module))
+        mixin = REGISTRY.get(qualified_name(own))
+        if mixin is not None:
+            reason = _reason_to_skip(module, mixin, disabled)
+            cls = own if reason else fast_class(mixin, own)
+            _check_not_sharded(module, cls)
+            known.append((path, module, cls, reason))
+    return known
+
+
+def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    _check_not_sharded(module, cls)
+    if unsharded_class(module) is not cls:
+        module.__class__ = cls
+
+
+def _check_not_sharded(module: nn.Module, cls: type[nn.Module]) -> None:
+    """A class that fully_shard has made of another one than cls has the methods of that one."""
+    before = unsharded_class(module)
+    if before is not type(module) and before is not cls:
+        name = without_mixin(cls).__name__
+        raise RuntimeError(f"a {name} has a class that fully_shard made: patch and unpatch a model before fully_shard")
 
 
 def _disabled(disable: Iterable[str]) -> set[str]:
@@ -194,7 +216,7 @@ def _reason_to_skip(module: nn.Module, mixin: type[FastModule], disabled: set[st
     missing = sorted(disabled.intersection(mixin.operators))
     if missing:
         return f"{', '.join(missing)} disabled"
-    if "forward" in module.__dict__:
+    if "forward" in module.__dict__ and not isinstance(module, FastModule):  # which may not know the fast one
         return "its forward was replaced on the instance"
     return ""
 
@@ -207,7 +229,8 @@ def _note(model: nn.Module, report: Report) -> str:
     if not HAS_TRITON:
         return "Triton is not installed: the modules' own forwards run."
     if torch.cuda.is_available() and cuda_extension() is None:
-        return "dcae_fast._C is not built: convolutions and linear layers are torch's, all else runs in Triton."
+        state = "does not load" if EXTENSION_IS_BUILT else "is not built"
+        return f"dcae_fast._C {state}: convolutions, linear layers and attention are torch's, all else runs in Triton."
     libraries = {"Convolution": "cuDNN: convolutions are torch's", "Product": "cuBLASLt: linear layers are torch's"}
     missing = [words for name, words in libraries.items() if not hasattr(cuda_extension(), name)]
     if torch.cuda.is_available() and missing:

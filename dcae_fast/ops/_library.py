@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -20,6 +21,7 @@ LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 DESCRIBES_ARGUMENTS = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)  # Inductor; see below
+EXTENSION_IS_BUILT = importlib.util.find_spec(f"{NAMESPACE}._C") is not None
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 _KEY, _KEYS = torch._C.DispatchKey, torch._C.DispatchKeySet
 _AUTOCAST = _KEYS(_KEY.AutocastCPU) | _KEYS(_KEY.AutocastCUDA)
@@ -38,11 +40,24 @@ def launcher(operator: str, function: str) -> Callable:
 
 @functools.cache
 def cuda_extension():
-    """The module dcae_fast._C, None where it was not built."""
+    """The module dcae_fast._C; None where it was not built, or does not load, which a warning tells once."""
+    if not EXTENSION_IS_BUILT:
+        return None
     try:
         return importlib.import_module(f"{NAMESPACE}._C")
-    except ImportError:
+    except ImportError as error:
+        warnings.warn(f"dcae_fast._C is built but does not load: {error}", stacklevel=2)
         return None
+
+
+def __getattr__(name: str) -> bool:
+    """HAS_EXTENSION: whether it is there and loads. torch.compile reads an attribute of a module as it is, whatever
+    that takes; it would trace a function.
+    """
+    if name != "HAS_EXTENSION":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = has_extension = cuda_extension() is not None
+    return has_extension
 
 
 def without_autocast(function):

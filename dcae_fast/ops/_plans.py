@@ -2,16 +2,18 @@
 
 The first suggestion of cuDNN can be 20 % slower than the best of its list. The winners' places in the list are kept in
 one small JSON file for each GPU and version of the library, in $DCAE_FAST_CACHE, else $XDG_CACHE_HOME/dcae_fast, else
-~/.cache/dcae_fast. A file that cannot be read or written costs no more than the time of another search.
+~/.cache/dcae_fast. A file that cannot be read or written, or names what is no plan any more, costs no more than the
+time of another search.
 """
 
+import contextlib
 import json
 import os
 import statistics
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +77,8 @@ def find(
                 plan = make().build(library.untimed)
             else:
                 plan = _find(library, repr(shape), make, run, fallback)
+        except torch.OutOfMemoryError:
+            return None  # this time
         except RuntimeError as error:
             warnings.warn(f"{library.name} cannot do one of the {library.work}, {shape}: {error}", stacklevel=2)
             plan = None
@@ -84,18 +88,26 @@ def find(
 
 
 def _find(library: Library, name: str, make: Callable, run: Callable, fallback: Callable):
-    """The plan that the cache file names; else that of a search, and its place is written there."""
+    """The plan that the cache file names; else, or if it is none any more, that of a search.
+
+    Its place is written there, unless the search had too little memory for some.
+    """
     file = _cache_file(library)
     candidate, candidates = _read(file).get(name), make()
-    if candidate is not None and NO_PLAN <= candidate < len(candidates):
-        return None if candidate == NO_PLAN else candidates.build(candidate)
-    candidate, plan = _search(candidates, run, fallback)
-    _write(file, name, candidate)
+    if candidate == NO_PLAN:
+        return None
+    plan = _build(candidates, candidate) if candidate in range(len(candidates)) else None
+    if plan is None:
+        candidate, plan, is_final = _search(candidates, run, fallback)
+        if is_final:
+            _write(file, name, candidate)
     return plan
 
 
 def _search(candidates, run: Callable, fallback: Callable):
-    """The place of the fastest candidate and its plan.
+    """The place of the fastest candidate, its plan, and whether memory sufficed for all of them.
+
+    A candidate that fails when it is run is left out; where the fallback fails, so does the search.
 
     Every candidate is timed once, the best of them and the fallback in short bursts with pauses: after some 50 ms
     without one the GPU comes to its power limit and slows down, whatever runs then. cuDNN compiles a candidate no more
@@ -106,20 +118,33 @@ def _search(candidates, run: Callable, fallback: Callable):
         built = list(pool.map(lambda place: _build(candidates, place), places))
     plans = {candidate: plan for candidate, plan in enumerate(built) if plan is not None}
     runs = {NO_PLAN: fallback} | {candidate: lambda plan=plan: run(plan) for candidate, plan in plans.items()}
-    once = {}
+    once, failures = {}, []
     for candidate, call in runs.items():
-        once[candidate] = _milliseconds(call)  # with what the first call of a kernel costs
-        if once[candidate] < HOPELESS * min(once.values()):
-            once[candidate] = _milliseconds(call)
+        with _left_out_on_failure(candidate, once, failures):
+            once[candidate] = _milliseconds(call)  # with what the first call of a kernel costs
+            if once[candidate] < HOPELESS * min(once.values()):
+                once[candidate] = _milliseconds(call)
     bursts = {candidate: [] for candidate in (NO_PLAN, *sorted(once, key=once.get)[:FINALISTS])}
     calls = min(max(round(BURST / min(once.values())), 2), 20)
     for _ in range(ROUNDS):
-        for candidate, events in bursts.items():
-            events.append(_record(runs[candidate], calls))
-            time.sleep(PAUSE)
+        for candidate, events in list(bursts.items()):
+            with _left_out_on_failure(candidate, bursts, failures):
+                events.append(_record(runs[candidate], calls))
+                time.sleep(PAUSE)
     torch.cuda.synchronize()
     best = min(bursts, key=lambda candidate: statistics.median(map(_elapsed, bursts[candidate])))
-    return best, plans.get(best)
+    return best, plans.get(best), torch.OutOfMemoryError not in failures
+
+
+@contextlib.contextmanager
+def _left_out_on_failure(candidate: int, timings: dict, failures: list[type]) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if candidate == NO_PLAN:
+            raise
+        failures.append(type(error))
+        timings.pop(candidate, None)
 
 
 def _build(candidates, place: int):
@@ -151,14 +176,20 @@ def _milliseconds(call: Callable) -> float:
     return _elapsed(events)
 
 
-def _cache_file(library: Library) -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = os.environ.get("DCAE_FAST_CACHE") or Path(cache, "dcae_fast")
+def _cache_file(library: Library) -> Path | None:
+    """None for a user without a home, unless another folder is named."""
+    folder = os.environ.get("DCAE_FAST_CACHE")
+    try:
+        folder = folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "dcae_fast")
+    except RuntimeError:
+        return None
     gpu = torch.cuda.get_device_name().replace(" ", "_")
     return Path(folder, f"{library.work}-{gpu}-{library.name.lower()}{library.version()}.json")
 
 
-def _read(file: Path) -> dict[str, int]:
+def _read(file: Path | None) -> dict[str, int]:
+    if file is None:
+        return {}
     try:
         places = json.loads(file.read_text())
         return {name: place for name, place in places.items() if isinstance(place, int)}
@@ -166,7 +197,9 @@ def _read(file: Path) -> dict[str, int]:
         return {}
 
 
-def _write(file: Path, name: str, candidate: int) -> None:
+def _write(file: Path | None, name: str, candidate: int) -> None:
+    if file is None:
+        return
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with written_atomically(file) as part:

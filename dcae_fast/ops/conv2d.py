@@ -91,7 +91,8 @@ def convolve(x, weight, padding, out):
         return out.copy_(conv2d_reference(x, weight, None, "none", None, None, None, 0.0, None, 1, padding))
 
     plan = None
-    if _convolution_plans.available() and _accepts(x, weight, None, "none", None, None, None, 0.0, None, 1, padding):
+    accepted = _accepts(x, weight, None, "none", None, None, None, 0.0, None, 1, padding) and out.data_ptr() % 16 == 0
+    if accepted and _convolution_plans.available():
         plan = _convolution_plans.find(x, weight, 1, padding, [], fallback)
     return fallback() if plan is None else plan(x, weight, [], out)
 

@@ -8,16 +8,14 @@ backward pass, lse: [B, heads, N] in fp32, the logarithm of the softmax's denomi
 `scaled_dot_product_attention`, which on Hopper prefers cuDNN where that is recent.
 """
 
-import importlib.util
-
 import torch
 import torch.nn.functional as F
 
+from . import _library
 from ._library import define, differentiable, differentiable_as, halves_on_hopper, without_autocast
 
 HEAD_DIMS = (64, 72)
 MAX_TOKENS = 320
-HAS_EXTENSION = importlib.util.find_spec("dcae_fast._C") is not None  # importing it would break a graph
 
 
 def _unpack(qkv, num_heads):
@@ -101,7 +99,7 @@ def is_for_few_tokens(dtype: torch.dtype, tokens: int, dim: int, device: torch.d
     """
     if tokens % 128 == 0 and not torch.is_grad_enabled():
         return False
-    if device.type == "cuda" and not (HAS_EXTENSION and torch.cuda.get_device_properties(device).major == 9):
+    if device.type == "cuda" and not (_library.HAS_EXTENSION and torch.cuda.get_device_properties(device).major == 9):
         return False
     return device.type in ("cuda", "cpu") and _fits(dtype, tokens, dim)
 

@@ -1,11 +1,13 @@
 """A patched model in data parallel training, replicated and sharded: two processes on one machine."""
 
 import os
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 from small_models import DEVICE, GRADIENT, build, image, step
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -46,6 +48,38 @@ def gradients(rank: int, wrap, folder: str) -> None:
         torch.save({name: grad.cpu() for name, grad in found.items()}, f"{folder}/gradients.pt")
     dist.barrier()
     os._exit(0)  # destroying a gloo group of DDP's may wait forever for a thread that needs the interpreter's lock
+
+
+def change_after_sharding(_: int, folder: str) -> None:
+    """In a process of its own: patch and unpatch say what they cannot change, and change nothing then."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
+    mesh = init_device_mesh("cpu", (1,))
+    for is_patched in (False, True):
+        model = build("adaptive").cpu()
+        first = dcae_fast.patch(model) if is_patched else None
+        for module in (model.encoder.stages[1].op_list[0], model.encoder.stages[1], model.decoder):
+            fully_shard(module, mesh=mesh)
+        before = [type(module) for module in model.modules()]
+        if is_patched:
+            assert dcae_fast.patch(model) == first
+            refused = [dcae_fast.unpatch, partial(dcae_fast.patch, disable="all")]
+        else:
+            dcae_fast.unpatch(model)
+            assert not dcae_fast.patch(model, disable="all").replaced
+            refused = [dcae_fast.patch, partial(dcae_fast.patch, cuda_graphs=True)]
+        for change in refused:
+            with pytest.raises(RuntimeError, match="OpSequential has a class that fully_shard made"):
+                change(model)
+        assert [type(module) for module in model.modules()] == before
+    decoder = build("adaptive").cpu().decoder
+    with pytest.raises(RuntimeError, match="before fully_shard"), dcae_fast.patched(decoder):
+        fully_shard(decoder, mesh=mesh)
+    os._exit(0)
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch.distributed is not built")
+def test_classes_of_fully_shard(tmp_path):
+    torch.multiprocessing.spawn(change_after_sharding, (str(tmp_path),))
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch.distributed is not built")

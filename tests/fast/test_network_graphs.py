@@ -1,6 +1,7 @@
 """CUDA graphs of transformers and of whole sampling steps: which calls they stand for. Calls stand for graphs."""
 
 import copy
+import functools
 import warnings
 
 import pytest
@@ -9,6 +10,7 @@ from graph_tape import CAPTURED, REPLAYED, SEEN, counts, not_captured
 from small_diffusion import DIT, FLOW, UVIT, build
 from small_models import DEVICE, duplicates
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import dcae_fast
 from dcae_fast.fast.casts import Casts
@@ -64,13 +66,37 @@ def test_kinds_of_calls(tape, pair):
     assert counts(network, x, t, y) == REPLAYED
 
 
+@torch.no_grad()
+def test_calls_with_keywords(tape, pair):
+    """They share the graphs of calls without, in any order; others are refused as without `patch`."""
+    network, twin = pair
+    x, t, y = inputs()
+    assert [counts(network, x, t=t, y=y) for _ in range(3)] == [SEEN, CAPTURED, REPLAYED]
+    for given, named in [((x, t), {"y": y}), ((x,), {"y": y, "t": t}), ((), {"t": t, "y": y, "x": x}), ((x, t, y), {})]:
+        assert counts(network, *given, **named) == REPLAYED
+        assert torch.equal(network(*given, **named), twin(x, t, y))
+    for given, named in [((x, t, y), {"y": y}), ((x,), {"t": t}), ((x, t), {"labels": y})]:
+        with pytest.raises(TypeError, match="argument"):
+            network(*given, **named)
+
+
+@torch.no_grad()
+def test_what_attention_may_run_as(tape, pair):
+    """A graph is of the implementations of attention that were allowed when it was captured."""
+    network, _ = pair
+    fused = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION)
+    for choice in ([SDPBackend.MATH], *([SDPBackend.MATH, backend] for backend in fused)):
+        assert [counts(network, *inputs()) for _ in range(3)][-1] == REPLAYED
+        with sdpa_kernel(choice):
+            assert [counts(network, *inputs()) for _ in range(3)] == [SEEN, CAPTURED, REPLAYED]
+
+
 def test_calls_that_are_left_alone(tape, pair):
     network, _ = pair
     x, t, y = inputs()
     not_captured(network, x, t, y)
     assert network(x, t, y).requires_grad
     with torch.no_grad():
-        not_captured(network, x, t=t, y=y)
         not_captured(network, x[:0], t[:0], y[:0])
         network.train()
         not_captured(network, x, t, y)
@@ -115,6 +141,19 @@ def test_options_come_and_go(tape):
         assert "fast_options" in vars(model.diffusion_model)
     dcae_fast.patch(model, disable="all")
     assert type(model.diffusion_model).__name__ == "UViT"
+
+
+@torch.no_grad()
+def test_a_forward_replaced_while_patched(tape, pair):
+    """As activation checkpointing and torch.compile replace it."""
+    network, twin = pair
+    network.forward = functools.partial(network.forward)
+    expected = twin(*inputs())
+    assert [counts(network, *inputs()) for _ in range(3)] == [SEEN, CAPTURED, REPLAYED]
+    assert not dcae_fast.patch(network).skipped and torch.equal(network(*inputs()), expected)
+    dcae_fast.unpatch(network)
+    dcae_fast.unpatch(twin)
+    assert torch.equal(network(*inputs()), twin(*inputs()))
 
 
 @duplicates

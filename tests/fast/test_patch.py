@@ -104,15 +104,17 @@ class WithoutCublaslt:
 
 
 @pytest.mark.parametrize(
-    "extension, note",
+    "built, extension, note",
     [
-        (None, "_C is not built"),
-        (object(), "_C is built without cuDNN: convolutions are torch's; without cuBLASLt"),
-        (WithoutCublaslt, "_C is built without cuBLASLt: linear layers are torch's."),
+        (False, None, "_C is not built"),
+        (True, None, "_C does not load"),
+        (True, object(), "_C is built without cuDNN: convolutions are torch's; without cuBLASLt"),
+        (True, WithoutCublaslt, "_C is built without cuBLASLt: linear layers are torch's."),
     ],
 )
-def test_report_without_the_extension(monkeypatch, extension, note):
+def test_report_without_the_extension(monkeypatch, built, extension, note):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("dcae_fast.fast.patch.EXTENSION_IS_BUILT", built)
     monkeypatch.setattr("dcae_fast.fast.patch.cuda_extension", lambda: extension)
     assert note in dcae_fast.patch(build("adaptive")).note
 

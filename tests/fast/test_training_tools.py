@@ -130,6 +130,72 @@ def test_patch_after_compile(compare):
             assert bool(graphs.operators()) == fast
 
 
+def checkpointed(module):
+    module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
+
+
+def hooked(module):
+    """As accelerate does, for offloading and for its own autocast."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    hooks.add_hook_to_module(module, hooks.ModelHook())
+
+
+def coders(model):
+    return [model.encoder, model.decoder]
+
+
+def blocks(model):
+    return [module for module in model.modules() if type(module).__name__ == "FastResBlock"]
+
+
+@pytest.mark.parametrize("wrap", [checkpointed, hooked])
+@pytest.mark.parametrize("parts", [coders, blocks])
+def test_forwards_replaced_while_patched(parts, wrap, same_step):
+    """They call the fast forward as long as the module is patched, and its own afterwards."""
+    model, x = build("adaptive"), image(1, 3, 8, 8)
+    original, expected = [type(module) for module in model.modules()], step(model, x)
+    report = dcae_fast.patch(model)
+    fast = [type(module) for module in model.modules()]
+    for module in parts(model):
+        wrap(module)
+
+    def check(classes):
+        assert [type(module) for module in model.modules()] == classes
+        called = operators_called(lambda: same_step(step(model, x), expected))
+        assert bool(called) == (classes == fast)
+
+    check(fast)
+    assert dcae_fast.patch(model) == report
+    check(fast)
+    with dcae_fast.patched(model, disable="all"):
+        check(original)
+    check(fast)
+    dcae_fast.unpatch(model)
+    check(original)
+    report = dcae_fast.patch(model)
+    assert {reason for *_, reason in report.skipped} == {"its forward was replaced on the instance"}
+    same_step(step(model, x), expected)
+
+
+@torch.no_grad()
+def test_forwards_compiled_while_patched(compare):
+    model, x = build("adaptive"), image()
+    expected = model(x)
+    dcae_fast.patch(model)
+    torch._dynamo.reset()
+    graphs = Graphs()
+    for coder in coders(model):
+        coder.forward = torch.compile(coder.forward, fullgraph=True, backend=graphs)
+    compare("eager", model(x), expected, OUTPUT)
+    assert len(graphs.targets) == 2 and graphs.operators(0) and graphs.operators(1)
+    dcae_fast.patch(model)
+    compare("eager", model(x), expected, OUTPUT)
+    assert len(graphs.targets) == 2
+    dcae_fast.unpatch(model)
+    compare("eager", model(x), expected, OUTPUT)
+    assert len(graphs.targets) == 4 and not graphs.operators(2) and not graphs.operators(3)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available() and shutil.which("g++") is None, reason="no compiler for Inductor")
 def test_inductor(same_step):
     model, x = build("adaptive"), image()

@@ -1,11 +1,17 @@
 """packed_attention against softmax(q kᵀ / √D) v in float64 and against scaled_dot_product_attention."""
 
+import sys
+import warnings
+from importlib.machinery import EXTENSION_SUFFIXES
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+import dcae_fast
 from dcae_fast import ops
 from dcae_fast.models.transformer import Attention
+from dcae_fast.ops import _library
 from dcae_fast.ops.packed_attention import packed_attention_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -137,6 +143,42 @@ def test_gradients_of_any_order():
     inputs = (qkv.requires_grad_(), 2)
     torch.autograd.gradcheck(lambda *args: OPERATOR(*args)[0], inputs, fast_mode=True)
     torch.autograd.gradgradcheck(lambda *args: OPERATOR(*args)[0], inputs, fast_mode=True)
+
+
+@pytest.fixture
+def extension_that_does_not_load(monkeypatch, tmp_path):
+    (tmp_path / f"_C{EXTENSION_SUFFIXES[0]}").touch()
+    monkeypatch.setattr(dcae_fast, "__path__", [str(tmp_path), *dcae_fast.__path__])
+    monkeypatch.delitem(sys.modules, "dcae_fast._C", raising=False)
+    monkeypatch.setattr(_library, "EXTENSION_IS_BUILT", True)
+    monkeypatch.delitem(vars(_library), "HAS_EXTENSION", raising=False)
+    _library.cuda_extension.cache_clear()
+    yield
+    _library.cuda_extension.cache_clear()
+    vars(_library).pop("HAS_EXTENSION", None)
+
+
+class Hopper:
+    major = 9
+
+
+def is_for_few_tokens():
+    return ops.is_for_few_tokens(torch.bfloat16, 66, 72, torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_extension_that_does_not_load(extension_that_does_not_load, monkeypatch, compiled):
+    """A warning says why, once; the operator would be slower then than scaled_dot_product_attention."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Hopper)
+    torch._dynamo.reset()
+    answer = torch.compile(lambda x: x + is_for_few_tokens(), fullgraph=True, backend="eager")
+    with pytest.warns(UserWarning, match="_C is built but does not load: .*too short"):
+        assert answer(torch.zeros(())) == 0 if compiled else not is_for_few_tokens()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not is_for_few_tokens() and _library.cuda_extension() is None
+    monkeypatch.setattr(_library, "HAS_EXTENSION", True)
+    assert is_for_few_tokens() and answer(torch.zeros(())) == 1
 
 
 @pytest.mark.parametrize("shape, heads", [((2, 6), 1), ((2, 5, 192), 0), ((2, 5, 190), 1), ((2, 5, 192), 5)])

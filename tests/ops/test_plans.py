@@ -2,6 +2,11 @@
 
 import contextlib
 import json
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +15,8 @@ import torch.nn.functional as F
 from dcae_fast import ops
 from dcae_fast.ops import _convolution_plans, _plans
 from dcae_fast.ops.conv2d import _launch, conv2d_reference
+from dcae_fast.ops.upsample_conv2d import _launch as upsample_conv2d
+from dcae_fast.ops.upsample_conv2d import upsample_conv2d_reference
 
 DEVICE, NHWC = "cuda" if torch.cuda.is_available() else "cpu", torch.channels_last
 
@@ -38,39 +45,52 @@ def test_a_file_that_cannot_be_written_does_no_harm(tmp_path):
     _plans._write(tmp_path / "file" / "plans.json", "a", 1)
 
 
+@dataclass(frozen=True)
+class Plan:
+    place: int
+    workspace_size: int = 0
+
+
 class Candidates:
+    """Two of four are no plans: one cannot be built, one needs too much memory."""
+
     def __len__(self):
-        return 3
+        return 4
 
     def build(self, candidate):
-        return f"plan {candidate}"
+        if candidate == 1:
+            raise RuntimeError("not for this shape")
+        return Plan(candidate, _plans.MOST_WORKSPACE + 1 if candidate == 3 else 0)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    """What `find` asks a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
 
 
 @pytest.mark.parametrize("untimed", [_plans.NO_PLAN, 0])
 @pytest.mark.parametrize("is_large", [False, True])
 @pytest.mark.parametrize("is_capturing", [False, True])
-def test_what_is_taken_without_a_search(is_capturing, is_large, untimed, empty_cache, monkeypatch):
+def test_what_is_taken_without_a_search(is_capturing, is_large, untimed, empty_cache, no_gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: is_capturing)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     searches = []
-    monkeypatch.setattr(_plans, "_search", lambda *args: (searches.append(args), (2, "plan 2"))[1])
+    monkeypatch.setattr(_plans, "_search", lambda *args: (searches.append(args), (2, Plan(2), True))[1])
     library = _plans.Library("Library", "works", lambda: 1, untimed)
     find = lambda: _plans.find(library, (8, 8), torch.device("cuda", 0), is_large, Candidates, None, None)  # noqa: E731
     searched = is_large and not is_capturing
-    assert find() == find() == ("plan 2" if searched else None if untimed == _plans.NO_PLAN else "plan 0")
+    assert find() == find() == (Plan(2) if searched else None if untimed == _plans.NO_PLAN else Plan(0))
     assert len(searches) == searched
     assert bool(_plans._plans) == (not is_capturing and (is_large or untimed != _plans.NO_PLAN))
     if searched:
         assert json.loads((empty_cache / "works-a_GPU-library1.json").read_text()) == {"(8, 8)": 2}
         _plans._plans.clear()
-        assert find() == "plan 2" and len(searches) == 1
+        assert find() == Plan(2) and len(searches) == 1
 
 
-def test_a_library_that_cannot_is_asked_once(empty_cache, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-
+def test_a_library_that_cannot_is_asked_once(empty_cache, no_gpu):
     def refuse():
         raise RuntimeError("no such product")
 
@@ -78,6 +98,81 @@ def test_a_library_that_cannot_is_asked_once(empty_cache, monkeypatch):
     with pytest.warns(UserWarning, match="no such product"):
         assert _plans.find(library, (8, 8), device, False, refuse, None, None) is None
     assert _plans.find(library, (8, 8), device, False, refuse, None, None) is None
+
+
+TIMES = {_plans.NO_PLAN: 3.0, 0: 2.0, 2: 1.0}
+NO_MEMORY = torch.OutOfMemoryError("out of memory")
+
+
+@pytest.fixture
+def search(empty_cache, no_gpu, monkeypatch):
+    """search(times): the place that a new process finds. times: what a call takes, or fails with, by place."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(_plans, "_record", lambda call, calls=1: call())
+    monkeypatch.setattr(_plans, "_elapsed", lambda time: time)
+    monkeypatch.setattr(_plans, "_milliseconds", lambda call: call())
+    monkeypatch.setattr(_plans, "PAUSE", 0.0)
+    library, device = _plans.Library("Library", "works", lambda: 1), torch.device("cuda", 0)
+
+    def find(times):
+        def run(place):
+            time = next(times[place]) if isinstance(times[place], Iterator) else times[place]
+            if isinstance(time, Exception):
+                raise time
+            return time
+
+        _plans._plans.clear()
+        calls = Candidates, lambda plan: run(plan.place), lambda: run(_plans.NO_PLAN)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            plan = _plans.find(library, (8, 8), device, True, *calls)
+        return _plans.NO_PLAN if plan is None else plan.place
+
+    return find
+
+
+def written(folder):
+    return {name: place for file in folder.glob("*.json") for name, place in json.loads(file.read_text()).items()}
+
+
+def test_the_fastest_is_found_and_written(search, empty_cache):
+    assert search(TIMES) == 2 and written(empty_cache) == {"(8, 8)": 2}
+    assert search({}) == 2, "not read from the file"
+
+
+@pytest.mark.parametrize("calls", [0, 1, 2, 4])
+def test_a_candidate_that_fails_when_run_is_left_out(calls, search, empty_cache):
+    failing = iter([1.0] * calls + [RuntimeError("no execution plan")] * 9)
+    assert search(TIMES | {2: failing}) == 0 and written(empty_cache) == {"(8, 8)": 0}
+
+
+def test_a_search_in_too_little_memory_is_not_written(search, empty_cache):
+    assert search(TIMES | {2: NO_MEMORY}) == 0
+    assert _plans._plans and not written(empty_cache)
+
+
+def test_a_fallback_in_too_little_memory_leaves_no_trace(search, empty_cache):
+    assert search(TIMES | {_plans.NO_PLAN: NO_MEMORY}) == _plans.NO_PLAN
+    assert not _plans._plans and not written(empty_cache)
+
+
+@pytest.mark.parametrize("place", [1, 3, 4, -2])
+def test_a_place_that_is_no_plan_is_corrected(place, search, empty_cache):
+    (empty_cache / "works-a_GPU-library1.json").write_text(json.dumps({"(8, 8)": place, "other": 5}))
+    assert search(TIMES) == 2 and written(empty_cache) == {"(8, 8)": 2, "other": 5}
+
+
+def test_a_user_without_a_home(search, empty_cache, monkeypatch):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", home)
+    assert search(TIMES) == 2 and written(empty_cache) == {"(8, 8)": 2}
+    monkeypatch.delenv("DCAE_FAST_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(empty_cache))
+    assert search(TIMES) == 2 and written(empty_cache / "dcae_fast") == {"(8, 8)": 2}
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert search(TIMES) == 2
 
 
 def plan_in_torch(x, weight, stride, padding, epilogue, fallback):
@@ -111,6 +206,24 @@ def test_a_plan_and_its_fallback_compute_the_same(before, act, residual, found, 
     args = [x, weight, bias, act, *statistics, x * 2 if residual else None, 1, [1, 1, 1, 1]]
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         torch.testing.assert_close(_launch(*args), conv2d_reference(*args), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size, aligned", [(5, [True, False, True, False]), (4, [True] * 4)])
+def test_planes_that_begin_between_16_bytes_take_the_fallback(size, aligned, monkeypatch):
+    """12 channels of 5×5 pixels in half precision are no multiple of 16 bytes."""
+    planes = []
+
+    def find(x, weight, stride, padding, epilogue, fallback):
+        return lambda x, weight, operands, out: (planes.append(out.data_ptr()), fallback())[1]
+
+    monkeypatch.setattr(_convolution_plans, "available", lambda: True)
+    monkeypatch.setattr(_convolution_plans, "find", find)
+    monkeypatch.setattr(sys.modules["dcae_fast.ops.conv2d"], "_accepts", lambda *args: True)
+    x, weight = torch.randn(1, 16, size, size), torch.randn(12, 16, 3, 3) / 12
+    x, weight = (tensor.to(DEVICE, torch.bfloat16).contiguous(memory_format=NHWC) for tensor in (x, weight))
+    got, exact = upsample_conv2d(x, weight), upsample_conv2d_reference(x.double(), weight.double())
+    assert relative_error(got, exact) <= 1e-2
+    assert len(planes) == sum(aligned) and all(address % 16 == 0 for address in planes)
 
 
 def random(*shape, dtype):
@@ -178,6 +291,16 @@ def test_every_candidate_is_right(kind, dtype, empty_cache):
         assert got.is_contiguous(memory_format=torch.channels_last) and got.dtype == dtype
         assert torch.equal(run(), got), "not deterministic"
         assert key in _plans._plans
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_planes_of_odd_size(dtype, empty_cache):
+    x, weight = random(1, 512, 65, 65, dtype=dtype), random(12, 512, 3, 3, dtype=dtype) / 68
+    exact = upsample_conv2d_reference(x.double(), weight.double())
+    eager_error = relative_error(upsample_conv2d_reference(x, weight), exact)
+    assert relative_error(ops.upsample_conv2d(x, weight), exact) <= max(2 * eager_error, 4 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.gpu
