@@ -10,7 +10,8 @@
 
 namespace {
 
-constexpr int kMostCandidates = 8;
+constexpr int kMostSuggestions = 32;
+constexpr size_t kMostCandidates = 8;
 constexpr size_t kMostWorkspace = size_t{32} << 20;  // what NVIDIA recommends for Hopper
 constexpr uint32_t kAlignment = 16;                  // bytes
 
@@ -78,6 +79,27 @@ struct Preference {
   }
 };
 
+// Whether at most four blocks work together. Kernels of cuBLAS 13 with larger clusters have stopped with an illegal
+// instruction (192x104_64x5_4x2) on Hopper where several processes take turns on the GPU.
+bool has_small_clusters(const cublasLtMatmulAlgo_t& algo) {
+  uint16_t shape = CUBLASLT_CLUSTER_SHAPE_AUTO;
+  size_t written = 0;
+  check(cublasLtMatmulAlgoConfigGetAttribute(&algo, CUBLASLT_ALGO_CONFIG_CLUSTER_SHAPE_ID, &shape, sizeof(shape),
+                                             &written));
+  switch (shape) {
+    case CUBLASLT_CLUSTER_SHAPE_AUTO:
+    case CUBLASLT_CLUSTER_SHAPE_1x1x1:
+    case CUBLASLT_CLUSTER_SHAPE_2x1x1:
+    case CUBLASLT_CLUSTER_SHAPE_1x2x1:
+    case CUBLASLT_CLUSTER_SHAPE_2x2x1:
+    case CUBLASLT_CLUSTER_SHAPE_4x1x1:
+    case CUBLASLT_CLUSTER_SHAPE_1x4x1:
+      return true;
+    default:
+      return false;
+  }
+}
+
 cublasLtEpilogue_t code_of(const std::string& name) {
   if (name == "none") return CUBLASLT_EPILOGUE_DEFAULT;
   if (name == "bias") return CUBLASLT_EPILOGUE_BIAS;
@@ -110,14 +132,15 @@ std::vector<ProductPlan> find_product_plans(cublasLtHandle_t handle, const Produ
   const bool has_vector = epilogue.takes_bias() || epilogue.sums_left();
   Descriptors descriptors(shape, epilogue.gives_preactivation() ? anywhere : nullptr, has_vector ? anywhere : nullptr);
   Preference preference;
-  std::vector<cublasLtMatmulHeuristicResult_t> found(kMostCandidates);
+  std::vector<cublasLtMatmulHeuristicResult_t> found(kMostSuggestions);
   int count = 0;
   check(cublasLtMatmulAlgoGetHeuristic(handle, &descriptors.product, &descriptors.a, &descriptors.b, &descriptors.out,
-                                       &descriptors.out, &preference.preference, kMostCandidates, found.data(),
+                                       &descriptors.out, &preference.preference, kMostSuggestions, found.data(),
                                        &count));
   std::vector<ProductPlan> plans;
-  for (int i = 0; i < count; ++i) {
-    if (found[i].state == CUBLAS_STATUS_SUCCESS) plans.emplace_back(shape, found[i]);
+  for (int i = 0; i < count && plans.size() < kMostCandidates; ++i) {
+    const bool is_usable = found[i].state == CUBLAS_STATUS_SUCCESS && has_small_clusters(found[i].algo);
+    if (is_usable) plans.emplace_back(shape, found[i]);
   }
   if (plans.empty()) throw std::runtime_error("cuBLASLt: it knows no way to compute this product");
   return plans;

@@ -60,7 +60,8 @@ class ProductPlan {
   cublasLtMatmulHeuristicResult_t candidate_;
 };
 
-// Candidates that give the same result each time and keep to fp32 sums, those that cuBLASLt thinks the fastest first.
+// Candidates that give the same result each time, keep to fp32 sums and have clusters of four blocks at the most; those
+// that cuBLASLt thinks the fastest first.
 // Throws std::runtime_error if there is none.
 std::vector<ProductPlan> find_product_plans(cublasLtHandle_t handle, const ProductShape& shape);
 
