@@ -115,8 +115,8 @@ def launch_layer_norm(x, scale, shift, eps, branch, gate, dtype):
         total = torch.empty_like(x, dtype=torch.promote_types(promoted(x, branch), gate.dtype))
     y = torch.empty_like(x, dtype=dtype)
     if x.numel():
-        block_d = triton.next_power_of_2(width)
-        block_rows = max(1, min(4, (8192 if branch is None else 2048) // block_d))
+        wide = 8192 if branch is None else 2048
+        block_rows, block_d = row_tile(width, width, elements=4096 if width <= 1024 else wide)
         _layer_norm_forward_kernel[(triton.cdiv(images * tokens, block_rows),)](
             x, scale, shift, branch, gate, total, y, images * tokens, tokens, width, eps,
             OF_IMAGE=scale.dim() == 2, HAS_BRANCH=branch is not None, BLOCK_ROWS=block_rows, BLOCK_D=block_d,
