@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import get_hf_file_metadata, hf_hub_url
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from dcae_fast import distributed
@@ -21,6 +22,15 @@ ALEXNET_FILE = "alexnet-owt-7be5be79.pth"
 
 class MissingNetwork(RuntimeError):
     """A network that cannot be had; the message says which package or file is missing, and where it goes."""
+
+
+def _source(name: str) -> dict[str, bool]:
+    """Options of `from_pretrained`: if the hub does not answer, the cache alone instead of a minute of asking again."""
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json"))
+    except Exception:  # of whichever library it uses, or because it is told to be offline
+        return {"local_files_only": True}
+    return {}
 
 
 def _ssim(device: torch.device) -> Network:
@@ -55,8 +65,10 @@ def _clip_iqa(device: torch.device) -> Network:
     """
     from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-    model = CLIPModel.from_pretrained(CLIP).eval().to(device)
-    processor, tokenizer = CLIPImageProcessor.from_pretrained(CLIP), CLIPTokenizer.from_pretrained(CLIP)
+    source = _source(CLIP)
+    model = CLIPModel.from_pretrained(CLIP, **source).eval().to(device)
+    processor = CLIPImageProcessor.from_pretrained(CLIP, **source)
+    tokenizer = CLIPTokenizer.from_pretrained(CLIP, **source)
     prompts = tokenizer(["Good photo.", "Bad photo."], return_tensors="pt", padding=True).to(device)
 
     def clip_iqa(pictures: torch.Tensor) -> torch.Tensor:
@@ -102,7 +114,7 @@ def _cmmd(device: torch.device) -> Network:
     """CLIP's embeddings of unit length, for CMMD: bicubic to 336 without antialiasing."""
     from transformers import CLIPVisionModelWithProjection
 
-    model = CLIPVisionModelWithProjection.from_pretrained(CLIP_336).eval().to(device)
+    model = CLIPVisionModelWithProjection.from_pretrained(CLIP_336, **_source(CLIP_336)).eval().to(device)
     mean, std = (torch.tensor(each, device=device)[:, None, None] for each in (CLIP_MEAN, CLIP_STD))
 
     def embeddings(pictures: torch.Tensor) -> torch.Tensor:
@@ -153,17 +165,22 @@ def _where(name: str) -> str:
 def load_all(names: Iterable[str], device: torch.device) -> tuple[dict[str, Network], dict[str, str]]:
     """Those networks that all ranks have, and of the others what `MissingNetwork` says.
 
-    The main process comes first, so that only one downloads.
+    The main process comes first, so that only one downloads, and the others do not look for what it did not find.
     """
+    found, missing = _load_each(names, device) if distributed.is_main() else ({}, {})
+    missing = distributed.broadcast(missing)
     if not distributed.is_main():
-        distributed.barrier()
+        found, lacking = _load_each([name for name in names if name not in missing], device)
+        missing = missing | lacking
+    missing = {name: reason for each in distributed.all_gather(missing) for name, reason in each.items()}
+    return {name: network for name, network in found.items() if name not in missing}, missing
+
+
+def _load_each(names: Iterable[str], device: torch.device) -> tuple[dict[str, Network], dict[str, str]]:
     found, missing = {}, {}
     for name in names:
         try:
             found[name] = load(name, device)
         except MissingNetwork as error:
             missing[name] = str(error)
-    if distributed.is_main():
-        distributed.barrier()
-    missing = {name: reason for each in distributed.all_gather(missing) for name, reason in each.items()}
-    return {name: network for name, network in found.items() if name not in missing}, missing
+    return found, missing

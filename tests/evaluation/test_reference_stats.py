@@ -67,6 +67,16 @@ def test_a_missing_network(photographs, tmp_path, stand_ins, capsys):
     assert networks.CLIP_336 in capsys.readouterr().err
 
 
+def test_a_silent_hub_is_asked_once(monkeypatch):
+    def silent(url):
+        raise ConnectionError(url)
+
+    monkeypatch.setattr(networks, "get_hf_file_metadata", silent)
+    assert networks._source(networks.CLIP) == {"local_files_only": True}
+    monkeypatch.setattr(networks, "get_hf_file_metadata", lambda url: url)
+    assert networks._source(networks.CLIP) == {}
+
+
 def test_a_missing_package(monkeypatch):
     def loader(device):
         raise ModuleNotFoundError("No module named 'torchvision'", name="torchvision")
