@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dcae_fast import ops
 from dcae_fast.fast.fusion import conv_norm_act
 from dcae_fast.ops.bias_act import bias_act_reference
+from dcae_fast.ops.concatenate import concatenate_reference
 from dcae_fast.ops.conv2d_unshuffle import conv2d_unshuffle_reference
 from dcae_fast.ops.depthwise_glu import depthwise_glu_reference
 from dcae_fast.ops.linear import linear_gelu_reference, linear_reference
@@ -59,6 +60,7 @@ SHAPES: list[tuple[str, Shape]] = [
     ("linear to 4C + gelu", (128, 1152, 32, 32)),
     ("linear from 4C + residual", (128, 4608, 32, 32)),
     ("mlp + residual", (128, 1152, 32, 32)),
+    ("concatenate", (2048, 1152, 66, 1)),
     *[
         (name, shape)  # tokens as pixels: UViT-H and DiT-XL on f64 and f32 latents
         for name in ("packed_attention", "packed_attention + gradient")
@@ -152,6 +154,15 @@ def packed_attention(random, b, c, h, w, gradient: bool = False) -> Case:
     return Case(with_gradient(ours), with_gradient(sdpa), tensors) if gradient else Case(ours, sdpa, tensors)
 
 
+def concatenate(random, b, c, h, w) -> Case:
+    """From a residual stream in fp32, as UViT's long skips."""
+    return Case(
+        lambda left, right: ops.concatenate(left, right, torch.bfloat16),
+        lambda left, right: concatenate_reference(left, right, torch.bfloat16),
+        [random(b, h * w, c).float() for _ in range(2)],
+    )
+
+
 def upsample_conv2d(random, b, c, h, w) -> Case:
     weight = random(c // 2, c, 3, 3) / (3 * c**0.5)
     flops = 4 * 2 * 4 * b * h * w * c * c // 2  # 2×2 products for each of the four parities
@@ -231,6 +242,7 @@ CASES: dict[str, Callable[..., Case]] = {
     "multiscale_qkv": multiscale_qkv,
     "packed_attention": packed_attention,
     "packed_attention + gradient": lambda *args: packed_attention(*args, gradient=True),
+    "concatenate": concatenate,
     "depthwise_glu": depthwise_glu,
     "unshuffle_average_add": unshuffle_average_add,
     "duplicate_shuffle_add": duplicate_shuffle_add,

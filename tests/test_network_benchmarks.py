@@ -26,8 +26,8 @@ def measured(part: str) -> list[dict]:
 @pytest.fixture(scope="module")
 def records() -> dict[str, list[dict]]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss_curve, "STEPS", 40)
-        patch.setattr(loss_curve, "WINDOW", 10)
+        patch.setattr(loss_curve, "STEPS", 20)
+        patch.setattr(loss_curve, "WINDOW", 5)
         return json.loads(json.dumps({part: measured(part) for part in NETWORK_PARTS}))
 
 

@@ -19,6 +19,7 @@ from .network import Network
 
 OPERATORS = (
     "bias_act",
+    "concatenate",
     "conv2d",
     "conv2d_unshuffle",
     "depthwise_glu",

@@ -28,6 +28,8 @@ class TransformerBlock(FastModule):
 class Block(TransformerBlock):
     """UViT's."""
 
+    operators = (*TransformerBlock.operators, "concatenate")
+
     def fast_forward(self, x: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
         modules = self._modules
         norm1, norm2, skip_linear = modules["norm1"], modules["norm2"], modules.get("skip_linear")
@@ -164,12 +166,7 @@ def long_skip(layer: nn.Module, x: torch.Tensor, skip: torch.Tensor) -> torch.Te
     """layer([x, skip]) in one product: of two the first would be rounded. [x, skip] has the dtype of the product."""
     if not is_linear(layer, x):
         return layer(torch.cat([x, skip], dim=-1))
-    dtype, width = compute_dtype(x), x.shape[-1]
-    if torch.is_grad_enabled():
-        return linear(layer, torch.cat([x.to(dtype), skip.to(dtype)], dim=-1))
-    both = x.new_empty(*x.shape[:-1], 2 * width, dtype=dtype)
-    both[..., :width], both[..., width:] = x, skip
-    return linear(layer, both)
+    return linear(layer, ops.concatenate(x, skip, compute_dtype(x)))
 
 
 def modulation(module: nn.Module, condition: torch.Tensor, parts: int) -> tuple[torch.Tensor, ...]:

@@ -3,6 +3,7 @@
 from ._library import has_kernels
 from .bias_act import bias_act
 from .block_halves import norm_attention, norm_mlp
+from .concatenate import concatenate
 from .conv2d import conv2d
 from .conv2d_unshuffle import conv2d_unshuffle
 from .depthwise_glu import depthwise_glu
@@ -19,6 +20,7 @@ from .upsample_conv2d import upsample_conv2d
 
 __all__ = [
     "bias_act",
+    "concatenate",
     "conv2d",
     "conv2d_unshuffle",
     "depthwise_glu",

@@ -8,7 +8,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import dcae_fast
 from dcae_fast.fast.patch import OPERATORS
-from dcae_fast.fast.transformer import TransformerBlock
+from dcae_fast.fast.transformer import Block
 
 
 @pytest.fixture(params=MODELS)
@@ -143,7 +143,7 @@ def test_nothing_to_patch(model):
 
 
 @pytest.mark.parametrize("library", ["", "diffusers-"])
-@pytest.mark.parametrize("operator", [name for name in OPERATORS if name not in TransformerBlock.operators])
+@pytest.mark.parametrize("operator", [name for name in OPERATORS if name not in Block.operators])
 @torch.no_grad()
 def test_disabled_operator_is_not_called(library, operator, compare):
     name = "shuffled" if operator == "conv2d_unshuffle" else "strided"  # has the block that calls it

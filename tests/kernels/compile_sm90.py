@@ -48,6 +48,7 @@ def compile_instead(kernel, *args, grid, warmup, **named):
 
 def main():
     from dcae_fast.kernels.bias_act import launch_bias_act, launch_bias_act_backward, launch_fold_batch_norm
+    from dcae_fast.kernels.concatenate import launch_concatenate, launch_concatenate_backward
     from dcae_fast.kernels.conv2d import launch_conv2d, launch_conv2d_unshuffle
     from dcae_fast.kernels.depthwise_glu import launch_depthwise_glu, launch_depthwise_glu_backward
     from dcae_fast.kernels.duplicate_shuffle_add import launch_duplicate_shuffle_add
@@ -103,6 +104,8 @@ def main():
         launch_layer_norm(x, of_image, of_image, 1e-6, y, of_image, half)
         launch_layer_norm_backward(y, x, x, d, None, None, 1e-5, dtype)
         launch_layer_norm_backward(y, x, x, of_image, y, of_image, 1e-6, dtype)
+        launch_concatenate(x, x, half)
+        launch_concatenate_backward(y, dtype, dtype)
         for act in ("gelu", "gelu_tanh"):
             launch_gelu_gradient(y.flatten(0, 1), y.flatten(0, 1), act, True)
     launch_unshuffle_average_add(tensor(2, 256, 64, 64), tensor(2, 128, 64, 64), tensor(128), 512, 2, 0.5)

@@ -1,0 +1,61 @@
+"""Two matrices of one shape side by side, in another type, and back."""
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import INTERPRETED
+from .launch import Kernel
+
+BLOCK_ROWS, BLOCK_COLUMNS = (64 if INTERPRETED else 16), 128  # the interpreter takes as long for any tile
+
+
+@triton.jit
+def _tile(rows, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """Of this program: offsets in a half, offsets of its left half in the whole, and which of them exist."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    return row[:, None] * columns + column[None, :], row[:, None] * (2 * columns) + column[None, :], mask
+
+
+@Kernel
+def _concatenate_kernel(
+    left_ptr, right_ptr, whole_ptr, rows, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
+):
+    half, whole, mask = _tile(rows, columns, BLOCK_ROWS, BLOCK_COLUMNS)
+    left, right = tl.load(left_ptr + half, mask), tl.load(right_ptr + half, mask)
+    tl.store(whole_ptr + whole, left.to(whole_ptr.dtype.element_ty), mask)
+    tl.store(whole_ptr + columns + whole, right.to(whole_ptr.dtype.element_ty), mask)
+
+
+@Kernel
+def _concatenate_backward_kernel(
+    whole_ptr, left_ptr, right_ptr, rows, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
+):
+    half, whole, mask = _tile(rows, columns, BLOCK_ROWS, BLOCK_COLUMNS)
+    left, right = tl.load(whole_ptr + whole, mask), tl.load(whole_ptr + columns + whole, mask)
+    tl.store(left_ptr + half, left.to(left_ptr.dtype.element_ty), mask)
+    tl.store(right_ptr + half, right.to(right_ptr.dtype.element_ty), mask)
+
+
+def _launch(kernel, tensors, half):
+    columns = half.shape[-1]
+    if half.numel():
+        rows = half.numel() // columns
+        kernel[(triton.cdiv(rows, BLOCK_ROWS), triton.cdiv(columns, BLOCK_COLUMNS))](
+            *tensors, rows, columns, BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLUMNS=BLOCK_COLUMNS
+        )
+
+
+def launch_concatenate(left, right, dtype):
+    whole = torch.empty(*left.shape[:-1], 2 * left.shape[-1], dtype=dtype, device=left.device)
+    _launch(_concatenate_kernel, (left, right, whole), left)
+    return whole
+
+
+def launch_concatenate_backward(whole, left_dtype, right_dtype):
+    shape = *whole.shape[:-1], whole.shape[-1] // 2
+    left, right = (torch.empty(shape, dtype=dtype, device=whole.device) for dtype in (left_dtype, right_dtype))
+    _launch(_concatenate_backward_kernel, (whole, left, right), left)
+    return left, right
