@@ -4,10 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import INTERPRETED
+from .common import row_tile
 from .launch import Kernel
-
-BLOCK_ROWS, BLOCK_COLUMNS = (64 if INTERPRETED else 16), 128  # the interpreter takes as long for any tile
 
 
 @triton.jit
@@ -42,9 +40,9 @@ def _concatenate_backward_kernel(
 def _launch(kernel, tensors, half):
     columns = half.shape[-1]
     if half.numel():
-        rows = half.numel() // columns
-        kernel[(triton.cdiv(rows, BLOCK_ROWS), triton.cdiv(columns, BLOCK_COLUMNS))](
-            *tensors, rows, columns, BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLUMNS=BLOCK_COLUMNS
+        rows, (block_rows, block_columns) = half.numel() // columns, row_tile(columns, 2048, elements=8192)
+        kernel[(triton.cdiv(rows, block_rows), triton.cdiv(columns, block_columns))](
+            *tensors, rows, columns, BLOCK_ROWS=block_rows, BLOCK_COLUMNS=block_columns
         )
 
 
