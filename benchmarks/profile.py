@@ -51,7 +51,7 @@ def kernels_of(run, device: torch.device) -> list[dict]:
             torch.cuda.synchronize()
     kernels = []
     for event in profiler.key_averages():
-        if (event.device_type == DeviceType.CUDA) == cuda:
+        if (event.device_type == DeviceType.CUDA) == cuda and not event.is_user_annotation:  # of an optimizer's step
             microseconds = event.self_device_time_total if cuda else event.self_cpu_time_total
             kernels.append({
                 "name": event.key, "kind": kind_of(event.key), "ms": microseconds / 1e3 / CALLS,

@@ -232,6 +232,15 @@ def test_profile_accounts_for_the_call(workload):
     assert "| attention |" in tables.profile_table(record) and record["kinds"]["attention"]["floor_ms"] > 0
 
 
+def test_a_profile_counts_no_kernel_twice():
+    """An optimizer's step is annotated, over its kernels."""
+    weight = nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    kernels = profile.kernels_of(torch.optim.AdamW([weight]).step, CPU)
+    names = [kernel["name"] for kernel in kernels]
+    assert "aten::add_" in names and not any("Optimizer" in name for name in names)
+
+
 @pytest.mark.parametrize("part", NETWORK_PARTS)
 def test_a_line_for_the_terminal(records, part):
     for record in records[part]:
