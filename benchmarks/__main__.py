@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from . import autoencoder, first_call, loss_curve, operators, results, sampling, tables, training, transformer
+from . import autoencoder, first_call, loss_curve, operators, pipeline, results, sampling, tables, training, transformer
 from .ceilings import Ceilings, measure_ceilings
 from .network_workloads import network_workloads
 from .workloads import Workload, workloads
@@ -17,7 +17,7 @@ NETWORK_PARTS = {
     "sampling": sampling.benchmark,
     "loss-curve": loss_curve.benchmark,
 }
-PARTS = ("operators", "autoencoder", "memory", "first-call", *NETWORK_PARTS)
+PARTS = ("operators", "autoencoder", "memory", "first-call", *NETWORK_PARTS, "pipeline")
 
 
 def records_of(part: str, only: Callable[[str], bool], device: torch.device, ceilings: Ceilings) -> Iterator[dict]:
@@ -29,6 +29,9 @@ def records_of(part: str, only: Callable[[str], bool], device: torch.device, cei
         for workload in network_workloads(part):
             if only(workload.name):
                 yield NETWORK_PARTS[part](workload, device, ceilings)
+        return
+    if part == "pipeline":
+        yield from (pipeline.benchmark(each) for each in pipeline.pipelines() if only(each.name))
         return
     selected: list[Workload] = [workload for workload in workloads(part) if only(workload.name)]
     if part == "autoencoder":

@@ -35,6 +35,7 @@ SECTIONS = {  # heading → part, table
     "Training steps": ("training", tables.network_table),
     "Sampling": ("sampling", tables.network_table),
     "Loss of a training": ("loss-curve", tables.loss_table),
+    "Commands": ("pipeline", tables.pipeline_table),
 }
 EXPLANATION = """bf16, random weights; a large matrix product runs at {rate} TFLOP/s. """
 AUTOENCODER_EXPLANATION = """Milliseconds of one call, medians over calls in which the contenders take turns. eager
@@ -52,6 +53,9 @@ training step counts everything, weights and optimizer included. In training one
 so that they do not take turns; eager measured again after the others took {drift} of its time. A step of sampling is
 one call of the network on both halves of the guidance, and the update; samples are all steps, and the decoder, of
 which the arithmetic is not counted."""
+PIPELINE_EXPLANATION = """Commands run as a user starts them, on random pictures, latents and weights, with the batch of
+each GPU in their names. Scaling is the share of as many times the images/s of one GPU. Waited is the share of the time
+in which the GPU had no data."""
 
 
 def load(path: Path) -> Results:
@@ -141,6 +145,7 @@ def page(results: Results, name: str) -> str:
     parts = [f"# Benchmarks on {stamps(results, 'gpu')}", "Written by `make bench-report`.", setting(results)]
     parts += [*speed(results), *images(results, name), paragraph(PAGE_EXPLANATION)]
     parts += [*network_explanation(results), *ratios(results)]
+    parts += [paragraph(PIPELINE_EXPLANATION)] if results.get("pipeline") else []
     parts += ["## Targets", tables.target_table(results)]
     for heading, (part, table) in SECTIONS.items():
         if results.get(part):

@@ -169,6 +169,27 @@ def headline_table(records: list[dict]) -> str:
     return table(rows)
 
 
+def pipeline_table(records: list[dict]) -> str:
+    """Scaling: images/s on several GPUs as a share of as many times those of the same contender on one."""
+    rows = [["command", "contender", "images/s", "over eager", "scaling", "GPU waited"]]
+    for record in records:
+        found = record["contenders"]
+        for name, row in found.items():
+            cells = [cell(row, "images_per_s", 0), "–", "–", "–"]
+            if "images_per_s" in row:
+                gpus, rate = row["gpus"], row["images_per_s"]
+                suffix = f", {gpus} GPUs" if gpus > 1 else ""
+                eager = found.get(f"eager{suffix}", {}).get("images_per_s")
+                one = found.get(name.removesuffix(suffix), {}).get("images_per_s") if suffix else None
+                cells[1:] = [
+                    f"{rate / eager:.2f}×" if eager else "–",
+                    f"{rate / one / gpus:.0%}" if one else "–",
+                    f"{row['waited']:.1%}",
+                ]
+            rows.append([record["workload"], name, *cells])
+    return table(rows)
+
+
 def loss_table(records: list[dict]) -> str:
     """The loss, averaged over windows of steps, of each contender."""
     rows = []

@@ -1,0 +1,178 @@
+"""The commands that cache latents and train on them, as a user starts them: images/s, and how long the GPU waited.
+
+Pictures, latents and weights are random. A row is a command with some options on one GPU, or on all of this machine
+under torchrun; the batch is that of each GPU.
+"""
+
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from dcae_fast.data.manifest import Manifest, Settings
+from dcae_fast.models.autoencoder import DCAE
+from dcae_fast.models.zoo import BUNDLED
+
+from .first_call import ROOT
+from .workloads import F32
+
+LATENT, CLASSES = (128, 8, 8), 1000  # of f64 at 512 pixels
+REPORT = re.compile(r"([\d.]+) images/s; the device waited (\d+) %")
+Options = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """model: for the name alone, options tell the command. alone, together: contender → its options, on one GPU and
+    on several.
+    """
+
+    model: str
+    command: str
+    batch: int
+    options: Options
+    alone: dict[str, Options]
+    together: dict[str, Options]
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}-{self.command}-b{self.batch}"
+
+    def rows(self, gpus: int) -> Iterator[tuple[str, int, Options]]:
+        """Contender, number of GPUs, options."""
+        for contender, options in self.alone.items():
+            yield contender, 1, (*self.options, *options)
+        for contender, options in self.together.items() if gpus > 1 else ():
+            yield f"{contender}, {gpus} GPUs", gpus, (*self.options, *options)
+
+
+TRAIN, CACHE = "train-diffusion", "cache-latents"
+EAGER, GRAPHS = ("--no-patch",), ("--compile", "--cuda-graphs")
+PATCHED: dict[str, Options] = {"patched": ()}
+PAIR = {"eager": EAGER} | PATCHED
+COMPILED = PAIR | {
+    "torch.compile": (*EAGER, "--compile"),
+    "torch.compile + CUDA graphs": (*EAGER, *GRAPHS),
+    "patched + torch.compile + CUDA graphs": GRAPHS,
+}
+SPREAD = PAIR | {"patched, FSDP2": ("--parallel", "fsdp")}
+SMALL = ("--depth", "12", "--hidden-size", "512", "--num-heads", "8")
+TINY = ("--depth", "2", "--hidden-size", "32", "--num-heads", "2")
+PIPELINES = [
+    Pipeline("uvit-s-f64", TRAIN, 256, SMALL, COMPILED, PATCHED),
+    Pipeline("uvit-h-f64", TRAIN, 512, (), PAIR, SPREAD),
+    Pipeline(F32, CACHE, 32, (), PAIR, PATCHED),
+]
+REHEARSAL = [
+    Pipeline("uvit-tiny-f64", TRAIN, 4, TINY, PAIR, PATCHED),
+    Pipeline("dc-ae-tiny", CACHE, 2, (), PAIR, PATCHED),
+]
+
+
+def pipelines() -> list[Pipeline]:
+    return PIPELINES if torch.cuda.is_available() else REHEARSAL
+
+
+def benchmark(pipeline: Pipeline) -> dict:
+    """The record: of each contender images_per_s and waited, the share of the time, or why there is none."""
+    measure = {TRAIN: training, CACHE: caching}[pipeline.command]
+    rows = {}
+    with tempfile.TemporaryDirectory() as folder:
+        run = measure(pipeline.batch, Path(folder))
+        for contender, gpus, options in pipeline.rows(torch.cuda.device_count()):
+            try:
+                rows[contender] = {"gpus": gpus} | run(gpus, options)
+            except subprocess.CalledProcessError as failure:
+                rows[contender] = {"failure": complaint(failure.stderr)}
+    return {"workload": pipeline.name, "contenders": rows}
+
+
+def complaint(stderr: str) -> str:
+    """The line that says what went wrong; torchrun and Python write much beside it."""
+    lines = stderr.strip().splitlines() or ["no message"]
+    return next((line for line in lines if line.startswith("dcae-fast: ") or "Error" in line), lines[-1])[:200]
+
+
+def dcae_fast(gpus: int, *words: object) -> str:
+    """Runs dcae-fast on the first GPUs; returns what it prints."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"] if gpus > 1 else []
+    words = [sys.executable, *launch, "-m", "dcae_fast", *map(str, words)]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpus)))}
+    return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+def training(batch: int, folder: Path) -> Callable[[int, Options], dict]:
+    """Measures the second half of some steps, after those that compile and search."""
+    steps, every = (100, 10) if torch.cuda.is_available() else (8, 2)
+    make_latents(folder / "latents", 20_000 if torch.cuda.is_available() else 64)
+
+    def run(gpus: int, options: Options) -> dict:
+        with tempfile.TemporaryDirectory(dir=folder) as out:
+            dcae_fast(
+                gpus, "train-diffusion", "uvit-h-f64", "--data", folder / "latents", "--out", out, "--steps", steps,
+                "--batch", batch * gpus, "--log-steps", every, "--save-steps", steps, "--sample-steps", 0,
+                *options,
+            )  # fmt: skip
+            lines = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
+        late = [line for line in lines if line["step"] > steps // 2]
+        rate = statistics.median(line["images_per_second"] for line in late)
+        return {"images_per_s": rate, "waited": statistics.mean(line["waited"] for line in late)}
+
+    return run
+
+
+def caching(batch: int, folder: Path) -> Callable[[int, Options], dict]:
+    """Measures the second of two times; the first compiles kernels and times algorithms."""
+    on_gpu = torch.cuda.is_available()
+    size, pictures = (512, 3000) if on_gpu else (32, 6)
+    with ProcessPoolExecutor() as pool:
+        list(pool.map(partial(make_picture, folder / "pictures", size), range(pictures), chunksize=16))
+    model = folder / "autoencoder" if on_gpu else BUNDLED["dc-ae-tiny"]
+    if on_gpu:
+        torch.manual_seed(0)
+        DCAE.from_name(F32).save_pretrained(model)
+
+    def run(gpus: int, options: Options) -> dict:
+        for _ in range(2):
+            with tempfile.TemporaryDirectory(dir=folder) as out:
+                printed = dcae_fast(
+                    gpus, "cache-latents", folder / "pictures", "--out", out, "--model", model, "--scale", 0.3,
+                    "--batch", batch, "--resolution", size, "--dtype", "bfloat16", "--format", "safetensors",
+                    *options,
+                )  # fmt: skip
+        rate, waited = REPORT.search(printed).groups()
+        return {"images_per_s": float(rate), "waited": float(waited) / 100}
+
+    return run
+
+
+def make_latents(folder: Path, items: int) -> None:
+    """Normal noise, as `cache-latents` writes it."""
+    folder.mkdir()
+    latents = {"latents": torch.randn(items, *LATENT), "classes": torch.arange(items) * CLASSES // items}
+    save_file(latents, folder / "latents-000000.safetensors")
+    settings = Settings("dc-ae-f64c128-in-1.0", "float32", 512, 0.2889, "safetensors", "", LATENT)
+    Manifest(settings, tuple(f"{number:03d}" for number in range(CLASSES))).save(folder)
+
+
+def make_picture(folder: Path, size: int, number: int) -> None:
+    """A JPEG file, a little larger than it is needed: gradients and noise."""
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng(number)
+    height, width = rng.integers(size, 5 * size // 4, 2)
+    slope = np.linspace(0, 1, width)[None, :, None] * rng.uniform(-100, 100, 3)
+    pixels = 128 + slope + rng.normal(0, 25, (height, width, 3))
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{number:06d}.jpg", quality=90)
