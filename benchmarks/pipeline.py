@@ -110,8 +110,9 @@ def dcae_fast(gpus: int, *words: object) -> str:
     """Runs dcae-fast on the first GPUs; returns what it prints."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"] if gpus > 1 else []
     words = [sys.executable, *launch, "-m", "dcae_fast", *map(str, words)]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpus)))}
-    return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+    first = {"CUDA_VISIBLE_DEVICES": ",".join(visible.split(",")[:gpus])}
+    return subprocess.run(words, cwd=ROOT, env=os.environ | first, capture_output=True, text=True, check=True).stdout
 
 
 def training(batch: int, folder: Path) -> Callable[[int, Options], dict]:
