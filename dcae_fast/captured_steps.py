@@ -47,7 +47,7 @@ class CapturedSteps:
         ) -> torch.Tensor:
             return step.function(guided(self.call, labels, null_labels, scale), x, times.unbind(), numbers, *noise)
 
-        times = torch.tensor(step.times, dtype=x.dtype)
+        times = torch.tensor(step.times, dtype=x.dtype, device="cpu")
         times = times.pin_memory().to(x.device, non_blocking=True) if x.is_cuda else times  # waits for nothing
         args, name = (x, times, step.numbers, self.labels, self.null_labels, *noise), (step.function, scale)
         out = graphs.replay(self.model, args, {}, name, cast=not self.weights_are_cast)

@@ -1,6 +1,6 @@
 """Writing files that are either whole or absent."""
 
-import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +9,7 @@ from pathlib import Path
 @contextmanager
 def written_atomically(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; it takes `path`'s place if the block ends without an error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     temporary.touch()
     mode = temporary.stat().st_mode
     try:

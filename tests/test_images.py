@@ -166,3 +166,5 @@ def test_saving_replaces_whole_files_or_nothing(tmp_path):
         temporary.write_bytes(b"half")
         raise RuntimeError
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+    with written_atomically(path) as one, written_atomically(path) as other:  # of two threads, or nodes with equal pids
+        assert one != other

@@ -17,6 +17,7 @@ from .module import FastModule, in_transform, plain
 
 SHARE = 0.9  # of the memory, which layers may fill; the rest is for what convolutions need besides, and for gaps
 SMALL = 512 * 512  # pixels of pictures that are not worth asking how much memory there is
+INPUTS = ("x", "z", "hidden_states")  # what libraries call the first parameter
 CHANNELS, BYTES = 2**9, 2**14  # more than the largest tensor, and than all that are alive, have for a pixel
 
 
@@ -43,6 +44,9 @@ class Coder(FastModule):
     def forward(self, *args, **kwargs) -> Result:
         if not isinstance(self, FastModule):  # a wrapper kept this forward, and the module is patched no more
             return type(self).forward(self, *args, **kwargs)
+        named = kwargs.keys() & INPUTS
+        if not args and len(named) == 1:  # known by its place
+            args, kwargs = (kwargs[named.pop()],), {name: kwargs[name] for name in kwargs if name not in INPUTS}
         if torch.compiler.is_compiling() or not args or type(args[0]) is not torch.Tensor or in_transform():
             return super().forward(*args, **kwargs)
         graphs = None if getattr(self, "_is_replica", False) else self.fast_options.graphs

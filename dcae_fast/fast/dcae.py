@@ -176,7 +176,8 @@ class LiteMLA(Branch):
 
     def add(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         normalised = getattr(self, "norm_qk", False) or getattr(self, "norm_q", None) is not None
-        if normalised or activation_name(getattr(self, "kernel_func", nn.ReLU())) != "relu":
+        kernel = getattr(self, "kernel_func", None)
+        if normalised or (kernel is not None and activation_name(kernel) != "relu"):
             y = self.eager(x)
             return y if residual is None else y + residual
         return super().add(x, residual)

@@ -110,7 +110,10 @@ class Graphs:
         """function(*args, **kwargs), which calls the module; captured when it is called like this the second time."""
         key = self.key(args, kwargs, name)
         with self._lock, self._computing():
-            if key is not None and self._may_capture(module, args) and key not in self._failed:
+            if key is None:
+                if self._watch is not None and not self._watch.same_addresses(module):
+                    self.clear()  # of weights that are elsewhere now
+            elif self._may_capture(module, args) and key not in self._failed:
                 if key in self._called:
                     graph = self._graphs.get(key) or self._capture(module, key, function, args, kwargs)
                     if graph is not None:

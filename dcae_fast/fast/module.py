@@ -94,13 +94,18 @@ def qualified_name(cls: type) -> str:
 
 def in_transform() -> bool:
     """Whether torch.func or forward-mode AD is at work, which custom operators take no part in."""
-    if torch.compiler.is_compiling():
-        return False
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
+# What torch.compiler.assume_constant_result does, without the second that it takes to import Dynamo. Dynamo compiles
+# anew for another stack of transforms or level of forward-mode AD.
+in_transform._dynamo_marked_constant = True
+
+
 def plain(*modules: nn.Module | None) -> bool:
-    """Whether nobody would notice if these modules were computed without being called: no hooks, no own forward."""
+    """Whether nobody would notice if these modules were computed without being called: no hooks, no forward of their
+    own, not compiled in place.
+    """
     if _has_any_global_hook():
         return False
     return not any(
@@ -109,6 +114,7 @@ def plain(*modules: nn.Module | None) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
+        or module._compiled_call_impl is not None
         for module in modules
         if module is not None
     )

@@ -35,6 +35,6 @@ class Network(FastModule):
 def step_graphs(module: nn.Module) -> Graphs | None:
     """The graphs of a patched transformer, for functions that call it; None if somebody would notice such a call."""
     options = vars(module).get("fast_options")
-    if options is None or options.graphs is None or not plain(module) or module._compiled_call_impl is not None:
+    if options is None or options.graphs is None or not plain(module):
         return None
     return options.graphs if isinstance(module, Network) else None

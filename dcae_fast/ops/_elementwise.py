@@ -27,7 +27,7 @@ def activate_backward(x: torch.Tensor, dy: torch.Tensor, act: str) -> torch.Tens
     if act == "silu":
         s = torch.sigmoid(x)
         return dy * s * (1 + x * (1 - s))
-    return dy * (x > 0) if act == "relu" else dy.clone()
+    return dy.masked_fill(x <= 0, 0) if act == "relu" else dy.clone()
 
 
 def sum_to_channels(x: torch.Tensor) -> torch.Tensor:

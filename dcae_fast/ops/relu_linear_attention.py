@@ -35,8 +35,8 @@ def relu_linear_attention_backward_reference(dout, qkvs, head_dim, eps):
     dnumerator = dout * rest
     ddenominator = -(dout * (s.transpose(-1, -2) @ q)).sum(2, keepdim=True) * rest.square()
     ds, dz = q @ dnumerator.transpose(-1, -2), (q * ddenominator).sum(-1, keepdim=True)
-    dq = (s @ dnumerator + z * ddenominator) * (q_in > 0)
-    dk = (ds @ v + dz) * (k_in > 0)
+    dq = (s @ dnumerator + z * ddenominator).masked_fill(q_in <= 0, 0)
+    dk = (ds @ v + dz).masked_fill(k_in <= 0, 0)
     dv = ds.transpose(-1, -2) @ k
     dqkv = torch.stack([dq, dk, dv], dim=2).reshape(qkv.shape).to(qkv.dtype)
     return list(dqkv.split([part.shape[1] for part in qkvs], dim=1))

@@ -15,11 +15,17 @@ def sigmoid(x):
 
 
 @triton.jit
+def relu(x):
+    """max(x, 0), and NaN where x is, as PyTorch's."""
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def activate(x, ACT: tl.constexpr):
     if ACT == "silu":
         return x * sigmoid(x)
     elif ACT == "relu":
-        return tl.maximum(x, 0.0)
+        return relu(x)
     else:
         return x
 
@@ -31,7 +37,7 @@ def activate_backward(x, dy, ACT: tl.constexpr):
         s = sigmoid(x)
         return dy * s * (1.0 + x * (1.0 - s))
     elif ACT == "relu":
-        return tl.where(x > 0.0, dy, 0.0)
+        return tl.where(x <= 0.0, 0.0, dy)
     else:
         return dy
 

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import like_channels_last, persistent_splits
+from .common import like_channels_last, persistent_splits, relu
 from .launch import Kernel
 
 
@@ -39,7 +39,7 @@ def _relu_linear_attention_state_kernel(
         n = block * BLOCK_N + tl.arange(0, BLOCK_N)
         row = qkv_ptr + _rows(n, positions, heads, bh, D, 3) + d[None, :]
         mask = (n < positions)[:, None]
-        k = tl.maximum(tl.load(row + D, mask, 0.0).to(tl.float32), 0.0)
+        k = relu(tl.load(row + D, mask, 0.0).to(tl.float32))
         v = tl.load(row + 2 * D, mask, 0.0).to(tl.float32)
         s += tl.dot(tl.trans(k), v, input_precision=PRECISION)
         z += tl.sum(k, 0)
@@ -61,7 +61,7 @@ def _relu_linear_attention_apply_kernel(
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (n < positions)[:, None]
     q = tl.load(qkv_ptr + _rows(n, positions, heads, bh, D, 3) + d[None, :], mask, 0.0)
-    q = tl.maximum(q.to(tl.float32), 0.0)
+    q = relu(q.to(tl.float32))
     out = _dot(q, s, out_ptr.dtype.element_ty) / (tl.sum(q * z[None, :], 1) + eps)[:, None]
     row = ((bh // heads).to(tl.int64) * positions + n)[:, None] * out_channels + out_start + (bh % heads) * D
     tl.store(out_ptr + row + d[None, :], out.to(out_ptr.dtype.element_ty), mask)
@@ -86,14 +86,14 @@ def _relu_linear_attention_query_backward_kernel(
         mask = (n < positions)[:, None]
         qkv_row = _rows(n, positions, heads, bh, D, 3) + d[None, :]
         out_row = ((bh // heads).to(tl.int64) * positions + n)[:, None] * out_channels + out_start + (bh % heads) * D
-        q = tl.maximum(tl.load(qkv_ptr + qkv_row, mask, 0.0).to(tl.float32), 0.0)
+        q = relu(tl.load(qkv_ptr + qkv_row, mask, 0.0).to(tl.float32))
         dout = tl.load(dout_ptr + out_row + d[None, :], mask, 0.0).to(tl.float32)
         rest = 1.0 / (tl.sum(q * z[None, :], 1) + eps)
         out = _dot(q, s, DTYPE) * rest[:, None]
         dnumerator = dout * rest[:, None]
         ddenominator = -tl.sum(dout * out, 1) * rest
         dq = _dot(dnumerator, tl.trans(s), DTYPE) + ddenominator[:, None] * z[None, :]
-        tl.store(dqkv_ptr + qkv_row, tl.where(q > 0.0, dq, 0.0).to(dqkv_ptr.dtype.element_ty), mask)
+        tl.store(dqkv_ptr + qkv_row, tl.where(q <= 0.0, 0.0, dq).to(dqkv_ptr.dtype.element_ty), mask)
         ds += _dot(tl.trans(q), dnumerator, DTYPE)
         dz += tl.sum(q * ddenominator[:, None], 0)
     dstate = dstate_ptr + tl.program_id(0).to(tl.int64) * (D + 1) * D
@@ -114,11 +114,11 @@ def _relu_linear_attention_key_value_backward_kernel(
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (n < positions)[:, None]
     row = _rows(n, positions, heads, bh, D, 3) + d[None, :]
-    k = tl.maximum(tl.load(qkv_ptr + row + D, mask, 0.0).to(tl.float32), 0.0)
+    k = relu(tl.load(qkv_ptr + row + D, mask, 0.0).to(tl.float32))
     v = tl.load(qkv_ptr + row + 2 * D, mask, 0.0).to(tl.float32)
     dk = _dot(v, tl.trans(ds), DTYPE) + dz[None, :]
     dv = _dot(k, ds, DTYPE)
-    tl.store(dqkv_ptr + row + D, tl.where(k > 0.0, dk, 0.0).to(dqkv_ptr.dtype.element_ty), mask)
+    tl.store(dqkv_ptr + row + D, tl.where(k <= 0.0, 0.0, dk).to(dqkv_ptr.dtype.element_ty), mask)
     tl.store(dqkv_ptr + row + 2 * D, dv.to(dqkv_ptr.dtype.element_ty), mask)
 
 

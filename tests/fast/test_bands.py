@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 import weakref
 from collections.abc import Iterator
 from itertools import groupby
@@ -16,7 +17,9 @@ from torch.utils._pytree import tree_leaves
 import dcae_fast
 from dcae_fast.fast import bands, plan
 from dcae_fast.fast.bands import Bands
+from dcae_fast.fast.coder import Coder
 from dcae_fast.fast.layers import Layer, Survey
+from dcae_fast.fast.module import original_class
 from dcae_fast.models import DCAE
 
 EXACT = 1e-6  # of float64; diffusers' norms have statistics in float32
@@ -134,6 +137,16 @@ def test_memory_format_of_parts(name):
             y = coder(like)
             assert y.is_contiguous() == like.is_contiguous()
             assert y.is_contiguous(memory_format=torch.channels_last) != like.is_contiguous()
+
+
+@pytest.mark.parametrize("name", ["adaptive", "diffusers-shuffled"])
+@torch.no_grad()
+def test_the_first_input_by_name(name, monkeypatch):
+    monkeypatch.setattr(Coder, "_in_parts", lambda self, plan, *args, **kwargs: "in parts")
+    for coder, x in coders(build(name), 2, 32, 8):
+        dcae_fast.patch(coder, max_memory=1)
+        _, first, *_ = inspect.signature(original_class(coder).forward).parameters
+        assert coder(x) == "in parts" == coder(**{first: x})
 
 
 @torch.no_grad()

@@ -84,9 +84,29 @@ def test_calls_that_are_left_alone(tape, encoder):
         not_captured(encoder, x)
     with FlopCounterMode(display=False):
         not_captured(encoder, x)
-    not_captured(encoder, x=x)
     not_captured(encoder, x[:0])
     not_captured(encoder.double(), x.double())
+
+
+@torch.no_grad()
+def test_the_first_input_by_name(tape, encoder):
+    x = image(1, 3, 8, 8)
+    for expected in (SEEN, CAPTURED, REPLAYED):
+        assert counts(encoder, x=x) == expected
+    assert counts(encoder, x) == REPLAYED
+
+
+@torch.no_grad()
+def test_nothing_is_kept_of_weights_that_are_gone(tape, encoder):
+    """Also where the calls that follow could not be captured."""
+    x = image(1, 3, 8, 8)
+    for _ in range(2):
+        encoder(x)
+    former = weakref.ref(next(encoder.parameters()))
+    encoder.load_state_dict({name: value.clone() for name, value in encoder.state_dict().items()}, assign=True)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        encoder(x)
+    assert len(encoder.fast_options.graphs) == 0 and former() is None
 
 
 @torch.no_grad()

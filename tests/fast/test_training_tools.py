@@ -263,6 +263,9 @@ def test_second_derivatives_and_transforms(name, compare):
         lambda module: torch.func.grad(lambda leaf: module(leaf).square().sum())(x),
     ):
         compare("eager", transform(fast), transform(block), GRADIENT, "torch.func")
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda fast=fast, transform=transform: transform(fast), backend="aot_eager")
+        compare("eager", compiled(), transform(block), GRADIENT, "torch.func, compiled")
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(x.detach(), x.detach())
         value, expected = (torch.autograd.forward_ad.unpack_dual(module(dual)).tangent for module in (fast, block))

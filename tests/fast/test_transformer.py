@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from small_models import DEVICE
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.utils.checkpoint import checkpoint
 
@@ -124,6 +125,17 @@ def test_compiles_whole(networks, autocast):
         torch.testing.assert_close(got, want)
     with torch.no_grad():
         torch.testing.assert_close(compiled(*inputs()), fast(*inputs()))
+
+
+def test_blocks_that_are_compiled_in_place(networks):
+    _, fast = networks
+    blocks = fast.blocks if hasattr(fast, "blocks") else [*fast.in_blocks, fast.mid_block, *fast.out_blocks]
+    expected, counter = fast(*inputs()), CompileCounter()
+    torch._dynamo.reset()
+    for block in blocks:
+        block.compile(backend=counter)
+    torch.testing.assert_close(fast(*inputs()), expected)
+    assert counter.frame_count > 0
 
 
 def test_hooks_are_called_and_see_what_they_would(networks):

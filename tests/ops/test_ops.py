@@ -266,6 +266,22 @@ def test_one_gradient_alone(name):
             torch.autograd.grad(again.sum(), tensors[wanted], allow_unused=True)
 
 
+@pytest.mark.parametrize(
+    "name", ["rms_norm-relu-no_residual", "bias_act-relu-residual", "attention-two_scales", "rms_norm_conv2d"]
+)
+def test_relu_keeps_nan(name, monkeypatch):
+    """A result or a gradient that is none must not look like one."""
+    op, shapes = CASES[name]
+    tensors = make(shapes, torch.float32)
+    with torch.no_grad():
+        tensors[0][-1, 0, 0, 0] = float("nan")
+    got = run(op, tensors)
+    expected = run(op, [tensor.detach().double().requires_grad_() for tensor in tensors])
+    assert got[0].isnan().any()
+    for value, want in zip(got, expected, strict=True):
+        assert torch.equal(value.isnan(), want.isnan())
+
+
 class Calls(TorchDispatchMode):
     """(name, arguments) of what PyTorch's dispatcher was asked for."""
 
