@@ -166,7 +166,8 @@ def make_latents(folder: Path, items: int) -> None:
     latents = {"latents": torch.randn(items, *LATENT), "classes": torch.arange(items) * CLASSES // items}
     save_file(latents, folder / "latents-000000.safetensors")
     settings = Settings("dc-ae-f64c128-in-1.0", "float32", 512, 0.2889, "safetensors", "", LATENT)
-    Manifest(settings, tuple(f"{number:03d}" for number in range(CLASSES))).save(folder)
+    classes = tuple(f"{number:03d}" for number in range(CLASSES))
+    Manifest(settings, classes, items, items).save(folder)
 
 
 def make_picture(folder: Path, size: int, number: int) -> None:

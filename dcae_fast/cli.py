@@ -16,7 +16,7 @@ import dcae_fast
 from . import describe, images
 from . import sample as sampling
 from .commands.cache_latents import cache_latents
-from .commands.common import Compute, UsageError, with_files
+from .commands.common import Compute, UsageError, make_folder, with_files
 from .commands.eval_autoencoder import eval_autoencoder
 from .commands.eval_diffusion import eval_diffusion
 from .commands.reference_stats import reference_stats
@@ -174,6 +174,9 @@ def sample(
     """
     if out.suffix.lower() != ".png":
         raise UsageError(f"--out {out}: expected a name that ends in .png")
+    make_folder(out.parent)
+    if latents is not None:
+        make_folder(latents.parent)
     network = compute.load_diffusion(model)
     config = network.config
     labels = labels or sampling.default_labels(config.network.num_classes)
@@ -187,10 +190,8 @@ def sample(
     except torch.OutOfMemoryError as error:
         raise UsageError(f"{len(labels)} pictures do not fit in the device's memory") from error
     if latents is not None:
-        latents.parent.mkdir(parents=True, exist_ok=True)
         sampling.save_latents(z, request, model, latents)
         print(f"Latents are in {latents.resolve()}")
-    out.parent.mkdir(parents=True, exist_ok=True)
     images.save_png(images.grid(pictures, request.columns), out)
     print(f"{request}\nThe pictures are in {out.resolve()}")
     return 0
@@ -285,7 +286,9 @@ def _for_each(files: Sequence[Path], work: Callable[[Path, str], str], out: Path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; the exit status is 0, 1 if some files failed, or 2 if the request could not be met at all."""
+    """Runs a command; the exit status is 0, 1 if some files failed, 2 if the request could not be met at all, or 130
+    after Ctrl-C.
+    """
     commands = [reconstruct, encode, decode, sample, cache_latents, train_diffusion]
     commands += [reference_stats, eval_autoencoder, eval_diffusion, convert, models, info]
     try:
@@ -299,3 +302,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UsageError, DeviceError, CheckpointError, OSError) as error:
         print(f"dcae-fast: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("dcae-fast: interrupted", file=sys.stderr)
+        return 130

@@ -15,7 +15,7 @@ from dcae_fast.data.pictures import find_pictures
 from dcae_fast.models.autoencoder import DCAE
 from dcae_fast.reconstruction import choose_device
 
-from .common import Compute, UsageError
+from .common import Compute, UsageError, check_workers
 
 LISTED = 20  # pictures without a latent, in the terminal; the manifest has them all
 
@@ -50,8 +50,7 @@ def cache_latents(
         raise UsageError(f"--scale {scale}: expected a positive number")
     if batch != "auto" and batch < 1:
         raise UsageError(f"--batch {batch}: expected at least 1, or auto")
-    if workers is not None and workers < 0:
-        raise UsageError(f"--workers {workers}: expected at least 0")
+    check_workers(workers)
     place, dtype = choose_device(compute.device, compute.dtype)
     with distributed.process_group(place) as device:
         try:

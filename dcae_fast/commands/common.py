@@ -1,5 +1,6 @@
 """What the commands share: errors in a request, where and how to compute, and options in files."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,18 @@ from dcae_fast.reconstruction import load_model
 
 class UsageError(ValueError):
     """A request that cannot be met; the message is all that is shown."""
+
+
+def check_workers(workers: int | None) -> None:
+    if workers is not None and workers < 0:
+        raise UsageError(f"--workers {workers}: expected at least 0")
+
+
+def make_folder(folder: Path) -> None:
+    """For results; before the work, lest they have no place after it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"{folder}: is not writable")
 
 
 @dataclass(frozen=True)

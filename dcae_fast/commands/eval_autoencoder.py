@@ -21,7 +21,7 @@ from dcae_fast.files import written_atomically
 from dcae_fast.models.autoencoder import DCAE
 from dcae_fast.reconstruction import choose_device
 
-from .common import Compute, UsageError, report_problems
+from .common import Compute, UsageError, check_workers, make_folder, report_problems
 
 HEADINGS = ("latent mean", "rms", "std", "rFID", "PSNR", "SSIM", "LPIPS", "CLIP-IQA")
 
@@ -55,6 +55,7 @@ def eval_autoencoder(
     """
     if batch < 1:
         raise UsageError(f"--batch {batch}: expected at least 1")
+    check_workers(workers)
     if against == "eager" and not compute.patch:
         raise UsageError("--against eager --no-patch: would compare the model with itself")
     place, dtype = choose_device(compute.device, compute.dtype)
@@ -66,6 +67,8 @@ def eval_autoencoder(
             found_pictures = distributed.broadcast(find_pictures(images) if distributed.is_main() else None)
             workers = default_workers() if workers is None else workers
             batches = FolderBatches(found_pictures, resolution, batch, workers)
+            if distributed.is_main():
+                make_folder(out)
             found, missing = networks.load_all(autoencoder.NETWORKS, device)
             results = autoencoder.evaluate(batches, models, found, moments)
         except DataError as error:
@@ -111,7 +114,6 @@ def _check_resolution(resolution: int, models: dict[str, DCAE]) -> None:
 
 def _save(results: dict[str, autoencoder.Result], settings: dict, out: Path) -> None:
     """Into results.json, where a figure that is not finite, as the PSNR of equal pictures, is null."""
-    out.mkdir(parents=True, exist_ok=True)
     models = {
         name: {column: figure if math.isfinite(figure) else None for column, figure in result.figures.items()}
         for name, result in results.items()

@@ -78,6 +78,8 @@ def eval_diffusion(
             settings = _settings(network, model, compute.patch, sampler, steps, options)
             folder = SampleFolder(out, settings, network.config.network.num_classes, save)
             found, missing = networks.load_all(references.networks, device)
+            if missing and not found and save == "none":
+                raise UsageError("\n".join(["nothing to measure the samples with", *missing.values()]))
             references.check(found, device, samples)
             kept = generate(network, folder, found)
             if distributed.is_main():

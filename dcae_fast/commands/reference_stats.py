@@ -13,7 +13,7 @@ from dcae_fast.evaluation.pictures import FolderBatches, NpzBatches
 from dcae_fast.evaluation.references import Wanted, write_references
 from dcae_fast.reconstruction import choose_device
 
-from .common import UsageError, report_problems
+from .common import UsageError, check_workers, make_folder, report_problems
 
 
 def reference_stats(
@@ -49,6 +49,9 @@ def reference_stats(
             raise UsageError(f"{path}: expected a name that ends in {suffix}")
     if min(resolution, batch) < 1:
         raise UsageError(f"--resolution {resolution}, --batch {batch}: expected at least 1")
+    check_workers(workers)
+    for path in filter(None, (fid, precision_recall, cmmd)):
+        make_folder(path.parent)
     with distributed.process_group(choose_device(device, "float32")[0]) as place:
         try:
             if images.suffix == ".npz":

@@ -28,7 +28,13 @@ class LatentDataset(Dataset):
         self.manifest = load_manifest(self.folder)
         self._read = _open(self.folder, self.manifest)
         if len(self._read) == 0:
-            raise DataError(f"{self.folder}: no latents here")
+            raise DataError(f"{self.folder}: no latents here; `dcae-fast cache-latents` makes them")
+        if self.manifest is not None and self.manifest.latents != len(self):
+            told = "an end" if self.manifest.latents is None else f"{self.manifest.latents} of them"
+            raise DataError(
+                f"{self.folder}: {len(self)} latents, but manifest.json does not tell of {told}; "
+                "run the same `dcae-fast cache-latents` to its end"
+            )
         self.classes = self._read.classes
         self.shape = tuple(self[0][0].shape)
 

@@ -62,6 +62,9 @@ def find_pictures(source: Path) -> Pictures:
         root, shards = source, sorted(files_under(source, {".tar"}))
     else:
         raise DataError(f"{source}: no such folder, nor a .tar file")
+    loose = next(files_under(source, SUFFIXES), None) if shards and source.is_dir() else None
+    if loose is not None:
+        raise DataError(f"{source / loose}: beside shards; expected pictures in .tar files, or no such files")
     pictures = _in_shards(root, shards) if shards else _in_folders(root)
     if not pictures.items:
         raise DataError(f"{source}: no pictures here; looked for {' '.join(sorted(SUFFIXES))} and .tar")
@@ -121,6 +124,19 @@ def _labelled(root: Path, found: Sequence[Picture], labels: dict[str, int]) -> P
     return Pictures(root, items, classes)
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """As torchvision has it, and so the original: not turned as the camera says, and without transparency.
+
+    But grey of 16 bits, of which that would leave white, is brought to 8. ValueError for floating point.
+    """
+    if image.mode == "F":
+        raise ValueError("its pixels are floating point, which has no defined range")
+    if image.mode.startswith("I"):  # Pillow opens some such files in 32 bits
+        grey = np.asarray(image).clip(0, 65535) / 257
+        image = Image.fromarray(grey.round().astype(np.uint8))
+    return image.convert("RGB")
+
+
 class Crops(NamedTuple):
     """A batch: pixels uint8 [n, side, side, 3] of the pictures numbered `indices`; failed: (number, reason)."""
 
@@ -145,7 +161,7 @@ class CropDataset(Dataset):
         index = self.indices[position]
         try:
             with self.pictures.open(self.pictures.items[index]) as image:
-                crop = centre_crop(image.convert("RGB"), self.resolution, self.resolution)
+                crop = centre_crop(to_rgb(image), self.resolution, self.resolution)
         except Exception as error:  # Pillow raises anything for a broken file
             return index, str(error) or repr(error)
         return index, torch.from_numpy(np.array(crop))

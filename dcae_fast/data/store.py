@@ -96,13 +96,16 @@ class ShardStore:
                 raise DataError(f"{path}: of none of the pictures; take another folder")
 
     def scan(self, indices: Iterable[int]) -> dict[int, Sums]:
-        """The sums of those latents that are there and valid, by number; files without any are removed."""
+        """The sums of those latents that are there and valid, by number; the others are removed."""
         found = {}
         for first in sorted({index // self.unit * self.unit for index in indices}):
             rows = self._load(first)
             found |= {index: Sums.of(latent.float().numpy()) for index, latent in rows.items()}
             if not rows:
                 self._path(first).unlink(missing_ok=True)
+            elif len(rows) < self._count(first):  # others are of pictures that are gone
+                self._pending = rows
+                self.close()
         return found
 
     def write(self, indices: list[int], latents: torch.Tensor) -> None:
@@ -127,6 +130,10 @@ class ShardStore:
         with written_atomically(self._path(first)) as temporary:
             save_file(tensors, temporary, {"names": names})
         self._pending = {}
+
+    def _count(self, first: int) -> int:
+        with safe_open(self._path(first), framework="pt") as file:
+            return len(json.loads(file.metadata()["names"]))
 
     def _load(self, first: int) -> dict[int, torch.Tensor]:
         """The valid latents of a shard by number; none if the file is torn or absent."""

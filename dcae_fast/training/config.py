@@ -36,6 +36,13 @@ class Architecture:
     class_dropout_prob: float = 0.1
     """share of the training labels that become no class"""
 
+    def __post_init__(self):
+        _check_least(self, dict.fromkeys(("depth", "hidden_size", "num_heads", "patch_size", "num_classes"), 1))
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size={self.hidden_size}; expected a multiple of num_heads={self.num_heads}")
+        if not 0 <= self.class_dropout_prob < 1:
+            raise ValueError(f"class_dropout_prob={self.class_dropout_prob}; expected at least 0, and less than 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -74,7 +81,16 @@ class Recipe:
     """of initial weights, data order, times, noise and dropped labels"""
 
     def __post_init__(self):
-        least = {"batch": 1, "steps": 0, "lr": 0, "weight_decay": 0, "warmup_steps": 0, "warmup_lr": 0, "seed": 0}
+        least = {
+            "batch": 1,
+            "num_inference_steps": 1,
+            "steps": 0,
+            "lr": 0,
+            "weight_decay": 0,
+            "warmup_steps": 0,
+            "warmup_lr": 0,
+            "seed": 0,
+        }
         _check_least(self, least)
         if self.clip_grad is not None and not self.clip_grad > 0:
             raise ValueError(f"clip_grad={self.clip_grad}; expected more than 0, or none")

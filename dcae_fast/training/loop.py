@@ -51,10 +51,17 @@ class Training:
         ranks, rank = distributed.world_size(), distributed.rank()
         recipe.part(ranks, run.accumulate)  # raises if there is none
         self.data = LatentDataset(run.data)
-        self.state = initial_state(recipe.diffusion_config(self.data), recipe, run, device)
-        shards = shards_of(run.out, recipe, self.data)
+        config = recipe.diffusion_config(self.data)
         self.checkpoints = Checkpoints(run.out / "checkpoints", run.keep)
         newest = distributed.broadcast(self.checkpoints.latest() if distributed.is_main() else None)
+        shards = shards_of(run.out, recipe, self.data, has_begun=newest is not None)
+        if 0 < len(self.data.classes) < recipe.network.num_classes:
+            distributed.print_main(
+                f"The latents have {len(self.data.classes)} classes, the network has {recipe.network.num_classes}, and "
+                "samples are of all of these; see --num-classes",
+                error=True,
+            )
+        self.state = initial_state(config, recipe, run, device)
         if newest is not None:
             self.checkpoints.load(newest, self.state)
             distributed.print_main(f"Going on after step {self.state.step}, from {newest}")
@@ -95,7 +102,7 @@ class Training:
 
     def _report(self, norm: torch.Tensor) -> None:
         """A line of the log about the steps since the last one. TrainingError if their loss is not finite."""
-        loss = distributed.all_sum(torch.stack(self.losses).mean()).item() / distributed.world_size()
+        loss = self._loss()
         seconds, waited = self.watch.read()
         self.log.numbers(
             self.state.step,
@@ -105,10 +112,17 @@ class Training:
             images_per_second=len(self.losses) * self.recipe.batch / seconds,
             waited=waited,
         )
-        if not math.isfinite(loss):
-            raise TrainingError(f"the loss is {loss} in the steps up to {self.state.step}")
+        self._check(loss)
         self.losses = []
         self.watch.restart()
+
+    def _loss(self) -> float:
+        """Of the steps since the last line of the log, all ranks'."""
+        return distributed.all_sum(torch.stack(self.losses).mean()).item() / distributed.world_size()
+
+    def _check(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise TrainingError(f"the loss is {loss} in the steps up to {self.state.step}")
 
     def _pause(self) -> None:
         """Draws, evaluates and saves what is due: a run that is ended before it has saved does all of it again."""
@@ -116,6 +130,8 @@ class Training:
             with averaged(self.state):
                 self._look()
         if self._due(self.run.save_steps):
+            if self.losses:  # before a checkpoint of no use takes the place of another
+                self._check(self._loss())
             self.checkpoints.save(self.state)
 
     def _look(self) -> None:

@@ -1,5 +1,6 @@
 """training.json: what a run's folder was begun with, and what must be the same when it goes on."""
 
+import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -15,24 +16,32 @@ FILE = "training.json"
 MAY_CHANGE = {"recipe.steps"}
 
 
-def shards_of(folder: Path, recipe: Recipe, data: LatentDataset) -> int:
+def shards_of(folder: Path, recipe: Recipe, data: LatentDataset, has_begun: bool) -> int:
     """How many ranks the run in this folder began with, these ones if it begins now. Called by all ranks.
 
-    TrainingError if the folder is that of another recipe or other data.
+    has_begun: whether there is something to go on from. TrainingError if the folder is that of another recipe or other
+    data, or of something else.
     """
-    facts = json.loads(json.dumps({"items": len(data), "shape": data.shape, "recipe": asdict(recipe)}))
-    result = distributed.broadcast(_settle(folder / FILE, facts) if distributed.is_main() else None)
+    facts = json.loads(json.dumps(facts_of(data) | {"recipe": asdict(recipe)}))
+    result = distributed.broadcast(_settle(folder / FILE, facts, has_begun) if distributed.is_main() else None)
     if isinstance(result, TrainingError):
         raise result
     return result
 
 
-def _settle(file: Path, facts: dict[str, Any]) -> int | TrainingError:
+def facts_of(data: LatentDataset) -> dict[str, Any]:
+    """By which latents are known again."""
+    names = hashlib.sha256("\n".join(data.classes).encode()).hexdigest()
+    settings = None if data.manifest is None else data.manifest.settings
+    made = {} if settings is None else {"scaling_factor": settings.scaling_factor, "weights": settings.weights}
+    return {"items": len(data), "shape": data.shape, "classes": names} | made
+
+
+def _settle(file: Path, facts: dict[str, Any], has_begun: bool) -> int | TrainingError:
     if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with written_atomically(file) as temporary:
-            temporary.write_text(json.dumps(facts | {"shards": distributed.world_size()}, indent=2) + "\n")
-        return distributed.world_size()
+        if file.parent.is_dir() and any(file.parent.iterdir()):
+            return TrainingError(f"{file.parent} is not empty and has no {FILE}; take another folder")
+        return _begin(file, facts)
     try:
         there = json.loads(file.read_text())
         shards, before, now = there.pop("shards"), _flat(there), _flat(facts)
@@ -40,11 +49,20 @@ def _settle(file: Path, facts: dict[str, Any]) -> int | TrainingError:
         return TrainingError(f"{file}: not the settings of a training: {error!r}")
     for name in sorted((before.keys() | now.keys()) - MAY_CHANGE):
         if before.get(name) != now.get(name):
+            if not has_begun:  # another attempt
+                return _begin(file, facts)
             return TrainingError(
                 f"{file.parent} holds a training with {name.split('.')[-1]} {before.get(name)}, not {now.get(name)}; "
                 "go on with the same, or take another folder"
             )
     return shards
+
+
+def _begin(file: Path, facts: dict[str, Any]) -> int:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with written_atomically(file) as temporary:
+        temporary.write_text(json.dumps(facts | {"shards": distributed.world_size()}, indent=2) + "\n")
+    return distributed.world_size()
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -151,6 +151,16 @@ def test_torn_latents_of_pictures_that_are_broken_now(tmp_path, format):
     assert contents(tmp_path / "out").keys() == {MANIFEST}
 
 
+def test_latents_of_pictures_that_are_gone(tmp_path):
+    for seed in range(5):
+        save_noise(tmp_path / "pictures" / f"{seed}.png", 64, 64, seed)
+    command = tmp_path / "pictures", tmp_path / "out", "--format", "safetensors"
+    assert run(*command) == 0
+    (tmp_path / "pictures" / "4.png").unlink()
+    assert run(*command) == 0
+    assert len(LatentDataset(tmp_path / "out")) == 4
+
+
 def test_new_pictures_are_added(tmp_path, capsys):
     for format in ("npy", "safetensors"):
         pictures = tmp_path / f"pictures-{format}"

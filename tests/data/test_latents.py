@@ -34,7 +34,7 @@ def test_folders_of_the_original(tmp_path, names, labels):
 def test_classes_of_the_manifest(tmp_path):
     """A class of which no picture could be read keeps its number."""
     settings = Settings("m", "float32", 64, 1.0, "npy", "", (4, 2, 2))
-    Manifest(settings, ("a", "b", "c")).save(tmp_path)
+    Manifest(settings, ("a", "b", "c"), latents=1).save(tmp_path)
     (tmp_path / "c").mkdir()
     np.save(tmp_path / "c" / "0.npy", latent(0))
     assert LatentDataset(tmp_path)[0][1] == 2
@@ -44,10 +44,18 @@ def test_classes_of_the_manifest(tmp_path):
         LatentDataset(tmp_path)
 
 
+@pytest.mark.parametrize("told", [None, 2])
+def test_a_cache_without_an_end(tmp_path, told):
+    Manifest(Settings("m", "float32", 64, 1.0, "npy", "", (4, 2, 2)), (), latents=told).save(tmp_path)
+    np.save(tmp_path / "0.npy", latent(0))
+    with pytest.raises(DataError, match="1 latents, but .* cache-latents"):
+        LatentDataset(tmp_path)
+
+
 def test_shards_in_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(ShardStore, "unit", 4)
     settings = Settings("m", "bfloat16", 64, 1.0, "safetensors", "", (4, 2, 2))
-    Manifest(settings, ("a", "b")).save(tmp_path)
+    Manifest(settings, ("a", "b"), latents=10).save(tmp_path)
     store = ShardStore(tmp_path, [Picture(f"{i}.png", f"{i}", i % 2) for i in range(10)], settings)
     z = torch.stack([torch.from_numpy(latent(seed)) for seed in range(10)]).bfloat16()
     store.write(list(range(10)), z)

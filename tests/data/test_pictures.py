@@ -2,6 +2,7 @@
 
 import io
 import re
+import shutil
 import tarfile
 
 import numpy as np
@@ -94,6 +95,19 @@ def test_shards_without_classes(tmp_path):
     assert len(crops(found).failed) == 1
 
 
+def test_modes(tmp_path):
+    """Grey of 16 bits is that of 8; others as torchvision has them."""
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "wide.png")
+    Image.fromarray(grey).save(tmp_path / "narrow.png")
+    Image.fromarray(np.dstack([grey] * 3 + [grey])).save(tmp_path / "transparent.png")
+    Image.fromarray(grey.astype(np.float32)).save(tmp_path / "float.tiff")
+    items = dict(CropDataset(find_pictures(tmp_path), range(4), 16)[number] for number in range(4))
+    expected = torch.from_numpy(grey)[..., None].expand(16, 16, 3)
+    assert items.pop(0) == "its pixels are floating point, which has no defined range"
+    assert all(torch.equal(pixels, expected) for pixels in items.values()) and len(items) == 3
+
+
 def test_refused(pictures, tmp_path):
     def refuse(words):
         with pytest.raises(DataError, match=re.escape(words)):
@@ -106,7 +120,10 @@ def test_refused(pictures, tmp_path):
     refuse("would both have the latent c/a")
     (tmp_path / "b.png").touch()
     refuse("b.png: beside class folders")
+    shutil.rmtree(tmp_path / "c")
     (tmp_path / "torn.tar").write_bytes(b"x" * 700)
+    refuse("b.png: beside shards")
+    (tmp_path / "b.png").unlink()
     refuse("torn.tar: not a readable shard")
     with tarfile.open(tmp_path / "torn.tar", "w") as tar:
         add(tar, "a.cls", b"3")

@@ -178,4 +178,14 @@ def test_wrong_requests(photographs, tmp_path, stand_ins, capsys):
     for argv in (["--resolution", "50"], ["--batch", "0"], ["--reference", tmp_path / "absent.npz"]):
         assert cli.main(command(photographs, tmp_path / "out", *argv)) == 2
         assert str(argv[1]) in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    assert not any((tmp_path / "out").glob("*"))
+
+
+def test_results_without_a_place(photographs, tmp_path, stand_ins, monkeypatch, capsys):
+    """Are not computed."""
+    monkeypatch.setattr(autoencoder, "evaluate", None)
+    (tmp_path / "file").touch()
+    assert cli.main(command(photographs, tmp_path / "file" / "out")) == 2
+    assert "file" in capsys.readouterr().err
+    assert cli.main(command(photographs, tmp_path / "out", "--workers", "-1")) == 2
+    assert "--workers -1" in capsys.readouterr().err

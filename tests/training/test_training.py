@@ -267,6 +267,30 @@ def test_a_folder_of_another_training(shared):
             train(recipe, run_in(shared / "whole"), CPU)
 
 
+def test_other_latents(shared, tmp_path):
+    shutil.copytree(shared / "latents", tmp_path / "latents")
+    shutil.copytree(shared / "whole", tmp_path / "run")
+    first = min(path for path in (tmp_path / "latents").iterdir() if path.is_dir())
+    first.rename(first.with_name(f"{first.name}-of-another-name"))
+    with pytest.raises(TrainingError, match="a training with classes"):
+        train(RECIPE, replace(run_in(tmp_path / "run"), data=tmp_path / "latents"), CPU)
+
+
+def test_an_attempt_that_failed_locks_no_folder(shared):
+    run = run_in(shared / "attempts")
+    for attempt in ({"batch": 61}, {"lr": 1e30, "warmup_steps": 0}):
+        with pytest.raises((TrainingError, ValueError)):
+            train(replace(RECIPE, **attempt), run, CPU)
+    train(RECIPE, run, CPU)
+    assert_equal(weights(run.out), weights(shared / "whole"))
+
+
+def test_a_folder_of_something_else(tmp_path, shared):
+    (tmp_path / "a.png").touch()
+    with pytest.raises(TrainingError, match="not empty"):
+        train(RECIPE, replace(run_in(tmp_path), data=shared / "latents"), CPU)
+
+
 def test_broken_checkpoints(shared):
     run = run_in(shared / "broken")
     shutil.copytree(shared / "whole", run.out)
@@ -284,6 +308,10 @@ def test_broken_checkpoints(shared):
 def test_a_loss_that_is_not_finite(shared):
     with pytest.raises(TrainingError, match="the loss is nan in the steps up to 4"):
         train(replace(RECIPE, lr=1e30, warmup_steps=0), run_in(shared / "diverged"), CPU)
+    rare = run_in(shared / "diverged-unseen", log_steps=12, save_steps=3)
+    with pytest.raises(TrainingError, match="the loss is nan in the steps up to 3"):
+        train(replace(RECIPE, lr=1e30, warmup_steps=0), rare, CPU)
+    assert not (rare.out / "checkpoints").exists()
 
 
 @pytest.mark.parametrize(

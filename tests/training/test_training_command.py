@@ -1,6 +1,7 @@
 """train-diffusion on the command line: recipes, files of options, the estimate, refusals."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 
@@ -90,7 +91,7 @@ def test_recipes_are_the_original_ones(tmp_path):
 def test_the_manifest_says_whose_latents_these_are(tmp_path):
     save_latents(tmp_path, 6)
     settings = Settings("someone/else", "float32", 64, 0.25, "npy", "", (64, 2, 2))
-    Manifest(settings, ("class0", "class1", "class2")).save(tmp_path)
+    Manifest(settings, ("class0", "class1", "class2"), latents=6).save(tmp_path)
     config = RECIPE.diffusion_config(LatentDataset(tmp_path))
     assert (config.autoencoder, config.scaling_factor) == ("someone/else", 0.25)
 
@@ -164,6 +165,7 @@ def test_evaluation(shared, tmp_path, monkeypatch):
     file.write_text(json.dumps(OPTIONS))
     (out / "evaluation").mkdir(parents=True)
     (out / "evaluation" / "samples.json").write_text("of a run that was ended")
+    shutil.copy(shared / "whole" / "training.json", out)
     argv = ["--eval-samples", 33, "--eval-steps", 8, *save_references(tmp_path, "eval-")]
     assert run("uvit-h-f64", f"@{file}", "--data", shared / "latents", "--out", out, *argv) == 0
     assert_equal(weights(out), weights(shared / "whole"))
@@ -229,6 +231,10 @@ def test_help_shows_the_recipe(capsys):
     [
         (["--batch", "0"], "batch=0; expected at least 1"),
         (["--keep", "0"], "keep=0"),
+        (["--num-heads", "0"], "num_heads=0"),
+        (["--depth", "-2"], "depth=-2"),
+        (["--hidden-size", "65"], "hidden_size=65"),
+        (["--num-inference-steps", "0"], "num_inference_steps=0"),
         (["--cuda-graphs"], "cuda_graphs: expected together"),
     ],
 )
