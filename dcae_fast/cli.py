@@ -1,5 +1,7 @@
 """The command line: dcae-fast with one of the `commands` of `main`."""
 
+import contextlib
+import math
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -174,6 +176,10 @@ def sample(
     """
     if out.suffix.lower() != ".png":
         raise UsageError(f"--out {out}: expected a name that ends in .png")
+    if not math.isfinite(cfg):
+        raise UsageError(f"--cfg {cfg}: expected a finite number")
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"--seed {seed}: expected at least 0, and less than 2**63")
     make_folder(out.parent)
     if latents is not None:
         make_folder(latents.parent)
@@ -232,9 +238,19 @@ def info(model: tyro.conf.Positional[str]) -> int:
     elif model in diffusion_zoo.BUNDLED:
         network = DCAEDiffusion.from_pretrained(model)
     else:
-        network = DCAE.from_pretrained(model)
+        network = _of_either_kind(model)
     print(describe.model_tables(network), dcae_fast.patch(network), sep="\n\n")
     return 0
+
+
+def _of_either_kind(source: str) -> DCAE | DCAEDiffusion:
+    try:
+        return DCAE.from_pretrained(source)
+    except CheckpointError:
+        with contextlib.suppress(CheckpointError):
+            if Path(source).is_dir():
+                return DCAEDiffusion.from_pretrained(source)
+        raise
 
 
 def _picture_suffixes() -> set[str]:

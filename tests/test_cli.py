@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from dcae_fast import cli, images, reconstruction
 from dcae_fast.models.autoencoder import DCAE, CoderConfig, DCAEConfig
+from dcae_fast.models.diffusion_zoo import BUNDLED
 from dcae_fast.models.zoo import AUTOENCODERS, autoencoder_names
 
 
@@ -172,6 +173,8 @@ def test_info_of_a_diffusion_model(capsys):
     assert re.search(r"latents +128x8x8, scaling factor 0.2889", text)
     assert re.search(r"sampler +DPM_Solver, 30 steps", text)
     assert "64x64 pixels to one position of 128 channels" in text and re.search(r"LiteMLA +\d+", text)
+    assert run("info", BUNDLED["dc-ae-tiny-uvit-digits"]) == 0  # by its folder
+    assert "DPM_Solver, 30 steps" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

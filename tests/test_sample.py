@@ -123,6 +123,8 @@ def test_models_by_name(models, tmp_path, monkeypatch):
         (["--labels", "3", "11"], "labels=[3, 11]; expected from 0 to 10"),
         (["--sampler", "SDE"], "sampler 'SDE'; after DPM_Solver expected DPM_Solver"),
         (["--steps", "0"], "steps=0; at least 1 expected"),
+        (["--cfg", "nan"], "--cfg nan: expected a finite number"),
+        (["--seed", "-1"], "--seed -1: expected at least 0"),
         (["--device", "cuda:99"], "'cuda:99'"),
         (["--out", "grid.jpg"], "--out grid.jpg: expected a name that ends in .png"),
         (["--model", "dc-ae-f32c32-in-1.0-uvit-x"], "did you mean 'dc-ae-f32c32-in-1.0-uvit-"),

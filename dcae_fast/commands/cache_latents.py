@@ -1,5 +1,6 @@
 """dcae-fast cache-latents: a folder of pictures to a folder of latents, for training."""
 
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -46,7 +47,7 @@ def cache_latents(
         batch: pictures encoded at once; by default what the free memory holds
         workers: processes of each rank that read pictures; by default its share of the cores
     """
-    if scale is not None and not scale > 0:
+    if scale is not None and not 0 < scale < math.inf:
         raise UsageError(f"--scale {scale}: expected a positive number")
     if batch != "auto" and batch < 1:
         raise UsageError(f"--batch {batch}: expected at least 1, or auto")

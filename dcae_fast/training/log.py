@@ -45,7 +45,10 @@ class Log:
             return
         with self.file.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
-        self.bar.set_postfix_str(", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self.bar.set_postfix_str(text)
+        if self.bar.disable:  # without a terminal
+            print(f"step {step}: {text}", flush=True)
         for backend in self.backends:
             backend.numbers(step, values)
 
