@@ -26,6 +26,7 @@ from .commands.train_diffusion import train_diffusion
 from .diffusion import DCAEDiffusion
 from .models import diffusion_zoo
 from .models.autoencoder import DCAE
+from .models.checkpoint import WEIGHTS as LAYOUTS
 from .models.weights import CheckpointError
 from .models.zoo import AUTOENCODERS
 from .reconstruction import (
@@ -215,7 +216,14 @@ def convert(
         destination: folder to write to
         layout: of DC-Gen and efficientvit (original), or of diffusers' AutoencoderDC
     """
-    DCAE.from_pretrained(source).save_pretrained(destination, layout)
+    others = {file for files in LAYOUTS.values() for file in files}.difference(LAYOUTS[layout])
+    if any((destination / file).exists() for file in others):  # whose config.json would be replaced
+        raise UsageError(f"{destination} holds a checkpoint in another layout; take another folder")
+    model = DCAE.from_pretrained(source)
+    try:
+        model.save_pretrained(destination, layout)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     print(f"{source} -> {destination.resolve()}, {layout} layout")
     return 0
 

@@ -146,6 +146,13 @@ def test_convert(model, tmp_path):
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_convert_leaves_the_other_layout_alone(model, tmp_path, capsys):
+    assert run("convert", model, tmp_path, "--layout", "diffusers") == 0
+    config = (tmp_path / "config.json").read_bytes()
+    assert run("convert", tmp_path, tmp_path, "--layout", "original") == 2
+    assert "in another layout" in capsys.readouterr().err and (tmp_path / "config.json").read_bytes() == config
+
+
 def test_models_table(capsys, monkeypatch):
     monkeypatch.setattr(cli.describe, "autoencoder_names", lambda: list(AUTOENCODERS)[:2])
     monkeypatch.setattr(cli.describe, "diffusion_names", lambda: ["dc-ae-f64c128-in-1.0-uvit-h-in-512px"])
