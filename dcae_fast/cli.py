@@ -300,9 +300,10 @@ def _for_each(files: Sequence[Path], work: Callable[[Path, str], str], out: Path
     for path, stem in tqdm(list(zip(files, _stems(files), strict=True)), unit="file", disable=None):
         try:
             tqdm.write(work(path, stem))
-        except (images.PhotographError, LatentError) as error:
+        except (images.PhotographError, LatentError, CheckpointError) as error:  # latents name a model of their own
             failed = 1
-            tqdm.write(f"failed: {error}", file=sys.stderr)
+            named = f"{path}: " if isinstance(error, CheckpointError) else ""
+            tqdm.write(f"failed: {named}{error}", file=sys.stderr)
         except torch.OutOfMemoryError:
             failed = 1
             tqdm.write(f"failed: {path}: does not fit in the device's memory", file=sys.stderr)

@@ -1,6 +1,7 @@
 """The commands, in this process, with a small model of random weights."""
 
 import re
+import shutil
 import subprocess
 import sys
 
@@ -97,6 +98,17 @@ def test_encode_then_decode_is_reconstruct(model, photo, tmp_path, fit):
         Image.open(tmp_path / "c" / "photo-decoded.png") as decoded,
     ):
         assert np.array_equal(np.asarray(direct), np.asarray(decoded))
+
+
+def test_latents_whose_model_is_gone(model, photo, tmp_path, capsys):
+    gone = shutil.copytree(model, tmp_path / "gone")
+    for name, source in (("a", gone), ("b", model)):
+        assert run("encode", photo, *cpu(source), "--out", tmp_path / name) == 0
+    shutil.rmtree(gone)
+    files = [tmp_path / name / "photo.safetensors" for name in "ab"]
+    assert run("decode", *files, "--device", "cpu", "--out", tmp_path / "c") == 1
+    assert f"failed: {files[0]}: " in capsys.readouterr().err
+    assert len(list((tmp_path / "c").glob("*.png"))) == 1
 
 
 def test_unreadable_files_are_named_and_the_rest_go_on(model, photo, tmp_path, capsys):

@@ -161,7 +161,7 @@ def test_patched():
         ({"labels": torch.tensor(3)}, ValueError, r"labels have shape \[\]; expected \[B\]"),
         ({"null_labels": torch.tensor([10, 11, 0])}, ValueError, "null_labels="),
         ({"null_labels": torch.tensor([10]).expand(2)}, ValueError, "2 null_labels for 3 labels"),
-        ({"sampler": "SDE"}, ValueError, "sampler 'SDE'; after DPM_Solver expected DPM_Solver"),
+        ({"sampler": "SDE"}, ValueError, "sampler 'SDE'; the model was trained for DPM_Solver"),
         ({"steps": 0}, ValueError, "steps=0; at least 1 expected"),
         ({"interval": (1, 0)}, ValueError, r"interval=\(1, 0\)"),
     ],

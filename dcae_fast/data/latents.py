@@ -25,6 +25,8 @@ class LatentDataset(Dataset):
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise DataError(f"{self.folder}: no such folder")
         self.manifest = load_manifest(self.folder)
         self._read = _open(self.folder, self.manifest)
         if len(self._read) == 0:

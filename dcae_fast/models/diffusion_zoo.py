@@ -50,7 +50,7 @@ class DiffusionConfig:
         """ValueError unless the sampler fits the training."""
         fitting = SAMPLERS_AFTER[self.train_scheduler]
         if sampler not in fitting:
-            raise ValueError(f"sampler {sampler!r}; after {self.train_scheduler} expected {' or '.join(fitting)}")
+            raise ValueError(f"sampler {sampler!r}; the model was trained for {' or '.join(fitting)}")
 
     def build(self) -> UViT | DiT:
         """The network with random weights."""

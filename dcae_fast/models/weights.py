@@ -111,7 +111,7 @@ def read_weights(path: Path, find: Finder, unwrap: Callable[[Any], Any] = under_
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken or hostile pickle may raise anything
-        raise CheckpointError(f"{path}: not a readable file of weights alone: {error}") from error
+        raise CheckpointError(f"{path}: not a readable file of weights alone: {_first_line(error)}") from error
     content = unwrap(content)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}; expected a state dict")
@@ -170,6 +170,11 @@ def write(folder: Path, state: Mapping[str, torch.Tensor], files: list[str], con
     (folder / files[1]).unlink(missing_ok=True)
     with written_atomically(folder / CONFIG) as path:
         path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _first_line(error: Exception) -> str:
+    """torch.load goes on to advise to load the file without its safeguards."""
+    return str(error).partition("\n")[0].partition(" This file can still be loaded")[0]
 
 
 def _listed(names: list[str]) -> str:

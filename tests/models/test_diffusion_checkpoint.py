@@ -250,7 +250,7 @@ def edited(**changes) -> str:
         (edited(network={"depth": 3}), "missing 4 required"),
         (edited(unknown=1), "unexpected keyword argument 'unknown'"),
         (edited(train_scheduler="DDIM"), "train_scheduler='DDIM'; expected one of DPM_Solver"),
-        (edited(eval_scheduler="SDE"), "sampler 'SDE'; after DPM_Solver expected DPM_Solver"),
+        (edited(eval_scheduler="SDE"), "sampler 'SDE'; the model was trained for DPM_Solver"),
     ],
 )
 def test_config_that_is_none(content, message, folder):
