@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.distributed.tensor import DTensor
 
 from dcae_fast import distributed
-from dcae_fast.files import written_atomically
+from dcae_fast.files import fsync, written_atomically
 from dcae_fast.models import diffusion_checkpoint
 from dcae_fast.models.diffusion_zoo import DiffusionConfig
 
@@ -68,10 +68,12 @@ class Checkpoints:
             export(state.config, state.average.average, part / "ema")
         distributed.barrier()
         if distributed.is_main():
+            fsync(*part.rglob("*"), part)
             _remove(folder)
             part.rename(folder)
             with written_atomically(self.folder / LATEST) as temporary:
                 temporary.write_text(folder.name + "\n")
+            fsync(self.folder / LATEST, self.folder)
             self._remove_others(folder)
         distributed.barrier()
 
