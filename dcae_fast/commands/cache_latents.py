@@ -43,7 +43,8 @@ def cache_latents(
         model: a name from `dcae-fast models`, a Hugging Face repository, a folder or a weight file
         resolution: of the centre crops, in pixels
         scale: scaling factor; by default the model's own
-        format: a file for each picture, as the original has them (bfloat16 becomes float32), or one for 1024
+        format: a file for each picture, as the original has them (bfloat16 becomes float32), or one for 1024, and a run
+            that was ended begins the one again that was not full
         batch: pictures encoded at once; by default what the free memory holds
         workers: processes of each rank that read pictures; by default its share of the cores
     """
