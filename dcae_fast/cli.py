@@ -295,7 +295,7 @@ def _stems(files: Sequence[Path]) -> list[str]:
 
 def _for_each(files: Sequence[Path], work: Callable[[Path, str], str], out: Path) -> int:
     """Prints work(file, name for its output) for every file; 1 if any failed, which is named on stderr, else 0."""
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     failed = 0
     for path, stem in tqdm(list(zip(files, _stems(files), strict=True)), unit="file", disable=None):
         try:

@@ -37,11 +37,18 @@ def read_photograph(path: str | Path) -> torch.Tensor:
         raise PhotographError(f"{path}: cannot be read as a photograph: {reason}") from error
 
 
-def _rgb_tensor(image: Image.Image) -> torch.Tensor:
+def wide_grey(image: Image.Image) -> np.ndarray | None:
+    """Grey of 16 bits, [H, W] float32 in [0, 1]; None for an image of 8. Raises ValueError for floating point."""
     if image.mode == "F":
         raise ValueError("its pixels are floating point, which has no defined range")
-    if image.mode.startswith("I"):  # 16 bits; Pillow opens some such files in 32
-        grey = np.asarray(image).astype(np.float32).clip(0, 65535) / 65535
+    if not image.mode.startswith("I"):  # Pillow opens some such files in 32 bits
+        return None
+    return np.asarray(image).astype(np.float32).clip(0, 65535) / 65535
+
+
+def _rgb_tensor(image: Image.Image) -> torch.Tensor:
+    grey = wide_grey(image)
+    if grey is not None:
         return (torch.from_numpy(grey) * 2 - 1).expand(1, 3, -1, -1).contiguous()
     if image.has_transparency_data:
         image = image.convert("RGBA")

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from dcae_fast.images import centre_crop
+from dcae_fast.images import centre_crop, wide_grey
 
 from .latents import files_under
 from .manifest import DataError
@@ -129,11 +129,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     But grey of 16 bits, of which that would leave white, is brought to 8. ValueError for floating point.
     """
-    if image.mode == "F":
-        raise ValueError("its pixels are floating point, which has no defined range")
-    if image.mode.startswith("I"):  # Pillow opens some such files in 32 bits
-        grey = np.asarray(image).clip(0, 65535) / 257
-        image = Image.fromarray(grey.round().astype(np.uint8))
+    grey = wide_grey(image)
+    if grey is not None:
+        image = Image.fromarray((255 * grey).round().astype(np.uint8))
     return image.convert("RGB")
 
 

@@ -99,11 +99,11 @@ class ShardStore:
         """The sums of those latents that are there and valid, by number; the others are removed."""
         found = {}
         for first in sorted({index // self.unit * self.unit for index in indices}):
-            rows = self._load(first)
+            rows, count = self._load(first)
             found |= {index: Sums.of(latent.float().numpy()) for index, latent in rows.items()}
             if not rows:
                 self._path(first).unlink(missing_ok=True)
-            elif len(rows) < self._count(first):  # others are of pictures that are gone
+            elif len(rows) < count:  # others are of pictures that are gone
                 self._pending = rows
                 self.close()
         return found
@@ -120,7 +120,7 @@ class ShardStore:
         if not self._pending:
             return
         first = next(iter(self._pending)) // self.unit * self.unit
-        rows = self._load(first) | self._pending
+        rows = self._load(first)[0] | self._pending
         indices = sorted(rows)
         tensors = {
             "latents": torch.stack([rows[index] for index in indices]),
@@ -131,23 +131,21 @@ class ShardStore:
             save_file(tensors, temporary, {"names": names})
         self._pending = {}
 
-    def _count(self, first: int) -> int:
-        with safe_open(self._path(first), framework="pt") as file:
-            return len(json.loads(file.metadata()["names"]))
-
-    def _load(self, first: int) -> dict[int, torch.Tensor]:
-        """The valid latents of a shard by number; none if the file is torn or absent."""
+    def _load(self, first: int) -> tuple[dict[int, torch.Tensor], int]:
+        """The valid latents of a shard by number, and how many there are with those of no picture; none if the file is
+        torn or absent.
+        """
         try:
             with safe_open(self._path(first), framework="pt") as file:
                 names = json.loads(file.metadata()["names"])
                 latents, labels = file.get_tensor("latents"), file.get_tensor("classes").tolist()
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
-            return {}
+            return {}, 0
         if latents.shape != (len(names), *self.shape) or latents.dtype != self.dtype:
-            return {}
+            return {}, 0
         rows = {(name, label): latent for name, label, latent in zip(names, labels, latents, strict=True)}
         wanted = enumerate(self.pictures[first : first + self.unit], first)
-        return {index: rows[p.key, p.label] for index, p in wanted if (p.key, p.label) in rows}
+        return {index: rows[p.key, p.label] for index, p in wanted if (p.key, p.label) in rows}, len(names)
 
     def _path(self, first: int) -> Path:
         return self.folder / SHARDS.replace("*", f"{first // self.unit:06d}")

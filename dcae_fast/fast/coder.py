@@ -44,9 +44,8 @@ class Coder(FastModule):
     def forward(self, *args, **kwargs) -> Result:
         if not isinstance(self, FastModule):  # a wrapper kept this forward, and the module is patched no more
             return type(self).forward(self, *args, **kwargs)
-        named = kwargs.keys() & INPUTS
-        if not args and len(named) == 1:  # known by its place
-            args, kwargs = (kwargs[named.pop()],), {name: kwargs[name] for name in kwargs if name not in INPUTS}
+        if not args and len(named := [name for name in INPUTS if name in kwargs]) == 1:  # known by its place
+            args = (kwargs.pop(named[0]),)
         if torch.compiler.is_compiling() or not args or type(args[0]) is not torch.Tensor or in_transform():
             return super().forward(*args, **kwargs)
         graphs = None if getattr(self, "_is_replica", False) else self.fast_options.graphs

@@ -173,12 +173,13 @@ def test_no_picture_can_be_read(tmp_path, stand_ins, capsys):
 
 def test_wrong_requests(photographs, tmp_path, stand_ins, capsys):
     Moments.of(torch.rand(5, 3)).save(tmp_path / "short.npz")
-    assert cli.main(command(photographs, tmp_path / "out", "--reference", tmp_path / "short.npz")) == 2
+    assert cli.main(command(photographs, tmp_path / "short", "--reference", tmp_path / "short.npz")) == 2
+    assert not any((tmp_path / "short").iterdir())
     assert "6 and of 3 features" in capsys.readouterr().err
     for argv in (["--resolution", "50"], ["--batch", "0"], ["--reference", tmp_path / "absent.npz"]):
         assert cli.main(command(photographs, tmp_path / "out", *argv)) == 2
         assert str(argv[1]) in capsys.readouterr().err
-    assert not any((tmp_path / "out").glob("*"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_results_without_a_place(photographs, tmp_path, stand_ins, monkeypatch, capsys):
