@@ -309,6 +309,17 @@ def test_disabled_operator_is_not_called(networks, operator, monkeypatch):
     assert error(fast(*inputs()), plain(*inputs())) <= 2e-6
 
 
+def test_long_skips_are_concatenated_by_their_operator(monkeypatch):
+    plain, fast = pair("uvit")
+    called, run = [], ops.concatenate
+    monkeypatch.setattr(ops, "concatenate", lambda *args: called.append(args) or run(*args))
+    fast(*inputs())
+    assert len(called) == len(fast.out_blocks)
+    called.clear()
+    report = dcae_fast.patch(fast, disable="concatenate")
+    assert report.skipped and error(fast(*inputs()), plain(*inputs())) <= 2e-6 and not called
+
+
 class Attention(nn.Module):
     """With the attributes of timm's, which the original's DiT uses."""
 
