@@ -14,6 +14,7 @@ from dcae_fast.ops.bias_act import bias_act_reference
 from dcae_fast.ops.concatenate import concatenate_reference
 from dcae_fast.ops.conv2d_unshuffle import conv2d_unshuffle_reference
 from dcae_fast.ops.depthwise_glu import depthwise_glu_reference
+from dcae_fast.ops.layer_norm import layer_norm_backward_op, layer_norm_backward_reference
 from dcae_fast.ops.linear import linear_gelu_reference, linear_reference
 from dcae_fast.ops.mlp import mlp_reference
 from dcae_fast.ops.multiscale_qkv import multiscale_qkv_reference
@@ -61,6 +62,7 @@ SHAPES: list[tuple[str, Shape]] = [
     ("linear from 4C + residual", (128, 4608, 32, 32)),
     ("mlp + residual", (128, 1152, 32, 32)),
     ("concatenate", (2048, 1152, 66, 1)),
+    ("layer_norm gradient", (2048, 1152, 66, 1)),
     *[
         (name, shape)  # tokens as pixels: UViT-H and DiT-XL on f64 and f32 latents
         for name in ("packed_attention", "packed_attention + gradient")
@@ -163,6 +165,16 @@ def concatenate(random, b, c, h, w) -> Case:
     )
 
 
+def layer_norm_gradient(random, b, c, h, w) -> Case:
+    """Of the norm of a residual stream in fp32, to which the stream's own is added."""
+    shape, constants = (b, h * w, c), (None, None, 1e-6, torch.float32)
+    return Case(
+        lambda *tensors: layer_norm_backward_op(*tensors, *constants)[0],
+        lambda *tensors: layer_norm_backward_reference(*tensors, *constants)[0],
+        [random(*shape), random(*shape).float(), random(*shape).float(), random(c).float()],
+    )
+
+
 def upsample_conv2d(random, b, c, h, w) -> Case:
     weight = random(c // 2, c, 3, 3) / (3 * c**0.5)
     flops = 4 * 2 * 4 * b * h * w * c * c // 2  # 2×2 products for each of the four parities
@@ -243,6 +255,7 @@ CASES: dict[str, Callable[..., Case]] = {
     "packed_attention": packed_attention,
     "packed_attention + gradient": lambda *args: packed_attention(*args, gradient=True),
     "concatenate": concatenate,
+    "layer_norm gradient": layer_norm_gradient,
     "depthwise_glu": depthwise_glu,
     "unshuffle_average_add": unshuffle_average_add,
     "duplicate_shuffle_add": duplicate_shuffle_add,

@@ -177,6 +177,20 @@ at::Tensor multiscale_qkv(const at::Tensor& x, const at::Tensor& depthwise, cons
   return out;
 }
 
+// Checks that `tensor` has this dtype and shape, and lies as x does: dense, in row-major order, aligned, on its device.
+void require_dense(const char* name, const at::Tensor& tensor, at::ScalarType dtype, const at::Tensor& x,
+                   at::IntArrayRef shape) {
+  require_value(tensor.sizes() == shape, name, " must have shape ", shape, ", got ", tensor.sizes());
+  require_type(tensor.scalar_type() == dtype, name, " must be ", dtype, ", got ", tensor.scalar_type());
+  require_value(tensor.device() == x.device(), name, " must be on ", x.device(), ", got ", tensor.device());
+  require_value(tensor.is_contiguous() && is_aligned(tensor), name, " must be contiguous and aligned to 16 bytes");
+}
+
+at::Device on_cuda(const char* name, const at::Tensor& x) {
+  require_value(x.is_cuda(), name, " must be on a CUDA device, got ", x.device());
+  return x.device();
+}
+
 // The arguments of softmax attention, checked, on the current device while this lives.
 struct PackedAttention {
   c10::cuda::CUDAGuard guard;
@@ -184,8 +198,8 @@ struct PackedAttention {
   int64_t batch;
   int tokens, heads, head_dim;
 
-  PackedAttention(const at::Tensor& qkv, int64_t num_heads) : guard(on_cuda(qkv)), dtype(dtype_of("qkv", qkv)) {
-    check("qkv", qkv, qkv.scalar_type(), qkv, qkv.sizes());
+  PackedAttention(const at::Tensor& qkv, int64_t num_heads) : guard(on_cuda("qkv", qkv)), dtype(dtype_of("qkv", qkv)) {
+    require_dense("qkv", qkv, qkv.scalar_type(), qkv, qkv.sizes());
     require_value(qkv.dim() == 3 && num_heads > 0 && qkv.size(2) % (3 * num_heads) == 0,
                   "qkv must have shape [B, N, 3 * num_heads * D], got ", qkv.sizes());
     const int64_t dim = qkv.size(2) / (3 * num_heads);
@@ -197,19 +211,6 @@ struct PackedAttention {
     tokens = static_cast<int>(qkv.size(1));
     heads = static_cast<int>(num_heads);
     head_dim = static_cast<int>(dim);
-  }
-
-  static at::Device on_cuda(const at::Tensor& qkv) {
-    require_value(qkv.is_cuda(), "qkv must be on a CUDA device, got ", qkv.device());
-    return qkv.device();
-  }
-
-  static void check(const char* name, const at::Tensor& tensor, at::ScalarType dtype, const at::Tensor& qkv,
-                    at::IntArrayRef shape) {
-    require_value(tensor.sizes() == shape, name, " must have shape ", shape, ", got ", tensor.sizes());
-    require_type(tensor.scalar_type() == dtype, name, " must be ", dtype, ", got ", tensor.scalar_type());
-    require_value(tensor.device() == qkv.device(), name, " must be on ", qkv.device(), ", got ", tensor.device());
-    require_value(tensor.is_contiguous() && is_aligned(tensor), name, " must be contiguous and aligned to 16 bytes");
   }
 
   std::vector<int64_t> out_shape() const { return {batch, tokens, int64_t{heads} * head_dim}; }
@@ -231,9 +232,9 @@ std::tuple<at::Tensor, at::Tensor> packed_attention(const at::Tensor& qkv, int64
 at::Tensor packed_attention_backward(const at::Tensor& dout, const at::Tensor& qkv, const at::Tensor& out,
                                      const at::Tensor& lse, int64_t num_heads) {
   const PackedAttention of(qkv, num_heads);
-  of.check("dout", dout, qkv.scalar_type(), qkv, of.out_shape());
-  of.check("out", out, qkv.scalar_type(), qkv, of.out_shape());
-  of.check("lse", lse, at::kFloat, qkv, of.lse_shape());
+  require_dense("dout", dout, qkv.scalar_type(), qkv, of.out_shape());
+  require_dense("out", out, qkv.scalar_type(), qkv, of.out_shape());
+  require_dense("lse", lse, at::kFloat, qkv, of.lse_shape());
   at::Tensor dqkv = at::empty_like(qkv);
   if (of.batch > 0) {
     C10_CUDA_CHECK(launch_packed_attention_backward(dout.const_data_ptr(), qkv.const_data_ptr(), out.const_data_ptr(),
@@ -242,6 +243,53 @@ at::Tensor packed_attention_backward(const at::Tensor& dout, const at::Tensor& q
                                                     c10::cuda::getCurrentCUDAStream()));
   }
   return dqkv;
+}
+
+using FiveTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+FiveTensors layer_norm_backward(const at::Tensor& dy, const std::optional<at::Tensor>& dsum, const at::Tensor& total,
+                                const at::Tensor& scale, const std::optional<at::Tensor>& branch,
+                                const std::optional<at::Tensor>& gate, double eps, at::ScalarType dtype) {
+  const c10::cuda::CUDAGuard guard(on_cuda("dy", dy));
+  const DType half = dtype_of("dy", dy);
+  require_value(total.dim() == 3 && total.size(2) == kLayerNormWidth && total.numel() > 0,
+                "total must have shape [B, N, ", std::to_string(kLayerNormWidth), "] and not be empty, got ",
+                total.sizes());
+  require_type(dtype == dy.scalar_type() || dtype == at::kFloat, "dtype must be ", dy.scalar_type(),
+               " as dy or Float, got ", dtype);
+  require_dense("dy", dy, dy.scalar_type(), dy, total.sizes());
+  require_dense("total", total, dtype, dy, total.sizes());
+  if (dsum) require_dense("dsum", *dsum, dtype, dy, total.sizes());
+  const bool of_image = scale.dim() == 2, has_branch = branch.has_value();
+  const std::vector<int64_t> of_each = {total.size(0), kLayerNormWidth}, of_all = {kLayerNormWidth};
+  const bool scale_in_float32 = !of_image && scale.scalar_type() == at::kFloat;
+  require_dense("scale", scale, scale_in_float32 ? at::kFloat : dy.scalar_type(), dy, of_image ? of_each : of_all);
+  require_value(has_branch == gate.has_value() && (of_image || !has_branch),
+                "branch and gate: expected both, with a scale of each image, or neither");
+  if (has_branch) {
+    require_dense("branch", *branch, dy.scalar_type(), dy, total.sizes());
+    require_dense("gate", *gate, dy.scalar_type(), dy, of_each);
+  }
+  const int64_t images = of_image ? total.size(0) : 1, tokens = total.size(0) * total.size(1) / images;
+  require_value(images <= INT_MAX && tokens <= INT_MAX / 2, "total is too large: ", total.sizes());
+
+  const LayerNormShape shape{static_cast<int>(images), static_cast<int>(tokens), dtype == at::kFloat,
+                             scale_in_float32,         of_image,                 half};
+  int splits;
+  C10_CUDA_CHECK(layer_norm_backward_splits(shape, &splits));
+  const auto none = [&] { return at::empty({0}, dy.options()); };
+  at::Tensor dx = at::empty_like(total), dbranch = has_branch ? at::empty_like(*branch) : none();
+  const at::Tensor partial =
+      at::empty({has_branch ? 3 : 2, images, splits, kLayerNormWidth}, dy.options().dtype(at::kFloat));
+  C10_CUDA_CHECK(launch_layer_norm_backward(
+      {dy.const_data_ptr(), dsum ? dsum->const_data_ptr() : nullptr, total.const_data_ptr(), scale.const_data_ptr(),
+       has_branch ? branch->const_data_ptr() : nullptr, has_branch ? gate->const_data_ptr() : nullptr,
+       dx.mutable_data_ptr(), dbranch.mutable_data_ptr(), partial.mutable_data_ptr<float>()},
+      shape, splits, static_cast<float>(eps), c10::cuda::getCurrentCUDAStream()));
+  const auto sum_like = [&](const at::Tensor& vector, int64_t place) {
+    return partial.select(0, place).sum(1).view(vector.sizes()).to(vector.scalar_type());
+  };
+  return {dx, sum_like(scale, 0), sum_like(scale, 1), dbranch, has_branch ? sum_like(*gate, 2) : none()};
 }
 
 }  // namespace
@@ -257,6 +305,11 @@ PYBIND11_MODULE(_C, module) {
   module.def("packed_attention_backward", &packed_attention_backward, pybind11::arg("dout"), pybind11::arg("qkv"),
              pybind11::arg("out"), pybind11::arg("lse"), pybind11::arg("num_heads"),
              "The gradient of packed_attention by qkv.");
+  module.def("layer_norm_backward", &layer_norm_backward, pybind11::arg("dy"), pybind11::arg("dsum"),
+             pybind11::arg("total"), pybind11::arg("scale"), pybind11::arg("branch"), pybind11::arg("gate"),
+             pybind11::arg("eps"), pybind11::arg("dtype"),
+             "The gradients of a layer norm of tokens, and of a gated branch that was added before it: of x, in `dtype` "
+             "as total, of scale, shift, branch and gate.");
   module.def("relu_linear_attention", &relu_linear_attention, pybind11::arg("qkvs"), pybind11::arg("head_dim"),
              pybind11::arg("eps"), "ReLU linear attention of packed qkv tensors in channels-last, side by side.");
   module.def("multiscale_qkv", &multiscale_qkv, pybind11::arg("x"), pybind11::arg("depthwise"),

@@ -80,9 +80,9 @@ def halves_on_hopper(*tensors: torch.Tensor) -> bool:
     )
 
 
-def rounded_on_hopper(x: torch.Tensor, *parameters: torch.Tensor) -> bool:
-    """Whether the CUDA extension takes them beside x: of its type, or in float32 (autocast), which it rounds."""
-    return all(p.dtype in (x.dtype, torch.float32) and p.data_ptr() % 16 == 0 for p in parameters)
+def as_x_or_float32(x: torch.Tensor, *others: torch.Tensor) -> bool:
+    """Whether the CUDA extension takes them beside x: of its type, or in float32 (autocast), and aligned."""
+    return all(other.dtype in (x.dtype, torch.float32) and other.data_ptr() % 16 == 0 for other in others)
 
 
 class Operator:

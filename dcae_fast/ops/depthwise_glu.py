@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ._elementwise import activate_backward, sum_to_channels
-from ._library import KERNEL_DTYPES, define, differentiable, differentiable_as, halves_on_hopper, rounded_on_hopper
+from ._library import KERNEL_DTYPES, as_x_or_float32, define, differentiable, differentiable_as, halves_on_hopper
 
 
 def _convolution(x, weight, bias):
@@ -40,7 +40,7 @@ def _accepts(x, weight, bias):
 
 def _cuda_accepts(x, weight, bias, *gradient):
     """The CUDA extension's kernels: channels in groups of 16."""
-    return halves_on_hopper(x, *gradient) and x.shape[1] % 16 == 0 and rounded_on_hopper(x, weight, bias)
+    return halves_on_hopper(x, *gradient) and x.shape[1] % 16 == 0 and as_x_or_float32(x, weight, bias)
 
 
 _forward = define(

@@ -12,9 +12,10 @@ The gradient of s, which goes on beside the norm, is added to that of the norm i
 import torch
 import torch.nn.functional as F
 
-from ._library import KERNEL_DTYPES, define, differentiable_as
+from ._library import KERNEL_DTYPES, as_x_or_float32, define, differentiable_as, halves_on_hopper
 
 MOST_CHANNELS = 8192
+CUDA_WIDTH = 1152  # of UViT-H and DiT-XL; Triton pads it to 2048
 
 
 def layer_norm_reference(x, scale, shift, eps, branch, gate, dtype):
@@ -44,6 +45,20 @@ def _accepts(x, scale, *_):
     return x.dtype in KERNEL_DTYPES and scale.dtype in KERNEL_DTYPES and x.shape[2] <= MOST_CHANNELS
 
 
+def _cuda_accepts_gradient(dy, dsum, total, scale, branch, gate, eps, dtype):
+    tokens = [total] if dsum is None else [total, dsum]
+    halves = [dy] if branch is None else [dy, branch, gate]
+    if scale.dim() == 2:
+        halves.append(scale)
+    return (
+        total.shape[2] == CUDA_WIDTH
+        and total.numel() > 0
+        and all(tensor.dtype == dtype for tensor in tokens)
+        and as_x_or_float32(dy, scale, *tokens)
+        and halves_on_hopper(*halves)
+    )
+
+
 layer_norm_op = define(
     "layer_norm(Tensor x, Tensor scale, Tensor shift, float eps, Tensor? branch, Tensor? gate, ScalarType dtype)"
     " -> (Tensor, Tensor)",
@@ -57,6 +72,7 @@ layer_norm_backward_op = define(
     layer_norm_backward_reference,
     lambda dy, dsum, *args: _accepts(*args),
     "layer_norm",
+    _cuda_accepts_gradient,
 )
 differentiable_as(layer_norm_op, layer_norm_reference)
 differentiable_as(layer_norm_backward_op, layer_norm_backward_reference)

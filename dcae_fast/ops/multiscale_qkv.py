@@ -9,7 +9,7 @@ D channels. No biases. Sums in fp32; returns x.dtype. Source: EfficientViT (arXi
 import torch
 import torch.nn.functional as F
 
-from ._library import KERNEL_DTYPES, define, differentiable_as, halves_on_hopper, rounded_on_hopper
+from ._library import KERNEL_DTYPES, as_x_or_float32, define, differentiable_as, halves_on_hopper
 
 GROUPS = (16, 32, 64)  # channels of a group that the kernel takes
 
@@ -27,7 +27,7 @@ def _accepts(x, depthwise, grouped):
 def _cuda_accepts(x, depthwise, grouped):
     """The CUDA extension's kernel: 5×5, groups of 32."""
     sizes = depthwise.shape[2] == 5 and grouped.shape[1] == 32
-    return sizes and halves_on_hopper(x) and rounded_on_hopper(x, depthwise, grouped)
+    return sizes and halves_on_hopper(x) and as_x_or_float32(x, depthwise, grouped)
 
 
 _forward = define(

@@ -1,0 +1,183 @@
+// The gradient of a layer norm of tokens, to which a gated branch may have been added. See ops.h for the formulas.
+//
+// A warp owns whole tokens, one after another: each lane has four neighbouring channels of every 128, so that a token
+// is read once and its sums need no other warp. Those over tokens stay in registers until the block adds up those of
+// its warps. A block fills a multiprocessor's registers.
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "ops.h"
+#include "pairs.cuh"
+
+namespace {
+
+constexpr int kWidth = kLayerNormWidth;
+constexpr int kChunk = 128;  // channels that a warp takes at once, four a lane
+constexpr int kChunks = kWidth / kChunk;
+constexpr int kWarps = 8;
+constexpr int kMostWaves = 8;  // of blocks
+static_assert(kWidth % kChunk == 0);
+
+__device__ float4 load4(const float* from) { return __ldg(reinterpret_cast<const float4*>(from)); }
+
+template <typename T>
+__device__ float4 load4(const T* from) {
+  const uint2 pairs = __ldg(reinterpret_cast<const uint2*>(from));
+  const float2 low = widen<T>(pairs.x), high = widen<T>(pairs.y);
+  return {low.x, low.y, high.x, high.y};
+}
+
+__device__ void store4(float* to, float4 x) { *reinterpret_cast<float4*>(to) = x; }
+
+template <typename T>
+__device__ void store4(T* to, float4 x) {
+  *reinterpret_cast<uint2*>(to) = {narrow<T>(x.x, x.y), narrow<T>(x.z, x.w)};
+}
+
+__device__ float sum(float4 x) { return (x.x + x.y) + (x.z + x.w); }
+__device__ float dot(float4 x, float4 y) { return fmaf(x.x, y.x, x.y * y.y) + fmaf(x.z, y.z, x.w * y.w); }
+__device__ float4 operator*(float4 x, float4 y) { return {x.x * y.x, x.y * y.y, x.z * y.z, x.w * y.w}; }
+__device__ float4 operator*(float4 x, float y) { return {x.x * y, x.y * y, x.z * y, x.w * y}; }
+__device__ float4 operator+(float4 x, float4 y) { return {x.x + y.x, x.y + y.y, x.z + y.z, x.w + y.w}; }
+__device__ float4 operator+(float4 x, float y) { return {x.x + y, x.y + y, x.z + y, x.w + y}; }
+
+// Of the channels of a token, from what each lane has of them.
+__device__ float mean_of(float x) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(0xffffffffu, x, lanes);
+  return x * (1.0f / kWidth);
+}
+
+// Writes the sums over the warps of a block.
+__device__ void write_sums(float* to, const float4 (&sums)[kChunks]) {
+  __shared__ __align__(16) float shared[kWarps][kWidth];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kChunks; ++i) store4(&shared[warp][i * kChunk + 4 * lane], sums[i]);
+  __syncthreads();
+  for (int channel = threadIdx.x; channel < kWidth; channel += 32 * kWarps) {
+    float total = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) total += shared[i][channel];
+    to[channel] = total;
+  }
+}
+
+// Blocks count over (images, splits of an image's tokens); where the scale is a parameter, all is one image.
+template <typename X, typename T, typename S, bool kOfImage, bool kBranch>
+__global__ void __launch_bounds__(32 * kWarps, 1)
+    layer_norm_backward_kernel(const T* __restrict__ dy, const X* __restrict__ dsum, const X* __restrict__ total,
+                               const S* __restrict__ scale, const T* __restrict__ branch, const T* __restrict__ gate,
+                               X* __restrict__ dx, T* __restrict__ dbranch, float* __restrict__ sums, int tokens,
+                               float eps) {
+  const int warp = threadIdx.x / 32, column = threadIdx.x % 32 * 4;
+  const int image = blockIdx.x, split = blockIdx.y, splits = gridDim.y;
+  scale += int64_t{image} * kWidth + column;
+  if (kBranch) gate += int64_t{image} * kWidth + column;
+  float4 dscale[kChunks] = {}, dshift[kChunks] = {}, dgate[kBranch ? kChunks : 1] = {};
+
+#pragma unroll 1
+  for (int token = split * kWarps + warp; token < tokens; token += splits * kWarps) {
+    const int64_t at = (int64_t{image} * tokens + token) * kWidth + column;
+    float4 x[kChunks], g[kChunks];  // x is centred, then normalised; g: the gradient of the norm
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) x[i] = load4(total + at + i * kChunk);
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) g[i] = load4(dy + at + i * kChunk);
+    float mean = 0.0f, variance = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) mean += sum(x[i]);
+    mean = mean_of(mean);
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) {
+      x[i] = x[i] + -mean;
+      variance += dot(x[i], x[i]);
+    }
+    const float rstd = rsqrtf(mean_of(variance) + eps);
+    float along = 0.0f, across = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) {
+      x[i] = x[i] * rstd;
+      dscale[i] = dscale[i] + g[i] * x[i];
+      dshift[i] = dshift[i] + g[i];
+      g[i] = g[i] * (load4(scale + i * kChunk) + (kOfImage ? 1.0f : 0.0f));
+      along += dot(g[i], x[i]);
+      across += sum(g[i]);
+    }
+    along = mean_of(along);
+    across = mean_of(across);
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) {
+      float4 d = (g[i] + -across + x[i] * -along) * rstd;
+      if (dsum != nullptr) d = d + load4(dsum + at + i * kChunk);
+      store4(dx + at + i * kChunk, d);
+      if constexpr (kBranch) {
+        dgate[i] = dgate[i] + d * load4(branch + at + i * kChunk);
+        store4(dbranch + at + i * kChunk, d * load4(gate + i * kChunk));
+      }
+    }
+  }
+
+  const int64_t size = int64_t{gridDim.x} * splits * kWidth;
+  sums += (int64_t{image} * splits + split) * kWidth;
+  write_sums(sums, dscale);
+  write_sums(sums + size, dshift);
+  if constexpr (kBranch) write_sums(sums + 2 * size, dgate);
+}
+
+template <typename X, typename T, typename S>
+cudaError_t launch(const LayerNormPointers& p, const LayerNormShape& shape, int splits, float eps,
+                   cudaStream_t stream) {
+  const auto run = [&](auto kernel) {
+    kernel<<<dim3(shape.images, splits), 32 * kWarps, 0, stream>>>(
+        static_cast<const T*>(p.dy), static_cast<const X*>(p.dsum), static_cast<const X*>(p.total),
+        static_cast<const S*>(p.scale), static_cast<const T*>(p.branch), static_cast<const T*>(p.gate),
+        static_cast<X*>(p.dx), static_cast<T*>(p.dbranch), p.sums, shape.tokens, eps);
+    return cudaGetLastError();
+  };
+  if constexpr (std::is_same_v<S, T>) {
+    if (p.branch != nullptr) return run(layer_norm_backward_kernel<X, T, S, true, true>);
+    if (shape.scale_is_of_image) return run(layer_norm_backward_kernel<X, T, S, true, false>);
+  }
+  return run(layer_norm_backward_kernel<X, T, S, false, false>);
+}
+
+// As many as need the fewest rounds of all the blocks' warps, where each block also takes as long as two for its sums.
+int best_splits(const LayerNormShape& shape, int processors) {
+  const auto rounds = [](int64_t items, int64_t at_once) { return (items + at_once - 1) / at_once; };
+  int best = 1;
+  int64_t least = INT64_MAX;
+  for (int64_t waves = 1; waves <= kMostWaves; ++waves) {
+    const int64_t splits = std::clamp<int64_t>(waves * processors / shape.images, 1, rounds(shape.tokens, kWarps));
+    const int64_t cost = rounds(shape.images * splits, processors) * (rounds(shape.tokens, splits * kWarps) + 2);
+    if (cost < least) least = cost, best = static_cast<int>(splits);
+  }
+  return best;
+}
+
+}  // namespace
+
+cudaError_t layer_norm_backward_splits(const LayerNormShape& shape, int* splits) {
+  int device, processors;
+  if (const auto error = cudaGetDevice(&device)) return error;
+  if (const auto error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return error;
+  *splits = best_splits(shape, processors);
+  return cudaSuccess;
+}
+
+cudaError_t launch_layer_norm_backward(const LayerNormPointers& pointers, const LayerNormShape& shape, int splits,
+                                       float eps, cudaStream_t stream) {
+  const auto with_half = [&](auto half) {
+    using T = decltype(half);
+    const auto with_tokens = [&](auto token) {
+      using X = decltype(token);
+      return shape.scale_in_float32 ? launch<X, T, float>(pointers, shape, splits, eps, stream)
+                                    : launch<X, T, T>(pointers, shape, splits, eps, stream);
+    };
+    return shape.tokens_in_float32 ? with_tokens(0.0f) : with_tokens(half);
+  };
+  return shape.dtype == DType::kFloat16 ? with_half(__half{}) : with_half(__nv_bfloat16{});
+}

@@ -1,0 +1,142 @@
+"""dcae_fast._C.layer_norm_backward against the formula in float64."""
+
+import pytest
+import torch
+from cuda_extension import CEILINGS, NEEDED, check_in_a_graph, relative_error
+
+from dcae_fast import ops
+from dcae_fast.ops.layer_norm import CUDA_WIDTH, layer_norm_backward_reference
+
+pytestmark = NEEDED
+
+EPS = 1e-6
+FORMS = ["parameters", "of_image", "branch"]
+NAMES = "dx", "dscale", "dshift", "dbranch", "dgate"
+
+
+@pytest.fixture
+def backward():
+    """(dy, dsum, total, scale, branch, gate, eps, dtype) -> the gradients of NAMES."""
+    from dcae_fast import _C
+
+    return _C.layer_norm_backward
+
+
+def random(dtype, *shape):
+    return torch.randn(shape, dtype=dtype, device="cuda")
+
+
+def make(form, images, tokens, half, tokens_dtype, scale_dtype=None, dsum=True):
+    """The arguments: of a norm with parameters, with an image's own, or with a gated branch."""
+    shape = images, tokens, CUDA_WIDTH
+    of = shape[2:] if form == "parameters" else (images, CUDA_WIDTH)
+    scale = random((scale_dtype or half) if form == "parameters" else half, *of)
+    branch, gate = (random(half, *shape), random(half, *of)) if form == "branch" else (None, None)
+    total = random(tokens_dtype, *shape)
+    return [random(half, *shape), random(tokens_dtype, *shape) if dsum else None, total, scale, branch, gate, EPS]
+
+
+def check(backward, arguments):
+    """Off by no more than the formula in torch is on the same tensors, or a rounding."""
+    dtype = arguments[2].dtype
+    exact = layer_norm_backward_reference(*(a.double() if torch.is_tensor(a) else a for a in arguments), torch.float64)
+    eager = layer_norm_backward_reference(*arguments, dtype)
+    for name, got, plain, want in zip(NAMES, backward(*arguments, dtype), eager, exact, strict=True):
+        assert got.dtype == plain.dtype and got.shape == plain.shape and got.is_contiguous(), name
+        if got.numel():
+            limit = max(2 * relative_error(plain, want), 4 * torch.finfo(got.dtype).eps)
+            assert relative_error(got, want) <= min(limit, CEILINGS[arguments[0].dtype]), name
+
+
+@pytest.mark.parametrize("half", CEILINGS, ids=str)
+@pytest.mark.parametrize("wide", [False, True], ids=["half", "float32"])
+@pytest.mark.parametrize("form", FORMS)
+def test_agrees_with_float64(backward, form, wide, half):
+    torch.manual_seed(0)
+    tokens_dtype = torch.float32 if wide else half
+    for images, tokens in ((1, 1), (3, 7), (2, 66), (5, 256)):
+        for dsum in (True, False):
+            check(backward, make(form, images, tokens, half, tokens_dtype, dsum=dsum))
+    if form == "parameters":
+        check(backward, make(form, 2, 66, half, tokens_dtype, torch.float32))
+
+
+@pytest.mark.parametrize("images", [131, 132, 133, 160, 300, 700])
+def test_agrees_however_images_fill_the_gpu(backward, images):
+    check(backward, make("branch", images, 66, torch.bfloat16, torch.float32))
+
+
+def test_a_large_mean(backward):
+    arguments = make("parameters", 2, 66, torch.bfloat16, torch.float32)
+    arguments[2] += 1e3
+    check(backward, arguments)
+
+
+def test_nan_stays_in_its_token_and_the_sums(backward):
+    arguments = make("branch", 3, 20, torch.bfloat16, torch.float32)
+    arguments[0][1, 7, 5] = float("nan")
+    dx, dscale, dshift, dbranch, dgate = backward(*arguments, torch.float32)
+    expected = torch.zeros(3, 20, dtype=torch.bool, device="cuda")
+    expected[1, 7] = True
+    for gradient in (dx, dbranch):
+        assert torch.equal(gradient.isnan().any(2), expected) and gradient[1, 7].isnan().all()
+    assert torch.equal(dgate.isnan().any(1), expected.any(1))
+    assert dshift.isnan().nonzero().tolist() == [[1, 5]] == dscale.isnan().nonzero().tolist()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_same_twice(backward, form):
+    arguments = make(form, 64, 66, torch.bfloat16, torch.float32)
+    first = backward(*arguments, torch.float32)
+    for _ in range(3):
+        assert all(map(torch.equal, backward(*arguments, torch.float32), first))
+
+
+def test_more_than_2_to_the_31_elements(backward):
+    arguments = make("parameters", 100, 66, torch.bfloat16, torch.bfloat16)
+    dx = backward(*arguments, torch.bfloat16)[0]
+    times = 2**31 // dx.numel() + 2
+    many = [a.repeat(times, 1, 1) if torch.is_tensor(a) and a.dim() == 3 else a for a in arguments]
+    assert torch.equal(backward(*many, torch.bfloat16)[0][-100:], dx)
+
+
+def test_runs_in_a_graph(backward):
+    arguments = make("branch", 4, 66, torch.bfloat16, torch.float32)
+    for place in range(len(NAMES)):
+        check_in_a_graph(lambda place=place: backward(*arguments, torch.float32)[place])
+
+
+def test_the_operator_runs_it(backward):
+    """Through autograd, from strided tensors, compiled or not."""
+    dy, _, x, scale, branch, gate, _ = make("branch", 66, 4, torch.bfloat16, torch.float32)
+    leaves = [tensor.requires_grad_() for tensor in (x.transpose(0, 1), scale[:4], branch.transpose(0, 1), gate[:4])]
+    shift = torch.zeros_like(leaves[1])
+
+    def norm(x, scale, branch, gate):
+        return ops.layer_norm(x, scale, shift, EPS, branch, gate, torch.bfloat16)
+
+    dense = [leaf.detach().contiguous() for leaf in leaves]
+    total = norm(*dense)[0]
+    expected = backward(dy.transpose(0, 1).contiguous(), None, total, dense[1], *dense[2:], EPS, torch.float32)
+    expected = [expected[place] for place in (0, 1, 3, 4)]
+    for call in (norm, torch.compile(norm, fullgraph=True)):
+        gradients = torch.autograd.grad(call(*leaves)[1], leaves, dy.transpose(0, 1))
+        assert all(map(torch.equal, gradients, expected))
+
+
+def test_errors_name_the_argument(backward):
+    arguments = make("branch", 2, 5, torch.bfloat16, torch.float32)
+
+    def refused(error, message, place, value, dtype=torch.float32):
+        changed = [value if i == place else argument for i, argument in enumerate(arguments)]
+        with pytest.raises(error, match=message):
+            backward(*changed, dtype)
+
+    refused(TypeError, "dy must be float16 or bfloat16", 0, arguments[0].float())
+    refused(ValueError, "dy must have shape", 0, arguments[0][:1])
+    refused(ValueError, r"total must have shape \[B, N, 1152\]", 2, arguments[2][..., :1024])
+    refused(TypeError, "total must be BFloat16", 2, arguments[2], torch.bfloat16)
+    refused(TypeError, "dtype must be BFloat16 as dy or Float", 2, arguments[2], torch.float16)
+    refused(ValueError, "dsum must be contiguous", 1, arguments[1].transpose(0, 1).contiguous().transpose(0, 1))
+    refused(TypeError, "scale must be BFloat16", 3, arguments[3].float())
+    refused(ValueError, "branch and gate: expected both", 5, None)
