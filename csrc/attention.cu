@@ -1,4 +1,5 @@
-// Softmax attention of few tokens, forward and backward. See ops.h for the formulas and the layout.
+// Softmax attention of few tokens, forward and backward. See ops.h for the formulas and the layout. More tokens than
+// kFewTokens are left to attention_wide.cu.
 //
 // A block owns one head of one image, and brings all of it to shared memory at once. A warp then takes 16 rows through
 // tensor cores at a time: scores of a few groups of 16 keys stay in its registers, and become a factor of the next
@@ -6,39 +7,15 @@
 // queries, which give dq, or keys, which give dk and dv: scores are computed twice, and no warp waits for another's.
 
 #include <algorithm>
-#include <climits>
-#include <cmath>
 
-#include "ops.h"
-#include "tensor_cores.cuh"
+#include "attention.cuh"
 
 namespace {
 
-constexpr int kTile = 16;          // rows of a warp; keys, or queries, of a group
-constexpr int kStride = 72;        // elements between rows in shared memory: no two rows of a load share banks
-constexpr int kRow = 2 * kStride;  // the same in bytes
 // Groups that a warp scores at a time, as many as its registers hold: forward; where no others follow; for the gradient
 // of queries. For those of keys and values it is one.
 constexpr int kForwardGroups = 4, kMostGroups = 5, kQueryGroups = 2;
 constexpr int kForwardWarps = 10, kBackwardWarps = 16;  // of a block, at most
-constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-constexpr float kInfinity = INFINITY;
-
-template <int kDim>
-constexpr int kChunks = kDim / 8;  // of 16 bytes, in a row
-
-__host__ __device__ constexpr int round_up(int tokens) { return (tokens + kTile - 1) / kTile * kTile; }
-
-__device__ float exp2_approximate(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-template <int kDim>
-__device__ float log2_scale() {  // exp(x / sqrt(kDim)) = exp2(x * log2_scale)
-  return kLog2E * (kDim == 64 ? 0.125f : 0.11785113019775793f);
-}
 
 // Starts the copy of rows to shared memory, from kArrays arrays that lie `from_step` elements apart, to `to_step` bytes
 // apart.
@@ -48,10 +25,7 @@ __device__ void load_rows(unsigned to, int to_step, const T* from, int from_step
     const int row = i / kChunks<kDim>, column = i % kChunks<kDim> * 8;
 #pragma unroll
     for (int j = 0; j < kArrays; ++j) {
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
-                   :
-                   : "r"(to + row * kRow + 2 * column + j * to_step), "l"(from + row * stride + column + j * from_step)
-                   : "memory");
+      copy_chunk(to + row * kRow + 2 * column + j * to_step, from + row * stride + column + j * from_step);
     }
   }
 }
@@ -59,15 +33,12 @@ __device__ void load_rows(unsigned to, int to_step, const T* from, int from_step
 template <int kDim>
 __device__ void clear_rows(unsigned to, int rows) {
   for (int i = threadIdx.x; i < rows * kChunks<kDim>; i += blockDim.x) {
-    asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};"
-                 :
-                 : "r"(to + i / kChunks<kDim> * kRow + i % kChunks<kDim> * 16), "r"(0)
-                 : "memory");
+    store_chunk(to + i / kChunks<kDim> * kRow + i % kChunks<kDim> * 16, uint4{});
   }
 }
 
 __device__ void wait_for_rows() {
-  asm volatile("cp.async.wait_all;" ::: "memory");
+  wait_for_copies();
   __syncthreads();
 }
 
@@ -116,10 +87,8 @@ __device__ void accumulate(float (&c)[kDim / 8][4], const float (&x)[2 * kGroups
   const unsigned right = y + by_rows();
 #pragma unroll
   for (int i = 0; i < kGroups; ++i) {
-    const float(&low)[4] = x[2 * i], (&high)[4] = x[2 * i + 1];
-    const Pair a[4] = {narrow<T>(low[0], low[1]), narrow<T>(low[2], low[3]), narrow<T>(high[0], high[1]),
-                       narrow<T>(high[2], high[3])};
-    Pair b[2][2];
+    Pair a[4], b[2][2];
+    as_factor<T>(a, x, i);
 #pragma unroll
     for (int j = 0; j < kDim / 16; ++j) {
       load_transposed(b[0][0], b[0][1], b[1][0], b[1][1], right + i * kTile * kRow + 32 * j);
@@ -132,87 +101,6 @@ __device__ void accumulate(float (&c)[kDim / 8][4], const float (&x)[2 * kGroups
     }
   }
 }
-
-// Scores of keys from the `keys`th on, all in the last group, become -inf.
-template <int kGroups>
-__device__ void mask(float (&scores)[2 * kGroups][4], int keys) {
-  if (keys >= kGroups * kTile) return;
-#pragma unroll
-  for (int i = 2 * kGroups - 2; i < 2 * kGroups; ++i) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      if (8 * i + threadIdx.x % 4 * 2 + e % 2 >= keys) scores[i][e] = -kInfinity;
-    }
-  }
-}
-
-// Writes the first `rows` of 16 rows, scaled, by way of as many rows of shared memory, in whole chunks.
-template <typename T, int kDim>
-__device__ void store_tile(T* to, int stride, int rows, const float (&c)[kDim / 8][4], float scale_g, float scale_g8,
-                           T* stage) {
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  __syncwarp();
-#pragma unroll
-  for (int i = 0; i < kDim / 8; ++i) {
-    T* at = stage + g * kStride + 8 * i + 2 * t;
-    if (g < rows) *reinterpret_cast<Pair*>(at) = narrow<T>(c[i][0] * scale_g, c[i][1] * scale_g);
-    if (g + 8 < rows) {
-      *reinterpret_cast<Pair*>(at + 8 * kStride) = narrow<T>(c[i][2] * scale_g8, c[i][3] * scale_g8);
-    }
-  }
-  __syncwarp();
-#pragma unroll 1
-  for (int i = lane; i < rows * kChunks<kDim>; i += 32) {
-    const int row = i / kChunks<kDim>, column = i % kChunks<kDim> * 8;
-    *reinterpret_cast<uint4*>(to + row * stride + column) =
-        *reinterpret_cast<const uint4*>(stage + row * kStride + column);
-  }
-}
-
-// The largest, and the sum, of what the four threads of a row have.
-__device__ float row_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-}
-__device__ float row_sum(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
-
-// The softmax of 16 queries as far as they have seen keys: out and sum are scaled by exp2(-top).
-template <typename T, int kDim>
-struct Softmax {
-  float out[kDim / 8][4] = {};
-  float top[2] = {-kInfinity, -kInfinity}, sum[2] = {};  // of rows g and g + 8; sum: this thread's share
-
-  template <int kGroups>
-  __device__ void add(unsigned q, unsigned k, unsigned v, int keys) {
-    float p[2 * kGroups][4];
-    multiply_rows<T, kDim, kGroups>(p, q, k);
-    mask<kGroups>(p, keys);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float largest = -kInfinity;
-#pragma unroll
-      for (int i = 0; i < 2 * kGroups; ++i) largest = fmaxf(largest, fmaxf(p[i][2 * r], p[i][2 * r + 1]));
-      const float before = top[r];
-      top[r] = fmaxf(before, row_max(largest) * log2_scale<kDim>());
-      const float shrink = exp2_approximate(before - top[r]);
-      sum[r] *= shrink;
-#pragma unroll
-      for (int i = 0; i < 2 * kGroups; ++i) {
-#pragma unroll
-        for (int e = 2 * r; e < 2 * r + 2; ++e) {
-          p[i][e] = exp2_approximate(fmaf(p[i][e], log2_scale<kDim>(), -top[r]));
-          sum[r] += p[i][e];
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kDim / 8; ++i) out[i][2 * r] *= shrink, out[i][2 * r + 1] *= shrink;
-    }
-    accumulate<T, kDim, kGroups>(out, p, v);
-  }
-};
 
 // kAtOnce: for kMostGroups of keys, 65 to 80 tokens, which are all scored at once.
 template <typename T, int kDim, bool kAtOnce>
@@ -232,11 +120,15 @@ __global__ void __launch_bounds__(32 * kForwardWarps, 2)
   wait_for_rows();
 
   for (int tile = threadIdx.x / 32; tile < tiles; tile += blockDim.x / 32) {
-    Softmax<T, kDim> softmax;
+    Softmax<kDim> softmax;
     int done = 0;
     const auto add = [&](auto groups) {
       const int at = done * kTile * kRow;
-      softmax.template add<groups.value>(q + tile * kTile * kRow, k + at, v + at, tokens - done * kTile);
+      float p[2 * groups.value][4];
+      multiply_rows<T, kDim, groups.value>(p, q + tile * kTile * kRow, k + at);
+      mask(p, tokens - done * kTile);
+      softmax.weigh(p);
+      accumulate<T, kDim, groups.value>(softmax.out, p, v + at);
       done += groups.value;
     };
     if constexpr (kAtOnce) {
@@ -250,17 +142,9 @@ __global__ void __launch_bounds__(32 * kForwardWarps, 2)
       }
     }
 
-    const int rows = min(kTile, tokens - tile * kTile), g = threadIdx.x % 32 / 4;
+    const int rows = min(kTile, tokens - tile * kTile);
     float scale[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float sum = row_sum(softmax.sum[r]);
-      scale[r] = __fdividef(1.0f, sum);
-      if (threadIdx.x % 4 == 0 && g + 8 * r < rows) {
-        const int64_t row = static_cast<int64_t>(blockIdx.x) * tokens + tile * kTile + g + 8 * r;
-        lse[row] = (softmax.top[r] + __log2f(sum)) * kLn2;
-      }
-    }
+    softmax.finish(lse + static_cast<int64_t>(blockIdx.x) * tokens + tile * kTile, rows, scale);
     T* const to = out + (first + tile * kTile) * width + head * kDim;
     store_tile<T, kDim>(to, width, rows, softmax.out, scale[0], scale[1],
                         reinterpret_cast<T*>(shared) + tile * kTile * kStride);
@@ -270,12 +154,12 @@ __global__ void __launch_bounds__(32 * kForwardWarps, 2)
 // A head in shared memory, all rows up to a multiple of 16, zeros beyond the last token.
 struct Head {
   unsigned q, k, v, dout;
-  const float2* statistics;  // of each query: lse in base 2, and dout · out; {inf, 0} beyond the last token
+  const Statistics* statistics;  // of each query
 };
 
-// dout · out of each query, and its lse, four threads a row.
+// Four threads a row.
 template <typename T, int kDim>
-__device__ void load_statistics(float2* statistics, const T* dout, const T* out, const float* lse, int stride,
+__device__ void load_statistics(Statistics* statistics, const T* dout, const T* out, const float* lse, int stride,
                                 int tokens) {
   for (int row = threadIdx.x / 4; row < round_up(tokens); row += blockDim.x / 4) {
     const float base = row < tokens ? __ldg(lse + row) * kLog2E : kInfinity;
@@ -311,18 +195,10 @@ __device__ void add_query_gradient(float (&dq)[kDim / 8][4], const Head& head, i
   float p[2 * kGroups][4], ds[2 * kGroups][4];
   multiply_rows<T, kDim, kGroups>(p, head.q + from, head.k + at);
   multiply_rows<T, kDim, kGroups>(ds, head.dout + from, head.v + at);
-  mask<kGroups>(p, tokens - first * kTile);
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const float2 of = head.statistics[tile * kTile + g + 8 * r];
-#pragma unroll
-    for (int i = 0; i < 2 * kGroups; ++i) {
-#pragma unroll
-      for (int e = 2 * r; e < 2 * r + 2; ++e) {
-        ds[i][e] = exp2_approximate(fmaf(p[i][e], log2_scale<kDim>(), -of.x)) * (ds[i][e] - of.y);
-      }
-    }
-  }
+  mask(p, tokens - first * kTile);
+  const Statistics of[2] = {head.statistics[tile * kTile + g], head.statistics[tile * kTile + g + 8]};
+  weigh_rows<kDim>(p, of);
+  differentiate_rows(ds, p, of);
   accumulate<T, kDim, kGroups>(dq, ds, head.k + at);
 }
 
@@ -331,19 +207,11 @@ template <typename T, int kDim>
 __device__ void add_key_gradients(float (&dk)[kDim / 8][4], float (&dv)[kDim / 8][4], const Head& head, int keys,
                                   int queries) {
   const int from = keys * kTile * kRow, at = queries * kTile * kRow;
-  const auto* statistics = reinterpret_cast<const float4*>(head.statistics + queries * kTile) + threadIdx.x % 4;
   float p[2][4], ds[2][4];
   multiply_rows<T, kDim, 1>(p, head.k + from, head.q + at);
   multiply_rows<T, kDim, 1>(ds, head.v + from, head.dout + at);
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const float4 of = statistics[4 * i];  // of queries 8i + 2t and 8i + 2t + 1
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      p[i][e] = exp2_approximate(fmaf(p[i][e], log2_scale<kDim>(), -(e % 2 ? of.z : of.x)));
-      ds[i][e] = p[i][e] * (ds[i][e] - (e % 2 ? of.w : of.y));
-    }
-  }
+  weigh_columns<kDim>(p, head.statistics + queries * kTile);
+  differentiate_columns(ds, p, head.statistics + queries * kTile);
   accumulate<T, kDim, 1>(dv, p, head.dout + at);
   accumulate<T, kDim, 1>(dk, ds, head.q + at);
 }
@@ -362,7 +230,7 @@ __global__ void __launch_bounds__(32 * kBackwardWarps, 1)
   out += first * width + offset;
   lse += static_cast<int64_t>(blockIdx.x) * tokens;
 
-  auto* const statistics = reinterpret_cast<float2*>(shared);
+  auto* const statistics = reinterpret_cast<Statistics*>(shared);
   T* const stage = reinterpret_cast<T*>(statistics + padded) + warp * kTile * kStride;
   Head head;
   head.statistics = statistics;
@@ -402,27 +270,6 @@ __global__ void __launch_bounds__(32 * kBackwardWarps, 1)
   }
 }
 
-// Launches a kernel, a block for each head of each image.
-template <typename Kernel, typename... Args>
-cudaError_t launch(Kernel kernel, int64_t blocks, int warps, int shared_bytes, cudaStream_t stream, Args... args) {
-  if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
-  if (const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes)) {
-    return error;
-  }
-  kernel<<<static_cast<unsigned>(blocks), 32 * warps, shared_bytes, stream>>>(args...);
-  return cudaGetLastError();
-}
-
-// Calls `call` with an element and the channels of a head as types.
-template <typename Call>
-cudaError_t with_types(DType dtype, int head_dim, Call call) {
-  const auto with_element = [&](auto element) {
-    return head_dim == 64 ? call(element, std::integral_constant<int, 64>{})
-                          : call(element, std::integral_constant<int, 72>{});
-  };
-  return dtype == DType::kFloat16 ? with_element(__half{}) : with_element(__nv_bfloat16{});
-}
-
 // As few warps as take no more rounds of items than `most` would, and at least `rounds`.
 int warps_for(int items, int most, int rounds) {
   rounds = std::max(rounds, (items + most - 1) / most);
@@ -433,6 +280,7 @@ int warps_for(int items, int most, int rounds) {
 
 cudaError_t launch_packed_attention(const void* qkv, void* out, float* lse, int64_t batch, int tokens, int heads,
                                     int head_dim, DType dtype, cudaStream_t stream) {
+  if (tokens > kFewTokens) return launch_wide_attention(qkv, out, lse, batch, tokens, heads, head_dim, dtype, stream);
   const int padded = round_up(tokens), warps = warps_for(padded / kTile, kForwardWarps, 1);
   return with_types(dtype, head_dim, [&](auto element, auto dim) {
     using T = decltype(element);
@@ -446,8 +294,11 @@ cudaError_t launch_packed_attention(const void* qkv, void* out, float* lse, int6
 cudaError_t launch_packed_attention_backward(const void* dout, const void* qkv, const void* out, const float* lse,
                                              void* dqkv, int64_t batch, int tokens, int heads, int head_dim,
                                              DType dtype, cudaStream_t stream) {
+  if (tokens > kFewTokens) {
+    return launch_wide_attention_backward(dout, qkv, out, lse, dqkv, batch, tokens, heads, head_dim, dtype, stream);
+  }
   const int padded = round_up(tokens), warps = warps_for(2 * padded / kTile, kBackwardWarps, 2);
-  const int shared_bytes = (4 * padded + warps * kTile) * kRow + padded * static_cast<int>(sizeof(float2));
+  const int shared_bytes = (4 * padded + warps * kTile) * kRow + padded * static_cast<int>(sizeof(Statistics));
   return with_types(dtype, head_dim, [&](auto element, auto dim) {
     using T = decltype(element);
     return launch(packed_attention_backward_kernel<T, dim.value>, batch * heads, warps, shared_bytes, stream,
