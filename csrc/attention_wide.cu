@@ -50,10 +50,9 @@ struct TwoArrays {
 #pragma unroll
     for (int round = 0; round < kRounds; ++round) {
       const int i = round * kThreads + threadIdx.x, row = i / kChunks<kDim>, chunk = i % kChunks<kDim>;
-      if (row < round_up(rows)) {
-        store_chunk(first.chunk(row, chunk), chunks[0][round]);
-        store_chunk(second.chunk(row, chunk), chunks[1][round]);
-      }
+      if (row >= round_up(rows)) break;
+      store_chunk(first.chunk(row, chunk), chunks[0][round]);
+      store_chunk(second.chunk(row, chunk), chunks[1][round]);
     }
   }
 };

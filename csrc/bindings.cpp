@@ -277,7 +277,7 @@ FiveTensors layer_norm_backward(const at::Tensor& dy, const std::optional<at::Te
                              scale_in_float32,         of_image,                 half};
   int splits;
   C10_CUDA_CHECK(layer_norm_backward_splits(shape, &splits));
-  const auto none = [&] { return at::empty({0}, dy.options()); };
+  const auto none = [&] { return at::empty({0}, total.options()); };
   at::Tensor dx = at::empty_like(total), dbranch = has_branch ? at::empty_like(*branch) : none();
   const at::Tensor partial =
       at::empty({has_branch ? 3 : 2, images, splits, kLayerNormWidth}, dy.options().dtype(at::kFloat));

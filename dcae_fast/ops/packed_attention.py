@@ -93,12 +93,7 @@ differentiable_as(attention_backward_op, packed_attention_backward_reference)
 
 
 def is_for_few_tokens(dtype: torch.dtype, tokens: int, dim: int, device: torch.device) -> bool:
-    """Whether the operator is the fast way for heads of that size; on a CPU its reference stands in for that.
-
-    Multiples of 128 tokens fill cuDNN's tiles, which is faster as long as no gradient follows.
-    """
-    if tokens % 128 == 0 and not torch.is_grad_enabled():
-        return False
+    """Whether the operator is the fast way for heads of that size; on a CPU its reference stands in for that."""
     if device.type == "cuda" and not (_library.HAS_EXTENSION and torch.cuda.get_device_properties(device).major == 9):
         return False
     return device.type in ("cuda", "cpu") and _fits(dtype, tokens, dim)

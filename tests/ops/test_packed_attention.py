@@ -65,7 +65,7 @@ def test_matches_the_formula_in_float64(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", CEILING, ids=str)
-@pytest.mark.parametrize("shape", [*SHAPES, (2, 128, 3, 72), (1, 256, 2, 64)], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_without_a_gradient(shape, dtype):
     qkv, heads = packed(*shape, dtype).detach(), shape[2]
     exact = formula(qkv.double(), heads)
