@@ -1,13 +1,11 @@
 """Adds to pyproject.toml what it cannot say: where the kernels lie, and the CUDA extension dcae_fast._C.
 
 The extension is built where nvcc and a CUDA build of torch are found; otherwise one line says why it is left out.
-DCAE_FAST_BUILD_CUDA=1 makes that an error, DCAE_FAST_BUILD_CUDA=0 leaves it out. TORCH_CUDA_ARCH_LIST as in torch,
-numbers alone, of which those below 9.0 are left out; 9.0a by default.
+DCAE_FAST_BUILD_CUDA=1 makes that an error, DCAE_FAST_BUILD_CUDA=0 leaves it out.
 """
 
 import importlib.util
 import os
-import re
 import runpy
 import shutil
 import subprocess
@@ -32,15 +30,6 @@ def find_torch() -> Path | None:
 def find_nvcc() -> str | None:
     home, path = os.environ.get("CUDA_HOME", "/usr/local/cuda"), os.environ.get("PATH", "")
     return shutil.which("nvcc", path=os.pathsep.join([f"{home}/bin", path]))
-
-
-def cuda_architectures() -> str:
-    """TORCH_CUDA_ARCH_LIST ("8.0 9.0a 10.0+PTX") in CMake's words ("90a-real;100"), from Hopper on."""
-    names = re.split(r"[ ;,]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
-    names = [name for name in names if int(name.split(".")[0] or 0) >= 9] or ["9.0a"]
-    return ";".join(
-        name.removesuffix("+PTX").replace(".", "") + ("" if name.endswith("+PTX") else "-real") for name in names
-    )
 
 
 def reason_without_cuda() -> str | None:
@@ -70,7 +59,6 @@ class BuildCUDA(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DTORCH={TORCH}",
             f"-DCMAKE_CUDA_COMPILER={NVCC}",
-            f"-DCMAKE_CUDA_ARCHITECTURES={cuda_architectures()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={Path(self.get_ext_fullpath(ext.name)).resolve().parent}",
         ]
         # --fresh: an earlier build's ninja may have gone with pip's isolated environment

@@ -1,12 +1,10 @@
-// Softmax attention of few tokens, forward and backward. See ops.h for the formulas and the layout. More tokens than
-// kFewTokens are left to attention_wide.cu.
+// Softmax attention of up to kMostWarpTokens, forward and backward, through products of warps. See ops.h for the
+// formulas and the layout. With more tokens these products wait for shared memory, which attention_wide.cu reads less.
 //
 // A block owns one head of one image, and brings all of it to shared memory at once. A warp then takes 16 rows through
 // tensor cores at a time: scores of a few groups of 16 keys stay in its registers, and become a factor of the next
 // product there. Forward, the rows are queries, with a softmax that goes along with the keys. Backward, they are either
 // queries, which give dq, or keys, which give dk and dv: scores are computed twice, and no warp waits for another's.
-
-#include <algorithm>
 
 #include "attention.cuh"
 
@@ -15,7 +13,7 @@ namespace {
 // Groups that a warp scores at a time, as many as its registers hold: forward; where no others follow; for the gradient
 // of queries. For those of keys and values it is one.
 constexpr int kForwardGroups = 4, kMostGroups = 5, kQueryGroups = 2;
-constexpr int kForwardWarps = 10, kBackwardWarps = 16;  // of a block, at most
+constexpr int kForwardThreads = 320, kBackwardThreads = 512;  // more than there are: bounds that limit registers
 
 // Starts the copy of rows to shared memory, from kArrays arrays that lie `from_step` elements apart, to `to_step` bytes
 // apart.
@@ -104,7 +102,7 @@ __device__ void accumulate(float (&c)[kDim / 8][4], const float (&x)[2 * kGroups
 
 // kAtOnce: for kMostGroups of keys, 65 to 80 tokens, which are all scored at once.
 template <typename T, int kDim, bool kAtOnce>
-__global__ void __launch_bounds__(32 * kForwardWarps, 2)
+__global__ void __launch_bounds__(kForwardThreads, 2)
     packed_attention_kernel(const T* __restrict__ qkv, T* __restrict__ out, float* __restrict__ lse, int tokens,
                             int heads) {
   extern __shared__ uint4 shared[];
@@ -173,18 +171,11 @@ __device__ void load_statistics(Statistics* statistics, const T* dout, const T* 
         y[i] = __ldg(reinterpret_cast<const uint4*>(out + row * stride + column));
       }
     }
-    float dot = 0.0f;
+    float sum = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const Pair xs[4] = {x[i].x, x[i].y, x[i].z, x[i].w}, ys[4] = {y[i].x, y[i].y, y[i].z, y[i].w};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float2 a = widen<T>(xs[j]), b = widen<T>(ys[j]);
-        dot = fmaf(a.x, b.x, fmaf(a.y, b.y, dot));
-      }
-    }
-    dot = row_sum(dot);
-    if (threadIdx.x % 4 == 0) statistics[row] = {base, dot};
+    for (int i = 0; i < kEach; ++i) sum = dot<T>(x[i], y[i], sum);
+    sum = row_sum(sum);
+    if (threadIdx.x % 4 == 0) statistics[row] = {base, sum};
   }
 }
 
@@ -217,7 +208,7 @@ __device__ void add_key_gradients(float (&dk)[kDim / 8][4], float (&dv)[kDim / 8
 }
 
 template <typename T, int kDim>
-__global__ void __launch_bounds__(32 * kBackwardWarps, 1)
+__global__ void __launch_bounds__(kBackwardThreads, 1)
     packed_attention_backward_kernel(const T* __restrict__ dout, const T* __restrict__ qkv,
                                      const T* __restrict__ out, const float* __restrict__ lse, T* __restrict__ dqkv,
                                      int tokens, int heads) {
@@ -270,18 +261,14 @@ __global__ void __launch_bounds__(32 * kBackwardWarps, 1)
   }
 }
 
-// As few warps as take no more rounds of items than `most` would, and at least `rounds`.
-int warps_for(int items, int most, int rounds) {
-  rounds = std::max(rounds, (items + most - 1) / most);
-  return (items + rounds - 1) / rounds;
-}
-
 }  // namespace
 
 cudaError_t launch_packed_attention(const void* qkv, void* out, float* lse, int64_t batch, int tokens, int heads,
                                     int head_dim, DType dtype, cudaStream_t stream) {
-  if (tokens > kFewTokens) return launch_wide_attention(qkv, out, lse, batch, tokens, heads, head_dim, dtype, stream);
-  const int padded = round_up(tokens), warps = warps_for(padded / kTile, kForwardWarps, 1);
+  if (tokens > kMostWarpTokens) {
+    return launch_wide_attention(qkv, out, lse, batch, tokens, heads, head_dim, dtype, stream);
+  }
+  const int padded = round_up(tokens), warps = padded / kTile;
   return with_types(dtype, head_dim, [&](auto element, auto dim) {
     using T = decltype(element);
     const auto kernel = padded == kMostGroups * kTile ? packed_attention_kernel<T, dim.value, true>
@@ -294,10 +281,10 @@ cudaError_t launch_packed_attention(const void* qkv, void* out, float* lse, int6
 cudaError_t launch_packed_attention_backward(const void* dout, const void* qkv, const void* out, const float* lse,
                                              void* dqkv, int64_t batch, int tokens, int heads, int head_dim,
                                              DType dtype, cudaStream_t stream) {
-  if (tokens > kFewTokens) {
+  if (tokens > kMostWarpTokens) {
     return launch_wide_attention_backward(dout, qkv, out, lse, dqkv, batch, tokens, heads, head_dim, dtype, stream);
   }
-  const int padded = round_up(tokens), warps = warps_for(2 * padded / kTile, kBackwardWarps, 2);
+  const int padded = round_up(tokens), warps = padded / kTile;
   const int shared_bytes = (4 * padded + warps * kTile) * kRow + padded * static_cast<int>(sizeof(Statistics));
   return with_types(dtype, head_dim, [&](auto element, auto dim) {
     using T = decltype(element);

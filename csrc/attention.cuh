@@ -8,7 +8,7 @@
 #include "ops.h"
 #include "tensor_cores.cuh"
 
-constexpr int kTile = 16;          // rows of a warp; tokens in shared memory are a multiple of it
+constexpr int kTile = 16;          // rows of a warp
 constexpr int kStride = 72;        // elements between rows in shared memory: no two rows of a load share banks
 constexpr int kRow = 2 * kStride;  // the same in bytes
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
@@ -74,6 +74,18 @@ __device__ inline float row_max(float x) {
 __device__ inline float row_sum(float x) {
   x += __shfl_xor_sync(0xffffffffu, x, 1);
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+// sum + x · y, of eight elements.
+template <typename T>
+__device__ float dot(uint4 x, uint4 y, float sum) {
+  const Pair xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const float2 a = widen<T>(xs[j]), b = widen<T>(ys[j]);
+    sum = fmaf(a.x, b.x, fmaf(a.y, b.y, sum));
+  }
+  return sum;
 }
 
 // The softmax of 16 queries, the rows, as far as they have seen keys: out and sum are scaled by exp2(-top).
@@ -218,8 +230,8 @@ cudaError_t with_types(DType dtype, int head_dim, Call call) {
   return dtype == DType::kFloat16 ? with_element(__half{}) : with_element(__nv_bfloat16{});
 }
 
-// Of more than kFewTokens, in attention_wide.cu.
-constexpr int kFewTokens = 128;
+// In attention_wide.cu, for more tokens than warps are good for.
+constexpr int kMostWarpTokens = 128;
 cudaError_t launch_wide_attention(const void* qkv, void* out, float* lse, int64_t batch, int tokens, int heads,
                                   int head_dim, DType dtype, cudaStream_t stream);
 cudaError_t launch_wide_attention_backward(const void* dout, const void* qkv, const void* out, const float* lse,

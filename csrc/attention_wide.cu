@@ -1,5 +1,5 @@
-// Softmax attention of more than kFewTokens, forward and backward, through products of warpgroups. See ops.h for the
-// formulas and the layout.
+// Softmax attention of more than kMostWarpTokens, forward and backward, through products of warpgroups. See ops.h for
+// the formulas and the layout.
 //
 // A block owns one head of one image and brings what products read as their right factor to shared memory at once:
 // forward k and v, backward all. A warpgroup then takes 64 rows at a time, the left factors, and goes along the other
@@ -84,20 +84,14 @@ struct AllStatistics {
     for (int round = 0; round < kRounds; ++round) {
       const int row = (round * kThreads + threadIdx.x) / 4;
       if (row >= round_up(tokens)) break;
-      float dot = 0.0f;
+      float sum = 0.0f;
 #pragma unroll
       for (int i = 0; i < kEach; ++i) {
         const int chunk = min(4 * i + static_cast<int>(threadIdx.x) % 4, kChunks<kDim> - 1);  // of out there are zeros
-        const uint4 a = read_chunk(dout.chunk(row, chunk)), b = out[round][i];
-        const Pair x[4] = {a.x, a.y, a.z, a.w}, y[4] = {b.x, b.y, b.z, b.w};
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const float2 u = widen<T>(x[j]), w = widen<T>(y[j]);
-          dot = fmaf(u.x, w.x, fmaf(u.y, w.y, dot));
-        }
+        sum = dot<T>(read_chunk(dout.chunk(row, chunk)), out[round][i], sum);
       }
-      dot = row_sum(dot);
-      if (threadIdx.x % 4 == 0) statistics[row] = {lse[round], dot};
+      sum = row_sum(sum);
+      if (threadIdx.x % 4 == 0) statistics[row] = {lse[round], sum};
     }
   }
 };
@@ -201,12 +195,12 @@ __global__ void __launch_bounds__(kThreads, 2)
       float p[blocks.value][4];
       Pair weights[blocks.value / 2][4];
       start_scores<T, kDim>(p, q, k, key);
-      finish<0>(p);
+      wait_for_products<0>(p);
       mask(p, tokens - key);
       softmax.weigh(p);
       as_factors<T>(weights, p);
       start_sum<T, kDim>(softmax.out, weights, v, key);
-      finish<0>(softmax.out);
+      wait_for_products<0>(softmax.out);
     });
     float scale[2];
     softmax.finish(lse + mine, rows, scale);
@@ -227,7 +221,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   out += first * width + offset;
   lse += static_cast<int64_t>(blockIdx.x) * tokens;
 
-  // The stages come last: what is read beyond the last row of the last matrix falls into them.
+  // Left factors and statistics are also read for rows beyond the last token, whose results nobody stores: of the
+  // statistics these lie in the matrices, of the last matrix in the stages, whatever other warps do there.
   auto* const statistics = reinterpret_cast<Statistics*>(shared);
   char* const matrices = reinterpret_cast<char*>(statistics + round_up(tokens));
   const unsigned start = shared_address(matrices), step = step_of(tokens), bytes = kChunks<kDim> * step;
@@ -263,16 +258,16 @@ __global__ void __launch_bounds__(kThreads, 1)
         Pair weights[blocks.value / 2][4], gradients[blocks.value / 2][4];
         start_scores<T, kDim>(p, keys, q, query);
         start_scores<T, kDim>(ds, values, g, query);
-        finish<1>(p);
+        wait_for_products<1>(p);
         weigh_columns<kDim>(p, statistics + query);
         as_factors<T>(weights, p);
         start_sum<T, kDim>(dv, weights, g, query);
-        finish<1>(ds);
+        wait_for_products<1>(ds);
         differentiate_columns(ds, p, statistics + query);
         as_factors<T>(gradients, ds);
         start_sum<T, kDim>(dk, gradients, q, query);
-        finish<0>(dv);
-        finish<0>(dk);
+        wait_for_products<0>(dv);
+        wait_for_products<0>(dk);
       });
       store_tile<T, kDim>(to + width, stride, rows, dk, scale, scale, stage);
       store_tile<T, kDim>(to + 2 * width, stride, rows, dv, 1.0f, 1.0f, stage);
@@ -288,14 +283,14 @@ __global__ void __launch_bounds__(kThreads, 1)
         Pair gradients[blocks.value / 2][4];
         start_scores<T, kDim>(p, queries, k, key);
         start_scores<T, kDim>(ds, douts, v, key);
-        finish<1>(p);
+        wait_for_products<1>(p);
         mask(p, tokens - key);
         weigh_rows<kDim>(p, of);
-        finish<0>(ds);
+        wait_for_products<0>(ds);
         differentiate_rows(ds, p, of);
         as_factors<T>(gradients, ds);
         start_sum<T, kDim>(dq, gradients, k, key);
-        finish<0>(dq);
+        wait_for_products<0>(dq);
       });
       store_tile<T, kDim>(to, stride, rows, dq, scale, scale, stage);
     }

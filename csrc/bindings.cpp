@@ -308,8 +308,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("layer_norm_backward", &layer_norm_backward, pybind11::arg("dy"), pybind11::arg("dsum"),
              pybind11::arg("total"), pybind11::arg("scale"), pybind11::arg("branch"), pybind11::arg("gate"),
              pybind11::arg("eps"), pybind11::arg("dtype"),
-             "The gradients of a layer norm of tokens, and of a gated branch that was added before it: of x, in `dtype`, "
-             "as total is, of scale, shift, branch and gate.");
+             "The gradients of x, in `dtype` as total is, of scale, shift, branch and gate: of a layer norm of tokens, "
+             "and of a gated branch that was added before it.");
   module.def("relu_linear_attention", &relu_linear_attention, pybind11::arg("qkvs"), pybind11::arg("head_dim"),
              pybind11::arg("eps"), "ReLU linear attention of packed qkv tensors in channels-last, side by side.");
   module.def("multiscale_qkv", &multiscale_qkv, pybind11::arg("x"), pybind11::arg("depthwise"),

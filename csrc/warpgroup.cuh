@@ -29,7 +29,8 @@ __device__ inline uint64_t rows_as_columns(const ChunkedMatrix& y, int row, int 
   return describe(y.chunk(row, place), y.step, 128);
 }
 
-// The same for a left factor that ends with eight zeros: they meet that chunk again, since what follows may be NaN.
+// The same for a left factor that ends with eight zeros. They meet that chunk again, since what follows may be NaN; of
+// an infinity there they make NaN.
 __device__ inline uint64_t rows_as_half_columns(const ChunkedMatrix& y, int row, int place) {
   return describe(y.chunk(row, place), 0, 128);
 }
@@ -40,12 +41,12 @@ __device__ inline uint64_t rows_as_rows(const ChunkedMatrix& y, int row) {
 }
 
 // Products start in groups, and go on while the threads do. begin_products: registers that were written before may be
-// read. finish: all but the last kPending groups are done, of which c is a result.
+// read. wait_for_products: until at most kPending groups are not done; c is a result of one that is.
 __device__ inline void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void end_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
 template <int kPending, int kBlocks>
-__device__ inline void finish(float (&c)[kBlocks][4]) {
+__device__ inline void wait_for_products(float (&c)[kBlocks][4]) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 #pragma unroll
   for (int i = 0; i < kBlocks; ++i) {  // the compiler must not read them earlier
