@@ -31,7 +31,9 @@ def records_of(part: str, only: Callable[[str], bool], device: torch.device, cei
                 yield NETWORK_PARTS[part](workload, device, ceilings)
         return
     if part == "pipeline":
-        yield from (pipeline.benchmark(each) for each in pipeline.pipelines() if only(each.name))
+        for each in pipeline.pipelines():
+            if only(each.name):
+                yield from pipeline.benchmark(each)
         return
     selected: list[Workload] = [workload for workload in workloads(part) if only(workload.name)]
     if part == "autoencoder":

@@ -86,8 +86,11 @@ def pipelines() -> list[Pipeline]:
     return PIPELINES if torch.cuda.is_available() else REHEARSAL
 
 
-def benchmark(pipeline: Pipeline) -> dict:
-    """The record: of each contender images_per_s and waited, the share of the time, or why there is none."""
+def benchmark(pipeline: Pipeline) -> Iterator[dict]:
+    """The record: of each contender images_per_s and waited, the share of the time, or why there is none.
+
+    It is given after each contender, which may take minutes, so that a run that is ended keeps those it has.
+    """
     measure = {TRAIN: training, CACHE: caching}[pipeline.command]
     rows = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -97,7 +100,7 @@ def benchmark(pipeline: Pipeline) -> dict:
                 rows[contender] = {"gpus": gpus} | run(gpus, options)
             except subprocess.CalledProcessError as failure:
                 rows[contender] = {"failure": complaint(failure.stderr)}
-    return {"workload": pipeline.name, "contenders": rows}
+            yield {"workload": pipeline.name, "contenders": dict(rows)}
 
 
 def complaint(stderr: str) -> str:

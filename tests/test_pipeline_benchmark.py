@@ -16,8 +16,9 @@ on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a rehearsal for m
 def test_rehearsal(workload, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # of these tests, not of the commands
     wrong_option = ("--data" if workload.command == "train-diffusion" else "--model", "absent")
-    record = pipeline.benchmark(replace(workload, alone={"patched": (), "wrong": wrong_option}))
-    assert record["workload"] == workload.name and list(record["contenders"]) == ["patched", "wrong"]
+    first, record = pipeline.benchmark(replace(workload, alone={"patched": (), "wrong": wrong_option}))
+    assert first["workload"] == record["workload"] == workload.name
+    assert list(first["contenders"]) == ["patched"] and list(record["contenders"]) == ["patched", "wrong"]
     row, wrong = record["contenders"].values()
     assert row["gpus"] == 1 and row["images_per_s"] > 0 and 0 <= row["waited"] <= 1
     assert wrong.keys() == {"failure"} and "absent" in wrong["failure"]
