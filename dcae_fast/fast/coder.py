@@ -41,13 +41,11 @@ class Coder(FastModule):
 
     fast_options = Options()
 
-    def forward(self, *args, **kwargs) -> Result:
-        if not isinstance(self, FastModule):  # a wrapper kept this forward, and the module is patched no more
-            return type(self).forward(self, *args, **kwargs)
+    def dispatch(self, *args, **kwargs) -> Result:
         if not args and len(named := [name for name in INPUTS if name in kwargs]) == 1:  # known by its place
             args = (kwargs.pop(named[0]),)
         if torch.compiler.is_compiling() or not args or type(args[0]) is not torch.Tensor or in_transform():
-            return super().forward(*args, **kwargs)
+            return super().dispatch(*args, **kwargs)
         graphs = None if getattr(self, "_is_replica", False) else self.fast_options.graphs
         result = None if graphs is None else graphs.replay(self, args, kwargs)
         if result is not None:
@@ -56,8 +54,8 @@ class Coder(FastModule):
         if plan is not None:
             return self._in_parts(plan, *args, **kwargs)
         if graphs is not None:
-            return graphs.run(self, super().forward, args, kwargs)
-        return super().forward(*args, **kwargs)
+            return graphs.run(self, super().dispatch, args, kwargs)
+        return super().dispatch(*args, **kwargs)
 
     def plan(self, x: torch.Tensor, *args, **kwargs) -> Plan | None:
         """How to keep within the memory; None to compute at once: it is enough, or there is no other way.

@@ -15,18 +15,16 @@ class Network(FastModule):
 
     fast_options = Options()
 
-    def forward(self, *args, **kwargs) -> torch.Tensor:
-        if not isinstance(self, FastModule):  # a wrapper kept this forward, and the module is patched no more
-            return type(self).forward(self, *args, **kwargs)
+    def dispatch(self, *args, **kwargs) -> torch.Tensor:
         if kwargs and kwargs.keys() == {*ARGUMENTS[len(args) :]}:  # inputs of a graph are known by their places
             args, kwargs = (*args, *(kwargs[name] for name in ARGUMENTS[len(args) :])), {}
         if torch.compiler.is_compiling() or not args or type(args[0]) is not torch.Tensor or in_transform():
-            return super().forward(*args, **kwargs)
+            return super().dispatch(*args, **kwargs)
         graphs = None if getattr(self, "_is_replica", False) else self.fast_options.graphs
         if graphs is None or graphs.inside:
-            return super().forward(*args, **kwargs)
+            return super().dispatch(*args, **kwargs)
         result = graphs.replay(self, args, kwargs)
-        return graphs.run(self, super().forward, args, kwargs) if result is None else result
+        return graphs.run(self, super().dispatch, args, kwargs) if result is None else result
 
     def fast_forward(self, *args, **kwargs) -> torch.Tensor:
         return self.eager(*args, **kwargs)
