@@ -167,8 +167,8 @@ __device__ void load_statistics(Statistics* statistics, const T* dout, const T* 
     for (int i = 0; i < kEach; ++i) {
       const int column = 8 * (4 * i + threadIdx.x % 4);
       if (row < tokens && column < kDim) {
-        x[i] = __ldg(reinterpret_cast<const uint4*>(dout + row * stride + column));
-        y[i] = __ldg(reinterpret_cast<const uint4*>(out + row * stride + column));
+        x[i] = load_chunk(dout + row * stride + column);
+        y[i] = load_chunk(out + row * stride + column);
       }
     }
     float sum = 0.0f;

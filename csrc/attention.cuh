@@ -5,6 +5,7 @@
 #include <climits>
 #include <cmath>
 
+#include "launch.h"
 #include "ops.h"
 #include "tensor_cores.cuh"
 
@@ -29,6 +30,8 @@ template <int kDim>
 __device__ float log2_scale() {  // exp(x / sqrt(kDim)) = exp2(x * log2_scale)
   return kLog2E * (kDim == 64 ? 0.125f : 0.11785113019775793f);
 }
+
+__device__ inline uint4 load_chunk(const void* from) { return __ldg(static_cast<const uint4*>(from)); }
 
 // Starts the copy of a chunk to shared memory.
 __device__ inline void copy_chunk(unsigned to, const void* from) {
@@ -223,11 +226,10 @@ cudaError_t launch(Kernel kernel, int64_t blocks, int warps, int shared_bytes, c
 // Calls `call` with an element and the channels of a head as types.
 template <typename Call>
 cudaError_t with_types(DType dtype, int head_dim, Call call) {
-  const auto with_element = [&](auto element) {
+  return with_element(dtype, [&](auto element) {
     return head_dim == 64 ? call(element, std::integral_constant<int, 64>{})
                           : call(element, std::integral_constant<int, 72>{});
-  };
-  return dtype == DType::kFloat16 ? with_element(__half{}) : with_element(__nv_bfloat16{});
+  });
 }
 
 // In attention_wide.cu, for more tokens than warps are good for.

@@ -28,8 +28,6 @@ using Factor = Pair[kSteps<kDim>][4];  // a warp's 16 rows of a left factor [64,
 // Bytes from a chunk of a row to the next: of a multiple of 16 rows and one more, so that they lie in different banks.
 __host__ __device__ constexpr int step_of(int tokens) { return 16 * (round_up(tokens) + 1); }
 
-__device__ uint4 load_chunk(const void* from) { return __ldg(static_cast<const uint4*>(from)); }
-
 // All rows of two arrays on their way to shared memory, and zeros after the last one. By way of registers, since
 // asynchronous copies to scattered chunks are written one by one.
 template <typename T, int kDim>

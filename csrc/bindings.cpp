@@ -35,7 +35,7 @@ at::Tensor parameter(const char* name, const at::Tensor& tensor, const at::Tenso
 
 // Checks that `tensor` is dense in channels-last and aligned; returns where it starts.
 const void* channels_last(const char* name, const at::Tensor& tensor) {
-  require_value(tensor.is_cuda(), name, " must be on a CUDA device, got ", tensor.device());
+  on_cuda(name, tensor);
   require_value(tensor.dim() == 4 && tensor.is_contiguous(at::MemoryFormat::ChannelsLast), name,
                 " must be dense in channels-last memory format");
   require_value(is_aligned(tensor), name, " must be aligned to 16 bytes");
@@ -177,20 +177,6 @@ at::Tensor multiscale_qkv(const at::Tensor& x, const at::Tensor& depthwise, cons
   return out;
 }
 
-// Checks that `tensor` has this dtype and shape, and lies as x does: dense, in row-major order, aligned, on its device.
-void require_dense(const char* name, const at::Tensor& tensor, at::ScalarType dtype, const at::Tensor& x,
-                   at::IntArrayRef shape) {
-  require_value(tensor.sizes() == shape, name, " must have shape ", shape, ", got ", tensor.sizes());
-  require_type(tensor.scalar_type() == dtype, name, " must be ", dtype, ", got ", tensor.scalar_type());
-  require_value(tensor.device() == x.device(), name, " must be on ", x.device(), ", got ", tensor.device());
-  require_value(tensor.is_contiguous() && is_aligned(tensor), name, " must be contiguous and aligned to 16 bytes");
-}
-
-at::Device on_cuda(const char* name, const at::Tensor& x) {
-  require_value(x.is_cuda(), name, " must be on a CUDA device, got ", x.device());
-  return x.device();
-}
-
 // The arguments of softmax attention, checked, on the current device while this lives.
 struct PackedAttention {
   c10::cuda::CUDAGuard guard;
@@ -199,7 +185,7 @@ struct PackedAttention {
   int tokens, heads, head_dim;
 
   PackedAttention(const at::Tensor& qkv, int64_t num_heads) : guard(on_cuda("qkv", qkv)), dtype(dtype_of("qkv", qkv)) {
-    require_dense("qkv", qkv, qkv.scalar_type(), qkv, qkv.sizes());
+    require_dense("qkv", qkv, qkv.sizes(), qkv.scalar_type(), qkv.device());
     require_value(qkv.dim() == 3 && num_heads > 0 && qkv.size(2) % (3 * num_heads) == 0,
                   "qkv must have shape [B, N, 3 * num_heads * D], got ", qkv.sizes());
     const int64_t dim = qkv.size(2) / (3 * num_heads);
@@ -232,9 +218,9 @@ std::tuple<at::Tensor, at::Tensor> packed_attention(const at::Tensor& qkv, int64
 at::Tensor packed_attention_backward(const at::Tensor& dout, const at::Tensor& qkv, const at::Tensor& out,
                                      const at::Tensor& lse, int64_t num_heads) {
   const PackedAttention of(qkv, num_heads);
-  require_dense("dout", dout, qkv.scalar_type(), qkv, of.out_shape());
-  require_dense("out", out, qkv.scalar_type(), qkv, of.out_shape());
-  require_dense("lse", lse, at::kFloat, qkv, of.lse_shape());
+  require_dense("dout", dout, of.out_shape(), qkv.scalar_type(), qkv.device());
+  require_dense("out", out, of.out_shape(), qkv.scalar_type(), qkv.device());
+  require_dense("lse", lse, of.lse_shape(), at::kFloat, qkv.device());
   at::Tensor dqkv = at::empty_like(qkv);
   if (of.batch > 0) {
     C10_CUDA_CHECK(launch_packed_attention_backward(dout.const_data_ptr(), qkv.const_data_ptr(), out.const_data_ptr(),
@@ -250,25 +236,26 @@ using FiveTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, a
 FiveTensors layer_norm_backward(const at::Tensor& dy, const std::optional<at::Tensor>& dsum, const at::Tensor& total,
                                 const at::Tensor& scale, const std::optional<at::Tensor>& branch,
                                 const std::optional<at::Tensor>& gate, double eps, at::ScalarType dtype) {
-  const c10::cuda::CUDAGuard guard(on_cuda("dy", dy));
+  const at::Device device = on_cuda("dy", dy);
+  const c10::cuda::CUDAGuard guard(device);
   const DType half = dtype_of("dy", dy);
   require_value(total.dim() == 3 && total.size(2) == kLayerNormWidth && total.numel() > 0,
                 "total must have shape [B, N, ", std::to_string(kLayerNormWidth), "] and not be empty, got ",
                 total.sizes());
   require_type(dtype == dy.scalar_type() || dtype == at::kFloat, "dtype must be ", dy.scalar_type(),
                " as dy or Float, got ", dtype);
-  require_dense("dy", dy, dy.scalar_type(), dy, total.sizes());
-  require_dense("total", total, dtype, dy, total.sizes());
-  if (dsum) require_dense("dsum", *dsum, dtype, dy, total.sizes());
+  require_dense("dy", dy, total.sizes(), dy.scalar_type(), device);
+  require_dense("total", total, total.sizes(), dtype, device);
+  if (dsum) require_dense("dsum", *dsum, total.sizes(), dtype, device);
   const bool of_image = scale.dim() == 2, has_branch = branch.has_value();
   const std::vector<int64_t> of_each = {total.size(0), kLayerNormWidth}, of_all = {kLayerNormWidth};
   const bool scale_in_float32 = !of_image && scale.scalar_type() == at::kFloat;
-  require_dense("scale", scale, scale_in_float32 ? at::kFloat : dy.scalar_type(), dy, of_image ? of_each : of_all);
+  require_dense("scale", scale, of_image ? of_each : of_all, scale_in_float32 ? at::kFloat : dy.scalar_type(), device);
   require_value(has_branch == gate.has_value() && (of_image || !has_branch),
                 "branch and gate: expected both, with a scale of each image, or neither");
   if (has_branch) {
-    require_dense("branch", *branch, dy.scalar_type(), dy, total.sizes());
-    require_dense("gate", *gate, dy.scalar_type(), dy, of_each);
+    require_dense("branch", *branch, total.sizes(), dy.scalar_type(), device);
+    require_dense("gate", *gate, of_each, dy.scalar_type(), device);
   }
   const int64_t images = of_image ? total.size(0) : 1, tokens = total.size(0) * total.size(1) / images;
   require_value(images <= INT_MAX && tokens <= INT_MAX / 2, "total is too large: ", total.sizes());

@@ -76,7 +76,7 @@ struct BoundConvolution {
 
   static BoundConvolution make(const at::Tensor& x, const at::Tensor& weight, int64_t stride,
                                const std::array<int64_t, 4>& padding, const Epilogue& steps) {
-    require_value(x.is_cuda(), "x must be on a CUDA device, got ", x.device());
+    on_cuda("x", x);
     require_type(x.scalar_type() == weight.scalar_type(), "weight must be ", x.scalar_type(), " as x, got ",
                  weight.scalar_type());
     const ConvolutionShape shape{dtype_of(x), sizes_of("x", x), sizes_of("weight", weight), stride, padding};

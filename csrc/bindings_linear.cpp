@@ -21,15 +21,6 @@ cudaDataType_t dtype_of(at::ScalarType dtype) {
   }
 }
 
-void check_operand(const char* name, const at::Tensor& x, at::IntArrayRef sizes, at::ScalarType dtype,
-                   at::Device device) {
-  require_value(x.sizes() == sizes, name, " must have shape ", sizes, ", got ", x.sizes());
-  require_type(x.scalar_type() == dtype, name, " must be ", dtype, ", got ", x.scalar_type());
-  require_value(x.device() == device, name, " must be on ", device, ", got ", x.device());
-  require_value(x.is_contiguous(), name, " must be contiguous");
-  require_value(is_aligned(x), name, " must be aligned to 16 bytes");
-}
-
 // A plan with what is needed to call it.
 struct BoundProductPlan {
   ProductPlan plan;
@@ -43,7 +34,7 @@ struct BoundProductPlan {
     const Epilogue& epilogue = shape.epilogue;
     const auto check = [&](const char* name, const MaybeTensor& x, bool is_wanted, at::IntArrayRef sizes) {
       require_value(x.has_value() == is_wanted, name, is_wanted ? " is missing" : " is not taken by this epilogue");
-      if (x) check_operand(name, *x, sizes, out_dtype, left.device());
+      if (x) require_dense(name, *x, sizes, out_dtype, left.device());
     };
     const auto sizes = [](int64_t first, int64_t second, bool transposed) {
       return transposed ? std::vector<int64_t>{second, first} : std::vector<int64_t>{first, second};
@@ -55,8 +46,8 @@ struct BoundProductPlan {
       left_sizes.back() = shape.depth;
       out_sizes.back() = shape.columns;
     }
-    check_operand("left", left, left_sizes, dtype, left.device());
-    check_operand("right", right, sizes(shape.depth, shape.columns, shape.right_transposed), dtype, left.device());
+    require_dense("left", left, left_sizes, dtype, left.device());
+    require_dense("right", right, sizes(shape.depth, shape.columns, shape.right_transposed), dtype, left.device());
     check("bias", bias, epilogue.takes_bias(), shape.columns);
     check("residual", residual, residual.has_value(), out_sizes);
 
@@ -85,7 +76,7 @@ struct BoundProduct {
 
   static BoundProduct make(const at::Tensor& left, const at::Tensor& right, bool left_transposed,
                            bool right_transposed, bool out_in_float32, const std::string& epilogue) {
-    require_value(left.is_cuda(), "left must be on a CUDA device, got ", left.device());
+    on_cuda("left", left);
     require_value(left.dim() == 2 && right.dim() == 2 && left.numel() > 0 && right.numel() > 0,
                   "left and right must have two dimensions and not be empty, got ", left.sizes(), ", ", right.sizes());
     const int64_t depth = left.size(left_transposed ? 0 : 1);

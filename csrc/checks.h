@@ -27,4 +27,20 @@ void require_type(bool satisfied, const Parts&... message) {
   if (!satisfied) throw pybind11::type_error((text(message) + ...));
 }
 
+// The device of a CUDA tensor.
+inline at::Device on_cuda(const char* name, const at::Tensor& x) {
+  require_value(x.is_cuda(), name, " must be on a CUDA device, got ", x.device());
+  return x.device();
+}
+
 inline bool is_aligned(const at::Tensor& x) { return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0; }
+
+// Checks that x has this shape and dtype, is on this device, dense in row-major order, and aligned.
+inline void require_dense(const char* name, const at::Tensor& x, at::IntArrayRef sizes, at::ScalarType dtype,
+                          at::Device device) {
+  require_value(x.sizes() == sizes, name, " must have shape ", sizes, ", got ", x.sizes());
+  require_type(x.scalar_type() == dtype, name, " must be ", dtype, ", got ", x.scalar_type());
+  require_value(x.device() == device, name, " must be on ", device, ", got ", x.device());
+  require_value(x.is_contiguous(), name, " must be contiguous");
+  require_value(is_aligned(x), name, " must be aligned to 16 bytes");
+}

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "launch.h"
 #include "ops.h"
 #include "pairs.cuh"
 
@@ -147,12 +148,11 @@ cudaError_t launch(const LayerNormPointers& p, const LayerNormShape& shape, int 
 
 // As many as need the fewest rounds of all the blocks' warps, where each block also takes as long as two for its sums.
 int best_splits(const LayerNormShape& shape, int processors) {
-  const auto rounds = [](int64_t items, int64_t at_once) { return (items + at_once - 1) / at_once; };
   int best = 1;
   int64_t least = INT64_MAX;
   for (int64_t waves = 1; waves <= kMostWaves; ++waves) {
-    const int64_t splits = std::clamp<int64_t>(waves * processors / shape.images, 1, rounds(shape.tokens, kWarps));
-    const int64_t cost = rounds(shape.images * splits, processors) * (rounds(shape.tokens, splits * kWarps) + 2);
+    const int64_t splits = std::clamp<int64_t>(waves * processors / shape.images, 1, divide_up(shape.tokens, kWarps));
+    const int64_t cost = divide_up(shape.images * splits, processors) * (divide_up(shape.tokens, splits * kWarps) + 2);
     if (cost < least) least = cost, best = static_cast<int>(splits);
   }
   return best;
@@ -161,16 +161,15 @@ int best_splits(const LayerNormShape& shape, int processors) {
 }  // namespace
 
 cudaError_t layer_norm_backward_splits(const LayerNormShape& shape, int* splits) {
-  int device, processors;
-  if (const auto error = cudaGetDevice(&device)) return error;
-  if (const auto error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return error;
+  int processors;
+  if (const auto error = count_processors(&processors)) return error;
   *splits = best_splits(shape, processors);
   return cudaSuccess;
 }
 
 cudaError_t launch_layer_norm_backward(const LayerNormPointers& pointers, const LayerNormShape& shape, int splits,
                                        float eps, cudaStream_t stream) {
-  const auto with_half = [&](auto half) {
+  return with_element(shape.dtype, [&](auto half) {
     using T = decltype(half);
     const auto with_tokens = [&](auto token) {
       using X = decltype(token);
@@ -178,6 +177,5 @@ cudaError_t launch_layer_norm_backward(const LayerNormPointers& pointers, const 
                                     : launch<X, T, T>(pointers, shape, splits, eps, stream);
     };
     return shape.tokens_in_float32 ? with_tokens(0.0f) : with_tokens(half);
-  };
-  return shape.dtype == DType::kFloat16 ? with_half(__half{}) : with_half(__nv_bfloat16{});
+  });
 }

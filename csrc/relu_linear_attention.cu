@@ -11,6 +11,7 @@
 
 #include <cooperative_groups.h>
 
+#include "launch.h"
 #include "ops.h"
 #include "tensor_cores.cuh"
 
@@ -235,9 +236,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
 
 cudaError_t launch_relu_linear_attention(const void* qkv, void* out, int64_t batch, int positions, int heads,
                                          int out_channels, float eps, DType dtype, cudaStream_t stream) {
-  int device, processors;
-  if (const auto error = cudaGetDevice(&device)) return error;
-  if (const auto error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return error;
+  int processors;
+  if (const auto error = count_processors(&processors)) return error;
   const int64_t pairs = batch * heads;
   int cluster = 1;  // more blocks where processors are idle and every warp keeps enough to read at a time
   while (cluster < kMaxCluster && 2 * cluster * pairs <= kBlocksPerSM * processors &&
@@ -255,10 +255,9 @@ cudaError_t launch_relu_linear_attention(const void* qkv, void* out, int64_t bat
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = 1;
-  const auto launch = [&](auto element) {
+  return with_element(dtype, [&](auto element) {
     using T = decltype(element);
     return cudaLaunchKernelEx(&config, relu_linear_attention_kernel<T>, static_cast<const T*>(qkv),
                               static_cast<T*>(out), positions, heads, out_channels, eps);
-  };
-  return dtype == DType::kFloat16 ? launch(__half{}) : launch(__nv_bfloat16{});
+  });
 }

@@ -13,6 +13,7 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include "launch.h"
 #include "pairs.cuh"
 
 constexpr int kPairs = 32;       // of channels of a strip: one for each lane, 128 bytes of a pixel
@@ -49,11 +50,8 @@ __device__ inline Strip strip(const Cut& cut, int index) {
 // rows_below: whether a strip's steps go on to the rows below it also at the bottom of the image, where they are zero.
 inline cudaError_t cut_into_strips(Cut* cut, int64_t batch, int height, int width, int pairs, int max_warps,
                                    int warps_per_processor, int halo, bool rows_below = true) {
-  int device, processors;
-  if (const auto error = cudaGetDevice(&device)) return error;
-  if (const auto error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return error;
-
-  const auto divide_up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  int processors;
+  if (const auto error = count_processors(&processors)) return error;
   const int64_t warps = std::min<int64_t>(max_warps, divide_up(width, kColumns));
   const int64_t pair_blocks = divide_up(pairs, kPairs), column_blocks = divide_up(width, warps * kColumns);
   const int64_t lanes = std::max<int64_t>(1, warps_per_processor / warps * processors / pair_blocks);

@@ -13,6 +13,10 @@ NEEDED = [
 CEILINGS = {torch.bfloat16: 1e-2, torch.float16: 1e-3}
 
 
+def random(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, dtype=dtype, device="cuda")
+
+
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
     return ((got.double() - expected).norm() / expected.norm()).item()
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cuda_extension import CEILINGS, NEEDED, check_in_a_graph, relative_error
+from cuda_extension import CEILINGS, NEEDED, check_in_a_graph, random, relative_error
 
 from dcae_fast import ops
 from dcae_fast.ops.packed_attention import packed_attention_backward_reference, packed_attention_reference
@@ -26,10 +26,6 @@ def backward():
     from dcae_fast import _C
 
     return _C.packed_attention_backward
-
-
-def random(dtype, *shape):
-    return torch.randn(shape, dtype=dtype, device="cuda")
 
 
 def sdpa(qkv, heads):

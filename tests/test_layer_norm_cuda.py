@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cuda_extension import CEILINGS, NEEDED, check_in_a_graph, relative_error
+from cuda_extension import CEILINGS, NEEDED, check_in_a_graph, random, relative_error
 
 from dcae_fast import ops
 from dcae_fast.ops.layer_norm import CUDA_WIDTH, layer_norm_backward_reference
@@ -20,10 +20,6 @@ def backward():
     from dcae_fast import _C
 
     return _C.layer_norm_backward
-
-
-def random(dtype, *shape):
-    return torch.randn(shape, dtype=dtype, device="cuda")
 
 
 def make(form, images, tokens, half, tokens_dtype, scale_dtype=None, dsum=True):

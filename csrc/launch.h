@@ -1,0 +1,24 @@
+// What several launchers need: the size of the device, and the element that a dtype names.
+#pragma once
+
+#include <cstdint>
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "ops.h"
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Multiprocessors of the current device.
+inline cudaError_t count_processors(int* processors) {
+  int device;
+  if (const auto error = cudaGetDevice(&device)) return error;
+  return cudaDeviceGetAttribute(processors, cudaDevAttrMultiProcessorCount, device);
+}
+
+// Calls `call` with an element of that dtype.
+template <typename Call>
+cudaError_t with_element(DType dtype, Call call) {
+  return dtype == DType::kFloat16 ? call(__half{}) : call(__nv_bfloat16{});
+}
