@@ -16,12 +16,6 @@
 
 namespace {
 
-DType dtype_of(const char* name, const at::Tensor& x) {
-  require_type(x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16, name,
-               " must be float16 or bfloat16, got ", x.scalar_type());
-  return x.scalar_type() == at::kHalf ? DType::kFloat16 : DType::kBFloat16;
-}
-
 // Checks that `tensor` is a dense parameter of the given shape on x's device; returns it in x's dtype.
 at::Tensor parameter(const char* name, const at::Tensor& tensor, const at::Tensor& x, at::IntArrayRef shape) {
   require_value(tensor.sizes() == shape, name, " must have shape ", shape, ", got ", tensor.sizes());
@@ -62,7 +56,7 @@ struct DepthwiseConvolution {
   at::Tensor weight, bias;      // bias: may be undefined
 
   DepthwiseConvolution(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias)
-      : x(channels_last("x", x)), guard(x.device()), dtype(dtype_of("x", x)), batch(x.size(0)) {
+      : x(channels_last("x", x)), guard(x.device()), dtype(dtype_of("x", x.scalar_type())), batch(x.size(0)) {
     require_value(x.size(1) > 0 && x.size(1) % 16 == 0,
                   "x must have shape [B, 2M, H, W] with M a positive multiple of 8, got ", x.sizes());
     require_int_sizes(x);
@@ -139,7 +133,7 @@ at::Tensor relu_linear_attention(const std::vector<at::Tensor>& qkvs, int64_t he
                   "qkv must have the first one's batch and size and a multiple of 96 channels, got ", qkv.sizes());
     channels += qkv.size(1) / 3;
   }
-  const DType dtype = dtype_of("qkv", first);
+  const DType dtype = dtype_of("qkv", first.scalar_type());
   const int64_t positions = first.size(2) * first.size(3);
   require_value(positions <= INT_MAX / 2 && channels <= INT_MAX / 3, "qkv is too large: ", first.sizes());
 
@@ -161,7 +155,7 @@ at::Tensor multiscale_qkv(const at::Tensor& x, const at::Tensor& depthwise, cons
   constexpr int kGroup = 32, kSize = 5;
   const void* x_data = channels_last("x", x);
   const c10::cuda::CUDAGuard guard(x.device());
-  const DType dtype = dtype_of("x", x);
+  const DType dtype = dtype_of("x", x.scalar_type());
   require_value(x.size(1) > 0 && x.size(1) % kGroup == 0,
                 "x must have shape [B, C, H, W] with C a positive multiple of 32, got ", x.sizes());
   require_int_sizes(x);
@@ -177,108 +171,6 @@ at::Tensor multiscale_qkv(const at::Tensor& x, const at::Tensor& depthwise, cons
   return out;
 }
 
-// The arguments of softmax attention, checked, on the current device while this lives.
-struct PackedAttention {
-  c10::cuda::CUDAGuard guard;
-  DType dtype;
-  int64_t batch;
-  int tokens, heads, head_dim;
-
-  PackedAttention(const at::Tensor& qkv, int64_t num_heads) : guard(on_cuda("qkv", qkv)), dtype(dtype_of("qkv", qkv)) {
-    require_dense("qkv", qkv, qkv.sizes(), qkv.scalar_type(), qkv.device());
-    require_value(qkv.dim() == 3 && num_heads > 0 && qkv.size(2) % (3 * num_heads) == 0,
-                  "qkv must have shape [B, N, 3 * num_heads * D], got ", qkv.sizes());
-    const int64_t dim = qkv.size(2) / (3 * num_heads);
-    require_value(dim == 64 || dim == 72, "qkv must have 64 or 72 channels a head, got ", std::to_string(dim));
-    require_value(qkv.size(1) > 0 && qkv.size(1) <= kMaxAttentionTokens, "qkv must have 1 to ",
-                  std::to_string(kMaxAttentionTokens), " tokens, got ", std::to_string(qkv.size(1)));
-    require_value(qkv.size(1) * qkv.size(2) <= INT_MAX / 2, "qkv is too large along one dimension: ", qkv.sizes());
-    batch = qkv.size(0);
-    tokens = static_cast<int>(qkv.size(1));
-    heads = static_cast<int>(num_heads);
-    head_dim = static_cast<int>(dim);
-  }
-
-  std::vector<int64_t> out_shape() const { return {batch, tokens, int64_t{heads} * head_dim}; }
-  std::vector<int64_t> lse_shape() const { return {batch, heads, tokens}; }
-};
-
-std::tuple<at::Tensor, at::Tensor> packed_attention(const at::Tensor& qkv, int64_t num_heads) {
-  const PackedAttention of(qkv, num_heads);
-  at::Tensor out = at::empty(of.out_shape(), qkv.options());
-  at::Tensor lse = at::empty(of.lse_shape(), qkv.options().dtype(at::kFloat));
-  if (of.batch > 0) {
-    C10_CUDA_CHECK(launch_packed_attention(qkv.const_data_ptr(), out.mutable_data_ptr(), lse.mutable_data_ptr<float>(),
-                                           of.batch, of.tokens, of.heads, of.head_dim, of.dtype,
-                                           c10::cuda::getCurrentCUDAStream()));
-  }
-  return {out, lse};
-}
-
-at::Tensor packed_attention_backward(const at::Tensor& dout, const at::Tensor& qkv, const at::Tensor& out,
-                                     const at::Tensor& lse, int64_t num_heads) {
-  const PackedAttention of(qkv, num_heads);
-  require_dense("dout", dout, of.out_shape(), qkv.scalar_type(), qkv.device());
-  require_dense("out", out, of.out_shape(), qkv.scalar_type(), qkv.device());
-  require_dense("lse", lse, of.lse_shape(), at::kFloat, qkv.device());
-  at::Tensor dqkv = at::empty_like(qkv);
-  if (of.batch > 0) {
-    C10_CUDA_CHECK(launch_packed_attention_backward(dout.const_data_ptr(), qkv.const_data_ptr(), out.const_data_ptr(),
-                                                    lse.const_data_ptr<float>(), dqkv.mutable_data_ptr(), of.batch,
-                                                    of.tokens, of.heads, of.head_dim, of.dtype,
-                                                    c10::cuda::getCurrentCUDAStream()));
-  }
-  return dqkv;
-}
-
-using FiveTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-
-FiveTensors layer_norm_backward(const at::Tensor& dy, const std::optional<at::Tensor>& dsum, const at::Tensor& total,
-                                const at::Tensor& scale, const std::optional<at::Tensor>& branch,
-                                const std::optional<at::Tensor>& gate, double eps, at::ScalarType dtype) {
-  const at::Device device = on_cuda("dy", dy);
-  const c10::cuda::CUDAGuard guard(device);
-  const DType half = dtype_of("dy", dy);
-  require_value(total.dim() == 3 && total.size(2) == kLayerNormWidth && total.numel() > 0,
-                "total must have shape [B, N, ", std::to_string(kLayerNormWidth), "] and not be empty, got ",
-                total.sizes());
-  require_type(dtype == dy.scalar_type() || dtype == at::kFloat, "dtype must be ", dy.scalar_type(),
-               " as dy or Float, got ", dtype);
-  require_dense("dy", dy, total.sizes(), dy.scalar_type(), device);
-  require_dense("total", total, total.sizes(), dtype, device);
-  if (dsum) require_dense("dsum", *dsum, total.sizes(), dtype, device);
-  const bool of_image = scale.dim() == 2, has_branch = branch.has_value();
-  const std::vector<int64_t> of_each = {total.size(0), kLayerNormWidth}, of_all = {kLayerNormWidth};
-  const bool scale_in_float32 = !of_image && scale.scalar_type() == at::kFloat;
-  require_dense("scale", scale, of_image ? of_each : of_all, scale_in_float32 ? at::kFloat : dy.scalar_type(), device);
-  require_value(has_branch == gate.has_value() && (of_image || !has_branch),
-                "branch and gate: expected both, with a scale of each image, or neither");
-  if (has_branch) {
-    require_dense("branch", *branch, total.sizes(), dy.scalar_type(), device);
-    require_dense("gate", *gate, of_each, dy.scalar_type(), device);
-  }
-  const int64_t images = of_image ? total.size(0) : 1, tokens = total.size(0) * total.size(1) / images;
-  require_value(images <= INT_MAX && tokens <= INT_MAX / 2, "total is too large: ", total.sizes());
-
-  const LayerNormShape shape{static_cast<int>(images), static_cast<int>(tokens), dtype == at::kFloat,
-                             scale_in_float32,         of_image,                 half};
-  int splits;
-  C10_CUDA_CHECK(layer_norm_backward_splits(shape, &splits));
-  const auto none = [&] { return at::empty({0}, total.options()); };
-  at::Tensor dx = at::empty_like(total), dbranch = has_branch ? at::empty_like(*branch) : none();
-  const at::Tensor partial =
-      at::empty({has_branch ? 3 : 2, images, splits, kLayerNormWidth}, dy.options().dtype(at::kFloat));
-  C10_CUDA_CHECK(launch_layer_norm_backward(
-      {dy.const_data_ptr(), dsum ? dsum->const_data_ptr() : nullptr, total.const_data_ptr(), scale.const_data_ptr(),
-       has_branch ? branch->const_data_ptr() : nullptr, has_branch ? gate->const_data_ptr() : nullptr,
-       dx.mutable_data_ptr(), dbranch.mutable_data_ptr(), partial.mutable_data_ptr<float>()},
-      shape, splits, static_cast<float>(eps), c10::cuda::getCurrentCUDAStream()));
-  const auto sum_like = [&](const at::Tensor& vector, int64_t place) {
-    return partial.select(0, place).sum(1).view(vector.sizes()).to(vector.scalar_type());
-  };
-  return {dx, sum_like(scale, 0), sum_like(scale, 1), dbranch, has_branch ? sum_like(*gate, 2) : none()};
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -287,24 +179,16 @@ PYBIND11_MODULE(_C, module) {
   module.def("depthwise_glu_backward", &depthwise_glu_backward, pybind11::arg("dout"), pybind11::arg("x"),
              pybind11::arg("weight"), pybind11::arg("bias"), pybind11::arg("parameters") = true,
              "The gradients of depthwise_glu by x, weight and bias; without `parameters` the last two are empty.");
-  module.def("packed_attention", &packed_attention, pybind11::arg("qkv"), pybind11::arg("num_heads"),
-             "Softmax attention of packed q, k and v, and the logarithm of its denominator.");
-  module.def("packed_attention_backward", &packed_attention_backward, pybind11::arg("dout"), pybind11::arg("qkv"),
-             pybind11::arg("out"), pybind11::arg("lse"), pybind11::arg("num_heads"),
-             "The gradient of packed_attention by qkv.");
-  module.def("layer_norm_backward", &layer_norm_backward, pybind11::arg("dy"), pybind11::arg("dsum"),
-             pybind11::arg("total"), pybind11::arg("scale"), pybind11::arg("branch"), pybind11::arg("gate"),
-             pybind11::arg("eps"), pybind11::arg("dtype"),
-             "The gradients of x, in `dtype` as total is, of scale, shift, branch and gate: of a layer norm of tokens, "
-             "and of a gated branch that was added before it.");
   module.def("relu_linear_attention", &relu_linear_attention, pybind11::arg("qkvs"), pybind11::arg("head_dim"),
              pybind11::arg("eps"), "ReLU linear attention of packed qkv tensors in channels-last, side by side.");
   module.def("multiscale_qkv", &multiscale_qkv, pybind11::arg("x"), pybind11::arg("depthwise"),
              pybind11::arg("grouped"), "Grouped 1x1 convolution of the depthwise 5x5 one of x, in channels-last.");
+  bind_transformer(module);
 #ifdef DCAE_FAST_CUDNN
   bind_convolution(module);
 #endif
 #ifdef DCAE_FAST_CUBLASLT
+  bind_block_halves(module);
   bind_linear(module);
 #endif
 }

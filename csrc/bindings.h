@@ -1,7 +1,20 @@
-// The parts of the Python module dcae_fast._C that have files of their own.
+// What the files that make up the Python module dcae_fast._C share.
 #pragma once
+
+#include <optional>
+#include <tuple>
 
 #include <torch/csrc/utils/pybind.h>
 
+using MaybeTensor = std::optional<at::Tensor>;
+
+void bind_block_halves(pybind11::module_& module);
 void bind_convolution(pybind11::module_& module);
 void bind_linear(pybind11::module_& module);
+void bind_transformer(pybind11::module_& module);
+
+// What bind_transformer gives to Python, for those that are made of it.
+std::tuple<at::Tensor, at::Tensor> packed_attention(const at::Tensor& qkv, int64_t num_heads);
+std::tuple<at::Tensor, at::Tensor> layer_norm(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& shift,
+                                              double eps, const MaybeTensor& branch, const MaybeTensor& gate,
+                                              at::ScalarType dtype);

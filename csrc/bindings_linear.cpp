@@ -1,16 +1,13 @@
 // dcae_fast._C.Product and ProductPlan: torch tensors in, cuBLASLt behind.
 
-#include "bindings.h"
+#include "product_plan.h"
 
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
 #include "checks.h"
-#include "linear.h"
 
 namespace {
-
-using MaybeTensor = std::optional<at::Tensor>;
 
 cudaDataType_t dtype_of(at::ScalarType dtype) {
   switch (dtype) {
@@ -20,54 +17,6 @@ cudaDataType_t dtype_of(at::ScalarType dtype) {
     default: throw pybind11::type_error("expected float16, bfloat16 or float32, got " + text(dtype));
   }
 }
-
-// A plan with what is needed to call it.
-struct BoundProductPlan {
-  ProductPlan plan;
-  at::ScalarType dtype, out_dtype;
-
-  // The result; then the preactivation or the sums that the epilogue gives. If it is not transposed, left may have any
-  // number of dimensions before its last, which the results have too.
-  std::vector<at::Tensor> operator()(const at::Tensor& left, const at::Tensor& right, const MaybeTensor& bias,
-                                     const MaybeTensor& residual) const {
-    const ProductShape& shape = plan.shape();
-    const Epilogue& epilogue = shape.epilogue;
-    const auto check = [&](const char* name, const MaybeTensor& x, bool is_wanted, at::IntArrayRef sizes) {
-      require_value(x.has_value() == is_wanted, name, is_wanted ? " is missing" : " is not taken by this epilogue");
-      if (x) require_dense(name, *x, sizes, out_dtype, left.device());
-    };
-    const auto sizes = [](int64_t first, int64_t second, bool transposed) {
-      return transposed ? std::vector<int64_t>{second, first} : std::vector<int64_t>{first, second};
-    };
-    auto left_sizes = sizes(shape.rows, shape.depth, shape.left_transposed);
-    std::vector<int64_t> out_sizes{shape.rows, shape.columns};
-    if (!shape.left_transposed && left.dim() > 0 && left.numel() == shape.rows * shape.depth) {
-      left_sizes = out_sizes = left.sizes().vec();
-      left_sizes.back() = shape.depth;
-      out_sizes.back() = shape.columns;
-    }
-    require_dense("left", left, left_sizes, dtype, left.device());
-    require_dense("right", right, sizes(shape.depth, shape.columns, shape.right_transposed), dtype, left.device());
-    check("bias", bias, epilogue.takes_bias(), shape.columns);
-    check("residual", residual, residual.has_value(), out_sizes);
-
-    const c10::cuda::CUDAGuard guard(left.device());
-    const auto options = left.options().dtype(out_dtype);
-    std::vector<at::Tensor> results{at::empty(out_sizes, options)};
-    if (epilogue.gives_preactivation()) results.push_back(at::empty(out_sizes, options));
-    if (epilogue.sums_left()) results.push_back(at::empty(shape.rows, options));
-    const at::Tensor workspace = at::empty(plan.workspace_size(), options.dtype(at::kByte));
-
-    ProductPointers pointers{left.data_ptr(), right.data_ptr(), nullptr, results[0].data_ptr(), nullptr, nullptr};
-    if (residual) pointers.residual = residual->data_ptr();
-    if (epilogue.gives_preactivation()) pointers.preactivation = results[1].data_ptr();
-    if (bias) pointers.vector = bias->data_ptr();
-    if (epilogue.sums_left()) pointers.vector = results[1].data_ptr();
-    plan.run(cublaslt_handle(left.get_device()), pointers, workspace.data_ptr(),
-             c10::cuda::getCurrentCUDAStream(left.get_device()));
-    return results;
-  }
-};
 
 // A product of tensors of these shapes and dtypes.
 struct BoundProduct {
@@ -99,6 +48,46 @@ struct BoundProduct {
 };
 
 }  // namespace
+
+std::vector<at::Tensor> BoundProductPlan::operator()(const at::Tensor& left, const at::Tensor& right,
+                                                     const MaybeTensor& bias, const MaybeTensor& residual) const {
+  const ProductShape& shape = plan.shape();
+  const Epilogue& epilogue = shape.epilogue;
+  const auto check = [&](const char* name, const MaybeTensor& x, bool is_wanted, at::IntArrayRef sizes) {
+    require_value(x.has_value() == is_wanted, name, is_wanted ? " is missing" : " is not taken by this epilogue");
+    if (x) require_dense(name, *x, sizes, out_dtype, left.device());
+  };
+  const auto sizes = [](int64_t first, int64_t second, bool transposed) {
+    return transposed ? std::vector<int64_t>{second, first} : std::vector<int64_t>{first, second};
+  };
+  auto left_sizes = sizes(shape.rows, shape.depth, shape.left_transposed);
+  std::vector<int64_t> out_sizes{shape.rows, shape.columns};
+  if (!shape.left_transposed && left.dim() > 0 && left.numel() == shape.rows * shape.depth) {
+    left_sizes = out_sizes = left.sizes().vec();
+    left_sizes.back() = shape.depth;
+    out_sizes.back() = shape.columns;
+  }
+  require_dense("left", left, left_sizes, dtype, left.device());
+  require_dense("right", right, sizes(shape.depth, shape.columns, shape.right_transposed), dtype, left.device());
+  check("bias", bias, epilogue.takes_bias(), shape.columns);
+  check("residual", residual, residual.has_value(), out_sizes);
+
+  const c10::cuda::CUDAGuard guard(left.device());
+  const auto options = left.options().dtype(out_dtype);
+  std::vector<at::Tensor> results{at::empty(out_sizes, options)};
+  if (epilogue.gives_preactivation()) results.push_back(at::empty(out_sizes, options));
+  if (epilogue.sums_left()) results.push_back(at::empty(shape.rows, options));
+  const at::Tensor workspace = at::empty(plan.workspace_size(), options.dtype(at::kByte));
+
+  ProductPointers pointers{left.data_ptr(), right.data_ptr(), nullptr, results[0].data_ptr(), nullptr, nullptr};
+  if (residual) pointers.residual = residual->data_ptr();
+  if (epilogue.gives_preactivation()) pointers.preactivation = results[1].data_ptr();
+  if (bias) pointers.vector = bias->data_ptr();
+  if (epilogue.sums_left()) pointers.vector = results[1].data_ptr();
+  plan.run(cublaslt_handle(left.get_device()), pointers, workspace.data_ptr(),
+           c10::cuda::getCurrentCUDAStream(left.get_device()));
+  return results;
+}
 
 void bind_linear(pybind11::module_& module) {
   namespace py = pybind11;

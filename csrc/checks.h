@@ -7,6 +7,8 @@
 #include <ATen/ATen.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "ops.h"
+
 inline std::string text(const char* words) { return words; }
 inline std::string text(const std::string& words) { return words; }
 inline std::string text(at::ScalarType dtype) { return c10::toString(dtype); }
@@ -25,6 +27,11 @@ void require_value(bool satisfied, const Parts&... message) {
 template <typename... Parts>
 void require_type(bool satisfied, const Parts&... message) {
   if (!satisfied) throw pybind11::type_error((text(message) + ...));
+}
+
+inline DType dtype_of(const char* name, at::ScalarType dtype) {
+  require_type(dtype == at::kHalf || dtype == at::kBFloat16, name, " must be float16 or bfloat16, got ", dtype);
+  return dtype == at::kHalf ? DType::kFloat16 : DType::kBFloat16;
 }
 
 // The device of a CUDA tensor.

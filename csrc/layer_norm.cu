@@ -1,8 +1,8 @@
-// The gradient of a layer norm of tokens, to which a gated branch may have been added. See ops.h for the formulas.
+// Layer norm of tokens, to which a gated branch may have been added, and its gradient. See ops.h for the formulas.
 //
-// A warp owns whole tokens, one after another: each lane has four neighbouring channels of every 128, so that a token
-// is read once and its sums need no other warp. Those over tokens stay in registers until the block adds up those of
-// its warps. A block fills a multiprocessor's registers.
+// A warp owns whole tokens: each lane has four neighbouring channels of every 128, so that a token is read once and its
+// sums need no other warp. The gradient's sums over tokens stay in registers until the block adds up those of its
+// warps; a block of it fills a multiprocessor's registers.
 
 #include <algorithm>
 #include <cstdint>
@@ -14,10 +14,10 @@
 
 namespace {
 
-constexpr int kWidth = kLayerNormWidth;
+constexpr int kWidth = kLayerNormGradientWidth;
 constexpr int kChunk = 128;  // channels that a warp takes at once, four a lane
 constexpr int kChunks = kWidth / kChunk;
-constexpr int kWarps = 8;
+constexpr int kWarps = 8;    // of a block
 constexpr int kMostWaves = 8;  // of blocks
 static_assert(kWidth % kChunk == 0);
 
@@ -44,11 +44,80 @@ __device__ float4 operator*(float4 x, float y) { return {x.x * y, x.y * y, x.z *
 __device__ float4 operator+(float4 x, float4 y) { return {x.x + y.x, x.y + y.y, x.z + y.z, x.w + y.w}; }
 __device__ float4 operator+(float4 x, float y) { return {x.x + y, x.y + y, x.z + y, x.w + y}; }
 
-// Of the channels of a token, from what each lane has of them.
-__device__ float mean_of(float x) {
+// As it is when it was stored as X.
+template <typename X>
+__device__ float4 rounded(float4 x) {
+  if constexpr (std::is_same_v<X, float>) {
+    return x;
+  } else {
+    const float2 low = widen<X>(narrow<X>(x.x, x.y)), high = widen<X>(narrow<X>(x.z, x.w));
+    return {low.x, low.y, high.x, high.y};
+  }
+}
+
+// Over the channels of a token, from what each lane has of them.
+__device__ float sum_of(float x) {
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(0xffffffffu, x, lanes);
-  return x * (1.0f / kWidth);
+  return x;
+}
+__device__ float mean_of(float x) { return sum_of(x) * (1.0f / kWidth); }
+
+// Channels beyond the width, of which kMost chunks may have some, are zero.
+template <typename X, typename T, typename S, bool kOfImage, bool kBranch, int kMost>
+__global__ void __launch_bounds__(32 * kWarps)
+    layer_norm_kernel(const X* __restrict__ x, const S* __restrict__ scale, const S* __restrict__ shift,
+                      const T* __restrict__ branch, const T* __restrict__ gate, X* __restrict__ total,
+                      T* __restrict__ y, int64_t rows, int tokens, int width, float eps) {
+  const int64_t row = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
+  if (row >= rows) return;
+  const int column = threadIdx.x % 32 * 4;
+  const int64_t at = row * width + column, of = (kOfImage ? row / tokens * width : 0) + column;
+  float4 s[kMost];
+  float mean = 0.0f, variance = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kMost; ++i) {
+    s[i] = {};
+    if (column + i * kChunk >= width) continue;
+    s[i] = load4(x + at + i * kChunk);
+    if constexpr (kBranch) {
+      s[i] = rounded<X>(s[i] + load4(gate + of + i * kChunk) * load4(branch + at + i * kChunk));
+      store4(total + at + i * kChunk, s[i]);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kMost; ++i) mean += sum(s[i]);
+  mean = sum_of(mean) / width;
+#pragma unroll
+  for (int i = 0; i < kMost; ++i) {
+    if (column + i * kChunk >= width) continue;
+    s[i] = s[i] + -mean;
+    variance += dot(s[i], s[i]);
+  }
+  const float rstd = rsqrtf(sum_of(variance) / width + eps);
+#pragma unroll
+  for (int i = 0; i < kMost; ++i) {
+    if (column + i * kChunk >= width) continue;
+    const float4 factor = load4(scale + of + i * kChunk) + (kOfImage ? 1.0f : 0.0f);
+    store4(y + at + i * kChunk, s[i] * rstd * factor + load4(shift + of + i * kChunk));
+  }
+}
+
+template <int kMost, typename X, typename T, typename S>
+cudaError_t launch_forward(const LayerNormPointers& p, const LayerNormShape& shape, float eps, cudaStream_t stream) {
+  const int64_t rows = int64_t{shape.images} * shape.tokens;
+  const auto run = [&](auto kernel) {
+    kernel<<<static_cast<unsigned>(divide_up(rows, kWarps)), 32 * kWarps, 0, stream>>>(
+        static_cast<const X*>(p.x), static_cast<const S*>(p.scale), static_cast<const S*>(p.shift),
+        static_cast<const T*>(p.branch), static_cast<const T*>(p.gate), static_cast<X*>(p.total),
+        static_cast<T*>(p.y), rows, shape.tokens, shape.width, eps);
+    return cudaGetLastError();
+  };
+  if constexpr (std::is_same_v<S, T>) {
+    if (p.branch != nullptr) return run(layer_norm_kernel<X, T, S, true, true, kMost>);
+    if (shape.scale_is_of_image) return run(layer_norm_kernel<X, T, S, true, false, kMost>);
+  }
+  return run(layer_norm_kernel<X, T, S, false, false, kMost>);
 }
 
 // Writes the sums over the warps of a block.
@@ -130,8 +199,8 @@ __global__ void __launch_bounds__(32 * kWarps, 1)
 }
 
 template <typename X, typename T, typename S>
-cudaError_t launch(const LayerNormPointers& p, const LayerNormShape& shape, int splits, float eps,
-                   cudaStream_t stream) {
+cudaError_t launch_backward(const LayerNormGradientPointers& p, const LayerNormShape& shape, int splits, float eps,
+                            cudaStream_t stream) {
   const auto run = [&](auto kernel) {
     kernel<<<dim3(shape.images, splits), 32 * kWarps, 0, stream>>>(
         static_cast<const T*>(p.dy), static_cast<const X*>(p.dsum), static_cast<const X*>(p.total),
@@ -158,7 +227,30 @@ int best_splits(const LayerNormShape& shape, int processors) {
   return best;
 }
 
+// Calls `call` with elements of x (or total), of y (or dy), and of scale.
+template <typename Call>
+cudaError_t with_elements(const LayerNormShape& shape, Call call) {
+  return with_element(shape.dtype, [&](auto half) {
+    const auto with_tokens = [&](auto token) {
+      return shape.scale_in_float32 ? call(token, half, 0.0f) : call(token, half, half);
+    };
+    return shape.tokens_in_float32 ? with_tokens(0.0f) : with_tokens(half);
+  });
+}
+
 }  // namespace
+
+cudaError_t launch_layer_norm(const LayerNormPointers& pointers, const LayerNormShape& shape, float eps,
+                              cudaStream_t stream) {
+  return with_elements(shape, [&](auto token, auto half, auto scale) {
+    using X = decltype(token);
+    using T = decltype(half);
+    using S = decltype(scale);
+    if (shape.width <= 4 * kChunk) return launch_forward<4, X, T, S>(pointers, shape, eps, stream);
+    if (shape.width <= 9 * kChunk) return launch_forward<9, X, T, S>(pointers, shape, eps, stream);
+    return launch_forward<kLayerNormMostChannels / kChunk, X, T, S>(pointers, shape, eps, stream);
+  });
+}
 
 cudaError_t layer_norm_backward_splits(const LayerNormShape& shape, int* splits) {
   int processors;
@@ -167,15 +259,9 @@ cudaError_t layer_norm_backward_splits(const LayerNormShape& shape, int* splits)
   return cudaSuccess;
 }
 
-cudaError_t launch_layer_norm_backward(const LayerNormPointers& pointers, const LayerNormShape& shape, int splits,
-                                       float eps, cudaStream_t stream) {
-  return with_element(shape.dtype, [&](auto half) {
-    using T = decltype(half);
-    const auto with_tokens = [&](auto token) {
-      using X = decltype(token);
-      return shape.scale_in_float32 ? launch<X, T, float>(pointers, shape, splits, eps, stream)
-                                    : launch<X, T, T>(pointers, shape, splits, eps, stream);
-    };
-    return shape.tokens_in_float32 ? with_tokens(0.0f) : with_tokens(half);
+cudaError_t launch_layer_norm_backward(const LayerNormGradientPointers& pointers, const LayerNormShape& shape,
+                                       int splits, float eps, cudaStream_t stream) {
+  return with_elements(shape, [&](auto token, auto half, auto scale) {
+    return launch_backward<decltype(token), decltype(half), decltype(scale)>(pointers, shape, splits, eps, stream);
   });
 }

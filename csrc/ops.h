@@ -57,26 +57,38 @@ cudaError_t launch_packed_attention_backward(const void* dout, const void* qkv, 
                                              void* dqkv, int64_t batch, int tokens, int heads, int head_dim,
                                              DType dtype, cudaStream_t stream);
 
-// The gradients of y = norm(s) · scale + shift, or norm(s) · (1 + scale) + shift with an image's own scale, with
-// s = x + gate · branch if there is a branch, from those of y, dy, and of s, dsum; see dcae_fast/ops/layer_norm.py.
+// y = norm(s) · scale + shift, or norm(s) · (1 + scale) + shift with an image's own scale and shift, with
+// s = x + gate · branch if there is a branch, else x; see dcae_fast/ops/layer_norm.py.
 //
-// dy, dsum, total (that is s), branch, dx, dbranch: [images, tokens, width]; scale, gate: [width], of all images, which
-// count as one then, or [images, width]; width = kLayerNormWidth. dsum, and branch with gate and dbranch, may be null.
-// sums: parts of dscale, dshift and, if there is a branch, dgate, in fp32 [2 or 3, images, splits, width], to be added
-// up; layer_norm_backward_splits says how many splits there are. No atomics: the same twice.
-constexpr int kLayerNormWidth = 1152;
+// x, branch, total (that is s), y: [images, tokens, width]; scale, shift, gate: [width], of all images, which count as
+// one then, or [images, width]; width a positive multiple of 4, at most kLayerNormMostChannels. branch, gate and total
+// are null if there is no branch.
+constexpr int kLayerNormMostChannels = 2048;
 struct LayerNormPointers {
+  const void *x, *scale, *shift, *branch, *gate;
+  void *total, *y;
+};
+struct LayerNormShape {
+  int images, tokens, width;  // positive, images * tokens at most 2^34
+  bool tokens_in_float32;     // x and total, for the gradient dsum and dx; else they have the dtype
+  bool scale_in_float32;      // with shift, only if they are of all images; else they have the dtype
+  bool scale_is_of_image;     // as with a branch it must be
+  DType dtype;                // of the rest
+};
+cudaError_t launch_layer_norm(const LayerNormPointers& pointers, const LayerNormShape& shape, float eps,
+                              cudaStream_t stream);
+
+// The gradients, from those of y, dy, and of s, dsum; width = kLayerNormGradientWidth, tokens at most INT_MAX / 2.
+//
+// dsum, and branch with gate and dbranch, may be null. sums: parts of dscale, dshift and, if there is a branch, dgate,
+// in fp32 [2 or 3, images, splits, width], to be added up; layer_norm_backward_splits says how many splits there are.
+// No atomics: the same twice.
+constexpr int kLayerNormGradientWidth = 1152;
+struct LayerNormGradientPointers {
   const void *dy, *dsum, *total, *scale, *branch, *gate;
   void *dx, *dbranch;
   float* sums;
 };
-struct LayerNormShape {
-  int images, tokens;      // positive, tokens at most INT_MAX / 2
-  bool tokens_in_float32;  // total, dsum and dx, which else have the dtype
-  bool scale_in_float32;   // only if it is of all images; else it has the dtype
-  bool scale_is_of_image;  // as with a branch it must be
-  DType dtype;             // of the rest
-};
 cudaError_t layer_norm_backward_splits(const LayerNormShape& shape, int* splits);
-cudaError_t launch_layer_norm_backward(const LayerNormPointers& pointers, const LayerNormShape& shape, int splits,
-                                       float eps, cudaStream_t stream);
+cudaError_t launch_layer_norm_backward(const LayerNormGradientPointers& pointers, const LayerNormShape& shape,
+                                       int splits, float eps, cudaStream_t stream);

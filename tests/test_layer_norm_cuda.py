@@ -1,17 +1,31 @@
-"""dcae_fast._C.layer_norm_backward against the formula in float64."""
+"""dcae_fast._C.layer_norm and layer_norm_backward against the formula in float64."""
 
 import pytest
 import torch
 from cuda_extension import CEILINGS, NEEDED, check_in_a_graph, random, relative_error
 
 from dcae_fast import ops
-from dcae_fast.ops.layer_norm import CUDA_WIDTH, layer_norm_backward_reference
+from dcae_fast.ops.layer_norm import (
+    CUDA_GRADIENT_WIDTH,
+    CUDA_MOST_CHANNELS,
+    layer_norm_backward_reference,
+    layer_norm_reference,
+)
 
 pytestmark = NEEDED
 
 EPS = 1e-6
 FORMS = ["parameters", "of_image", "branch"]
 NAMES = "dx", "dscale", "dshift", "dbranch", "dgate"
+WIDTHS = [4, 100, 512, 768, CUDA_GRADIENT_WIDTH, CUDA_MOST_CHANNELS]
+
+
+@pytest.fixture
+def forward():
+    """(x, scale, shift, eps, branch, gate, dtype) -> (sum with the branch, norm of it)."""
+    from dcae_fast import _C
+
+    return _C.layer_norm
 
 
 @pytest.fixture
@@ -22,26 +36,114 @@ def backward():
     return _C.layer_norm_backward
 
 
-def make(form, images, tokens, half, tokens_dtype, scale_dtype=None, dsum=True):
-    """The arguments: of a norm with parameters, with an image's own, or with a gated branch."""
-    shape = images, tokens, CUDA_WIDTH
-    of = shape[2:] if form == "parameters" else (images, CUDA_WIDTH)
-    scale = random((scale_dtype or half) if form == "parameters" else half, *of)
+def make_norm(form, images, tokens, half, tokens_dtype, scale_dtype=None, width=CUDA_GRADIENT_WIDTH):
+    """x, scale, shift, eps, branch, gate: of a norm with parameters, with an image's own, or with a gated branch."""
+    shape = images, tokens, width
+    of = shape[2:] if form == "parameters" else (images, width)
+    scale, shift = (random((scale_dtype or half) if form == "parameters" else half, *of) for _ in range(2))
     branch, gate = (random(half, *shape), random(half, *of)) if form == "branch" else (None, None)
-    total = random(tokens_dtype, *shape)
-    return [random(half, *shape), random(tokens_dtype, *shape) if dsum else None, total, scale, branch, gate, EPS]
+    return [random(tokens_dtype, *shape), scale, shift, EPS, branch, gate]
 
 
-def check(backward, arguments):
+def make(form, images, tokens, half, tokens_dtype, scale_dtype=None, dsum=True):
+    """dy, dsum, and total, scale, branch, gate, eps."""
+    total, scale, _, eps, branch, gate = make_norm(form, images, tokens, half, tokens_dtype, scale_dtype)
+    dsum = random(tokens_dtype, *total.shape) if dsum else None
+    return [random(half, *total.shape), dsum, total, scale, branch, gate, eps]
+
+
+def check(function, reference, arguments, dtype, half):
     """Off by no more than the formula in torch is on the same tensors, or a rounding."""
-    dtype = arguments[2].dtype
-    exact = layer_norm_backward_reference(*(a.double() if torch.is_tensor(a) else a for a in arguments), torch.float64)
-    eager = layer_norm_backward_reference(*arguments, dtype)
-    for name, got, plain, want in zip(NAMES, backward(*arguments, dtype), eager, exact, strict=True):
-        assert got.dtype == plain.dtype and got.shape == plain.shape and got.is_contiguous(), name
+    exact = reference(*(a.double() if torch.is_tensor(a) else a for a in arguments), torch.float64)
+    eager = reference(*arguments, dtype)
+    for got, plain, want in zip(function(*arguments, dtype), eager, exact, strict=True):
+        assert got.dtype == plain.dtype and got.shape == plain.shape and got.is_contiguous()
         if got.numel():
             limit = max(2 * relative_error(plain, want), 4 * torch.finfo(got.dtype).eps)
-            assert relative_error(got, want) <= min(limit, CEILINGS[arguments[0].dtype]), name
+            assert relative_error(got, want) <= min(limit, CEILINGS[half])
+
+
+def check_forward(forward, arguments, half):
+    check(forward, layer_norm_reference, arguments, half, half)
+
+
+def check_backward(backward, arguments):
+    check(backward, layer_norm_backward_reference, arguments, arguments[2].dtype, arguments[0].dtype)
+
+
+@pytest.mark.parametrize("half", CEILINGS, ids=str)
+@pytest.mark.parametrize("wide", [False, True], ids=["half", "float32"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_forward_agrees_with_float64(forward, width, form, wide, half):
+    torch.manual_seed(0)
+    tokens_dtype = torch.float32 if wide else half
+    for images, tokens in ((1, 1), (3, 7), (2, 66), (5, 256)):
+        check_forward(forward, make_norm(form, images, tokens, half, tokens_dtype, width=width), half)
+    if form == "parameters":
+        check_forward(forward, make_norm(form, 2, 66, half, tokens_dtype, torch.float32, width), half)
+
+
+def test_forward_of_a_large_mean(forward):
+    arguments = make_norm("parameters", 2, 66, torch.bfloat16, torch.float32)
+    arguments[0] += 1e3
+    check_forward(forward, arguments, torch.bfloat16)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forward_of_nothing(forward, form):
+    for images, tokens in ((0, 3), (3, 0)):
+        total, y = forward(*make_norm(form, images, tokens, torch.bfloat16, torch.float32), torch.bfloat16)
+        assert y.shape == (images, tokens, CUDA_GRADIENT_WIDTH) and total.numel() == 0
+
+
+def test_forward_keeps_nan_in_its_token(forward):
+    for width in WIDTHS:
+        arguments = make_norm("branch", 3, 20, torch.bfloat16, torch.float32, width=width)
+        arguments[0][1, 7, 3] = float("nan")
+        total, y = forward(*arguments, torch.bfloat16)
+        assert total.isnan().nonzero().tolist() == [[1, 7, 3]]
+        assert y[1, 7].isnan().all() and y.isnan().any(2).nonzero().tolist() == [[1, 7]]
+
+
+def test_forward_of_more_than_2_to_the_31_elements(forward):
+    arguments = make_norm("parameters", 100, 66, torch.bfloat16, torch.bfloat16)
+    x, *rest = arguments
+    times = 2**31 // x.numel() + 2
+    y = forward(x.repeat(times, 1, 1), *rest, torch.bfloat16)[1]
+    assert torch.equal(y[-100:], forward(*arguments, torch.bfloat16)[1])
+
+
+def test_forward_runs_in_a_graph(forward):
+    arguments = make_norm("branch", 4, 66, torch.bfloat16, torch.float32)
+    for place in range(2):
+        check_in_a_graph(lambda place=place: forward(*arguments, torch.bfloat16)[place])
+
+
+def test_the_operator_runs_the_forward(forward):
+    x, scale, shift, eps, branch, gate = make_norm("branch", 66, 4, torch.bfloat16, torch.float32, width=256)
+    strided = x.transpose(0, 1), scale[:4], shift[:4], eps, branch.transpose(0, 1), gate[:4], torch.bfloat16
+    expected = forward(*(a.contiguous() if torch.is_tensor(a) else a for a in strided))
+    for call in (ops.layer_norm, torch.compile(ops.layer_norm, fullgraph=True)):
+        assert all(map(torch.equal, call(*strided), expected))
+
+
+def test_errors_of_the_forward_name_the_argument(forward):
+    arguments = make_norm("branch", 2, 5, torch.bfloat16, torch.float32)
+
+    def refused(error, message, place, value, dtype=torch.bfloat16):
+        changed = [value if i == place else argument for i, argument in enumerate(arguments)]
+        with pytest.raises(error, match=message):
+            forward(*changed, dtype)
+
+    refused(ValueError, "x must be on a CUDA device", 0, arguments[0].cpu())
+    refused(ValueError, r"x must have shape \[B, N, D\]", 0, arguments[0][..., :1150])
+    refused(ValueError, "x must be contiguous", 0, arguments[0].transpose(0, 1).contiguous().transpose(0, 1))
+    refused(TypeError, "dtype must be float16 or bfloat16", 0, arguments[0], torch.float32)
+    refused(TypeError, "scale must be BFloat16", 1, arguments[1].float())
+    refused(ValueError, "shift must have shape", 2, arguments[2][:1])
+    refused(ValueError, "branch must have shape", 4, arguments[4][:1])
+    refused(ValueError, "branch and gate: expected both", 5, None)
 
 
 @pytest.mark.parametrize("half", CEILINGS, ids=str)
@@ -52,20 +154,20 @@ def test_agrees_with_float64(backward, form, wide, half):
     tokens_dtype = torch.float32 if wide else half
     for images, tokens in ((1, 1), (3, 7), (2, 66), (5, 256)):
         for dsum in (True, False):
-            check(backward, make(form, images, tokens, half, tokens_dtype, dsum=dsum))
+            check_backward(backward, make(form, images, tokens, half, tokens_dtype, dsum=dsum))
     if form == "parameters":
-        check(backward, make(form, 2, 66, half, tokens_dtype, torch.float32))
+        check_backward(backward, make(form, 2, 66, half, tokens_dtype, torch.float32))
 
 
 @pytest.mark.parametrize("images", [131, 132, 133, 160, 300, 700])
 def test_agrees_however_images_fill_the_gpu(backward, images):
-    check(backward, make("branch", images, 66, torch.bfloat16, torch.float32))
+    check_backward(backward, make("branch", images, 66, torch.bfloat16, torch.float32))
 
 
 def test_a_large_mean(backward):
     arguments = make("parameters", 2, 66, torch.bfloat16, torch.float32)
     arguments[2] += 1e3
-    check(backward, arguments)
+    check_backward(backward, arguments)
 
 
 def test_nan_stays_in_its_token_and_the_sums(backward):

@@ -1,4 +1,4 @@
-"""What autocast makes of weights, for CUDA graphs: copies that are cast anew for a call or for a whole sampling."""
+"""What autocast makes of weights. For CUDA graphs: copies that are cast anew for a call or for a whole sampling."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,6 +7,16 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from dcae_fast.ops._library import cuda_extension
+
+
+def cast(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """weight in this type; where autocast casts, as it casts those of PyTorch's layers: once, until it ends."""
+    if weight.dtype == dtype:
+        return weight
+    extension = None if torch.compiler.is_compiling() or not weight.is_cuda else cuda_extension()
+    return weight.to(dtype) if extension is None else extension.autocast_cast(weight, dtype)
 
 
 class Casts:

@@ -13,6 +13,7 @@ from torch import nn
 from dcae_fast import ops
 from dcae_fast.models.transformer import check_inputs, unpatchify
 
+from .casts import cast
 from .fusion import autocasts
 from .module import FastModule, kind, plain
 from .network import Network
@@ -179,20 +180,26 @@ def parameters_of(layer: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor |
     return layer._parameters.get("weight"), layer._parameters.get("bias")
 
 
-def operands_of(layer: nn.Linear, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight and bias as operators take them: the weight in the dtype of the product, or in float32 where there are
-    gradients, so that its own is not rounded either.
+def operands_of(
+    layer: nn.Linear, dtype: torch.dtype, residual: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias as operators take them: the weight in the dtype of the product, the bias in that of the result,
+    or both in float32 where there are gradients, so that their own are not rounded either.
+
+    residual: dtype of the one that is added, which the result has then.
     """
     weight, bias = parameters_of(layer)
-    trains = weight.dtype == torch.float32 and torch.is_grad_enabled()
-    return weight if trains or weight.dtype == dtype else weight.to(dtype), bias
+    if weight.dtype == torch.float32 and torch.is_grad_enabled():
+        return weight, bias
+    return cast(weight, dtype), None if bias is None else cast(bias, residual or dtype)
 
 
 def linear(layer: nn.Module, y: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
     """layer(y) + residual. A layer of another kind is called: LoRA's, a quantised one."""
     if is_linear(layer, y):
         dtype = compute_dtype(y)
-        return ops.linear(y.to(dtype), *operands_of(layer, dtype), residual)
+        operands = operands_of(layer, dtype, None if residual is None else residual.dtype)
+        return ops.linear(y.to(dtype), *operands, residual)
     y = layer(y)
     return y if residual is None else y + residual
 
@@ -206,7 +213,7 @@ def attention(
     if are_linear(qkv, proj, x) and ops.is_for_few_tokens(
         dtype, x.shape[1], qkv.out_features // (3 * num_heads), x.device
     ):
-        layers = *operands_of(qkv, dtype), *operands_of(proj, dtype)
+        layers = *operands_of(qkv, dtype), *operands_of(proj, dtype, x.dtype if residual else None)
         return ops.norm_attention(x, scale, shift, eps, *layers, num_heads, branch, gate, dtype, residual)
     s, y = ops.layer_norm(x, scale, shift, eps, branch, gate, dtype)
     y = ops.packed_attention(linear(qkv, y), num_heads)
@@ -220,7 +227,7 @@ def mlp(
     fc1, act, fc2 = map(feed._modules.get, ("fc1", "act", "fc2"))
     dtype = input_dtype(fc1, x)
     if are_linear(fc1, fc2, x):
-        layers = *operands_of(fc1, dtype), *operands_of(fc2, dtype)
+        layers = *operands_of(fc1, dtype), *operands_of(fc2, dtype, x.dtype if residual else None)
         return ops.norm_mlp(x, scale, shift, eps, *layers, branch, gate, dtype, residual, GELU[act.approximate])
     s, y = ops.layer_norm(x, scale, shift, eps, branch, gate, dtype)
     return s, linear(fc2, act(linear(fc1, y)), s if residual else None)

@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 NAMESPACE = "dcae_fast"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
+KERNEL_DTYPES = (torch.float32, *HALVES)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 DESCRIBES_ARGUMENTS = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)  # Inductor; see below
 EXTENSION_IS_BUILT = importlib.util.find_spec(f"{NAMESPACE}._C") is not None
@@ -71,12 +72,23 @@ def without_autocast(function):
     return run
 
 
+def is_hopper(device: torch.device) -> bool:
+    """Whether this is a GPU of compute capability 9."""
+    if device not in _IS_HOPPER:
+        _IS_HOPPER[device] = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    return _IS_HOPPER[device]
+
+
+_IS_HOPPER: dict[torch.device, bool] = {}  # PyTorch takes longer to tell than some kernels take
+is_hopper._dynamo_marked_constant = True  # what torch.compiler.assume_constant_result does
+
+
 def halves_on_hopper(*tensors: torch.Tensor) -> bool:
     """What the CUDA extension is written for: half precision of one type, 16-byte alignment, compute capability 9."""
     return (
-        tensors[0].dtype in (torch.bfloat16, torch.float16)
+        tensors[0].dtype in HALVES
         and all(tensor.dtype == tensors[0].dtype and tensor.data_ptr() % 16 == 0 for tensor in tensors)
-        and torch.cuda.get_device_capability(tensors[0].device)[0] == 9
+        and is_hopper(tensors[0].device)
     )
 
 

@@ -49,6 +49,11 @@ class Library:
     untimed: int = NO_PLAN
 
 
+def found(library: Library, shape: tuple, device: torch.device) -> object | None:
+    """The plan that `find` has for a shape; None if it has none yet, or `fallback` does the same work faster."""
+    return _plans.get((library.work, device.index, *shape))
+
+
 def find(
     library: Library,
     shape: tuple,

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from . import _plans
-from ._library import cuda_extension
+from ._library import HALVES, cuda_extension
 
 RULES = 2  # the edition of those by which csrc/linear.cpp takes candidates: files of others name other places
 CUBLASLT = _plans.Library("cuBLASLt", "products", lambda: f"{cuda_extension().cublaslt_version()}-{RULES}", untimed=0)
@@ -22,7 +22,7 @@ def accepts(left: torch.Tensor, right: torch.Tensor, *others: torch.Tensor | Non
 
     right, which is to be rounded, and others, vectors and matrices of the result's width, may also be float32.
     """
-    if not left.is_cuda or left.dtype not in (torch.float16, torch.bfloat16):
+    if not left.is_cuda or left.dtype not in HALVES:
         return False
     for tensor in (left, right, *others):  # a loop, since this is asked before each product
         if tensor is None:
@@ -37,6 +37,29 @@ def accepts(left: torch.Tensor, right: torch.Tensor, *others: torch.Tensor | Non
 def as_rows(x: torch.Tensor) -> torch.Tensor:
     """[..., K] → [rows, K]."""
     return x.reshape(-1, x.shape[-1])
+
+
+def epilogue(act: str, bias: torch.Tensor | None) -> str:
+    """The name of one: of an activation, "" if there is none, after a bias if there is one."""
+    return "_".join(filter(None, (act, None if bias is None else "bias"))) or "none"
+
+
+def found(
+    dtype: torch.dtype, rows: int, weight: torch.Tensor, epilogue: str, residual: torch.dtype | None = None
+) -> object | None:
+    """The plan that `product` has for a left of this type with so many rows, weightᵀ, and a residual of that type.
+
+    None if it was not called so yet, or if the fallback is faster.
+    """
+    columns, depth = weight.shape
+    key = _key(dtype, rows, columns, depth, False, True, residual or dtype, epilogue, residual is not None)
+    return _plans.found(CUBLASLT, key, weight.device)
+
+
+def _key(dtype, rows, columns, depth, left_transposed, right_transposed, out_dtype, epilogue, has_residual):
+    """What plans depend on."""
+    transposed = left_transposed, right_transposed
+    return dtype, rows, columns, depth, *transposed, out_dtype == torch.float32, epilogue, has_residual
 
 
 def product(
@@ -62,13 +85,15 @@ def product(
     operands = {"bias": None if bias is None else bias.to(dtype), "residual": residual}
     depth, columns = right.shape[::-1] if right_transposed else right.shape
     rows = left.numel() // depth
-    arguments = (left_transposed, right_transposed, dtype == torch.float32, epilogue)
+    key = _key(
+        left.dtype, rows, columns, depth, left_transposed, right_transposed, dtype, epilogue, residual is not None
+    )
     plan = _plans.find(
         CUBLASLT,
-        (left.dtype, rows, columns, depth, *arguments, residual is not None),
+        key,
         left.device,
         rows * columns * depth >= WORTH_A_SEARCH,
-        lambda: cuda_extension().Product(as_rows(left), right, *arguments),
+        lambda: cuda_extension().Product(as_rows(left), right, *key[4:8]),
         lambda plan: plan(left, right, **operands),
         fallback,
     )

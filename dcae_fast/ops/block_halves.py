@@ -15,9 +15,11 @@ from functools import partial
 
 import torch
 
-from ._library import KERNEL_DTYPES, Operator, define, differentiable, differentiable_as
+from . import _products
+from ._library import KERNEL_DTYPES, Operator, cuda_extension, define, differentiable, differentiable_as
 from .layer_norm import (
     check_norm,
+    cuda_accepts,
     gradients_of_terms,
     layer_norm_backward_op,
     layer_norm_backward_reference,
@@ -42,6 +44,7 @@ from .mlp import check_activation, gelu_gradient, gelu_gradient_reference, mlp_g
 from .packed_attention import (
     attention_backward_op,
     attention_op,
+    fits,
     packed_attention_backward_reference,
     packed_attention_reference,
 )
@@ -110,6 +113,33 @@ def _mlp(parts, x, scale, shift, eps, branch, gate, dtype, w1, b1, w2, b2, act, 
     return parts.linear(parts.linear_gelu(y, w1, b1, act), w2, b2, added), total, y.new_empty(0), y.new_empty(0)
 
 
+def _found_plans(of_norm, w1, b1, w2, b2, act, residual):
+    """Those of both layers; None without one, or if the CUDA extension does not take the norm."""
+    if not (of_norm[0].is_cuda and _products.available()):
+        return None
+    x, *_, dtype = of_norm
+    rows = x.shape[0] * x.shape[1]
+    first = _products.found(dtype, rows, w1, _products.epilogue(act, b1))
+    second = _products.found(dtype, rows, w2, _products.epilogue("", b2), x.dtype if residual else None)
+    return (first, second) if first and second and cuda_accepts(*of_norm) else None
+
+
+def _launch_attention(*args):
+    *of_norm, w_qkv, b_qkv, w_proj, b_proj, num_heads, residual = args
+    plans = _found_plans(of_norm, w_qkv, b_qkv, w_proj, b_proj, "", residual)
+    if plans and fits(of_norm[-1], of_norm[0].shape[1], w_qkv.shape[0] // (3 * num_heads)):
+        return cuda_extension().norm_attention(*args, *plans)
+    return _attention(KERNELS, *args)
+
+
+def _launch_mlp(*args):
+    *of_norm, w1, b1, w2, b2, _, residual, trains = args
+    plans = _found_plans(of_norm, w1, b1, w2, b2, "gelu_aux" if trains else "gelu", residual)
+    if plans:
+        return cuda_extension().norm_mlp(*of_norm, w1, b1, w2, b2, residual, *plans)
+    return _mlp(KERNELS, *args)
+
+
 def _attention_gradients(parts, dout, dtotal, inputs, kept, wants):
     *of_norm, w_qkv, b_qkv, w_proj, b_proj, num_heads, residual = inputs
     total, y, qkv, attended, lse = kept
@@ -146,7 +176,9 @@ norm_attention_reference = partial(_attention, REFERENCES)
 norm_mlp_reference = partial(_mlp, REFERENCES)
 
 
-def _define_half(name: str, layers: str, forward: Callable, gradients: Callable, kept: int) -> Operator:
+def _define_half(
+    name: str, layers: str, forward: Callable, launch: Callable, gradients: Callable, kept: int
+) -> Operator:
     """Register a half that keeps so many tensors, and its gradient, whose reference computes them again."""
     inputs = f"{NORM}, {layers}"
     count = len(inputs.split(","))
@@ -164,7 +196,7 @@ def _define_half(name: str, layers: str, forward: Callable, gradients: Callable,
         f"{name}({inputs}) -> ({', '.join(['Tensor'] * (1 + kept))})",
         partial(forward, REFERENCES),
         accepts,
-        partial(forward, KERNELS),
+        launch,
     )
     tensors = ", ".join(f"Tensor? kept{place}" for place in range(kept))
     backward_op = define(
@@ -211,6 +243,7 @@ _norm_attention = _define_half(
     "norm_attention",
     "Tensor w_qkv, Tensor? b_qkv, Tensor w_proj, Tensor? b_proj, int num_heads, bool residual",
     _attention,
+    _launch_attention,
     _attention_gradients,
     kept=5,
 )
@@ -218,6 +251,7 @@ _norm_mlp = _define_half(
     "norm_mlp",
     "Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str act, bool residual, bool trains",
     _mlp,
+    _launch_mlp,
     _mlp_gradients,
     kept=3,
 )

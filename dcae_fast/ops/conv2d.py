@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from . import _convolution_plans
 from ._elementwise import check_activation, check_filters
-from ._library import KERNEL_DTYPES, define, differentiable_as, launcher
+from ._library import HALVES, KERNEL_DTYPES, define, differentiable_as, launcher
 from .bias_act import bias_act_reference
 
 FEW_CHANNELS, MOST_TAPS = 4, 7  # what the Triton kernel takes: input channels, and size of the window
@@ -51,7 +51,7 @@ def _accepts(x, weight, bias, act, scale, mean, variance, eps, residual, stride,
     tensors = [tensor for tensor in (x, weight, bias, residual) if tensor is not None]
     return (
         x.is_cuda
-        and x.dtype in (torch.float16, torch.bfloat16)
+        and x.dtype in HALVES
         and all(tensor.dtype == x.dtype and tensor.data_ptr() % 16 == 0 for tensor in tensors)
         and x.numel() > 0
     )

@@ -12,10 +12,19 @@ The gradient of s, which goes on beside the norm, is added to that of the norm i
 import torch
 import torch.nn.functional as F
 
-from ._library import KERNEL_DTYPES, as_x_or_float32, define, differentiable_as, halves_on_hopper
+from ._library import (
+    HALVES,
+    KERNEL_DTYPES,
+    as_x_or_float32,
+    define,
+    differentiable_as,
+    halves_on_hopper,
+    is_hopper,
+)
 
 MOST_CHANNELS = 8192
-CUDA_WIDTH = 1152  # of UViT-H and DiT-XL; Triton pads it to 2048
+CUDA_MOST_CHANNELS = 2048
+CUDA_GRADIENT_WIDTH = 1152  # of UViT-H and DiT-XL; Triton pads it to 2048
 
 
 def layer_norm_reference(x, scale, shift, eps, branch, gate, dtype):
@@ -45,13 +54,30 @@ def _accepts(x, scale, *_):
     return x.dtype in KERNEL_DTYPES and scale.dtype in KERNEL_DTYPES and x.shape[2] <= MOST_CHANNELS
 
 
+def cuda_accepts(x, scale, shift, eps, branch, gate, dtype):
+    width, parameters = x.shape[2], (scale, shift)
+    halves = () if branch is None else (branch, gate)
+    if scale.dim() == 2:
+        parameters, halves = (), (*halves, *parameters)
+    return (
+        dtype in HALVES
+        and width % 4 == 0
+        and 0 < width <= CUDA_MOST_CHANNELS
+        and scale.dtype == shift.dtype
+        and all(tensor.dtype in (dtype, torch.float32) for tensor in (x, *parameters))
+        and all(tensor.dtype == dtype for tensor in halves)
+        and all(tensor.data_ptr() % 16 == 0 for tensor in (x, *parameters, *halves))
+        and is_hopper(x.device)
+    )
+
+
 def _cuda_accepts_gradient(dy, dsum, total, scale, branch, gate, eps, dtype):
     tokens = [total] if dsum is None else [total, dsum]
     halves = [dy] if branch is None else [dy, branch, gate]
     if scale.dim() == 2:
         halves.append(scale)
     return (
-        total.shape[2] == CUDA_WIDTH
+        total.shape[2] == CUDA_GRADIENT_WIDTH
         and total.numel() > 0
         and all(tensor.dtype == dtype for tensor in tokens)
         and as_x_or_float32(dy, scale, *tokens)
@@ -65,6 +91,7 @@ layer_norm_op = define(
     layer_norm_reference,
     _accepts,
     "layer_norm",
+    cuda_accepts,
 )
 layer_norm_backward_op = define(
     "layer_norm_backward(Tensor dy, Tensor? dsum, Tensor total, Tensor scale, Tensor? branch, Tensor? gate,"

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from . import _products
-from ._library import define, differentiable, differentiable_as, without_autocast
+from ._library import HALVES, define, differentiable, differentiable_as, without_autocast
 from ._products import as_rows
 
 ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}  # as PyTorch's functions name the approximation
@@ -61,7 +61,7 @@ def launch_layer(x, weight, bias, residual):
     def fallback():
         return (linear_reference(x, weight, bias, residual),)
 
-    epilogue = "none" if bias is None else "bias"
+    epilogue = _products.epilogue("", bias)
     return _products.product(fallback, x, weight, epilogue, right_transposed=True, bias=bias, residual=residual)[0]
 
 
@@ -75,7 +75,7 @@ def _launch_linear_gelu(x, weight, bias, act):
         y = torch._addmm_activation(bias.to(x.dtype), as_rows(x), weight.T, use_gelu=True)
         return (y.view(*x.shape[:-1], -1),)
 
-    epilogue = "gelu" if bias is None else "gelu_bias"
+    epilogue = _products.epilogue("gelu", bias)
     return _products.product(fallback, x, weight, epilogue, right_transposed=True, bias=bias)[0]
 
 
@@ -167,7 +167,7 @@ differentiable_as(weight_gradient, linear_weight_gradient_reference)
 
 def check_layer(shape, dtype, weight, bias, residual=None):
     """Raises ValueError unless these are the operands of a linear layer for an x of this shape and dtype."""
-    known = weight.dtype == dtype or (weight.dtype == torch.float32 and dtype in (torch.float16, torch.bfloat16))
+    known = weight.dtype == dtype or (weight.dtype == torch.float32 and dtype in HALVES)
     if weight.dim() != 2 or not shape or shape[-1] != weight.shape[1] or not known:
         raise ValueError(
             f"x is {dtype} {list(shape)}, weight {weight.dtype} {list(weight.shape)}:"

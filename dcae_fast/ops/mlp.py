@@ -55,7 +55,7 @@ def _launch(x, w1, b1, w2, b2, residual, act):
         h = linear_reference(x, w1, b1, None)
         return F.gelu(h, approximate=ACTIVATIONS[act]), h
 
-    epilogue = "gelu_aux" if b1 is None else "gelu_aux_bias"
+    epilogue = _products.epilogue("gelu_aux", b1)
     g, h = _products.product(fallback, x, w1, epilogue, right_transposed=True, bias=b1)
     return launch_layer(g, w2, b2, residual), h
 

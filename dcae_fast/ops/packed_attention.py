@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from . import _library
-from ._library import define, differentiable, differentiable_as, halves_on_hopper, without_autocast
+from ._library import HALVES, define, differentiable, differentiable_as, halves_on_hopper, without_autocast
 
 HEAD_DIMS = (64, 72)
 MAX_TOKENS = 320
@@ -54,12 +54,12 @@ def packed_attention_backward_reference(dout, qkv, out, lse, num_heads):
     )
 
 
-def _fits(dtype, tokens, dim):
-    return dtype in (torch.bfloat16, torch.float16) and 0 < tokens <= MAX_TOKENS and dim in HEAD_DIMS
+def fits(dtype, tokens, dim):
+    return dtype in HALVES and 0 < tokens <= MAX_TOKENS and dim in HEAD_DIMS
 
 
 def _takes(qkv, num_heads):
-    return _fits(qkv.dtype, qkv.shape[1], qkv.shape[2] // (3 * num_heads))
+    return fits(qkv.dtype, qkv.shape[1], qkv.shape[2] // (3 * num_heads))
 
 
 attention_op = define(
@@ -94,9 +94,9 @@ differentiable_as(attention_backward_op, packed_attention_backward_reference)
 
 def is_for_few_tokens(dtype: torch.dtype, tokens: int, dim: int, device: torch.device) -> bool:
     """Whether the operator is the fast way for heads of that size; on a CPU its reference stands in for that."""
-    if device.type == "cuda" and not (_library.HAS_EXTENSION and torch.cuda.get_device_properties(device).major == 9):
+    if device.type == "cuda" and not (_library.HAS_EXTENSION and _library.is_hopper(device)):
         return False
-    return device.type in ("cuda", "cpu") and _fits(dtype, tokens, dim)
+    return device.type in ("cuda", "cpu") and fits(dtype, tokens, dim)
 
 
 def packed_attention(qkv: torch.Tensor, num_heads: int) -> torch.Tensor:

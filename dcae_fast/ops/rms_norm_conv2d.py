@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from dcae_fast.models import functional
 
 from ._elementwise import activate, check_activation, check_filters
-from ._library import KERNEL_DTYPES, define, differentiable_as
+from ._library import HALVES, KERNEL_DTYPES, define, differentiable_as
 
 MOST_CHANNELS, MOST_FILTERS = 1024, 16  # of the kernel
 
@@ -25,7 +25,7 @@ def rms_norm_conv2d_reference(x, norm_weight, norm_bias, eps, act, weight, bias)
 def _accepts(x, norm_weight, norm_bias, eps, act, weight, bias):
     """Half precision of one type; fp32 is better served by `rms_norm` and a library's convolution."""
     return (
-        x.dtype in (torch.float16, torch.bfloat16)
+        x.dtype in HALVES
         and weight.dtype == x.dtype
         and all(tensor is None or tensor.dtype in KERNEL_DTYPES for tensor in (norm_weight, norm_bias, bias))
         and x.shape[1] <= MOST_CHANNELS

@@ -1,0 +1,107 @@
+"""dcae_fast._C.norm_attention and norm_mlp, as the operators call them: the same bits as of their parts."""
+
+import pytest
+import torch
+from cuda_extension import CEILINGS, NEEDED, check_in_a_graph, random
+
+from dcae_fast import ops
+from dcae_fast.ops import block_halves
+
+pytestmark = NEEDED
+
+HEADS, DIM, TOKENS = 4, 72, 66
+WIDTH = HEADS * DIM
+
+
+def make(half, form, dtype, tokens_dtype=torch.float32, weight_dtype=None, bias=True):
+    """A call of the operator, without arguments, and its tensors."""
+    torch.manual_seed(0)
+    hidden = 3 * WIDTH if half == "attention" else 4 * WIDTH
+    of = (WIDTH,) if form == "parameters" else (8, WIDTH)
+    x, scale, shift = random(tokens_dtype, 8, TOKENS, WIDTH), *(random(dtype, *of) for _ in range(2))
+    shapes = (hidden, WIDTH), (hidden,), (WIDTH, hidden // 3 if half == "attention" else hidden), (WIDTH,)
+    weights = [0.05 * random(weight_dtype or dtype, *shape) for shape in shapes]
+    if not bias:
+        weights[1] = weights[3] = None
+    stream = {"residual": form == "parameters"}
+    if form == "branch":
+        stream |= {"branch": random(dtype, 8, TOKENS, WIDTH), "gate": random(dtype, 8, WIDTH)}
+    tensors = [t for t in (x, scale, shift, *weights, stream.get("branch"), stream.get("gate")) if t is not None]
+
+    def call():
+        if half == "attention":
+            return ops.norm_attention(x, scale, shift, 1e-6, *weights, HEADS, dtype=dtype, **stream)
+        return ops.norm_mlp(x, scale, shift, 1e-6, *weights, dtype=dtype, **stream)
+
+    return call, tensors
+
+
+@pytest.fixture
+def in_parts(monkeypatch):
+    """Calls a function while halves are made of their parts."""
+
+    def run(call):
+        with monkeypatch.context() as patch:
+            patch.setattr(block_halves, "_found_plans", lambda *_: None)
+            return call()
+
+    return run
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """Calls a function that must call dcae_fast._C's half; plans are there after the parts were called."""
+    from dcae_fast import _C
+
+    def run(call):
+        calls = []
+        with monkeypatch.context() as patch:
+            for name in ("norm_attention", "norm_mlp"):
+                half = getattr(_C, name)
+                patch.setattr(_C, name, lambda *args, half=half: calls.append(half) or half(*args))
+            result = call()
+        assert len(calls) == 1
+        return result
+
+    return run
+
+
+@pytest.mark.parametrize("half", ["attention", "mlp"])
+@pytest.mark.parametrize("form", ["parameters", "of_image", "branch"])
+@pytest.mark.parametrize("dtype", CEILINGS, ids=str)
+@pytest.mark.parametrize("options", [{}, {"weight_dtype": torch.float32}, {"bias": False}], ids=str)
+@pytest.mark.parametrize("stream", ["float32", "half"])
+def test_the_same_bits(in_parts, fused, half, form, dtype, options, stream):
+    call, tensors = make(half, form, dtype, torch.float32 if stream == "float32" else dtype, **options)
+    expected = in_parts(call)
+    assert all(map(torch.equal, fused(call), expected))
+    for tensor in tensors:
+        tensor.requires_grad_()
+
+    def train():
+        results = call()
+        loss = sum(result.float().square().mean() for result in results)
+        return [*results, *torch.autograd.grad(loss, tensors)]
+
+    expected = in_parts(train)
+    assert all(map(torch.equal, fused(train), expected))
+
+
+@pytest.mark.parametrize("half", ["attention", "mlp"])
+def test_unaligned_weights(in_parts, fused, half):
+    """Views into a flat buffer, as some optimizers and loaders make them."""
+    call, tensors = make(half, "parameters", torch.bfloat16)
+    in_parts(call)
+    expected = fused(call)
+    for tensor in tensors[3:]:
+        flat = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device="cuda")
+        tensor.set_(flat[1:].view(tensor.shape).copy_(tensor))
+        assert tensor.data_ptr() % 16
+    assert all(map(torch.equal, fused(call), expected))
+
+
+@pytest.mark.parametrize("half", ["attention", "mlp"])
+def test_runs_in_a_graph(in_parts, half):
+    call, _ = make(half, "branch", torch.bfloat16)
+    in_parts(call)
+    check_in_a_graph(lambda: call()[1])
