@@ -61,8 +61,8 @@ using FiveTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, a
 
 const void* data_of(const MaybeTensor& x) { return x ? x->const_data_ptr() : nullptr; }
 
-// Of a layer norm; the tensors are checked. tokens: x, or its sum with the branch; half: the dtype of all that is not in
-// float32.
+// Of a layer norm, whose tensors are checked. tokens: x, or its sum with the branch; half: the dtype of all that is not
+// in float32.
 LayerNormShape layer_norm_shape(const char* name, const at::Tensor& tokens, const at::Tensor& scale,
                                 const MaybeTensor& branch, const MaybeTensor& gate, at::ScalarType half) {
   const at::Device device = tokens.device();
@@ -141,8 +141,8 @@ std::tuple<at::Tensor, at::Tensor> layer_norm(const at::Tensor& x, const at::Ten
                                               double eps, const MaybeTensor& branch, const MaybeTensor& gate,
                                               at::ScalarType dtype) {
   const c10::cuda::CUDAGuard guard(on_cuda("x", x));
-  require_value(x.dim() == 3 && x.size(2) > 0 && x.size(2) % 4 == 0 && x.size(2) <= kLayerNormMostChannels,
-                "x must have shape [B, N, D] with D a positive multiple of 4, at most ",
+  require_value(x.dim() == 3 && x.size(2) > 0 && x.size(2) % 8 == 0 && x.size(2) <= kLayerNormMostChannels,
+                "x must have shape [B, N, D] with D a positive multiple of 8, at most ",
                 std::to_string(kLayerNormMostChannels), ", got ", x.sizes());
   const LayerNormShape shape = layer_norm_shape("x", x, scale, branch, gate, dtype);
   require_dense("shift", shift, scale.sizes(), scale.scalar_type(), x.device());

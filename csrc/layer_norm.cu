@@ -1,8 +1,7 @@
 // Layer norm of tokens, to which a gated branch may have been added, and its gradient. See ops.h for the formulas.
 //
-// A warp owns whole tokens: each lane has four neighbouring channels of every 128, so that a token is read once and its
-// sums need no other warp. The gradient's sums over tokens stay in registers until the block adds up those of its
-// warps; a block of it fills a multiprocessor's registers.
+// A warp owns whole tokens, so that a token is read once and its sums need no other warp. The gradient's sums over
+// tokens stay in registers until the block adds up those of its warps; a block of it fills a multiprocessor's registers.
 
 #include <algorithm>
 #include <cstdint>
@@ -15,9 +14,10 @@
 namespace {
 
 constexpr int kWidth = kLayerNormGradientWidth;
-constexpr int kChunk = 128;  // channels that a warp takes at once, four a lane
+constexpr int kChunk = 128;  // channels that a warp of the gradient takes at once, four a lane
 constexpr int kChunks = kWidth / kChunk;
-constexpr int kWarps = 8;    // of a block
+constexpr int kWarps = 8;  // of a block of the gradient
+constexpr int kForwardWarps = 4;
 constexpr int kMostWaves = 8;  // of blocks
 static_assert(kWidth % kChunk == 0);
 
@@ -63,43 +63,80 @@ __device__ float sum_of(float x) {
 }
 __device__ float mean_of(float x) { return sum_of(x) * (1.0f / kWidth); }
 
-// Channels beyond the width, of which kMost chunks may have some, are zero.
+// What a lane holds of the forward pass: eight neighbouring channels of every 256.
+struct Channels {
+  float4 low, high;
+};
+
+__device__ Channels load8(const float* from) { return {load4(from), load4(from + 4)}; }
+
+template <typename T>
+__device__ Channels load8(const T* from) {
+  const uint4 words = __ldg(reinterpret_cast<const uint4*>(from));
+  const float2 a = widen<T>(words.x), b = widen<T>(words.y), c = widen<T>(words.z), d = widen<T>(words.w);
+  return {{a.x, a.y, b.x, b.y}, {c.x, c.y, d.x, d.y}};
+}
+
+__device__ void store8(float* to, Channels x) {
+  store4(to, x.low);
+  store4(to + 4, x.high);
+}
+
+template <typename T>
+__device__ void store8(T* to, Channels x) {
+  *reinterpret_cast<uint4*>(to) = {narrow<T>(x.low.x, x.low.y), narrow<T>(x.low.z, x.low.w),
+                                   narrow<T>(x.high.x, x.high.y), narrow<T>(x.high.z, x.high.w)};
+}
+
+// A token of at most kMost * 256 channels. All that is read is asked for before the first sum. Lanes beyond the width
+// read its last channels once more and write nothing.
 template <typename X, typename T, typename S, bool kOfImage, bool kBranch, int kMost>
-__global__ void __launch_bounds__(32 * kWarps)
+__global__ void __launch_bounds__(32 * kForwardWarps)
     layer_norm_kernel(const X* __restrict__ x, const S* __restrict__ scale, const S* __restrict__ shift,
                       const T* __restrict__ branch, const T* __restrict__ gate, X* __restrict__ total,
                       T* __restrict__ y, int64_t rows, int tokens, int width, float eps) {
-  const int64_t row = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
+  const int64_t row = int64_t{blockIdx.x} * kForwardWarps + threadIdx.x / 32;
   if (row >= rows) return;
-  const int column = threadIdx.x % 32 * 4;
-  const int64_t at = row * width + column, of = (kOfImage ? row / tokens * width : 0) + column;
-  float4 s[kMost];
-  float mean = 0.0f, variance = 0.0f;
+  const int64_t token = row * width, of = kOfImage ? row / tokens * width : 0;
+  const auto column = [&](int i) { return static_cast<int>(threadIdx.x % 32 * 8 + i * 256); };
+  const auto inside = [&](int i) { return min(column(i), width - 8); };
+
+  Channels s[kMost], factor[kMost], addend[kMost];
 #pragma unroll
-  for (int i = 0; i < kMost; ++i) {
-    s[i] = {};
-    if (column + i * kChunk >= width) continue;
-    s[i] = load4(x + at + i * kChunk);
-    if constexpr (kBranch) {
-      s[i] = rounded<X>(s[i] + load4(gate + of + i * kChunk) * load4(branch + at + i * kChunk));
-      store4(total + at + i * kChunk, s[i]);
+  for (int i = 0; i < kMost; ++i) s[i] = load8(x + token + inside(i));
+  if constexpr (kBranch) {
+    Channels b[kMost];
+#pragma unroll
+    for (int i = 0; i < kMost; ++i) b[i] = load8(branch + token + inside(i));
+#pragma unroll
+    for (int i = 0; i < kMost; ++i) {
+      const Channels g = load8(gate + of + inside(i));
+      s[i] = {rounded<X>(s[i].low + g.low * b[i].low), rounded<X>(s[i].high + g.high * b[i].high)};
+      if (column(i) < width) store8(total + token + column(i), s[i]);
     }
   }
 #pragma unroll
-  for (int i = 0; i < kMost; ++i) mean += sum(s[i]);
+  for (int i = 0; i < kMost; ++i) {
+    factor[i] = load8(scale + of + inside(i));
+    addend[i] = load8(shift + of + inside(i));
+  }
+  float mean = 0.0f, variance = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kMost; ++i) {
+    if (column(i) < width) mean += sum(s[i].low) + sum(s[i].high);
+  }
   mean = sum_of(mean) / width;
 #pragma unroll
   for (int i = 0; i < kMost; ++i) {
-    if (column + i * kChunk >= width) continue;
-    s[i] = s[i] + -mean;
-    variance += dot(s[i], s[i]);
+    s[i] = {s[i].low + -mean, s[i].high + -mean};
+    if (column(i) < width) variance += dot(s[i].low, s[i].low) + dot(s[i].high, s[i].high);
   }
-  const float rstd = rsqrtf(sum_of(variance) / width + eps);
+  const float rstd = rsqrtf(sum_of(variance) / width + eps), one = kOfImage ? 1.0f : 0.0f;
 #pragma unroll
   for (int i = 0; i < kMost; ++i) {
-    if (column + i * kChunk >= width) continue;
-    const float4 factor = load4(scale + of + i * kChunk) + (kOfImage ? 1.0f : 0.0f);
-    store4(y + at + i * kChunk, s[i] * rstd * factor + load4(shift + of + i * kChunk));
+    const Channels out = {s[i].low * rstd * (factor[i].low + one) + addend[i].low,
+                          s[i].high * rstd * (factor[i].high + one) + addend[i].high};
+    if (column(i) < width) store8(y + token + column(i), out);
   }
 }
 
@@ -107,7 +144,7 @@ template <int kMost, typename X, typename T, typename S>
 cudaError_t launch_forward(const LayerNormPointers& p, const LayerNormShape& shape, float eps, cudaStream_t stream) {
   const int64_t rows = int64_t{shape.images} * shape.tokens;
   const auto run = [&](auto kernel) {
-    kernel<<<static_cast<unsigned>(divide_up(rows, kWarps)), 32 * kWarps, 0, stream>>>(
+    kernel<<<static_cast<unsigned>(divide_up(rows, kForwardWarps)), 32 * kForwardWarps, 0, stream>>>(
         static_cast<const X*>(p.x), static_cast<const S*>(p.scale), static_cast<const S*>(p.shift),
         static_cast<const T*>(p.branch), static_cast<const T*>(p.gate), static_cast<X*>(p.total),
         static_cast<T*>(p.y), rows, shape.tokens, shape.width, eps);
@@ -246,9 +283,10 @@ cudaError_t launch_layer_norm(const LayerNormPointers& pointers, const LayerNorm
     using X = decltype(token);
     using T = decltype(half);
     using S = decltype(scale);
-    if (shape.width <= 4 * kChunk) return launch_forward<4, X, T, S>(pointers, shape, eps, stream);
-    if (shape.width <= 9 * kChunk) return launch_forward<9, X, T, S>(pointers, shape, eps, stream);
-    return launch_forward<kLayerNormMostChannels / kChunk, X, T, S>(pointers, shape, eps, stream);
+    if (shape.width <= 512) return launch_forward<2, X, T, S>(pointers, shape, eps, stream);
+    if (shape.width <= 768) return launch_forward<3, X, T, S>(pointers, shape, eps, stream);
+    if (shape.width <= 1280) return launch_forward<5, X, T, S>(pointers, shape, eps, stream);
+    return launch_forward<kLayerNormMostChannels / 256, X, T, S>(pointers, shape, eps, stream);
   });
 }
 

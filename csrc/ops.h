@@ -61,7 +61,7 @@ cudaError_t launch_packed_attention_backward(const void* dout, const void* qkv, 
 // s = x + gate · branch if there is a branch, else x; see dcae_fast/ops/layer_norm.py.
 //
 // x, branch, total (that is s), y: [images, tokens, width]; scale, shift, gate: [width], of all images, which count as
-// one then, or [images, width]; width a positive multiple of 4, at most kLayerNormMostChannels. branch, gate and total
+// one then, or [images, width]; width a positive multiple of 8, at most kLayerNormMostChannels. branch, gate and total
 // are null if there is no branch.
 constexpr int kLayerNormMostChannels = 2048;
 struct LayerNormPointers {
@@ -69,7 +69,7 @@ struct LayerNormPointers {
   void *total, *y;
 };
 struct LayerNormShape {
-  int images, tokens, width;  // positive, images * tokens at most 2^34
+  int images, tokens, width;  // positive, images * tokens at most 2^33
   bool tokens_in_float32;     // x and total, for the gradient dsum and dx; else they have the dtype
   bool scale_in_float32;      // with shift, only if they are of all images; else they have the dtype
   bool scale_is_of_image;     // as with a branch it must be

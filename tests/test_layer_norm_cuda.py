@@ -17,7 +17,7 @@ pytestmark = NEEDED
 EPS = 1e-6
 FORMS = ["parameters", "of_image", "branch"]
 NAMES = "dx", "dscale", "dshift", "dbranch", "dgate"
-WIDTHS = [4, 100, 512, 768, CUDA_GRADIENT_WIDTH, CUDA_MOST_CHANNELS]
+WIDTHS = [8, 104, 512, 768, CUDA_GRADIENT_WIDTH, CUDA_MOST_CHANNELS]
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_errors_of_the_forward_name_the_argument(forward):
             forward(*changed, dtype)
 
     refused(ValueError, "x must be on a CUDA device", 0, arguments[0].cpu())
-    refused(ValueError, r"x must have shape \[B, N, D\]", 0, arguments[0][..., :1150])
+    refused(ValueError, r"x must have shape \[B, N, D\]", 0, arguments[0][..., :1148])
     refused(ValueError, "x must be contiguous", 0, arguments[0].transpose(0, 1).contiguous().transpose(0, 1))
     refused(TypeError, "dtype must be float16 or bfloat16", 0, arguments[0], torch.float32)
     refused(TypeError, "scale must be BFloat16", 1, arguments[1].float())

@@ -61,7 +61,7 @@ def cuda_accepts(x, scale, shift, eps, branch, gate, dtype):
         parameters, halves = (), (*halves, *parameters)
     return (
         dtype in HALVES
-        and width % 4 == 0
+        and width % 8 == 0
         and 0 < width <= CUDA_MOST_CHANNELS
         and scale.dtype == shift.dtype
         and all(tensor.dtype in (dtype, torch.float32) for tensor in (x, *parameters))

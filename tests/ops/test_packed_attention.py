@@ -158,10 +158,6 @@ def extension_that_does_not_load(monkeypatch, tmp_path):
     vars(_library).pop("HAS_EXTENSION", None)
 
 
-class Hopper:
-    major = 9
-
-
 def is_for_few_tokens():
     return ops.is_for_few_tokens(torch.bfloat16, 66, 72, torch.device("cuda", 0))
 
@@ -169,7 +165,7 @@ def is_for_few_tokens():
 @pytest.mark.parametrize("compiled", [False, True])
 def test_an_extension_that_does_not_load(extension_that_does_not_load, monkeypatch, compiled):
     """A warning says why, once; the operator would be slower then than scaled_dot_product_attention."""
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Hopper)
+    monkeypatch.setattr(_library, "is_hopper", lambda device: True)
     torch._dynamo.reset()
     answer = torch.compile(lambda x: x + is_for_few_tokens(), fullgraph=True, backend="eager")
     with pytest.warns(UserWarning, match="_C is built but does not load: .*too short"):
