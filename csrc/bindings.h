@@ -2,6 +2,7 @@
 #pragma once
 
 #include <optional>
+#include <string>
 #include <tuple>
 
 #include <torch/csrc/utils/pybind.h>
@@ -15,6 +16,10 @@ void bind_transformer(pybind11::module_& module);
 
 // What bind_transformer gives to Python, for those that are made of it.
 std::tuple<at::Tensor, at::Tensor> packed_attention(const at::Tensor& qkv, int64_t num_heads);
+at::Tensor packed_attention_backward(const at::Tensor& dout, const at::Tensor& qkv, const at::Tensor& out,
+                                     const at::Tensor& lse, int64_t num_heads);
 std::tuple<at::Tensor, at::Tensor> layer_norm(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& shift,
                                               double eps, const MaybeTensor& branch, const MaybeTensor& gate,
                                               at::ScalarType dtype);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> gelu_gradient(const at::Tensor& dg, const at::Tensor& h,
+                                                             const std::string& act, bool wants_g);

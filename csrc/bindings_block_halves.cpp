@@ -55,6 +55,52 @@ FourTensors norm_mlp(const at::Tensor& x, const at::Tensor& scale, const at::Ten
   return {out, total, y.new_empty(0), y.new_empty(0)};
 }
 
+at::Tensor as_rows(const at::Tensor& x) { return x.reshape({-1, x.size(-1)}); }
+
+// Of a layer's weight, and of its bias, empty without one, from dy and the layer's x. The plan sums dy for a bias.
+std::tuple<at::Tensor, at::Tensor> parameter_gradients(const BoundProductPlan& plan, const at::Tensor& dy,
+                                                       const at::Tensor& x, const MaybeTensor& bias) {
+  const std::vector<at::Tensor> found = plan(as_rows(dy), as_rows(x), std::nullopt, std::nullopt);
+  return {found[0], bias ? found[1].to(bias->scalar_type()) : found[0].new_empty(0)};
+}
+
+at::Tensor input_gradient(const BoundProductPlan& plan, const at::Tensor& dy, const at::Tensor& weight) {
+  return plan(dy, operand(weight, plan.dtype), std::nullopt, std::nullopt)[0];
+}
+
+using FiveTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+// The gradients of y, the result of the norm, and of both layers' weights and biases; those of no bias are empty.
+FiveTensors norm_attention_gradients(const at::Tensor& dout, const at::Tensor& y, const at::Tensor& qkv,
+                                     const at::Tensor& attended, const at::Tensor& lse, const at::Tensor& w_qkv,
+                                     const MaybeTensor& b_qkv, const at::Tensor& w_proj, const MaybeTensor& b_proj,
+                                     int64_t num_heads, const BoundProductPlan& qkv_plan,
+                                     const BoundProductPlan& w_qkv_plan, const BoundProductPlan& proj_plan,
+                                     const BoundProductPlan& w_proj_plan) {
+  const c10::cuda::CUDAGuard guard(y.device());
+  const at::Tensor dy = operand(dout, y.scalar_type());
+  const at::Tensor dattended = input_gradient(proj_plan, dy, w_proj);
+  const auto [dw_proj, db_proj] = parameter_gradients(w_proj_plan, dy, attended, b_proj);
+  const at::Tensor dqkv = packed_attention_backward(dattended, qkv, attended, lse, num_heads);
+  const auto [dw_qkv, db_qkv] = parameter_gradients(w_qkv_plan, dqkv, y, b_qkv);
+  return {input_gradient(qkv_plan, dqkv, w_qkv), dw_qkv, db_qkv, dw_proj, db_proj};
+}
+
+// The same of the other half; gelu(h) is computed again, and the first layer's bias has its gradient from there.
+FiveTensors norm_mlp_gradients(const at::Tensor& dout, const at::Tensor& y, const at::Tensor& h, const at::Tensor& w1,
+                               const MaybeTensor& b1, const at::Tensor& w2, const MaybeTensor& b2,
+                               const std::string& act, const BoundProductPlan& first_plan,
+                               const BoundProductPlan& w1_plan, const BoundProductPlan& second_plan,
+                               const BoundProductPlan& w2_plan) {
+  const c10::cuda::CUDAGuard guard(y.device());
+  const at::Tensor dy = operand(dout, y.scalar_type());
+  auto [dh, g, sums] = gelu_gradient(input_gradient(second_plan, dy, w2), h, act, true);
+  const auto [dw2, db2] = parameter_gradients(w2_plan, dy, g, b2);
+  g.reset();  // as large as dh
+  const auto [dw1, none] = parameter_gradients(w1_plan, dh, y, std::nullopt);
+  return {input_gradient(first_plan, dh, w1), dw1, b1 ? sums.to(b1->scalar_type()) : none, dw2, db2};
+}
+
 }  // namespace
 
 void bind_block_halves(pybind11::module_& module) {
@@ -68,4 +114,13 @@ void bind_block_halves(pybind11::module_& module) {
              py::arg("branch"), py::arg("gate"), py::arg("dtype"), py::arg("w1"), py::arg("b1"), py::arg("w2"),
              py::arg("b2"), py::arg("residual"), py::arg("first_plan"), py::arg("second_plan"),
              "A block's half with the MLP, through plans for its linear layers.", no_gil);
+  module.def("norm_attention_gradients", &norm_attention_gradients, py::arg("dout"), py::arg("y"), py::arg("qkv"),
+             py::arg("attended"), py::arg("lse"), py::arg("w_qkv"), py::arg("b_qkv"), py::arg("w_proj"),
+             py::arg("b_proj"), py::arg("num_heads"), py::arg("qkv_plan"), py::arg("w_qkv_plan"),
+             py::arg("proj_plan"), py::arg("w_proj_plan"),
+             "The gradients of the norm's result and of both layers' parameters, each from its plan.", no_gil);
+  module.def("norm_mlp_gradients", &norm_mlp_gradients, py::arg("dout"), py::arg("y"), py::arg("h"), py::arg("w1"),
+             py::arg("b1"), py::arg("w2"), py::arg("b2"), py::arg("act"), py::arg("first_plan"), py::arg("w1_plan"),
+             py::arg("second_plan"), py::arg("w2_plan"),
+             "The gradients of the norm's result and of both layers' parameters, each from its plan.", no_gil);
 }

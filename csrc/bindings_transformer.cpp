@@ -41,22 +41,6 @@ struct PackedAttention {
   std::vector<int64_t> lse_shape() const { return {batch, heads, tokens}; }
 };
 
-at::Tensor packed_attention_backward(const at::Tensor& dout, const at::Tensor& qkv, const at::Tensor& out,
-                                     const at::Tensor& lse, int64_t num_heads) {
-  const PackedAttention of(qkv, num_heads);
-  require_dense("dout", dout, of.out_shape(), qkv.scalar_type(), qkv.device());
-  require_dense("out", out, of.out_shape(), qkv.scalar_type(), qkv.device());
-  require_dense("lse", lse, of.lse_shape(), at::kFloat, qkv.device());
-  at::Tensor dqkv = at::empty_like(qkv);
-  if (of.batch > 0) {
-    C10_CUDA_CHECK(launch_packed_attention_backward(dout.const_data_ptr(), qkv.const_data_ptr(), out.const_data_ptr(),
-                                                    lse.const_data_ptr<float>(), dqkv.mutable_data_ptr(), of.batch,
-                                                    of.tokens, of.heads, of.head_dim, of.dtype,
-                                                    c10::cuda::getCurrentCUDAStream()));
-  }
-  return dqkv;
-}
-
 using FiveTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 const void* data_of(const MaybeTensor& x) { return x ? x->const_data_ptr() : nullptr; }
@@ -137,6 +121,22 @@ std::tuple<at::Tensor, at::Tensor> packed_attention(const at::Tensor& qkv, int64
   return {out, lse};
 }
 
+at::Tensor packed_attention_backward(const at::Tensor& dout, const at::Tensor& qkv, const at::Tensor& out,
+                                     const at::Tensor& lse, int64_t num_heads) {
+  const PackedAttention of(qkv, num_heads);
+  require_dense("dout", dout, of.out_shape(), qkv.scalar_type(), qkv.device());
+  require_dense("out", out, of.out_shape(), qkv.scalar_type(), qkv.device());
+  require_dense("lse", lse, of.lse_shape(), at::kFloat, qkv.device());
+  at::Tensor dqkv = at::empty_like(qkv);
+  if (of.batch > 0) {
+    C10_CUDA_CHECK(launch_packed_attention_backward(dout.const_data_ptr(), qkv.const_data_ptr(), out.const_data_ptr(),
+                                                    lse.const_data_ptr<float>(), dqkv.mutable_data_ptr(), of.batch,
+                                                    of.tokens, of.heads, of.head_dim, of.dtype,
+                                                    c10::cuda::getCurrentCUDAStream()));
+  }
+  return dqkv;
+}
+
 std::tuple<at::Tensor, at::Tensor> layer_norm(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& shift,
                                               double eps, const MaybeTensor& branch, const MaybeTensor& gate,
                                               at::ScalarType dtype) {
@@ -156,6 +156,28 @@ std::tuple<at::Tensor, at::Tensor> layer_norm(const at::Tensor& x, const at::Ten
   return {total, y};
 }
 
+std::tuple<at::Tensor, at::Tensor, at::Tensor> gelu_gradient(const at::Tensor& dg, const at::Tensor& h,
+                                                             const std::string& act, bool wants_g) {
+  const at::Device device = on_cuda("h", h);
+  const c10::cuda::CUDAGuard guard(device);
+  const DType dtype = dtype_of("h", h.scalar_type());
+  require_dense("h", h, h.sizes(), h.scalar_type(), device);
+  require_dense("dg", dg, h.sizes(), h.scalar_type(), device);
+  require_value(h.dim() > 0 && h.size(-1) > 0 && h.size(-1) % 8 == 0 && h.size(-1) <= INT_MAX / 2,
+                "h must have a positive multiple of 8 columns, got ", h.sizes());
+  require_value(act == "gelu" || act == "gelu_tanh", "act must be gelu or gelu_tanh, got ", act);
+  const auto columns = static_cast<int>(h.size(-1));
+  const int64_t rows = h.numel() / columns;
+  int splits;
+  C10_CUDA_CHECK(gelu_gradient_splits(rows, columns, &splits));
+  at::Tensor dh = at::empty_like(h), g = wants_g ? at::empty_like(h) : at::empty({0}, h.options());
+  const at::Tensor sums = at::empty({splits, columns}, h.options().dtype(at::kFloat));
+  C10_CUDA_CHECK(launch_gelu_gradient(dg.const_data_ptr(), h.const_data_ptr(), dh.mutable_data_ptr(),
+                                      wants_g ? g.mutable_data_ptr() : nullptr, sums.mutable_data_ptr<float>(), rows,
+                                      columns, splits, act == "gelu_tanh", dtype, c10::cuda::getCurrentCUDAStream()));
+  return {dh, g, sums.sum(0)};
+}
+
 void bind_transformer(pybind11::module_& module) {
   namespace py = pybind11;
   module.def("autocast_cast", &autocast_cast, py::arg("x"), py::arg("dtype"),
@@ -170,4 +192,7 @@ void bind_transformer(pybind11::module_& module) {
   module.def("layer_norm_backward", &layer_norm_backward, py::arg("dy"), py::arg("dsum"), py::arg("total"),
              py::arg("scale"), py::arg("branch"), py::arg("gate"), py::arg("eps"), py::arg("dtype"),
              "The gradients of x, in `dtype` as total is, of scale, shift, branch and gate.");
+  module.def("gelu_gradient", &gelu_gradient, py::arg("dg"), py::arg("h"), py::arg("act"), py::arg("wants_g"),
+             "The gradient of h from that of gelu(h); gelu(h), empty unless it is wanted; sums of the gradient over "
+             "rows, in fp32.");
 }

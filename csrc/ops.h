@@ -92,3 +92,12 @@ struct LayerNormGradientPointers {
 cudaError_t layer_norm_backward_splits(const LayerNormShape& shape, int* splits);
 cudaError_t launch_layer_norm_backward(const LayerNormGradientPointers& pointers, const LayerNormShape& shape,
                                        int splits, float eps, cudaStream_t stream);
+
+// dh = dg * gelu'(h), and g = gelu(h) unless it is null: dg, h, dh, g: [rows, columns], columns a positive multiple of 8;
+// tanh: GELU's form with it, else the one with erf.
+//
+// sums: of dh over the rows, in fp32 [splits, columns], to be added up; gelu_gradient_splits says how many splits there
+// are. No atomics: the same twice.
+cudaError_t gelu_gradient_splits(int64_t rows, int columns, int* splits);
+cudaError_t launch_gelu_gradient(const void* dg, const void* h, void* dh, void* g, float* sums, int64_t rows,
+                                 int columns, int splits, bool tanh, DType dtype, cudaStream_t stream);

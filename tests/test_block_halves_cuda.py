@@ -1,4 +1,4 @@
-"""dcae_fast._C.norm_attention and norm_mlp, as the operators call them: the same bits as of their parts."""
+"""The halves of a block in one call of dcae_fast._C, as the operators call them: the same bits as of their parts."""
 
 import pytest
 import torch
@@ -42,7 +42,8 @@ def in_parts(monkeypatch):
 
     def run(call):
         with monkeypatch.context() as patch:
-            patch.setattr(block_halves, "_found_plans", lambda *_: None)
+            for name in ("_found_forward_plans", "_found_gradient_plans"):
+                patch.setattr(block_halves, name, lambda *_: None)
             return call()
 
     return run
@@ -50,17 +51,17 @@ def in_parts(monkeypatch):
 
 @pytest.fixture
 def fused(monkeypatch):
-    """Calls a function that must call dcae_fast._C's half; plans are there after the parts were called."""
+    """Calls a function that must call these of dcae_fast._C; plans are there after the parts were called."""
     from dcae_fast import _C
 
-    def run(call):
-        calls = []
+    def run(call, *names):
+        called = []
         with monkeypatch.context() as patch:
-            for name in ("norm_attention", "norm_mlp"):
+            for name in names:
                 half = getattr(_C, name)
-                patch.setattr(_C, name, lambda *args, half=half: calls.append(half) or half(*args))
+                patch.setattr(_C, name, lambda *args, name=name, half=half: called.append(name) or half(*args))
             result = call()
-        assert len(calls) == 1
+        assert called == [*names]
         return result
 
     return run
@@ -74,7 +75,7 @@ def fused(monkeypatch):
 def test_the_same_bits(in_parts, fused, half, form, dtype, options, stream):
     call, tensors = make(half, form, dtype, torch.float32 if stream == "float32" else dtype, **options)
     expected = in_parts(call)
-    assert all(map(torch.equal, fused(call), expected))
+    assert all(map(torch.equal, fused(call, f"norm_{half}"), expected))
     for tensor in tensors:
         tensor.requires_grad_()
 
@@ -84,7 +85,23 @@ def test_the_same_bits(in_parts, fused, half, form, dtype, options, stream):
         return [*results, *torch.autograd.grad(loss, tensors)]
 
     expected = in_parts(train)
-    assert all(map(torch.equal, fused(train), expected))
+    assert all(map(torch.equal, fused(train, f"norm_{half}", f"norm_{half}_gradients"), expected))
+
+
+@pytest.mark.parametrize("half", ["attention", "mlp"])
+def test_frozen_parameters(in_parts, half):
+    """What is not wanted is not computed, in parts then; the rest has the same bits."""
+    call, tensors = make(half, "parameters", torch.bfloat16, weight_dtype=torch.float32)
+    for frozen in (3, 4, 5, 6):
+        for place, tensor in enumerate(tensors):
+            tensor.requires_grad_(place != frozen)
+        wanted = [tensor for tensor in tensors if tensor.requires_grad]
+
+        def train(wanted=wanted):
+            return torch.autograd.grad(call()[1].square().mean(), wanted)
+
+        expected = in_parts(train)
+        assert all(map(torch.equal, train(), expected))
 
 
 @pytest.mark.parametrize("half", ["attention", "mlp"])
@@ -92,12 +109,12 @@ def test_unaligned_weights(in_parts, fused, half):
     """Views into a flat buffer, as some optimizers and loaders make them."""
     call, tensors = make(half, "parameters", torch.bfloat16)
     in_parts(call)
-    expected = fused(call)
+    expected = fused(call, f"norm_{half}")
     for tensor in tensors[3:]:
         flat = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device="cuda")
         tensor.set_(flat[1:].view(tensor.shape).copy_(tensor))
         assert tensor.data_ptr() % 16
-    assert all(map(torch.equal, fused(call), expected))
+    assert all(map(torch.equal, fused(call, f"norm_{half}"), expected))
 
 
 @pytest.mark.parametrize("half", ["attention", "mlp"])

@@ -44,16 +44,28 @@ def epilogue(act: str, bias: torch.Tensor | None) -> str:
     return "_".join(filter(None, (act, None if bias is None else "bias"))) or "none"
 
 
-def found(
+def found_layer(
     dtype: torch.dtype, rows: int, weight: torch.Tensor, epilogue: str, residual: torch.dtype | None = None
 ) -> object | None:
-    """The plan that `product` has for a left of this type with so many rows, weightᵀ, and a residual of that type.
+    """The plan that `product` has for x · weightᵀ, with so many rows in x, of this type, and a residual of that type.
 
     None if it was not called so yet, or if the fallback is faster.
     """
     columns, depth = weight.shape
     key = _key(dtype, rows, columns, depth, False, True, residual or dtype, epilogue, residual is not None)
     return _plans.found(CUBLASLT, key, weight.device)
+
+
+def found_gradients(
+    dtype: torch.dtype, rows: int, weight: torch.Tensor, sums: bool
+) -> tuple[object | None, object | None]:
+    """Those for its gradients, dy · weight and dyᵀ · x, the latter with the sums of dy or without."""
+    columns, depth = weight.shape
+    keys = (
+        _key(dtype, rows, depth, columns, False, False, dtype, "none", False),
+        _key(dtype, columns, depth, rows, True, False, weight.dtype, "bgrad" if sums else "none", False),
+    )
+    return tuple(_plans.found(CUBLASLT, key, weight.device) for key in keys)
 
 
 def _key(dtype, rows, columns, depth, left_transposed, right_transposed, out_dtype, epilogue, has_residual):

@@ -6,7 +6,8 @@
 
 They run the kernels of `layer_norm`, `linear`, `packed_attention` and `mlp`, with the forms, types and exactness of
 these, and keep for the gradient what these keep. As operators with a gradient each, those take longer to call from
-Python than a small batch takes to compute.
+Python than a small batch takes to compute; on Hopper the CUDA extension runs a half in one call, as soon as its
+products have plans.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,15 @@ from functools import partial
 import torch
 
 from . import _products
-from ._library import KERNEL_DTYPES, Operator, cuda_extension, define, differentiable, differentiable_as
+from ._library import (
+    KERNEL_DTYPES,
+    Operator,
+    cuda_extension,
+    define,
+    differentiable,
+    differentiable_as,
+    halves_on_hopper,
+)
 from .layer_norm import (
     check_norm,
     cuda_accepts,
@@ -113,20 +122,20 @@ def _mlp(parts, x, scale, shift, eps, branch, gate, dtype, w1, b1, w2, b2, act, 
     return parts.linear(parts.linear_gelu(y, w1, b1, act), w2, b2, added), total, y.new_empty(0), y.new_empty(0)
 
 
-def _found_plans(of_norm, w1, b1, w2, b2, act, residual):
+def _found_forward_plans(of_norm, w1, b1, w2, b2, act, residual):
     """Those of both layers; None without one, or if the CUDA extension does not take the norm."""
     if not (of_norm[0].is_cuda and _products.available()):
         return None
     x, *_, dtype = of_norm
     rows = x.shape[0] * x.shape[1]
-    first = _products.found(dtype, rows, w1, _products.epilogue(act, b1))
-    second = _products.found(dtype, rows, w2, _products.epilogue("", b2), x.dtype if residual else None)
+    first = _products.found_layer(dtype, rows, w1, _products.epilogue(act, b1))
+    second = _products.found_layer(dtype, rows, w2, _products.epilogue("", b2), x.dtype if residual else None)
     return (first, second) if first and second and cuda_accepts(*of_norm) else None
 
 
 def _launch_attention(*args):
     *of_norm, w_qkv, b_qkv, w_proj, b_proj, num_heads, residual = args
-    plans = _found_plans(of_norm, w_qkv, b_qkv, w_proj, b_proj, "", residual)
+    plans = _found_forward_plans(of_norm, w_qkv, b_qkv, w_proj, b_proj, "", residual)
     if plans and fits(of_norm[-1], of_norm[0].shape[1], w_qkv.shape[0] // (3 * num_heads)):
         return cuda_extension().norm_attention(*args, *plans)
     return _attention(KERNELS, *args)
@@ -134,28 +143,56 @@ def _launch_attention(*args):
 
 def _launch_mlp(*args):
     *of_norm, w1, b1, w2, b2, _, residual, trains = args
-    plans = _found_plans(of_norm, w1, b1, w2, b2, "gelu_aux" if trains else "gelu", residual)
+    plans = _found_forward_plans(of_norm, w1, b1, w2, b2, "gelu_aux" if trains else "gelu", residual)
     if plans:
         return cuda_extension().norm_mlp(*of_norm, w1, b1, w2, b2, residual, *plans)
     return _mlp(KERNELS, *args)
 
 
+def _found_gradient_plans(dout, kept, w1, b1, w2, b2, first_sums, wants):
+    """Those of both layers, for the gradients of x and the weight each; None without one.
+
+    kept: what the CUDA extension reads. first_sums: whether the first layer's bias has its gradient from a product.
+    """
+    wanted = all(wants or parameter is None for wants, parameter in zip(wants, (w1, b1, w2, b2), strict=True))
+    if not (wanted and dout.is_cuda and _products.available() and halves_on_hopper(*kept)):
+        return None
+    dtype, rows = kept[0].dtype, dout.shape[0] * dout.shape[1]
+    first = _products.found_gradients(dtype, rows, w1, first_sums)
+    plans = *first, *_products.found_gradients(dtype, rows, w2, b2 is not None)
+    return plans if all(plans) else None
+
+
 def _attention_gradients(parts, dout, dtotal, inputs, kept, wants):
     *of_norm, w_qkv, b_qkv, w_proj, b_proj, num_heads, residual = inputs
     total, y, qkv, attended, lse = kept
-    *_, wants_w_qkv, wants_b_qkv, wants_w_proj, wants_b_proj = wants
-    proj = w_proj, b_proj, True, wants_w_proj, wants_b_proj
-    dattended, *of_proj = parts.products.of_layer(dout.to(attended.dtype), attended, *proj)
-    dqkv = parts.attention_backward(dattended, qkv, attended, lse, num_heads)
-    dy, *of_qkv = parts.products.of_layer(dqkv, y, w_qkv, b_qkv, True, wants_w_qkv, wants_b_qkv)
-    return *_norm_gradients(parts, dy, dout if residual else None, dtotal, of_norm, total), *of_qkv, *of_proj
+    layers, plans = (w_qkv, b_qkv, w_proj, b_proj), None
+    if parts is KERNELS and y is not None and fits(qkv.dtype, qkv.shape[1], attended.shape[2] // num_heads):
+        plans = _found_gradient_plans(dout, (y, qkv, attended), *layers, b_qkv is not None, wants[-4:])
+    if plans:
+        operands = dout, y, qkv, attended, lse, *layers, num_heads
+        dy, *of_layers = cuda_extension().norm_attention_gradients(*operands, *plans)
+    else:
+        *_, wants_w_qkv, wants_b_qkv, wants_w_proj, wants_b_proj = wants
+        proj = w_proj, b_proj, True, wants_w_proj, wants_b_proj
+        dattended, *of_proj = parts.products.of_layer(dout.to(attended.dtype), attended, *proj)
+        dqkv = parts.attention_backward(dattended, qkv, attended, lse, num_heads)
+        dy, *of_qkv = parts.products.of_layer(dqkv, y, w_qkv, b_qkv, True, wants_w_qkv, wants_b_qkv)
+        of_layers = *of_qkv, *of_proj
+    return *_norm_gradients(parts, dy, dout if residual else None, dtotal, of_norm, total), *of_layers
 
 
 def _mlp_gradients(parts, dout, dtotal, inputs, kept, wants):
     *of_norm, w1, b1, w2, b2, act, residual, _ = inputs
     total, y, h = kept
-    layers = w1, b1, w2, b2, h, act, (True, *wants[-4:])
-    dy, *of_layers = mlp_gradients(parts.products, parts.gelu_gradient, dout.to(h.dtype), y, *layers)
+    layers, plans = (w1, b1, w2, b2), None
+    if parts is KERNELS and y is not None:
+        plans = _found_gradient_plans(dout, (y, h), *layers, False, wants[-4:])
+    if plans:
+        dy, *of_layers = cuda_extension().norm_mlp_gradients(dout, y, h, *layers, act, *plans)
+    else:
+        operands = dout.to(h.dtype), y, *layers, h, act, (True, *wants[-4:])
+        dy, *of_layers = mlp_gradients(parts.products, parts.gelu_gradient, *operands)
     return *_norm_gradients(parts, dy, dout if residual else None, dtotal, of_norm, total), *of_layers
 
 

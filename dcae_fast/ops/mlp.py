@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from . import _products
-from ._library import KERNEL_DTYPES, define, differentiable, differentiable_as, without_autocast
+from ._library import KERNEL_DTYPES, define, differentiable, differentiable_as, halves_on_hopper, without_autocast
 from ._products import as_rows
 from .linear import (
     ACTIVATIONS,
@@ -71,6 +71,7 @@ gelu_gradient = define(
     gelu_gradient_reference,
     lambda dg, h, act, wants_g: dg.dtype == h.dtype and h.dtype in KERNEL_DTYPES,
     "gelu_gradient",
+    lambda dg, h, act, wants_g: h.shape[-1] % 8 == 0 and halves_on_hopper(dg, h),
 )
 
 
