@@ -50,6 +50,7 @@ const void* data_of(const MaybeTensor& x) { return x ? x->const_data_ptr() : nul
 LayerNormShape layer_norm_shape(const char* name, const at::Tensor& tokens, const at::Tensor& scale,
                                 const MaybeTensor& branch, const MaybeTensor& gate, at::ScalarType half) {
   const at::Device device = tokens.device();
+  const DType dtype = dtype_of("dtype", half);
   const bool tokens_in_float32 = tokens.scalar_type() == at::kFloat;
   require_dense(name, tokens, tokens.sizes(), tokens_in_float32 ? at::kFloat : half, device);
   const int64_t width = tokens.size(2);
@@ -67,7 +68,7 @@ LayerNormShape layer_norm_shape(const char* name, const at::Tensor& tokens, cons
   const int64_t tokens_of_each = of_image ? tokens.size(1) : tokens.size(0) * tokens.size(1);
   require_value(images <= INT_MAX && tokens_of_each <= INT_MAX / 2, name, " is too large: ", tokens.sizes());
   return {static_cast<int>(images), static_cast<int>(tokens_of_each), static_cast<int>(width), tokens_in_float32,
-          scale_in_float32,         of_image,                         dtype_of("dtype", half)};
+          scale_in_float32,         of_image,                         dtype};
 }
 
 FiveTensors layer_norm_backward(const at::Tensor& dy, const MaybeTensor& dsum, const at::Tensor& total,
@@ -76,9 +77,8 @@ FiveTensors layer_norm_backward(const at::Tensor& dy, const MaybeTensor& dsum, c
   const at::Device device = on_cuda("dy", dy);
   const c10::cuda::CUDAGuard guard(device);
   dtype_of("dy", dy.scalar_type());
-  require_value(total.dim() == 3 && total.size(2) == kLayerNormGradientWidth && total.numel() > 0,
-                "total must have shape [B, N, ", std::to_string(kLayerNormGradientWidth), "] and not be empty, got ",
-                total.sizes());
+  require_value(total.dim() == 3 && has_layer_norm_gradient(total.size(2)) && total.numel() > 0,
+                "total must have shape [B, N, 512 or 1152] and not be empty, got ", total.sizes());
   require_type(dtype == dy.scalar_type() || dtype == at::kFloat, "dtype must be ", dy.scalar_type(),
                " as dy or Float, got ", dtype);
   require_dense("dy", dy, total.sizes(), dy.scalar_type(), device);
@@ -96,8 +96,9 @@ FiveTensors layer_norm_backward(const at::Tensor& dy, const MaybeTensor& dsum, c
       {dy.const_data_ptr(), data_of(dsum), total.const_data_ptr(), scale.const_data_ptr(), data_of(branch),
        data_of(gate), dx.mutable_data_ptr(), dbranch.mutable_data_ptr(), partial.mutable_data_ptr<float>()},
       shape, splits, static_cast<float>(eps), c10::cuda::getCurrentCUDAStream()));
+  const at::Tensor sums = partial.sum(2);
   const auto sum_like = [&](const at::Tensor& vector, int64_t place) {
-    return partial.select(0, place).sum(1).view(vector.sizes()).to(vector.scalar_type());
+    return sums.select(0, place).view(vector.sizes()).to(vector.scalar_type());
   };
   return {dx, sum_like(scale, 0), sum_like(scale, 1), dbranch, branch ? sum_like(*gate, 2) : none()};
 }

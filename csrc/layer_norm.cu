@@ -13,13 +13,11 @@
 
 namespace {
 
-constexpr int kWidth = kLayerNormGradientWidth;
-constexpr int kChunk = 128;  // channels that a warp of the gradient takes at once, four a lane
-constexpr int kChunks = kWidth / kChunk;
-constexpr int kWarps = 8;  // of a block of the gradient
 constexpr int kForwardWarps = 4;
+constexpr int kChunk = 128;  // channels that a warp of the gradient takes at once, four a lane
+constexpr int kWarps = 8;    // of a block of the gradient
 constexpr int kMostWaves = 8;  // of blocks
-static_assert(kWidth % kChunk == 0);
+constexpr int blocks_at_once(int width) { return width <= 512 ? 2 : 1; }  // of the gradient, on a multiprocessor
 
 __device__ float4 load4(const float* from) { return __ldg(reinterpret_cast<const float4*>(from)); }
 
@@ -61,7 +59,6 @@ __device__ float sum_of(float x) {
   for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(0xffffffffu, x, lanes);
   return x;
 }
-__device__ float mean_of(float x) { return sum_of(x) * (1.0f / kWidth); }
 
 // What a lane holds of the forward pass: eight neighbouring channels of every 256.
 struct Channels {
@@ -158,7 +155,9 @@ cudaError_t launch_forward(const LayerNormPointers& p, const LayerNormShape& sha
 }
 
 // Writes the sums over the warps of a block.
+template <int kChunks>
 __device__ void write_sums(float* to, const float4 (&sums)[kChunks]) {
+  constexpr int kWidth = kChunks * kChunk;
   __shared__ __align__(16) float shared[kWarps][kWidth];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   __syncthreads();
@@ -174,12 +173,14 @@ __device__ void write_sums(float* to, const float4 (&sums)[kChunks]) {
 }
 
 // Blocks count over (images, splits of an image's tokens); where the scale is a parameter, all is one image.
-template <typename X, typename T, typename S, bool kOfImage, bool kBranch>
-__global__ void __launch_bounds__(32 * kWarps, 1)
+template <int kChunks, typename X, typename T, typename S, bool kOfImage, bool kBranch>
+__global__ void __launch_bounds__(32 * kWarps, blocks_at_once(kChunks * kChunk))
     layer_norm_backward_kernel(const T* __restrict__ dy, const X* __restrict__ dsum, const X* __restrict__ total,
                                const S* __restrict__ scale, const T* __restrict__ branch, const T* __restrict__ gate,
                                X* __restrict__ dx, T* __restrict__ dbranch, float* __restrict__ sums, int tokens,
                                float eps) {
+  constexpr int kWidth = kChunks * kChunk;
+  const auto mean_of = [](float x) { return sum_of(x) * (1.0f / kWidth); };
   const int warp = threadIdx.x / 32, column = threadIdx.x % 32 * 4;
   const int image = blockIdx.x, split = blockIdx.y, splits = gridDim.y;
   scale += int64_t{image} * kWidth + column;
@@ -235,7 +236,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1)
   if constexpr (kBranch) write_sums(sums + 2 * size, dgate);
 }
 
-template <typename X, typename T, typename S>
+template <int kChunks, typename X, typename T, typename S>
 cudaError_t launch_backward(const LayerNormGradientPointers& p, const LayerNormShape& shape, int splits, float eps,
                             cudaStream_t stream) {
   const auto run = [&](auto kernel) {
@@ -246,19 +247,20 @@ cudaError_t launch_backward(const LayerNormGradientPointers& p, const LayerNormS
     return cudaGetLastError();
   };
   if constexpr (std::is_same_v<S, T>) {
-    if (p.branch != nullptr) return run(layer_norm_backward_kernel<X, T, S, true, true>);
-    if (shape.scale_is_of_image) return run(layer_norm_backward_kernel<X, T, S, true, false>);
+    if (p.branch != nullptr) return run(layer_norm_backward_kernel<kChunks, X, T, S, true, true>);
+    if (shape.scale_is_of_image) return run(layer_norm_backward_kernel<kChunks, X, T, S, true, false>);
   }
-  return run(layer_norm_backward_kernel<X, T, S, false, false>);
+  return run(layer_norm_backward_kernel<kChunks, X, T, S, false, false>);
 }
 
-// As many as need the fewest rounds of all the blocks' warps, where each block also takes as long as two for its sums.
-int best_splits(const LayerNormShape& shape, int processors) {
+// As many as need the fewest rounds of all the warps of so many blocks at once, where each block also takes as long as
+// two for its sums.
+int best_splits(const LayerNormShape& shape, int blocks) {
   int best = 1;
   int64_t least = INT64_MAX;
   for (int64_t waves = 1; waves <= kMostWaves; ++waves) {
-    const int64_t splits = std::clamp<int64_t>(waves * processors / shape.images, 1, divide_up(shape.tokens, kWarps));
-    const int64_t cost = divide_up(shape.images * splits, processors) * (divide_up(shape.tokens, splits * kWarps) + 2);
+    const int64_t splits = std::clamp<int64_t>(waves * blocks / shape.images, 1, divide_up(shape.tokens, kWarps));
+    const int64_t cost = divide_up(shape.images * splits, blocks) * (divide_up(shape.tokens, splits * kWarps) + 2);
     if (cost < least) least = cost, best = static_cast<int>(splits);
   }
   return best;
@@ -293,13 +295,17 @@ cudaError_t launch_layer_norm(const LayerNormPointers& pointers, const LayerNorm
 cudaError_t layer_norm_backward_splits(const LayerNormShape& shape, int* splits) {
   int processors;
   if (const auto error = count_processors(&processors)) return error;
-  *splits = best_splits(shape, processors);
+  *splits = best_splits(shape, processors * blocks_at_once(shape.width));
   return cudaSuccess;
 }
 
 cudaError_t launch_layer_norm_backward(const LayerNormGradientPointers& pointers, const LayerNormShape& shape,
                                        int splits, float eps, cudaStream_t stream) {
   return with_elements(shape, [&](auto token, auto half, auto scale) {
-    return launch_backward<decltype(token), decltype(half), decltype(scale)>(pointers, shape, splits, eps, stream);
+    using X = decltype(token);
+    using T = decltype(half);
+    using S = decltype(scale);
+    if (shape.width == 512) return launch_backward<512 / kChunk, X, T, S>(pointers, shape, splits, eps, stream);
+    return launch_backward<1152 / kChunk, X, T, S>(pointers, shape, splits, eps, stream);
   });
 }

@@ -78,12 +78,13 @@ struct LayerNormShape {
 cudaError_t launch_layer_norm(const LayerNormPointers& pointers, const LayerNormShape& shape, float eps,
                               cudaStream_t stream);
 
-// The gradients, from those of y, dy, and of s, dsum; width = kLayerNormGradientWidth, tokens at most INT_MAX / 2.
+// The gradients, from those of y, dy, and of s, dsum, for widths that has_layer_norm_gradient names, and at most
+// INT_MAX / 2 tokens.
 //
 // dsum, and branch with gate and dbranch, may be null. sums: parts of dscale, dshift and, if there is a branch, dgate,
 // in fp32 [2 or 3, images, splits, width], to be added up; layer_norm_backward_splits says how many splits there are.
 // No atomics: the same twice.
-constexpr int kLayerNormGradientWidth = 1152;
+constexpr bool has_layer_norm_gradient(int64_t width) { return width == 512 || width == 1152; }
 struct LayerNormGradientPointers {
   const void *dy, *dsum, *total, *scale, *branch, *gate;
   void *dx, *dbranch;

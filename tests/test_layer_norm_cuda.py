@@ -6,7 +6,7 @@ from cuda_extension import CEILINGS, NEEDED, check_in_a_graph, random, relative_
 
 from dcae_fast import ops
 from dcae_fast.ops.layer_norm import (
-    CUDA_GRADIENT_WIDTH,
+    CUDA_GRADIENT_WIDTHS,
     CUDA_MOST_CHANNELS,
     layer_norm_backward_reference,
     layer_norm_reference,
@@ -17,7 +17,8 @@ pytestmark = NEEDED
 EPS = 1e-6
 FORMS = ["parameters", "of_image", "branch"]
 NAMES = "dx", "dscale", "dshift", "dbranch", "dgate"
-WIDTHS = [8, 104, 512, 768, CUDA_GRADIENT_WIDTH, CUDA_MOST_CHANNELS]
+WIDTH = max(CUDA_GRADIENT_WIDTHS)
+WIDTHS = [8, 104, 512, 768, 1152, CUDA_MOST_CHANNELS]
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def backward():
     return _C.layer_norm_backward
 
 
-def make_norm(form, images, tokens, half, tokens_dtype, scale_dtype=None, width=CUDA_GRADIENT_WIDTH):
+def make_norm(form, images, tokens, half, tokens_dtype, scale_dtype=None, width=WIDTH):
     """x, scale, shift, eps, branch, gate: of a norm with parameters, with an image's own, or with a gated branch."""
     shape = images, tokens, width
     of = shape[2:] if form == "parameters" else (images, width)
@@ -45,9 +46,9 @@ def make_norm(form, images, tokens, half, tokens_dtype, scale_dtype=None, width=
     return [random(tokens_dtype, *shape), scale, shift, EPS, branch, gate]
 
 
-def make(form, images, tokens, half, tokens_dtype, scale_dtype=None, dsum=True):
+def make(form, images, tokens, half, tokens_dtype, scale_dtype=None, dsum=True, width=WIDTH):
     """dy, dsum, and total, scale, branch, gate, eps."""
-    total, scale, _, eps, branch, gate = make_norm(form, images, tokens, half, tokens_dtype, scale_dtype)
+    total, scale, _, eps, branch, gate = make_norm(form, images, tokens, half, tokens_dtype, scale_dtype, width)
     dsum = random(tokens_dtype, *total.shape) if dsum else None
     return [random(half, *total.shape), dsum, total, scale, branch, gate, eps]
 
@@ -94,7 +95,7 @@ def test_forward_of_a_large_mean(forward):
 def test_forward_of_nothing(forward, form):
     for images, tokens in ((0, 3), (3, 0)):
         total, y = forward(*make_norm(form, images, tokens, torch.bfloat16, torch.float32), torch.bfloat16)
-        assert y.shape == (images, tokens, CUDA_GRADIENT_WIDTH) and total.numel() == 0
+        assert y.shape == (images, tokens, WIDTH) and total.numel() == 0
 
 
 def test_forward_keeps_nan_in_its_token(forward):
@@ -149,19 +150,21 @@ def test_errors_of_the_forward_name_the_argument(forward):
 @pytest.mark.parametrize("half", CEILINGS, ids=str)
 @pytest.mark.parametrize("wide", [False, True], ids=["half", "float32"])
 @pytest.mark.parametrize("form", FORMS)
-def test_agrees_with_float64(backward, form, wide, half):
+@pytest.mark.parametrize("width", CUDA_GRADIENT_WIDTHS)
+def test_agrees_with_float64(backward, width, form, wide, half):
     torch.manual_seed(0)
     tokens_dtype = torch.float32 if wide else half
     for images, tokens in ((1, 1), (3, 7), (2, 66), (5, 256)):
         for dsum in (True, False):
-            check_backward(backward, make(form, images, tokens, half, tokens_dtype, dsum=dsum))
+            check_backward(backward, make(form, images, tokens, half, tokens_dtype, dsum=dsum, width=width))
     if form == "parameters":
-        check_backward(backward, make(form, 2, 66, half, tokens_dtype, torch.float32))
+        check_backward(backward, make(form, 2, 66, half, tokens_dtype, torch.float32, width=width))
 
 
 @pytest.mark.parametrize("images", [131, 132, 133, 160, 300, 700])
-def test_agrees_however_images_fill_the_gpu(backward, images):
-    check_backward(backward, make("branch", images, 66, torch.bfloat16, torch.float32))
+@pytest.mark.parametrize("width", CUDA_GRADIENT_WIDTHS)
+def test_agrees_however_images_fill_the_gpu(backward, width, images):
+    check_backward(backward, make("branch", images, 66, torch.bfloat16, torch.float32, width=width))
 
 
 def test_a_large_mean(backward):
@@ -232,7 +235,7 @@ def test_errors_name_the_argument(backward):
 
     refused(TypeError, "dy must be float16 or bfloat16", 0, arguments[0].float())
     refused(ValueError, "dy must have shape", 0, arguments[0][:1])
-    refused(ValueError, r"total must have shape \[B, N, 1152\]", 2, arguments[2][..., :1024])
+    refused(ValueError, r"total must have shape \[B, N, 512 or 1152\]", 2, arguments[2][..., :1024])
     refused(TypeError, "total must be BFloat16", 2, arguments[2], torch.bfloat16)
     refused(TypeError, "dtype must be BFloat16 as dy or Float", 2, arguments[2], torch.float16)
     refused(ValueError, "dsum must be contiguous", 1, arguments[1].transpose(0, 1).contiguous().transpose(0, 1))

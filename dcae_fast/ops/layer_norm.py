@@ -24,7 +24,7 @@ from ._library import (
 
 MOST_CHANNELS = 8192
 CUDA_MOST_CHANNELS = 2048
-CUDA_GRADIENT_WIDTH = 1152  # of UViT-H and DiT-XL; Triton pads it to 2048
+CUDA_GRADIENT_WIDTHS = (512, 1152)  # of UViT-S; of UViT-H and DiT-XL, which Triton pads to 2048
 
 
 def layer_norm_reference(x, scale, shift, eps, branch, gate, dtype):
@@ -77,7 +77,7 @@ def _cuda_accepts_gradient(dy, dsum, total, scale, branch, gate, eps, dtype):
     if scale.dim() == 2:
         halves.append(scale)
     return (
-        total.shape[2] == CUDA_GRADIENT_WIDTH
+        total.shape[2] in CUDA_GRADIENT_WIDTHS
         and total.numel() > 0
         and all(tensor.dtype == dtype for tensor in tokens)
         and as_x_or_float32(dy, scale, *tokens)
