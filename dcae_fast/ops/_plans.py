@@ -28,6 +28,7 @@ HOPELESS = 1.5  # times the best so far: not timed again
 FINALISTS, ROUNDS = 5, 5
 BURST, PAUSE = 3.0, 0.008  # milliseconds of work, seconds without
 LAUNCH = 200_000  # clock cycles, more than a launch from Python takes
+FALLBACK_CALL = 0.005  # milliseconds that the fallback takes longer to call than a plan, for small work
 COMPILERS = 8  # threads
 NO_PLAN = -1  # in the place of a candidate: the fallback is the fastest
 
@@ -137,7 +138,8 @@ def _search(candidates, run: Callable, fallback: Callable):
                 events.append(_record(runs[candidate], calls))
                 time.sleep(PAUSE)
     torch.cuda.synchronize()
-    best = min(bursts, key=lambda candidate: statistics.median(map(_elapsed, bursts[candidate])))
+    extra = {NO_PLAN: calls * FALLBACK_CALL}
+    best = min(bursts, key=lambda place: statistics.median(map(_elapsed, bursts[place])) + extra.get(place, 0.0))
     return best, plans.get(best), torch.OutOfMemoryError not in failures
 
 

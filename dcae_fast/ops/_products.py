@@ -7,7 +7,7 @@ import torch
 from . import _plans
 from ._library import HALVES, cuda_extension
 
-RULES = 2  # the edition of those by which csrc/linear.cpp takes candidates: files of others name other places
+RULES = 3  # the edition of those by which candidates are taken and chosen: files of others name other ones
 CUBLASLT = _plans.Library("cuBLASLt", "products", lambda: f"{cuda_extension().cublaslt_version()}-{RULES}", untimed=0)
 WORTH_A_SEARCH = 2e9  # multiplications: some microseconds
 

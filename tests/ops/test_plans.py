@@ -140,6 +140,12 @@ def test_the_fastest_is_found_and_written(search, empty_cache):
     assert search({}) == 2, "not read from the file"
 
 
+@pytest.mark.parametrize("time, place", [(1.02, 0), (1.05, _plans.NO_PLAN)])
+def test_the_fallback_must_make_up_for_what_its_call_takes(time, place, search, monkeypatch):
+    monkeypatch.setattr(_plans, "FALLBACK_CALL", 0.01)  # three calls are a burst of such work
+    assert search({_plans.NO_PLAN: 1.0, 0: time, 2: 1.4}) == place
+
+
 @pytest.mark.parametrize("calls", [0, 1, 2, 4])
 def test_a_candidate_that_fails_when_run_is_left_out(calls, search, empty_cache):
     failing = iter([1.0] * calls + [RuntimeError("no execution plan")] * 9)
