@@ -1,0 +1,59 @@
+"""Weights under autocast on a GPU: cast as PyTorch's own layers cast them."""
+
+import copy
+
+import pytest
+import torch
+from cuda_extension import NEEDED
+from small_diffusion import DIT, UVIT, build
+
+import dcae_fast
+from dcae_fast.fast.casts import cast
+
+pytestmark = NEEDED
+BF16 = torch.bfloat16
+
+
+def autocast(**options):
+    return torch.autocast("cuda", BF16, **options)
+
+
+def test_a_parameter_is_cast_once_until_the_autocast_ends():
+    weight = torch.nn.Parameter(torch.randn(8, 8, device="cuda"))
+    with autocast():
+        first = cast(weight, BF16)
+        with torch.no_grad(), autocast():
+            weight.add_(1)
+            assert cast(weight, BF16) is first
+    with autocast():
+        assert torch.equal(cast(weight, BF16), weight.to(BF16)) and not torch.equal(first, weight.to(BF16))
+
+
+def test_without_an_autocast_nothing_is_kept():
+    weight = torch.nn.Parameter(torch.randn(8, 8, device="cuda"))
+    for _ in range(2):
+        assert torch.equal(cast(weight, torch.float16), weight.to(torch.float16))
+        weight.data.add_(1)
+    with autocast(cache_enabled=False):
+        assert cast(weight, BF16) is not cast(weight, BF16)
+    assert cast(weight, torch.float32) is weight
+
+
+@pytest.mark.parametrize("config", [UVIT, DIT], ids=["uvit", "dit"])
+def test_inference_leaves_the_gradients_of_its_autocast_alone(config):
+    """A sampling in the middle of a training step, inside the same autocast."""
+    network = build(config).cuda().diffusion_model
+    dcae_fast.patch(network)
+    twin = copy.deepcopy(network)
+    x, t = torch.rand(2, 8, 4, 4, device="cuda"), torch.rand(2, device="cuda")
+    y = torch.tensor([3, 1], device="cuda")
+    for module, samples in ((network, True), (twin, False)):
+        with autocast():
+            if samples:
+                with torch.no_grad():
+                    module(x, t, y)
+            module(x, t, y).square().mean().backward()
+    blocks = (name for name, _ in network.named_parameters() if "block" in name and "adaLN" not in name)
+    parameters, expected = dict(network.named_parameters()), dict(twin.named_parameters())
+    for name in blocks:
+        assert torch.equal(parameters[name].grad, expected[name].grad), name
