@@ -72,11 +72,13 @@ def call_of(workload: Workload | NetworkWorkload, contender: str, device: torch.
 
 
 def floors_of(workload: Workload | NetworkWorkload, ceilings: Ceilings) -> dict[str, float]:
-    """Milliseconds that the plain model's arithmetic takes at the ceiling, by kind of kernel."""
+    """Milliseconds that the plain model's arithmetic takes at the ceiling, by kind of kernel; in training three times
+    the forward's, four times where blocks compute theirs again.
+    """
     if isinstance(workload, Workload):
         flops, kinds = flops_of(workload), {}
     else:
-        passes = 3 if workload.work == "training" else 1
+        passes = 3 + workload.checkpointed if workload.work == "training" else 1
         flops = {op: passes * n for op, n in networks.flops_by_operator(workload.network, workload.batch).items()}
         kinds = {"attention": flops.pop("bmm", 0)}
     kinds["convolution"] = flops.pop("convolution", 0)
