@@ -188,7 +188,7 @@ PYBIND11_MODULE(_C, module) {
   bind_convolution(module);
 #endif
 #ifdef DCAE_FAST_CUBLASLT
-  bind_block_halves(module);
   bind_linear(module);
+  bind_block_halves(module);
 #endif
 }

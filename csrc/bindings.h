@@ -8,6 +8,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 using MaybeTensor = std::optional<at::Tensor>;
+using FiveTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 void bind_block_halves(pybind11::module_& module);
 void bind_convolution(pybind11::module_& module);

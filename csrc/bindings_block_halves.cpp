@@ -68,8 +68,6 @@ at::Tensor input_gradient(const BoundProductPlan& plan, const at::Tensor& dy, co
   return plan(dy, operand(weight, plan.dtype), std::nullopt, std::nullopt)[0];
 }
 
-using FiveTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-
 // The gradients of y, the result of the norm, and of both layers' weights and biases; those of no bias are empty.
 FiveTensors norm_attention_gradients(const at::Tensor& dout, const at::Tensor& y, const at::Tensor& qkv,
                                      const at::Tensor& attended, const at::Tensor& lse, const at::Tensor& w_qkv,

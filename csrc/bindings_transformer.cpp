@@ -41,8 +41,6 @@ struct PackedAttention {
   std::vector<int64_t> lse_shape() const { return {batch, heads, tokens}; }
 };
 
-using FiveTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-
 const void* data_of(const MaybeTensor& x) { return x ? x->const_data_ptr() : nullptr; }
 
 // Of a layer norm, whose tensors are checked. tokens: x, or its sum with the branch; half: the dtype of all that is not
@@ -96,16 +94,16 @@ FiveTensors layer_norm_backward(const at::Tensor& dy, const MaybeTensor& dsum, c
       {dy.const_data_ptr(), data_of(dsum), total.const_data_ptr(), scale.const_data_ptr(), data_of(branch),
        data_of(gate), dx.mutable_data_ptr(), dbranch.mutable_data_ptr(), partial.mutable_data_ptr<float>()},
       shape, splits, static_cast<float>(eps), c10::cuda::getCurrentCUDAStream()));
-  const at::Tensor sums = partial.sum(2);
   const auto sum_like = [&](const at::Tensor& vector, int64_t place) {
-    return sums.select(0, place).view(vector.sizes()).to(vector.scalar_type());
+    return partial.select(0, place).sum(1).view(vector.sizes()).to(vector.scalar_type());
   };
   return {dx, sum_like(scale, 0), sum_like(scale, 1), dbranch, branch ? sum_like(*gate, 2) : none()};
 }
 
 at::Tensor autocast_cast(const at::Tensor& x, at::ScalarType dtype) {
   const auto device = x.device().type();
-  return at::autocast::is_autocast_enabled(device) ? at::autocast::cached_cast(dtype, x, device) : x.to(dtype);
+  const bool is_cast = at::autocast::is_autocast_enabled(device) && x.scalar_type() == at::kFloat;
+  return is_cast ? at::autocast::cached_cast(dtype, x, device) : x.to(dtype);
 }
 
 }  // namespace
@@ -181,7 +179,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> gelu_gradient(const at::Tensor& d
 
 void bind_transformer(pybind11::module_& module) {
   namespace py = pybind11;
-  module.def("autocast_cast", &autocast_cast, py::arg("x"), py::arg("dtype"),
+  // Without the GIL, which a thread that clears autocast's cache waits for while it keeps others from the cache.
+  module.def("autocast_cast", &autocast_cast, py::arg("x"), py::arg("dtype"), py::call_guard<py::gil_scoped_release>(),
              "x in `dtype`; where an autocast is on, as that casts it: a parameter once, until the autocast ends.");
   module.def("packed_attention", &packed_attention, py::arg("qkv"), py::arg("num_heads"),
              "Softmax attention of packed q, k and v, and the logarithm of its denominator.");

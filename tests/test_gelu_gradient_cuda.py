@@ -71,6 +71,11 @@ def test_nothing(gelu_gradient):
     empty = torch.empty(0, 16, dtype=torch.float16, device="cuda")
     dh, g, sums = gelu_gradient(empty, empty, "gelu", True)
     assert dh.shape == g.shape == (0, 16) and torch.equal(sums, torch.zeros(16, device="cuda"))
+    assert [tensor.shape for tensor in operator(empty.T[:3, :0], empty.T[:3, :0], "gelu", True)] == [
+        (3, 0),
+        (3, 0),
+        (0,),
+    ]
 
 
 def test_more_than_2_to_the_31_elements(gelu_gradient):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cuda_extension import CEILINGS, NEEDED, check_in_a_graph, random, relative_error
+from registration import check_registration
 
 from dcae_fast import ops
 from dcae_fast.ops.layer_norm import (
@@ -223,6 +224,21 @@ def test_the_operator_runs_it(backward):
     for call in (norm, torch.compile(norm, fullgraph=True)):
         gradients = torch.autograd.grad(call(*leaves)[1], leaves, dy.transpose(0, 1))
         assert all(map(torch.equal, gradients, expected))
+
+
+@pytest.mark.parametrize("width", CUDA_GRADIENT_WIDTHS)
+@pytest.mark.parametrize("form", FORMS)
+def test_registration(form, width):
+    x, scale, shift, eps, branch, gate = make_norm(form, 2, 5, torch.bfloat16, torch.float32, None, width)
+    if form == "parameters":
+        scale, shift = scale.float(), shift.float()
+    leaves = [tensor.requires_grad_() for tensor in (x, scale, shift, branch, gate) if tensor is not None]
+
+    def train():
+        s, y = ops.layer_norm(x, scale, shift, eps, branch, gate, torch.bfloat16)
+        torch.autograd.grad((s * y).float().square().mean(), leaves)
+
+    check_registration(train)
 
 
 def test_errors_name_the_argument(backward):

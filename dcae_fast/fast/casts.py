@@ -12,11 +12,23 @@ from dcae_fast.ops._library import cuda_extension
 
 
 def cast(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """weight in this type; where autocast casts, as it casts those of PyTorch's layers: once, until it ends."""
+    """weight in this type; where autocast is on, as it casts those of PyTorch's layers: a float32 parameter that wants
+    a gradient once, until it ends. While a graph is captured, which may outlive that, it is always cast anew.
+    """
     if weight.dtype == dtype:
         return weight
-    extension = None if torch.compiler.is_compiling() or not weight.is_cuda else cuda_extension()
+    if torch.compiler.is_compiling() or not weight.is_cuda or torch.cuda.is_current_stream_capturing():
+        return weight.to(dtype)
+    extension = cuda_extension()
     return weight.to(dtype) if extension is None else extension.autocast_cast(weight, dtype)
+
+
+@contextlib.contextmanager
+def without_cache(device: torch.device) -> Iterator[None]:
+    """Autocast as it is around this, except that it keeps no casts."""
+    kind = device.type
+    with torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False):
+        yield
 
 
 class Casts:
@@ -33,11 +45,11 @@ class Casts:
     @contextlib.contextmanager
     def once(self, device: torch.device) -> Iterator[None]:
         """Autocast as it is around this, with these copies in place of its cache."""
-        kind = device.type
-        enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-        with torch.autocast(kind, dtype, enabled, cache_enabled=False):
-            with _Taking(self) if enabled else contextlib.nullcontext():
-                yield
+        with (
+            without_cache(device),
+            _Taking(self) if torch.is_autocast_enabled(device.type) else contextlib.nullcontext(),
+        ):
+            yield
 
     def take(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
         """The copy of a weight; None of any other tensor."""

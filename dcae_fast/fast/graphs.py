@@ -14,7 +14,7 @@ from torch.utils._device import DeviceContext
 
 from dcae_fast import ops
 
-from .casts import Casts
+from .casts import Casts, without_cache
 from .fusion import layout_of
 from .module import plain
 from .watch import Watch
@@ -108,7 +108,7 @@ class Graphs:
         name: Hashable = (),
     ) -> Result:
         """function(*args, **kwargs), which calls the module; captured when it is called like this the second time."""
-        key = self.key(args, kwargs, name)
+        key, to_be_captured = self.key(args, kwargs, name), False
         with self._lock, self._computing():
             if key is None:
                 if self._watch is not None and not self._watch.same_addresses(module):
@@ -120,7 +120,9 @@ class Graphs:
                         return graph.replay(args, cast=True)
                 else:
                     self._called.append(key)
-        with self._computing():
+                    to_be_captured = True
+        # what autocast kept of a call before the capture would lie beside the graphs' own casts until it ends
+        with self._computing(), without_cache(args[0].device) if to_be_captured else contextlib.nullcontext():
             return function(*args, **kwargs)
 
     def _may_capture(self, module: nn.Module, args: tuple) -> bool:

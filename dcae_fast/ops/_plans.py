@@ -28,7 +28,6 @@ HOPELESS = 1.5  # times the best so far: not timed again
 FINALISTS, ROUNDS = 5, 5
 BURST, PAUSE = 3.0, 0.008  # milliseconds of work, seconds without
 LAUNCH = 200_000  # clock cycles, more than a launch from Python takes
-FALLBACK_CALL = 0.005  # milliseconds that the fallback takes longer to call than a plan, for small work
 COMPILERS = 8  # threads
 NO_PLAN = -1  # in the place of a candidate: the fallback is the fastest
 
@@ -41,13 +40,15 @@ class Library:
     """Where plans come from.
 
     work: what they do, in the plural, for the name of the file; version: of the library; untimed: the candidate that is
-    taken, unless it is NO_PLAN, where timing is out of the question or not worth while.
+    taken, unless it is NO_PLAN, where timing is out of the question or not worth while. fallback_call: milliseconds
+    that the fallback takes longer to call than a plan: it must be faster by as much, or by a tenth.
     """
 
     name: str
     work: str
     version: Callable[[], object]
     untimed: int = NO_PLAN
+    fallback_call: float = 0.0
 
 
 def found(library: Library, shape: tuple, device: torch.device) -> object | None:
@@ -104,13 +105,13 @@ def _find(library: Library, name: str, make: Callable, run: Callable, fallback: 
         return None
     plan = _build(candidates, candidate) if candidate in range(len(candidates)) else None
     if plan is None:
-        candidate, plan, is_final = _search(candidates, run, fallback)
+        candidate, plan, is_final = _search(library, candidates, run, fallback)
         if is_final:
             _write(file, name, candidate)
     return plan
 
 
-def _search(candidates, run: Callable, fallback: Callable):
+def _search(library: Library, candidates, run: Callable, fallback: Callable):
     """The place of the fastest candidate, its plan, and whether memory sufficed for all of them.
 
     A candidate that fails when it is run is left out; where the fallback fails, so does the search.
@@ -138,8 +139,9 @@ def _search(candidates, run: Callable, fallback: Callable):
                 events.append(_record(runs[candidate], calls))
                 time.sleep(PAUSE)
     torch.cuda.synchronize()
-    extra = {NO_PLAN: calls * FALLBACK_CALL}
-    best = min(bursts, key=lambda place: statistics.median(map(_elapsed, bursts[place])) + extra.get(place, 0.0))
+    times = {candidate: statistics.median(map(_elapsed, events)) for candidate, events in bursts.items()}
+    times[NO_PLAN] += min(calls * library.fallback_call, times[NO_PLAN] / 10)
+    best = min(times, key=times.get)
     return best, plans.get(best), torch.OutOfMemoryError not in failures
 
 

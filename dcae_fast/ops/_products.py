@@ -8,7 +8,13 @@ from . import _plans
 from ._library import HALVES, cuda_extension
 
 RULES = 3  # the edition of those by which candidates are taken and chosen: files of others name other ones
-CUBLASLT = _plans.Library("cuBLASLt", "products", lambda: f"{cuda_extension().cublaslt_version()}-{RULES}", untimed=0)
+CUBLASLT = _plans.Library(
+    "cuBLASLt",
+    "products",
+    lambda: f"{cuda_extension().cublaslt_version()}-{RULES}",
+    untimed=0,
+    fallback_call=0.005,
+)
 WORTH_A_SEARCH = 2e9  # multiplications: some microseconds
 
 

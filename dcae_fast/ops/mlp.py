@@ -71,7 +71,7 @@ gelu_gradient = define(
     gelu_gradient_reference,
     lambda dg, h, act, wants_g: dg.dtype == h.dtype and h.dtype in KERNEL_DTYPES,
     "gelu_gradient",
-    lambda dg, h, act, wants_g: h.shape[-1] % 8 == 0 and halves_on_hopper(dg, h),
+    lambda dg, h, act, wants_g: h.numel() > 0 and h.shape[-1] % 8 == 0 and halves_on_hopper(dg, h),
 )
 
 

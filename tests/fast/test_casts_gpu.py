@@ -1,6 +1,7 @@
 """Weights under autocast on a GPU: cast as PyTorch's own layers cast them."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -27,6 +28,55 @@ def test_a_parameter_is_cast_once_until_the_autocast_ends():
             assert cast(weight, BF16) is first
     with autocast():
         assert torch.equal(cast(weight, BF16), weight.to(BF16)) and not torch.equal(first, weight.to(BF16))
+
+
+def test_threads_that_autocast_side_by_side():
+    """Autocast's cache is one for all threads, behind a lock that the thread which clears it holds."""
+    weights = [torch.nn.Parameter(torch.randn(16, 16, device="cuda")) for _ in range(40)]
+
+    def run():
+        for _ in range(200):
+            with torch.no_grad(), autocast():
+                for weight in weights:
+                    cast(weight, BF16)
+
+    threads = [threading.Thread(target=run, daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive(), "they wait for each other"
+
+
+def test_a_graph_casts_anew():
+    weight = torch.nn.Parameter(torch.randn(8, 8, device="cuda"))
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), autocast():
+        kept = cast(weight, BF16)
+        with torch.cuda.graph(graph):
+            captured = cast(weight, BF16)
+        assert cast(weight, BF16) is kept
+        weight.add_(1)
+    graph.replay()
+    assert torch.equal(captured, weight.to(BF16))
+
+
+def test_a_call_before_the_capture_keeps_no_casts():
+    """They would lie beside those of the graphs until the autocast ends."""
+    network = build(UVIT).cuda().diffusion_model
+    x, t, y = torch.rand(2, 8, 4, 4, device="cuda"), torch.rand(2, device="cuda"), torch.tensor([3, 1], device="cuda")
+
+    def kept():
+        with torch.no_grad(), autocast():
+            network(x, t, y)
+            held = torch.cuda.memory_allocated()
+            torch.clear_autocast_cache()
+            return held - torch.cuda.memory_allocated()
+
+    dcae_fast.patch(network)
+    assert kept() > 0
+    dcae_fast.patch(network, cuda_graphs=True)
+    assert kept() == 0
 
 
 def test_without_an_autocast_nothing_is_kept():

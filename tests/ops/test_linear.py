@@ -476,3 +476,30 @@ def test_what_the_extension_refuses():
         plan(x[:8], x, x[:, 0].contiguous())
     with pytest.raises(TypeError, match="bias must be"):
         plan(x, x, x[:, 0].float())
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("residual", [None, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_found_plans_are_those_that_products_ask_for(bias, residual, weight_dtype, monkeypatch):
+    """By the same keys, or a half of a block would never find them."""
+    asked, found, dtype = [], [], torch.bfloat16
+    monkeypatch.setattr(_products, "available", lambda: True)
+    monkeypatch.setattr(_plans, "find", lambda library, key, *_: asked.append(key))
+    monkeypatch.setattr(_plans, "found", lambda library, key, device: found.append(key))
+    y, dy = torch.randn(2, 3, 16, dtype=dtype), torch.randn(2, 3, 40, dtype=dtype)
+    w1, w2 = torch.randn(40, 16, dtype=weight_dtype), torch.randn(16, 40, dtype=weight_dtype)
+    b1, b2 = (torch.randn(40), torch.randn(16)) if bias else (None, None)
+    added = None if residual is None else torch.randn(2, 3, 16, dtype=residual)
+
+    mlp._launch(y, w1, b1, w2, b2, added, "gelu")
+    linear._launch_linear_gelu(y, w1, b1, "gelu")
+    for act in ("gelu_aux", "gelu"):
+        _products.found_layer(dtype, 6, w1, _products.epilogue(act, b1))
+        if act == "gelu_aux":
+            _products.found_layer(dtype, 6, w2, _products.epilogue("", b2), residual)
+    linear._launch_input_gradient(dy, w1)
+    monkeypatch.setattr(torch, "mm", lambda left, right, out_dtype: left.to(out_dtype) @ right.to(out_dtype))  # CUDA's
+    linear._launch_weight_gradient(dy, y, bias, weight_dtype)
+    _products.found_gradients(dtype, 6, w1, bias)
+    assert asked == found and len({*asked}) == 5

@@ -112,9 +112,11 @@ def search(empty_cache, no_gpu, monkeypatch):
     monkeypatch.setattr(_plans, "_elapsed", lambda time: time)
     monkeypatch.setattr(_plans, "_milliseconds", lambda call: call())
     monkeypatch.setattr(_plans, "PAUSE", 0.0)
-    library, device = _plans.Library("Library", "works", lambda: 1), torch.device("cuda", 0)
+    device = torch.device("cuda", 0)
 
-    def find(times):
+    def find(times, **options):
+        library = _plans.Library("Library", "works", lambda: 1, **options)
+
         def run(place):
             time = next(times[place]) if isinstance(times[place], Iterator) else times[place]
             if isinstance(time, Exception):
@@ -140,10 +142,10 @@ def test_the_fastest_is_found_and_written(search, empty_cache):
     assert search({}) == 2, "not read from the file"
 
 
-@pytest.mark.parametrize("time, place", [(1.02, 0), (1.05, _plans.NO_PLAN)])
-def test_the_fallback_must_make_up_for_what_its_call_takes(time, place, search, monkeypatch):
-    monkeypatch.setattr(_plans, "FALLBACK_CALL", 0.01)  # three calls are a burst of such work
-    assert search({_plans.NO_PLAN: 1.0, 0: time, 2: 1.4}) == place
+@pytest.mark.parametrize("call, time, place", [(0.01, 1.02, 0), (0.01, 1.05, -1), (9.0, 1.09, 0), (9.0, 1.11, -1)])
+def test_the_fallback_must_make_up_for_what_its_call_takes(call, time, place, search):
+    """By three calls, a burst of such work, or a tenth of its time."""
+    assert search({_plans.NO_PLAN: 1.0, 0: time, 2: 1.4}, fallback_call=call) == place
 
 
 @pytest.mark.parametrize("calls", [0, 1, 2, 4])
