@@ -1,5 +1,7 @@
 """dcae_fast._C.layer_norm and layer_norm_backward against the formula in float64."""
 
+from functools import partial
+
 import pytest
 import torch
 from cuda_extension import CEILINGS, NEEDED, check_in_a_graph, random, relative_error
@@ -63,6 +65,12 @@ def check(function, reference, arguments, dtype, half):
         if got.numel():
             limit = max(2 * relative_error(plain, want), 4 * torch.finfo(got.dtype).eps)
             assert relative_error(got, want) <= min(limit, CEILINGS[half])
+
+
+def check_refused(function, arguments, error, message, place, value):
+    """Another value in the place of an argument raises this."""
+    with pytest.raises(error, match=message):
+        function(*arguments[:place], value, *arguments[place + 1 :])
 
 
 def check_forward(forward, arguments, half):
@@ -131,17 +139,12 @@ def test_the_operator_runs_the_forward(forward):
 
 
 def test_errors_of_the_forward_name_the_argument(forward):
-    arguments = make_norm("branch", 2, 5, torch.bfloat16, torch.float32)
-
-    def refused(error, message, place, value, dtype=torch.bfloat16):
-        changed = [value if i == place else argument for i, argument in enumerate(arguments)]
-        with pytest.raises(error, match=message):
-            forward(*changed, dtype)
-
+    arguments = [*make_norm("branch", 2, 5, torch.bfloat16, torch.float32), torch.bfloat16]
+    refused = partial(check_refused, forward, arguments)
     refused(ValueError, "x must be on a CUDA device", 0, arguments[0].cpu())
     refused(ValueError, r"x must have shape \[B, N, D\]", 0, arguments[0][..., :1148])
     refused(ValueError, "x must be contiguous", 0, arguments[0].transpose(0, 1).contiguous().transpose(0, 1))
-    refused(TypeError, "dtype must be float16 or bfloat16", 0, arguments[0], torch.float32)
+    refused(TypeError, "dtype must be float16 or bfloat16", 6, torch.float32)
     refused(TypeError, "scale must be BFloat16", 1, arguments[1].float())
     refused(ValueError, "shift must have shape", 2, arguments[2][:1])
     refused(ValueError, "branch must have shape", 4, arguments[4][:1])
@@ -242,18 +245,13 @@ def test_registration(form, width):
 
 
 def test_errors_name_the_argument(backward):
-    arguments = make("branch", 2, 5, torch.bfloat16, torch.float32)
-
-    def refused(error, message, place, value, dtype=torch.float32):
-        changed = [value if i == place else argument for i, argument in enumerate(arguments)]
-        with pytest.raises(error, match=message):
-            backward(*changed, dtype)
-
+    arguments = [*make("branch", 2, 5, torch.bfloat16, torch.float32), torch.float32]
+    refused = partial(check_refused, backward, arguments)
     refused(TypeError, "dy must be float16 or bfloat16", 0, arguments[0].float())
     refused(ValueError, "dy must have shape", 0, arguments[0][:1])
     refused(ValueError, r"total must have shape \[B, N, 512 or 1152\]", 2, arguments[2][..., :1024])
-    refused(TypeError, "total must be BFloat16", 2, arguments[2], torch.bfloat16)
-    refused(TypeError, "dtype must be BFloat16 as dy or Float", 2, arguments[2], torch.float16)
+    refused(TypeError, "total must be BFloat16", 7, torch.bfloat16)
+    refused(TypeError, "dtype must be BFloat16 as dy or Float", 7, torch.float16)
     refused(ValueError, "dsum must be contiguous", 1, arguments[1].transpose(0, 1).contiguous().transpose(0, 1))
     refused(TypeError, "scale must be BFloat16", 3, arguments[3].float())
     refused(ValueError, "branch and gate: expected both", 5, None)
