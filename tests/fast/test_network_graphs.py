@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import dcae_fast
 from dcae_fast.fast.casts import Casts
+from dcae_fast.models import uvit
 
 CONFIGS = {"uvit": UVIT, "flow": FLOW, "dit": DIT}
 LABELS = torch.tensor([3, 1, 10])
@@ -199,6 +200,23 @@ def test_casts_leave_gradients_alone(pair):
     with torch.autocast(DEVICE, torch.bfloat16), casts.once(torch.device(DEVICE)):
         network(*inputs()).sum().backward()
     assert not casts._copies and all(p.grad is not None for p in network.parameters() if p.requires_grad)
+
+
+def test_autocast_keeps_no_casts_of_a_call_before_its_capture(tape, monkeypatch):
+    """They would lie beside those of the graphs until the autocast ends."""
+    network, keeps, embedding = build(UVIT).diffusion_model.to(DEVICE), [], uvit.sinusoidal_embedding
+    dcae_fast.patch(network, cuda_graphs=True)
+
+    def record(*args):
+        keeps.append(torch.is_autocast_cache_enabled())
+        return embedding(*args)
+
+    monkeypatch.setattr(uvit, "sinusoidal_embedding", record)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        network(*inputs())
+        with torch.no_grad():
+            assert counts(network, *inputs()) == SEEN
+        assert keeps == [True, False] and torch.is_autocast_cache_enabled()
 
 
 # Sampling.
