@@ -123,7 +123,9 @@ def _mlp(parts, x, scale, shift, eps, branch, gate, dtype, w1, b1, w2, b2, act, 
 
 
 def _found_forward_plans(of_norm, w1, b1, w2, b2, act, residual):
-    """Those of both layers; None without one, or if the CUDA extension does not take the norm."""
+    """What products have for both layers, act following the first; None without one of these plans, or if the CUDA
+    extension does not take the norm.
+    """
     if not (of_norm[0].is_cuda and _products.available()):
         return None
     x, *_, dtype = of_norm
@@ -150,12 +152,13 @@ def _launch_mlp(*args):
 
 
 def _found_gradient_plans(dout, kept, w1, b1, w2, b2, first_sums, wants):
-    """Those of both layers, for the gradients of x and the weight each; None without one.
+    """The same for the gradients of both layers: of x and of the weight each.
 
-    kept: what the CUDA extension reads. first_sums: whether the first layer's bias has its gradient from a product.
+    kept: tensors that the CUDA extension reads. first_sums: whether the first bias has its gradient from a product.
     """
-    wanted = all(wants or parameter is None for wants, parameter in zip(wants, (w1, b1, w2, b2), strict=True))
-    if not (wanted and dout.is_cuda and _products.available() and halves_on_hopper(*kept)):
+    parameters = zip(wants, (w1, b1, w2, b2), strict=True)
+    all_wanted = all(wanted or parameter is None for wanted, parameter in parameters)
+    if not (all_wanted and dout.is_cuda and _products.available() and halves_on_hopper(*kept)):
         return None
     dtype, rows = kept[0].dtype, dout.shape[0] * dout.shape[1]
     first = _products.found_gradients(dtype, rows, w1, first_sums)
