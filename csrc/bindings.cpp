@@ -3,7 +3,6 @@
 #include "bindings.h"
 
 #include <climits>
-#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -55,7 +54,7 @@ struct DepthwiseConvolution {
   int height, width, channels;  // channels: of the result
   at::Tensor weight, bias;      // bias: may be undefined
 
-  DepthwiseConvolution(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias)
+  DepthwiseConvolution(const at::Tensor& x, const at::Tensor& weight, const MaybeTensor& bias)
       : x(channels_last("x", x)), guard(x.device()), dtype(dtype_of("x", x.scalar_type())), batch(x.size(0)) {
     require_value(x.size(1) > 0 && x.size(1) % 16 == 0,
                   "x must have shape [B, 2M, H, W] with M a positive multiple of 8, got ", x.sizes());
@@ -71,7 +70,7 @@ struct DepthwiseConvolution {
   const void* bias_data() const { return bias.defined() ? bias.const_data_ptr() : nullptr; }
 };
 
-at::Tensor depthwise_glu(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+at::Tensor depthwise_glu(const at::Tensor& x, const at::Tensor& weight, const MaybeTensor& bias) {
   const DepthwiseConvolution conv(x, weight, bias);
   at::Tensor out = empty_channels_last(x, conv.channels);
   if (out.numel() > 0) {

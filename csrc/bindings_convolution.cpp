@@ -10,7 +10,7 @@
 
 namespace {
 
-using Epilogue = std::vector<std::pair<std::string, std::optional<at::Tensor>>>;
+using Epilogue = std::vector<std::pair<std::string, MaybeTensor>>;
 
 cudnnDataType_t dtype_of(const at::Tensor& x) {
   switch (x.scalar_type()) {
@@ -41,7 +41,7 @@ struct BoundPlan {
   std::vector<EpilogueStep> epilogue;
 
   at::Tensor operator()(const at::Tensor& x, const at::Tensor& weight, const std::vector<at::Tensor>& operands,
-                        const std::optional<at::Tensor>& out) const {
+                        const MaybeTensor& out) const {
     const auto y_sizes = shape.output();
     check_operand("x", x, shape.x, x.device());
     check_operand("weight", weight, shape.weight, x.device());

@@ -1,7 +1,7 @@
 // Layer norm of tokens, to which a gated branch may have been added, and its gradient. See ops.h for the formulas.
 //
 // A warp owns whole tokens, so that a token is read once and its sums need no other warp. The gradient's sums over
-// tokens stay in registers until the block adds up those of its warps; a block of it fills a multiprocessor's registers.
+// tokens stay in registers until the block adds up those of its warps; one or two such blocks fill a multiprocessor's.
 
 #include <algorithm>
 #include <cstdint>
@@ -137,21 +137,27 @@ __global__ void __launch_bounds__(32 * kForwardWarps)
   }
 }
 
+// Calls `call` with kOfImage and kBranch as types; a scale of another type than T is of all images.
+template <typename T, typename S, typename Call>
+cudaError_t with_form(bool of_image, bool has_branch, Call call) {
+  if constexpr (std::is_same_v<S, T>) {
+    if (has_branch) return call(std::true_type{}, std::true_type{});
+    if (of_image) return call(std::true_type{}, std::false_type{});
+  }
+  return call(std::false_type{}, std::false_type{});
+}
+
 template <int kMost, typename X, typename T, typename S>
 cudaError_t launch_forward(const LayerNormPointers& p, const LayerNormShape& shape, float eps, cudaStream_t stream) {
   const int64_t rows = int64_t{shape.images} * shape.tokens;
-  const auto run = [&](auto kernel) {
+  return with_form<T, S>(shape.scale_is_of_image, p.branch != nullptr, [&](auto of_image, auto branch) {
+    const auto kernel = layer_norm_kernel<X, T, S, of_image.value, branch.value, kMost>;
     kernel<<<static_cast<unsigned>(divide_up(rows, kForwardWarps)), 32 * kForwardWarps, 0, stream>>>(
         static_cast<const X*>(p.x), static_cast<const S*>(p.scale), static_cast<const S*>(p.shift),
         static_cast<const T*>(p.branch), static_cast<const T*>(p.gate), static_cast<X*>(p.total),
         static_cast<T*>(p.y), rows, shape.tokens, shape.width, eps);
     return cudaGetLastError();
-  };
-  if constexpr (std::is_same_v<S, T>) {
-    if (p.branch != nullptr) return run(layer_norm_kernel<X, T, S, true, true, kMost>);
-    if (shape.scale_is_of_image) return run(layer_norm_kernel<X, T, S, true, false, kMost>);
-  }
-  return run(layer_norm_kernel<X, T, S, false, false, kMost>);
+  });
 }
 
 // Writes the sums over the warps of a block.
@@ -239,18 +245,14 @@ __global__ void __launch_bounds__(32 * kWarps, blocks_at_once(kChunks * kChunk))
 template <int kChunks, typename X, typename T, typename S>
 cudaError_t launch_backward(const LayerNormGradientPointers& p, const LayerNormShape& shape, int splits, float eps,
                             cudaStream_t stream) {
-  const auto run = [&](auto kernel) {
+  return with_form<T, S>(shape.scale_is_of_image, p.branch != nullptr, [&](auto of_image, auto branch) {
+    const auto kernel = layer_norm_backward_kernel<kChunks, X, T, S, of_image.value, branch.value>;
     kernel<<<dim3(shape.images, splits), 32 * kWarps, 0, stream>>>(
         static_cast<const T*>(p.dy), static_cast<const X*>(p.dsum), static_cast<const X*>(p.total),
         static_cast<const S*>(p.scale), static_cast<const T*>(p.branch), static_cast<const T*>(p.gate),
         static_cast<X*>(p.dx), static_cast<T*>(p.dbranch), p.sums, shape.tokens, eps);
     return cudaGetLastError();
-  };
-  if constexpr (std::is_same_v<S, T>) {
-    if (p.branch != nullptr) return run(layer_norm_backward_kernel<kChunks, X, T, S, true, true>);
-    if (shape.scale_is_of_image) return run(layer_norm_backward_kernel<kChunks, X, T, S, true, false>);
-  }
-  return run(layer_norm_backward_kernel<kChunks, X, T, S, false, false>);
+  });
 }
 
 // As many as need the fewest rounds of all the warps of so many blocks at once, where each block also takes as long as

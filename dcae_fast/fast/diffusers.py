@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from dcae_fast import ops
+from dcae_fast.ops._library import HALVES
 
 from .coder import Coder, channels_last_for_kernels
 from .fusion import (
@@ -26,7 +27,7 @@ from .module import FastModule, kind, plain
 
 def _norm_dtype(norm: nn.Module) -> torch.dtype | None:
     """diffusers' RMS norm returns its weight's type where that is wider than its input's (autocast)."""
-    return None if norm.weight.dtype in (torch.float16, torch.bfloat16) else torch.float32
+    return None if norm.weight.dtype in HALVES else torch.float32
 
 
 def _conv_norm_add(conv: nn.Module, norm: nn.Module, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:

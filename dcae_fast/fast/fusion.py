@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dcae_fast import ops
+from dcae_fast.ops._library import HALVES
 from dcae_fast.ops.conv2d import FEW_CHANNELS
 from dcae_fast.ops.rms_norm_conv2d import MOST_CHANNELS, MOST_FILTERS
 
@@ -50,7 +51,7 @@ def can_fuse_conv(conv: nn.Module | None, x: torch.Tensor, residual: torch.Tenso
     return (
         type(conv) is nn.Conv2d
         and ops.has_kernels(x)
-        and x.dtype in (torch.bfloat16, torch.float16)
+        and x.dtype in HALVES
         and all(t is None or t.dtype == x.dtype for t in (conv.weight, conv.bias, residual))
         and conv.groups == 1
         and conv.dilation == (1, 1)

@@ -11,7 +11,7 @@ import importlib.util
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
@@ -83,18 +83,19 @@ _IS_HOPPER: dict[torch.device, bool] = {}  # PyTorch takes longer to tell than s
 is_hopper._dynamo_marked_constant = True  # what torch.compiler.assume_constant_result does
 
 
+def are_aligned(tensors: Iterable[torch.Tensor], *dtypes: torch.dtype) -> bool:
+    """Whether all have one of these types, and addresses of whole 16 bytes."""
+    return all(tensor.dtype in dtypes and tensor.data_ptr() % 16 == 0 for tensor in tensors)
+
+
 def halves_on_hopper(*tensors: torch.Tensor) -> bool:
     """What the CUDA extension is written for: half precision of one type, 16-byte alignment, compute capability 9."""
-    return (
-        tensors[0].dtype in HALVES
-        and all(tensor.dtype == tensors[0].dtype and tensor.data_ptr() % 16 == 0 for tensor in tensors)
-        and is_hopper(tensors[0].device)
-    )
+    return tensors[0].dtype in HALVES and are_aligned(tensors, tensors[0].dtype) and is_hopper(tensors[0].device)
 
 
 def as_x_or_float32(x: torch.Tensor, *others: torch.Tensor) -> bool:
     """Whether the CUDA extension takes them beside x: of its type, or in float32 (autocast), and aligned."""
-    return all(other.dtype in (x.dtype, torch.float32) and other.data_ptr() % 16 == 0 for other in others)
+    return are_aligned(others, x.dtype, torch.float32)
 
 
 class Operator:

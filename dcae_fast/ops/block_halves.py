@@ -151,14 +151,15 @@ def _launch_mlp(*args):
     return _mlp(KERNELS, *args)
 
 
-def _found_gradient_plans(dout, kept, w1, b1, w2, b2, first_sums, wants):
-    """The same for the gradients of both layers: of x and of the weight each.
+def _found_gradient_plans(parts, dout, kept, w1, b1, w2, b2, first_sums, wants):
+    """The same for the gradients of both layers, of x and of the weight each, where parts are kernels.
 
     kept: tensors that the CUDA extension reads. first_sums: whether the first bias has its gradient from a product.
     """
     parameters = zip(wants, (w1, b1, w2, b2), strict=True)
     all_wanted = all(wanted or parameter is None for wanted, parameter in parameters)
-    if not (all_wanted and dout.is_cuda and _products.available() and halves_on_hopper(*kept)):
+    is_for_kernels = parts is KERNELS and dout.is_cuda and _products.available()
+    if not (is_for_kernels and all_wanted and halves_on_hopper(*kept)):
         return None
     dtype, rows = kept[0].dtype, dout.shape[0] * dout.shape[1]
     first = _products.found_gradients(dtype, rows, w1, first_sums)
@@ -169,10 +170,9 @@ def _found_gradient_plans(dout, kept, w1, b1, w2, b2, first_sums, wants):
 def _attention_gradients(parts, dout, dtotal, inputs, kept, wants):
     *of_norm, w_qkv, b_qkv, w_proj, b_proj, num_heads, residual = inputs
     total, y, qkv, attended, lse = kept
-    layers, plans = (w_qkv, b_qkv, w_proj, b_proj), None
-    if parts is KERNELS and y is not None and fits(qkv.dtype, qkv.shape[1], attended.shape[2] // num_heads):
-        plans = _found_gradient_plans(dout, (y, qkv, attended), *layers, b_qkv is not None, wants[-4:])
-    if plans:
+    layers = w_qkv, b_qkv, w_proj, b_proj
+    plans = _found_gradient_plans(parts, dout, (y, qkv, attended), *layers, b_qkv is not None, wants[-4:])
+    if plans and fits(qkv.dtype, qkv.shape[1], attended.shape[2] // num_heads):
         operands = dout, y, qkv, attended, lse, *layers, num_heads
         dy, *of_layers = cuda_extension().norm_attention_gradients(*operands, *plans)
     else:
@@ -188,9 +188,8 @@ def _attention_gradients(parts, dout, dtotal, inputs, kept, wants):
 def _mlp_gradients(parts, dout, dtotal, inputs, kept, wants):
     *of_norm, w1, b1, w2, b2, act, residual, _ = inputs
     total, y, h = kept
-    layers, plans = (w1, b1, w2, b2), None
-    if parts is KERNELS and y is not None:
-        plans = _found_gradient_plans(dout, (y, h), *layers, False, wants[-4:])
+    layers = w1, b1, w2, b2
+    plans = _found_gradient_plans(parts, dout, (y, h), *layers, False, wants[-4:])
     if plans:
         dy, *of_layers = cuda_extension().norm_mlp_gradients(dout, y, h, *layers, act, *plans)
     else:

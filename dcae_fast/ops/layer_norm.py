@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from ._library import (
     HALVES,
     KERNEL_DTYPES,
+    are_aligned,
     as_x_or_float32,
     define,
     differentiable_as,
@@ -64,9 +65,8 @@ def cuda_accepts(x, scale, shift, eps, branch, gate, dtype):
         and width % 8 == 0
         and 0 < width <= CUDA_MOST_CHANNELS
         and scale.dtype == shift.dtype
-        and all(tensor.dtype in (dtype, torch.float32) for tensor in (x, *parameters))
-        and all(tensor.dtype == dtype for tensor in halves)
-        and all(tensor.data_ptr() % 16 == 0 for tensor in (x, *parameters, *halves))
+        and are_aligned((x, *parameters), dtype, torch.float32)
+        and are_aligned(halves, dtype)
         and is_hopper(x.device)
     )
 
