@@ -61,8 +61,7 @@ class ProductPlan {
 };
 
 // Candidates that give the same result each time, keep to fp32 sums and have clusters of four blocks at the most; those
-// that cuBLASLt thinks the fastest first.
-// Throws std::runtime_error if there is none.
+// that cuBLASLt thinks the fastest first. There may be none: of a small product, for example.
 std::vector<ProductPlan> find_product_plans(cublasLtHandle_t handle, const ProductShape& shape);
 
 // cuBLASLt's handle for the current device, which is this one: made once, kept until the process ends.

@@ -81,7 +81,7 @@ def find(
             return _plans[key]
         try:
             if is_capturing or not is_worth_a_search:
-                plan = make().build(library.untimed)
+                plan = _build(make(), library.untimed)
             else:
                 plan = _find(library, repr(shape), make, run, fallback)
         except torch.OutOfMemoryError:
@@ -103,7 +103,7 @@ def _find(library: Library, name: str, make: Callable, run: Callable, fallback: 
     candidate, candidates = _read(file).get(name), make()
     if candidate == NO_PLAN:
         return None
-    plan = _build(candidates, candidate) if candidate in range(len(candidates)) else None
+    plan = _build(candidates, candidate)
     if plan is None:
         candidate, plan, is_final = _search(library, candidates, run, fallback)
         if is_final:
@@ -156,8 +156,10 @@ def _left_out_on_failure(candidate: int, timings: dict, failures: list[type]) ->
         timings.pop(candidate, None)
 
 
-def _build(candidates, place: int):
-    """A candidate's plan, None if it is not for this GPU or shape, or needs much memory."""
+def _build(candidates, place: int | None):
+    """A candidate's plan; None if there is no such candidate, or not for this GPU or shape, or it needs much memory."""
+    if place not in range(len(candidates)):
+        return None
     try:
         plan = candidates.build(place)
     except RuntimeError:

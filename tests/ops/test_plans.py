@@ -100,6 +100,14 @@ def test_a_library_that_cannot_is_asked_once(empty_cache, no_gpu):
     assert _plans.find(library, (8, 8), device, False, refuse, None, None) is None
 
 
+def test_without_candidates_the_fallback_is_taken(empty_cache, no_gpu):
+    library, device = _plans.Library("Library", "works", lambda: 1, 0), torch.device("cuda", 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _plans.find(library, (8, 8), device, False, list, None, None) is None
+    assert list(_plans._plans.values()) == [None]
+
+
 TIMES = {_plans.NO_PLAN: 3.0, 0: 2.0, 2: 1.0}
 NO_MEMORY = torch.OutOfMemoryError("out of memory")
 
@@ -114,7 +122,7 @@ def search(empty_cache, no_gpu, monkeypatch):
     monkeypatch.setattr(_plans, "PAUSE", 0.0)
     device = torch.device("cuda", 0)
 
-    def find(times, **options):
+    def find(times, make=Candidates, **options):
         library = _plans.Library("Library", "works", lambda: 1, **options)
 
         def run(place):
@@ -124,7 +132,7 @@ def search(empty_cache, no_gpu, monkeypatch):
             return time
 
         _plans._plans.clear()
-        calls = Candidates, lambda plan: run(plan.place), lambda: run(_plans.NO_PLAN)
+        calls = make, lambda plan: run(plan.place), lambda: run(_plans.NO_PLAN)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             plan = _plans.find(library, (8, 8), device, True, *calls)
@@ -146,6 +154,10 @@ def test_the_fastest_is_found_and_written(search, empty_cache):
 def test_the_fallback_must_make_up_for_what_its_call_takes(call, time, place, search):
     """By three calls, a burst of such work, or a tenth of its time."""
     assert search({_plans.NO_PLAN: 1.0, 0: time, 2: 1.4}, fallback_call=call) == place
+
+
+def test_a_search_without_candidates(search, empty_cache):
+    assert search(TIMES, make=list) == _plans.NO_PLAN
 
 
 @pytest.mark.parametrize("calls", [0, 1, 2, 4])
