@@ -60,6 +60,7 @@ REGISTRY: dict[str, type[FastModule]] = {
     **_under("dcae_fast.models.blocks", {**_BLOCKS, "RMSNorm2d": dcae.RMSNorm2d}),
     **_under("dcae_fast.models.autoencoder", _CODERS),
     "dcae_fast.models.dit.DiT": transformer.DiT,
+    "dcae_fast.models.transformer.PatchEmbed": transformer.PatchEmbed,
     "dcae_fast.models.uvit.UViT": Network,
     **_under("dc_gen.aecore.models.dc_ae", _CODERS),
     **_under("efficientvit.models.efficientvit.dc_ae", _CODERS),

@@ -8,6 +8,7 @@ together, than to launch the kernels of a block.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from dcae_fast import ops
@@ -19,6 +20,20 @@ from .module import FastModule, kind, plain
 from .network import Network
 
 GELU = {"none": "gelu", "tanh": "gelu_tanh"}  # what the operators call the forms that PyTorch knows
+
+
+class PatchEmbed(FastModule):
+    """A linear layer on patches, which is what a convolution is that reads every pixel once: cuDNN's brings images to
+    another layout and back, and its bias takes a pass of its own.
+    """
+
+    def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
+        proj = self._modules["proj"]
+        if not (is_ordinary(x) and type(proj) is nn.Conv2d and plain(proj) and has_dtype(proj, x)):
+            return self.eager(x)
+        weight, bias = operands_of(proj, compute_dtype(x))
+        patches = F.pixel_unshuffle(x, proj.kernel_size[0]).flatten(2).transpose(1, 2)  # as the weight's [C, p, p]
+        return F.linear(patches, weight.flatten(1), bias)
 
 
 class TransformerBlock(FastModule):
@@ -139,8 +154,11 @@ def can_fuse(block: nn.Module, x: torch.Tensor) -> bool:
 
 def is_linear(layer: nn.Module, x: torch.Tensor) -> bool:
     """Whether this is a linear layer with weights of its own in the dtype of x, or of any where autocast is on."""
-    if type(layer) is not nn.Linear:
-        return False
+    return type(layer) is nn.Linear and has_dtype(layer, x)
+
+
+def has_dtype(layer: nn.Module, x: torch.Tensor) -> bool:
+    """Whether the weight is the layer's own, and in the dtype of x, or of any where autocast is on."""
     weight = layer._parameters.get("weight")
     return is_ordinary(weight) and (weight.dtype == x.dtype or autocasts(x))
 
@@ -181,7 +199,7 @@ def parameters_of(layer: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor |
 
 
 def operands_of(
-    layer: nn.Linear, dtype: torch.dtype, residual: torch.dtype | None = None
+    layer: nn.Linear | nn.Conv2d, dtype: torch.dtype, residual: torch.dtype | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weight and bias as operators take them: the weight in the dtype of the product, the bias in that of the result,
     or both in float32 where there are gradients, so that their own are not rounded either.

@@ -238,6 +238,23 @@ def test_eager_calls_embed_once():
     assert calls == ["embedded", "block"]
 
 
+def test_patches_are_the_rows_of_a_linear_layer(networks, monkeypatch):
+    plain, fast = (getattr(each, "patch_embed", None) or each.x_embedder for each in networks)
+    called, run = [], nn.functional.linear
+    monkeypatch.setattr(nn.functional, "linear", lambda *args: called.append(args) or run(*args))
+    x = inputs()[0].requires_grad_()
+    tokens = fast(x)
+    assert len(called) == 1 and tokens.is_contiguous()
+    torch.testing.assert_close(tokens, plain(x))
+    weights = torch.randn_like(tokens)
+    got, want = (torch.autograd.grad((each(x) * weights).sum(), (x, *each.parameters())) for each in (fast, plain))
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    called.clear()
+    fast.proj.register_forward_hook(lambda *args: None)
+    torch.testing.assert_close(fast(x), plain(x))
+    assert not called, "a hook would not be"
+
+
 def test_norms_without_bias_run_as_they_are():
     plain, _ = pair("uvit")
     plain.mid_block.norm1 = nn.LayerNorm(SIZES["hidden_size"], bias=False, device=DEVICE)
