@@ -33,7 +33,7 @@ class PatchEmbed(FastModule):
             return self.eager(x)
         weight, bias = operands_of(proj, compute_dtype(x))
         patches = F.pixel_unshuffle(x, proj.kernel_size[0]).flatten(2).transpose(1, 2)  # as the weight's [C, p, p]
-        return F.linear(patches, weight.flatten(1), bias)
+        return F.linear(patches.contiguous(), weight.flatten(1), bias)  # adds the bias within the product
 
 
 class TransformerBlock(FastModule):
