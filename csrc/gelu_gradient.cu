@@ -13,7 +13,7 @@ namespace {
 
 constexpr int kWarps = 4;
 constexpr int kColumns = 256;  // of a block
-constexpr int kBlocks = 16;    // of a multiprocessor
+constexpr int kBlocks = 12;    // of a multiprocessor, at once
 constexpr int kPairs = 4;      // a lane's, of one row
 
 struct Value {
@@ -38,16 +38,16 @@ __device__ Value gelu(float h) {
   }
 }
 
-// Blocks count over (blocks of columns, splits of the rows).
+// Blocks count over (blocks of columns, splits of the rows). All run at once: no second wave of them is half empty.
 template <typename T, bool kTanh, bool kGelu>
-__global__ void __launch_bounds__(32 * kWarps)
+__global__ void __launch_bounds__(32 * kWarps, kBlocks)
     gelu_gradient_kernel(const T* __restrict__ dg, const T* __restrict__ h, T* __restrict__ dh, T* __restrict__ g,
                          float* __restrict__ sums, int64_t rows, int columns) {
   __shared__ __align__(16) float shared[kWarps][kColumns];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = blockIdx.x * kColumns + 8 * lane;
   float total[2 * kPairs] = {};
   if (column < columns) {
-#pragma unroll 2
+#pragma unroll 1
     for (int64_t row = int64_t{blockIdx.y} * kWarps + warp; row < rows; row += int64_t{gridDim.y} * kWarps) {
       const int64_t at = row * columns + column;
       const uint4 of_dg = __ldg(reinterpret_cast<const uint4*>(dg + at));
@@ -84,8 +84,8 @@ __global__ void __launch_bounds__(32 * kWarps)
 cudaError_t gelu_gradient_splits(int64_t rows, int columns, int* splits) {
   int processors;
   if (const auto error = count_processors(&processors)) return error;
-  const int64_t fill = divide_up(int64_t{kBlocks} * processors, divide_up(columns, kColumns));
-  *splits = static_cast<int>(std::clamp<int64_t>(divide_up(rows, kWarps), 1, fill));
+  const int64_t fit = std::max<int64_t>(kBlocks * processors / divide_up(columns, kColumns), 1);
+  *splits = static_cast<int>(std::clamp<int64_t>(divide_up(rows, kWarps), 1, fit));
   return cudaSuccess;
 }
 

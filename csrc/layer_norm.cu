@@ -85,10 +85,14 @@ __device__ void store8(T* to, Channels x) {
                                    narrow<T>(x.high.x, x.high.y), narrow<T>(x.high.z, x.high.w)};
 }
 
-// A token of at most kMost * 256 channels. All that is read is asked for before the first sum. Lanes beyond the width
-// read its last channels once more and write nothing.
+// Blocks of the forward pass that a multiprocessor holds at least: many where the scale is a parameter, as long as their
+// tokens fit into registers; else (0) as many as it comes.
+constexpr int forward_blocks(bool of_image, int most) { return of_image ? 0 : most <= 5 ? 6 : 4; }
+
+// A token of at most kMost * 256 channels. All that is read from memory is asked for before the first sum; parameters,
+// which are in the cache, after the last one. Lanes beyond the width read its last channels once more and write nothing.
 template <typename X, typename T, typename S, bool kOfImage, bool kBranch, int kMost>
-__global__ void __launch_bounds__(32 * kForwardWarps)
+__global__ void __launch_bounds__(32 * kForwardWarps, forward_blocks(kOfImage, kMost))
     layer_norm_kernel(const X* __restrict__ x, const S* __restrict__ scale, const S* __restrict__ shift,
                       const T* __restrict__ branch, const T* __restrict__ gate, X* __restrict__ total,
                       T* __restrict__ y, int64_t rows, int tokens, int width, float eps) {
@@ -97,8 +101,12 @@ __global__ void __launch_bounds__(32 * kForwardWarps)
   const int64_t token = row * width, of = kOfImage ? row / tokens * width : 0;
   const auto column = [&](int i) { return static_cast<int>(threadIdx.x % 32 * 8 + i * 256); };
   const auto inside = [&](int i) { return min(column(i), width - 8); };
-
   Channels s[kMost], factor[kMost], addend[kMost];
+  const auto load_scale_and_shift = [&](int i) {
+    factor[i] = load8(scale + of + inside(i));
+    addend[i] = load8(shift + of + inside(i));
+  };
+
 #pragma unroll
   for (int i = 0; i < kMost; ++i) s[i] = load8(x + token + inside(i));
   if constexpr (kBranch) {
@@ -112,10 +120,9 @@ __global__ void __launch_bounds__(32 * kForwardWarps)
       if (column(i) < width) store8(total + token + column(i), s[i]);
     }
   }
+  if constexpr (kOfImage) {
 #pragma unroll
-  for (int i = 0; i < kMost; ++i) {
-    factor[i] = load8(scale + of + inside(i));
-    addend[i] = load8(shift + of + inside(i));
+    for (int i = 0; i < kMost; ++i) load_scale_and_shift(i);
   }
   float mean = 0.0f, variance = 0.0f;
 #pragma unroll
@@ -131,6 +138,7 @@ __global__ void __launch_bounds__(32 * kForwardWarps)
   const float rstd = rsqrtf(sum_of(variance) / width + eps), one = kOfImage ? 1.0f : 0.0f;
 #pragma unroll
   for (int i = 0; i < kMost; ++i) {
+    if (!kOfImage) load_scale_and_shift(i);
     const Channels out = {s[i].low * rstd * (factor[i].low + one) + addend[i].low,
                           s[i].high * rstd * (factor[i].high + one) + addend[i].high};
     if (column(i) < width) store8(y + token + column(i), out);
