@@ -252,7 +252,7 @@ def test_patches_are_the_rows_of_a_linear_layer(networks, monkeypatch):
     called.clear()
     fast.proj.register_forward_hook(lambda *args: None)
     torch.testing.assert_close(fast(x), plain(x))
-    assert not called, "a hook would not be"
+    assert not called, "then the convolution is called, and its hook"
 
 
 def test_norms_without_bias_run_as_they_are():
