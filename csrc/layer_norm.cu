@@ -85,12 +85,13 @@ __device__ void store8(T* to, Channels x) {
                                    narrow<T>(x.high.x, x.high.y), narrow<T>(x.high.z, x.high.w)};
 }
 
-// Blocks of the forward pass that a multiprocessor holds at least: many where the scale is a parameter, as long as their
-// tokens fit into registers; else (0) as many as it comes.
+// Blocks of the forward pass that a multiprocessor holds at least: many where the scale is a parameter, as long as
+// their tokens fit into registers; else (0) as many as it comes.
 constexpr int forward_blocks(bool of_image, int most) { return of_image ? 0 : most <= 5 ? 6 : 4; }
 
 // A token of at most kMost * 256 channels. All that is read from memory is asked for before the first sum; parameters,
-// which are in the cache, after the last one. Lanes beyond the width read its last channels once more and write nothing.
+// which are in the cache, after the last one. Lanes beyond the width read its last channels once more and write
+// nothing.
 template <typename X, typename T, typename S, bool kOfImage, bool kBranch, int kMost>
 __global__ void __launch_bounds__(32 * kForwardWarps, forward_blocks(kOfImage, kMost))
     layer_norm_kernel(const X* __restrict__ x, const S* __restrict__ scale, const S* __restrict__ shift,
