@@ -85,15 +85,18 @@ __device__ void store8(T* to, Channels x) {
                                    narrow<T>(x.high.x, x.high.y), narrow<T>(x.high.z, x.high.w)};
 }
 
-// Blocks of the forward pass that a multiprocessor holds at least: many where the scale is a parameter, as long as
-// their tokens fit into registers; else (0) as many as it comes.
-constexpr int forward_blocks(bool of_image, int most) { return of_image ? 0 : most <= 5 ? 6 : 4; }
+// Blocks of the forward pass that a multiprocessor holds at least: where the scale is a parameter, as many as there are
+// registers for; else (0) as it comes.
+template <typename S>
+constexpr int forward_blocks(bool of_image, int most) {
+  return of_image ? 0 : most > 5 ? 4 : std::is_same_v<S, float> ? 6 : 5;
+}
 
 // A token of at most kMost * 256 channels. All that is read from memory is asked for before the first sum; parameters,
 // which are in the cache, after the last one. Lanes beyond the width read its last channels once more and write
 // nothing.
 template <typename X, typename T, typename S, bool kOfImage, bool kBranch, int kMost>
-__global__ void __launch_bounds__(32 * kForwardWarps, forward_blocks(kOfImage, kMost))
+__global__ void __launch_bounds__(32 * kForwardWarps, forward_blocks<S>(kOfImage, kMost))
     layer_norm_kernel(const X* __restrict__ x, const S* __restrict__ scale, const S* __restrict__ shift,
                       const T* __restrict__ branch, const T* __restrict__ gate, X* __restrict__ total,
                       T* __restrict__ y, int64_t rows, int tokens, int width, float eps) {
