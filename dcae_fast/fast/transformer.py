@@ -23,8 +23,8 @@ GELU = {"none": "gelu", "tanh": "gelu_tanh"}  # what the operators call the form
 
 
 class PatchEmbed(FastModule):
-    """A linear layer on patches, which is what a convolution is that reads every pixel once: cuDNN's brings images to
-    another layout and back, and its bias takes a pass of its own.
+    """This project's, as a linear layer on patches, which is what a convolution is that reads every pixel once: cuDNN's
+    brings images to another layout and back, and its bias takes a pass of its own.
     """
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
