@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import dcae_fast
 
-from . import describe, images
+from . import describe, distributed, images
 from . import sample as sampling
 from .commands.cache_latents import cache_latents
 from .commands.common import Compute, UsageError, make_folder, with_files
@@ -325,7 +325,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.CascadeSubcommandArgs),
         )
     except (UsageError, DeviceError, CheckpointError, OSError) as error:
-        print(f"dcae-fast: {error}", file=sys.stderr)
+        distributed.print_failure(f"dcae-fast: {error}")
         return 2
     except KeyboardInterrupt:
         print("dcae-fast: interrupted", file=sys.stderr)

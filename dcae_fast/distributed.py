@@ -1,10 +1,13 @@
 """The processes that torchrun started, or this one alone: a thin layer over torch.distributed."""
 
+import json
 import os
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,6 +93,16 @@ def print_main(*values: Any, error: bool = False) -> None:
     """print in the main process alone; to stderr if it is about an error."""
     if is_main():
         print(*values, file=sys.stderr if error else sys.stdout, flush=True)
+
+
+def print_failure(message: str) -> None:
+    """Prints to stderr why this process ends; under torchrun once, and torchrun's own report shows it for each rank."""
+    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if report:
+        with suppress(OSError):
+            Path(report).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
+    if not report or os.environ.get("RANK") == "0":
+        print(message, file=sys.stderr, flush=True)
 
 
 def share(items: int) -> range:

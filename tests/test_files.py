@@ -1,0 +1,69 @@
+"""Files are whole or absent, and one that cannot be written is named, whichever library writes it."""
+
+import resource
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from dcae_fast.files import WriteError, leftovers, writing, written_atomically
+
+LARGE = torch.rand(64, 64, 3)
+WRITERS = {
+    "safetensors": lambda path: save_file({"x": LARGE}, path),
+    "torch": lambda path: torch.save(LARGE, path),
+    "numpy": lambda path: np.save(path.open("wb"), LARGE.numpy()),
+    "pillow": lambda path: Image.fromarray((LARGE * 255).byte().numpy()).save(path, format="PNG"),
+    "python": lambda path: path.write_bytes(LARGE.numpy().tobytes()),
+}
+
+
+@pytest.fixture
+def full_disk():
+    """No file can grow beyond 4 KiB."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_file_that_does_not_fit(tmp_path, full_disk, writer):
+    path = tmp_path / "result"
+    path.write_text("the former one")
+    with pytest.raises(WriteError, match=r"/result: not written: .*(File too large|disk full)"):
+        with written_atomically(path) as temporary:
+            WRITERS[writer](temporary)
+    assert path.read_text() == "the former one" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_is_absent(tmp_path):
+    with pytest.raises(WriteError, match="/absent/result: not written: No such file"):
+        with written_atomically(tmp_path / "absent" / "result"):
+            raise AssertionError
+
+
+def test_other_errors_stay_what_they_are(tmp_path):
+    with pytest.raises(ZeroDivisionError), written_atomically(tmp_path / "result"):
+        raise ZeroDivisionError
+    with pytest.raises(WriteError, match="inner: not written"), writing(tmp_path / "outer"):
+        with writing(tmp_path / "inner"):
+            raise OSError(28, "No space left on device")
+
+
+def test_what_killed_processes_leave(tmp_path):
+    program = f"""
+import os, pathlib, dcae_fast.files
+with dcae_fast.files.written_atomically(pathlib.Path({str(tmp_path)!r}) / "result") as temporary:
+    os._exit(0)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+    (tmp_path / ".tmpAb12Zz").touch()  # safetensors'
+    for name in ("result", ".hidden", "x.part"):
+        (tmp_path / name).touch()
+    left = leftovers(tmp_path)
+    assert len(left) == 2 and all(path.name.startswith((".result.", ".tmp")) for path in left)
