@@ -24,6 +24,7 @@ from .commands.eval_diffusion import eval_diffusion
 from .commands.reference_stats import reference_stats
 from .commands.train_diffusion import train_diffusion
 from .diffusion import DCAEDiffusion
+from .finite import NotFiniteError, check_finite
 from .models import diffusion_zoo
 from .models.autoencoder import DCAE
 from .models.checkpoint import WEIGHTS as LAYOUTS
@@ -112,6 +113,7 @@ def encode(
     def one(path: Path, stem: str) -> str:
         x, size = load_photograph(path, network, fit)
         z = network.encode(x)
+        check_finite(z, ["the latent"], z.dtype)
         save_latent(Latent(z, model, network.scaling_factor, size, fit), out / f"{stem}.safetensors")
         return f"{path} -> {stem}.safetensors: {list(z.shape)}"
 
@@ -142,7 +144,9 @@ def decode(latents: Paths, *, out: Path = Path("outputs"), compute: Compute) -> 
         network = load(latent.model)
         weight = next(network.parameters())
         z = latent.z.to(weight.device, weight.dtype, memory_format=torch.channels_last)
-        picture = images.to_image(latent.crop(network.decode(z)))
+        y = network.decode(z)
+        check_finite(y, ["the picture"], y.dtype)
+        picture = images.to_image(latent.crop(y))
         images.save_png(picture, out / f"{stem}-decoded.png")
         return f"{path} -> {stem}-decoded.png: {picture.width}x{picture.height}"
 
@@ -300,9 +304,9 @@ def _for_each(files: Sequence[Path], work: Callable[[Path, str], str], out: Path
     for path, stem in tqdm(list(zip(files, _stems(files), strict=True)), unit="file", disable=None):
         try:
             tqdm.write(work(path, stem))
-        except (images.PhotographError, LatentError, CheckpointError) as error:  # latents name a model of their own
-            failed = 1
-            named = f"{path}: " if isinstance(error, CheckpointError) else ""
+        except (images.PhotographError, LatentError, CheckpointError, NotFiniteError) as error:
+            failed = 1  # CheckpointError: latents name a model of their own
+            named = f"{path}: " if isinstance(error, (CheckpointError, NotFiniteError)) else ""
             tqdm.write(f"failed: {named}{error}", file=sys.stderr)
         except torch.OutOfMemoryError:
             failed = 1
@@ -327,6 +331,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UsageError, DeviceError, CheckpointError, OSError) as error:
         distributed.print_failure(f"dcae-fast: {error}")
         return 2
+    except NotFiniteError as error:
+        print(f"dcae-fast: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("dcae-fast: interrupted", file=sys.stderr)
         return 130

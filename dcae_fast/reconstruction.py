@@ -14,6 +14,7 @@ import dcae_fast
 
 from . import ops
 from .files import written_atomically
+from .finite import check_finite
 from .images import PhotographError, fit, psnr, read_photograph, to_uint8
 from .models.autoencoder import DCAE
 
@@ -86,17 +87,19 @@ def reconstruct(path: Path, model: DCAE, how: str, patch: bool) -> Reconstructio
     """Encodes and decodes a photograph; with `patch` by the patched model, which is compared with the plain one.
 
     Where the operators have no kernels, on a CPU, patching changes nothing and there is nothing to compare. On a GPU a
-    first run, in which kernels are compiled, is not timed.
+    first run, in which kernels are compiled, is not timed. Raises NotFiniteError.
     """
     x, (height, width) = load_photograph(path, model, how)
     if patch and ops.has_kernels(x):
         with dcae_fast.patched(model):
             y, seconds = _timed(model, x)
         plain = model(x).float()
+        check_finite(plain, ["the reconstruction by the plain model"], x.dtype)
         error = y.float() - plain
         difference = (error.abs().max().item(), (error.norm() / plain.norm()).item())
     else:
         (y, seconds), difference = _timed(model, x), None
+    check_finite(y, ["the reconstruction"], x.dtype)
     original, picture = (to_uint8(image)[..., :height, :width].cpu() for image in (x, y))
     return Reconstruction(original, picture, seconds, psnr(picture, original).item(), difference)
 
@@ -150,6 +153,8 @@ def load_latent(path: Path) -> Latent:
         with safe_open(path, framework="pt") as file:
             z, metadata = file.get_tensor("latent"), file.metadata()
         factor = metadata["scaling_factor"]
+        if not z.isfinite().all():
+            raise ValueError("NaN or infinity in the latent")
         return Latent(
             z,
             metadata["model"],

@@ -13,6 +13,7 @@ import dcae_fast
 
 from .diffusion import DCAEDiffusion
 from .files import written_atomically
+from .finite import check_finite
 from .images import to_uint8
 from .models.diffusion_zoo import diffusion_config, diffusion_hub_id
 from .models.zoo import autoencoder_hub_id
@@ -74,13 +75,14 @@ def sample(model: DCAEDiffusion, request: Request) -> torch.Tensor:
 
 
 def generate(model: DCAEDiffusion, request: Request, progress: Callable[[], object] | None = None) -> torch.Tensor:
-    """Latents [B, C, h, w]; progress: called after each call of the network. Raises what `DCAEDiffusion.generate` does.
+    """Latents [B, C, h, w]; progress: called after each call of the network.
 
-    The transformer runs under autocast in the dtype of the autoencoder, as in the original's evaluation.
+    The transformer runs under autocast in the dtype of the autoencoder, as in the original's evaluation. Raises what
+    `DCAEDiffusion.generate` does, and NotFiniteError.
     """
     weight = next(model.autoencoder.parameters())
     with torch.autocast(weight.device.type, weight.dtype, enabled=weight.dtype != torch.float32):
-        return model.generate(
+        latents = model.generate(
             torch.tensor(request.labels, device=weight.device),
             cfg_scale=request.cfg,
             generator=torch.Generator(weight.device).manual_seed(request.seed),
@@ -88,12 +90,20 @@ def generate(model: DCAEDiffusion, request: Request, progress: Callable[[], obje
             steps=request.steps,
             progress=progress,
         )
+    check_finite(latents, [f"latent {i} (class {label})" for i, label in enumerate(request.labels, 1)], weight.dtype)
+    return latents
 
 
 @torch.inference_mode()
 def decode(model: DCAEDiffusion, latents: torch.Tensor) -> torch.Tensor:
-    """Latents → pictures, uint8 [B, 3, H, W] on the CPU, a few at a time."""
-    return torch.cat([to_uint8(model.decode(part)).cpu() for part in latents.split(DECODED_AT_ONCE)])
+    """Latents → pictures, uint8 [B, 3, H, W] on the CPU, a few at a time. Raises NotFiniteError."""
+    pictures = []
+    for part in latents.split(DECODED_AT_ONCE):
+        y = model.decode(part)
+        first = len(pictures) * DECODED_AT_ONCE + 1
+        check_finite(y, [f"picture {first + i}" for i in range(len(y))], y.dtype)
+        pictures.append(to_uint8(y).cpu())
+    return torch.cat(pictures)
 
 
 def save_latents(latents: torch.Tensor, request: Request, model: str, path: Path) -> None:

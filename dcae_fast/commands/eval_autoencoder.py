@@ -76,7 +76,9 @@ def eval_autoencoder(
         except torch.OutOfMemoryError as error:
             raise UsageError(f"--batch {batch}: does not fit in the device's memory") from error
         failed = [each for part in distributed.all_gather(batches.failed) for each in part]
-        if distributed.is_main():
+        if not results:
+            distributed.print_main("no picture could be measured; results.json is not written", error=True)
+        elif distributed.is_main():
             settings = {"resolution": resolution, "dtype": str(dtype).removeprefix("torch."), "patch": compute.patch}
             settings |= {"images": len(next(iter(results.values())).psnr)}
             settings |= {"reference": None if reference is None else str(reference)}

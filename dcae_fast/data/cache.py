@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dcae_fast import distributed
+from dcae_fast.finite import finite_rows, not_finite
 from dcae_fast.models.autoencoder import DCAE
 
 from .encode import BatchEncoder, automatic_batch, encode_batches
@@ -116,10 +117,11 @@ def _encode(pictures: Pictures, indices: list[int], store: Store, encode: BatchE
     workers = min(workers, -(-len(indices) // encode.batch))
     on_cuda = next(encode.model.parameters()).is_cuda
     loader = DataLoader(dataset, encode.batch, num_workers=workers, collate_fn=collate, pin_memory=on_cuda)
+    finish = partial(_write, store, not_finite(["its latent"], encode.dtype))
     begin = time.perf_counter()
     quiet = None if distributed.is_main() else True
     with tqdm(total=len(indices), unit="image", disable=quiet) as bar:
-        for done in encode_batches(loader, encode, store.dtype, partial(_write, store), store.writers):
+        for done in encode_batches(loader, encode, store.dtype, finish, store.writers):
             sums, failed = done.result
             outcome.sums |= sums
             outcome.failed += [*done.crops.failed, *failed]
@@ -130,13 +132,17 @@ def _encode(pictures: Pictures, indices: list[int], store: Store, encode: BatchE
     return outcome
 
 
-def _write(store: Store, indices: list[int], latents: torch.Tensor) -> tuple[dict[int, Sums], list[tuple[int, str]]]:
+def _write(
+    store: Store, reason: str, indices: list[int], latents: torch.Tensor
+) -> tuple[dict[int, Sums], list[tuple[int, str]]]:
     """Writes the latents that are finite: their sums by number, and (number, reason) of the others."""
-    sums = {index: Sums.of(z.float().numpy()) for index, z in zip(indices, latents, strict=True)}
-    rows = [row for row, index in enumerate(indices) if sums[index].finite]
-    failed = [(index, "its latent is not finite") for index in indices if not sums[index].finite]
-    store.write([indices[row] for row in rows], latents[rows] if failed else latents)
-    return {indices[row]: sums[indices[row]] for row in rows}, failed
+    finite = finite_rows(latents)
+    failed = [(index, reason) for index, fine in zip(indices, finite, strict=True) if not fine]
+    if failed:
+        rows = [row for row, fine in enumerate(finite) if fine]
+        indices, latents = [indices[row] for row in rows], latents[rows]
+    store.write(indices, latents)
+    return {index: Sums.of(z.float().numpy()) for index, z in zip(indices, latents, strict=True)}, failed
 
 
 def _report(

@@ -103,7 +103,7 @@ class Launcher:
 
     def __call__(self, pixels: torch.Tensor) -> Latents:
         if len(pixels) == 0:
-            return lambda: (torch.empty(0, dtype=self.dtype), 0.0)
+            return lambda: (torch.empty(0, 0, 0, 0, dtype=self.dtype), 0.0)
         if self._upload is None:
             begin = time.perf_counter()
             latents = self.encode(pixels.to(self.device)).to(self.dtype).cpu()

@@ -3,13 +3,15 @@
 import math
 from collections import defaultdict
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from PIL import Image
 
 from dcae_fast import distributed, images
-from dcae_fast.data.manifest import DataError, Sums, statistics
-from dcae_fast.data.pictures import collate
+from dcae_fast.data.manifest import Sums, statistics
+from dcae_fast.data.pictures import Crops, collate
+from dcae_fast.finite import finite_rows, not_finite
 from dcae_fast.models.autoencoder import DCAE
 
 from .metrics import frechet_distance
@@ -61,20 +63,23 @@ def evaluate(
     """Each model's result on all ranks' pictures, by its name.
 
     networks: those of `NETWORKS` that there are; reference: for rFID, or the pictures' own statistics if None.
-    Of a single picture there is no rFID. Raises DataError where none can be read.
+    Of a single picture there is no rFID. A picture for which any model computes NaN or infinity is added to
+    `batches.failed` and counts for no model; the result is empty if no picture is left.
     """
     measured, originals = {name: Measured() for name in models}, MomentSums()
     for crops in progress(batches):
-        for number, (name, model) in enumerate(models.items()):
-            x, y, z = reconstruct(model, crops.pixels)
-            _measure(measured[name], crops.indices, networks, x, y, z)
-            if number == 0 and "fid" in networks and reference is None:
-                originals.add(networks["fid"](x))
+        indices, results = _reconstruct_all(batches, crops, models)
+        if not indices:
+            continue
+        for name, result in results.items():
+            _measure(measured[name], indices, networks, result)
+        if "fid" in networks and reference is None:
+            originals.add(networks["fid"](next(iter(results.values())).x))
     for each in measured.values():
         each.gather()
     pictures = len(next(iter(measured.values())).latents)
     if not pictures:
-        raise DataError("no picture could be read")
+        return {}
     if "fid" not in networks or pictures < 2:
         reference = None
     elif reference is None:
@@ -82,15 +87,53 @@ def evaluate(
     return {name: _result(each, reference) for name, each in measured.items()}
 
 
-def _measure(
-    measured: Measured,
-    indices: list[int],
-    networks: dict[str, Network],
-    x: torch.Tensor,
-    y: torch.Tensor,
-    z: torch.Tensor,
-) -> None:
-    """Adds a batch: pictures x, reconstructions y and latents z."""
+class Reconstructed(NamedTuple):
+    """x, y: pictures and reconstructions, uint8 [n, 3, H, W]; z: latents; finite: of each, whether y and z are."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+    z: torch.Tensor
+    finite: list[bool]
+
+    def take(self, rows: list[int]) -> "Reconstructed":
+        return Reconstructed(self.x[rows], self.y[rows], self.z[rows], [self.finite[row] for row in rows])
+
+
+@torch.inference_mode()
+def reconstruct(model: DCAE, pixels: torch.Tensor) -> Reconstructed:
+    """Encodes and decodes pixels, uint8 [n, H, W, 3]; the results are on the model's device.
+
+    x is what is left of the pictures in the dtype of the model, as in the original.
+    """
+    weight = next(model.parameters())
+    x = channels_first(pixels.to(weight.device, non_blocking=True)).float().div_(255).mul_(2).sub_(1).to(weight.dtype)
+    z = model.encode(x)
+    y = model.decode(z)
+    finite = [a and b for a, b in zip(finite_rows(z), finite_rows(y), strict=True)]
+    return Reconstructed(images.to_uint8(x), images.to_uint8(y), z, finite)
+
+
+def _reconstruct_all(
+    batches: FolderBatches, crops: Crops, models: dict[str, DCAE]
+) -> tuple[list[int], dict[str, Reconstructed]]:
+    """Numbers of the pictures for which every model computes finite results, and each model's results for these."""
+    results = {name: reconstruct(model, crops.pixels) for name, model in models.items()}
+    rows = []
+    for row, index in enumerate(crops.indices):
+        bad = [name for name, result in results.items() if not result.finite[row]]
+        if bad:
+            reason = not_finite([f"the reconstruction by {name}" for name in bad], results[bad[0]].z.dtype)
+            batches.failed.append((batches.pictures.items[index].name, reason))
+        else:
+            rows.append(row)
+    if len(rows) < len(crops.indices):
+        results = {name: result.take(rows) for name, result in results.items()}
+    return [crops.indices[row] for row in rows], results
+
+
+def _measure(measured: Measured, indices: list[int], networks: dict[str, Network], batch: Reconstructed) -> None:
+    """Adds a batch."""
+    x, y, z, _ = batch
     measured.latents |= {i: Sums.of(each.numpy()) for i, each in zip(indices, z.float().cpu(), strict=True)}
     measured.add("psnr", indices, images.psnr(y, x))
     for name in ("ssim", "lpips"):
@@ -110,31 +153,27 @@ def _result(measured: Measured, reference: Moments | None) -> Result:
     return Result({name: figures[name] for name in COLUMNS if name in figures}, measured.scores["psnr"])
 
 
-@torch.inference_mode()
-def reconstruct(model: DCAE, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """uint8 [n, H, W, 3] → picture and reconstruction, uint8 [n, 3, H, W], and the latents, on the model's device.
-
-    The picture is what is left of it in the dtype of the model, as in the original.
-    """
-    weight = next(model.parameters())
-    x = channels_first(pixels.to(weight.device, non_blocking=True)).float().div_(255).mul_(2).sub_(1).to(weight.dtype)
-    z = model.encode(x)
-    return images.to_uint8(x), images.to_uint8(model.decode(z)), z
-
-
 def examples(batches: FolderBatches, models: dict[str, DCAE], psnr: dict[int, float]) -> Image.Image:
-    """The pictures of the best, the median and the worst PSNR, a row each, beside each model's reconstruction."""
+    """The pictures of the best, the median and the worst PSNR, a row each, beside each model's reconstruction.
+
+    Of one or two pictures each has one row.
+    """
     order = sorted(psnr, key=lambda index: (-psnr[index], index))
+    titles = {
+        order[len(order) // 2]: "median",
+        order[-1]: "worst",
+        order[0]: "best",
+    }  # the later of two for one picture
     rows = []
-    for what, index in zip(("best", "median", "worst"), (order[0], order[len(order) // 2], order[-1]), strict=True):
+    for index in sorted(titles, key=order.index):
         pixels = collate([batches.crops([index])[0]]).pixels
         row = []
         for name, model in models.items():
-            x, y, _ = reconstruct(model, pixels)
+            x, y, _, _ = reconstruct(model, pixels)
             if not row:
                 row.append((images.to_image(x), "original"))
             row.append((images.to_image(y), f"{name}, PSNR {images.psnr(y, x).item():.2f} dB"))
-        rows.append(images.side_by_side(row, f"{what}: {batches.pictures.items[index].name}"))
+        rows.append(images.side_by_side(row, f"{titles[index]}: {batches.pictures.items[index].name}"))
     sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
     for number, row in enumerate(rows):
         sheet.paste(row, (0, sum(above.height for above in rows[:number])))

@@ -22,6 +22,7 @@ from dcae_fast import sample as sampling
 from dcae_fast.data.manifest import DataError
 from dcae_fast.diffusion import DCAEDiffusion
 from dcae_fast.files import written_atomically
+from dcae_fast.finite import NotFiniteError
 
 from .labels import class_labels
 from .metrics import NEIGHBOURS, SPLITS, frechet_distance, inception_score, maximum_mean_discrepancy, precision_recall
@@ -191,23 +192,33 @@ class SampleFolder:
 
 @torch.inference_mode()
 def generate(model: DCAEDiffusion, folder: SampleFolder, networks: dict[str, Network]) -> int:
-    """Makes the batches that are not there, all ranks together; returns how many were there."""
+    """Makes the batches that are not there, all ranks together; returns how many were there.
+
+    Raises NotFiniteError on all ranks, after the other batches, if a batch is not finite; it is not written.
+    """
     if distributed.is_main():
         folder.prepare()
         missing = [number for number in range(folder.batches) if not folder.is_whole(number, networks)]
     missing = distributed.broadcast(missing if distributed.is_main() else None)
     settings, device = folder.settings, next(model.diffusion_model.parameters()).device
+    bad = []
     with tqdm(unit="image", disable=None if distributed.is_main() else True) as bar:
         for part in distributed.share(len(missing)):
             indices = folder.indices(missing[part])
             labels = tuple(folder.labels[indices.start : indices.stop].tolist())
             seed = settings.noise_seed(missing[part])
             request = sampling.Request(labels, settings.cfg, seed, settings.sampler, settings.steps)
-            pictures = sampling.decode(model, sampling.generate(model, request))
+            try:
+                pictures = sampling.decode(model, sampling.generate(model, request))
+            except NotFiniteError as error:
+                bad.append(f"batch {missing[part]}: {error}")
+                continue
             there = pictures.to(device)
             folder.write(missing[part], pictures, {name: network(there) for name, network in networks.items()})
             bar.update(len(indices))
-    distributed.barrier()
+    bad = [each for part in distributed.all_gather(bad) for each in part]
+    if bad:
+        raise NotFiniteError(f"{len(bad)} of {folder.batches} batches are not finite: {bad[0]}")
     return folder.batches - len(missing)
 
 

@@ -10,6 +10,7 @@ import torch
 from dcae_fast import distributed
 from dcae_fast.data.latents import LatentDataset
 from dcae_fast.diffusion import DCAEDiffusion
+from dcae_fast.finite import NotFiniteError
 
 from .batches import BatchOrder, Draws, draw, load_batches
 from .checkpoint import Checkpoints, export
@@ -136,12 +137,15 @@ class Training:
 
     def _look(self) -> None:
         state, run, numbers = self.state, self.run, {}
-        if self._due(run.sample_steps):
-            file = run.out / "samples" / f"{state.step:09d}.png"
-            self.log.picture(state.step, "samples", draw_samples(self.model, run.sample_cfg, file))
         if self._due(run.eval_steps) and self.held_out is not None:
             numbers["held_out_loss"] = self.held_out.loss(state)
-        if self._due(run.eval_steps) and self.evaluate is not None:
-            numbers |= self.evaluate(self.model, state.step)
+        try:
+            if self._due(run.sample_steps):
+                file = run.out / "samples" / f"{state.step:09d}.png"
+                self.log.picture(state.step, "samples", draw_samples(self.model, run.sample_cfg, file))
+            if self._due(run.eval_steps) and self.evaluate is not None:
+                numbers |= self.evaluate(self.model, state.step)
+        except NotFiniteError:  # on all ranks; the training itself may be sound
+            distributed.print_main(f"The samples after step {state.step} hold NaN or infinity", error=True)
         if numbers:
             self.log.numbers(state.step, **numbers)

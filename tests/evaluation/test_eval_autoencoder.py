@@ -152,9 +152,9 @@ def test_pictures_that_are_reproduced_exactly(photographs, tmp_path, stand_ins, 
     """Their PSNR is infinite, which JSON cannot say."""
     reconstruct = autoencoder.reconstruct
 
-    def exactly(model: DCAE, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        x, _, z = reconstruct(model, pixels)
-        return x, x, z
+    def exactly(model: DCAE, pixels: torch.Tensor) -> autoencoder.Reconstructed:
+        result = reconstruct(model, pixels)
+        return result._replace(y=result.x)
 
     monkeypatch.setattr(autoencoder, "reconstruct", exactly)
     assert cli.main(command(photographs, tmp_path)) == 0
@@ -167,8 +167,9 @@ def test_pictures_that_are_reproduced_exactly(photographs, tmp_path, stand_ins, 
 def test_no_picture_can_be_read(tmp_path, stand_ins, capsys):
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "a.png").write_bytes(b"no picture")
-    assert cli.main(command(tmp_path / "pictures", tmp_path / "out")) == 2
-    assert "no picture could be read" in capsys.readouterr().err
+    assert cli.main(command(tmp_path / "pictures", tmp_path / "out")) == 1
+    errors = capsys.readouterr().err
+    assert "no picture could be measured" in errors and "failed: a.png" in errors
 
 
 def test_wrong_requests(photographs, tmp_path, stand_ins, capsys):
