@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from numbers import Integral
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from .models.dit import DiT
 from .models.uvit import UViT
 from .models.weights import CheckpointError
 from .sampling import SAMPLERS, guided
+from .sampling.arguments import check_guidance
 
 
 class DCAEDiffusion(nn.Module):
@@ -128,11 +130,16 @@ class DCAEDiffusion(nn.Module):
         self.config.check_sampler(sampler)
         network, weight = self.config.network, next(self.diffusion_model.parameters())
         labels = self._check_labels(labels, "labels")
-        null_labels = torch.full_like(labels, network.num_classes) if null_labels is None else null_labels
-        null_labels = self._check_labels(null_labels, "null_labels")
+        if null_labels is None:
+            null_labels = torch.full_like(labels, network.num_classes)
+        else:
+            null_labels = self._check_labels(null_labels, "null_labels")
         if len(null_labels) != len(labels):
             raise ValueError(f"{len(null_labels)} null_labels for {len(labels)} labels")
-        shape = (len(labels), channels or network.in_channels, network.input_size, network.input_size)
+        check_guidance(cfg_scale, interval, name="cfg_scale")
+        _check_generator(generator, weight.device)
+        channels = network.in_channels if channels is None else self._check_channels(channels)
+        shape = (len(labels), channels, network.input_size, network.input_size)
         noise = torch.randn(shape, generator=generator, dtype=torch.float32, device=weight.device)
         if not len(labels):  # adaptive solvers find no step without an error to measure
             return noise
@@ -154,6 +161,8 @@ class DCAEDiffusion(nn.Module):
     def _check_labels(self, labels: torch.Tensor, name: str) -> torch.Tensor:
         """The labels, where the model is; reads their values, as a wrong one would be fatal in a kernel."""
         null_label = self.config.network.num_classes
+        if not isinstance(labels, torch.Tensor):
+            raise TypeError(f"{name} is a {type(labels).__name__}; expected a tensor [B] of integers")
         if labels.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{name} are {labels.dtype}; expected integers from 0 to {null_label}, no class")
         if labels.dim() != 1:
@@ -161,3 +170,19 @@ class DCAEDiffusion(nn.Module):
         if len(labels) and not (0 <= labels.min() and labels.max() <= null_label):
             raise ValueError(f"{name}={labels.tolist()}; expected from 0 to {null_label}, no class")
         return labels.to(next(self.diffusion_model.parameters()).device)
+
+    def _check_channels(self, channels: int) -> int:
+        most = self.config.network.in_channels
+        least = 1 if getattr(self.config.network, "adaptive", False) else most
+        if not isinstance(channels, Integral) or not least <= channels <= most:
+            raise ValueError(f"channels={channels!r}; expected {most if least == most else f'{least} to {most}'}")
+        return channels
+
+
+def _check_generator(generator: torch.Generator | None, device: torch.device) -> None:
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator is a {type(generator).__name__}; expected a torch.Generator")
+    if generator.device.type != device.type:
+        raise ValueError(f"generator is on {generator.device}; expected one on {device}, where the model is")

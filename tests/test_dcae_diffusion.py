@@ -106,7 +106,7 @@ def test_everything_overridden():
 def test_fewer_channels_of_adaptive_models():
     model = build(replace(UVIT, network=replace(UVIT.network, adaptive=True)))
     assert model.generate(LABELS, generator=seeded(), channels=5).shape == (3, 5, 4, 4)
-    with pytest.raises(ValueError, match="x has shape"):
+    with pytest.raises(ValueError, match="channels=5; expected 8"):
         build().generate(LABELS, channels=5)
 
 
@@ -162,13 +162,29 @@ def test_patched():
         ({"null_labels": torch.tensor([10, 11, 0])}, ValueError, "null_labels="),
         ({"null_labels": torch.tensor([10]).expand(2)}, ValueError, "2 null_labels for 3 labels"),
         ({"sampler": "SDE"}, ValueError, "sampler 'SDE'; the model was trained for DPM_Solver"),
-        ({"steps": 0}, ValueError, "steps=0; at least 1 expected"),
+        ({"labels": [3, 1, 4]}, TypeError, r"labels is a list; expected a tensor \[B\] of integers"),
+        ({"null_labels": 10}, TypeError, "null_labels is a int; expected a tensor"),
+        ({"cfg_scale": float("nan")}, ValueError, "cfg_scale=nan; a finite number expected"),
+        ({"cfg_scale": -float("inf")}, ValueError, "cfg_scale=-inf; a finite number expected"),
+        ({"cfg_scale": "6"}, TypeError, "cfg_scale='6'; a number expected"),
+        ({"steps": 0}, ValueError, "steps=0; 1 to 100000 expected"),
+        ({"steps": 10**30}, ValueError, "steps=10{30}; 1 to 100000 expected"),
+        ({"steps": 2.5}, TypeError, "steps=2.5; an integer expected"),
         ({"interval": (1, 0)}, ValueError, r"interval=\(1, 0\)"),
+        ({"interval": (0, float("nan"))}, ValueError, r"interval=\(0, nan\)"),
+        ({"interval": 0.5}, TypeError, r"interval=0.5; two numbers \(lo, hi\) expected"),
+        ({"channels": 0}, ValueError, "channels=0; expected 8"),
+        ({"generator": 0}, TypeError, "generator is a int; expected a torch.Generator"),
     ],
 )
 def test_arguments_that_do_not_fit(arguments, error, message):
     with pytest.raises(error, match=message):
         build().generate(**{"labels": LABELS, "cfg_scale": 2.0} | arguments)
+
+
+def test_a_generator_of_another_device():
+    with pytest.raises(ValueError, match="generator is on cpu; expected one on meta, where the model is"):
+        build().to("meta").generate(LABELS, generator=seeded())
 
 
 def test_an_autoencoder_of_other_latents():

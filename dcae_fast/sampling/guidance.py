@@ -2,7 +2,7 @@
 
 import torch
 
-from .arguments import Model, Network
+from .arguments import Model, Network, check_guidance
 
 
 def guided(
@@ -22,11 +22,10 @@ def guided(
 
     labels: [B] integers; null_label: the label for none, num_classes in the original's networks, or one for each, [B].
     interval: (lo, hi), guidance where lo <= t <= hi, with t the network's own time: in DPM_Solver 1000 is pure noise
-    and 1 data, in GaussianDiffusion 999 and 0, in the ODE and SDE samplers 0 and 1. ValueError if lo > hi. Without
-    an interval t may also be a tensor [], whose value is not read.
+    and 1 data, in GaussianDiffusion 999 and 0, in the ODE and SDE samplers 0 and 1. Without an interval t may also be a
+    tensor [], whose value is not read. TypeError or ValueError unless scale is a finite number and lo <= hi.
     """
-    if interval is not None and interval[0] > interval[1]:
-        raise ValueError(f"interval={interval}; (lo, hi) with lo <= hi expected")
+    check_guidance(scale, interval)
     with_null = torch.cat([labels, torch.zeros_like(labels) + null_label])
 
     def call(x: torch.Tensor, t: float | torch.Tensor, y: torch.Tensor) -> torch.Tensor:
