@@ -1,8 +1,8 @@
 """The commands, in this process, with a small model of random weights."""
 
 import re
+import runpy
 import shutil
-import subprocess
 import sys
 
 import numpy as np
@@ -229,7 +229,10 @@ def test_wrong_arguments(argv, capsys):
     assert caught.value.code == 2
 
 
-def test_run_as_a_module():
-    result = subprocess.run([sys.executable, "-m", "dcae_fast", "--help"], capture_output=True, text=True, check=True)
-    commands = ("reconstruct", "encode", "decode", "sample", "convert", "models", "info")
-    assert all(command in result.stdout for command in commands)
+def test_run_as_a_module(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["dcae_fast", "--help"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module("dcae_fast", run_name="__main__", alter_sys=True)
+    assert not caught.value.code
+    commands, text = ("reconstruct", "encode", "decode", "sample", "convert", "models", "info"), capsys.readouterr().out
+    assert all(command in text for command in commands)

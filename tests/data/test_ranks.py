@@ -19,12 +19,15 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
+def run_ranks(function, ranks: int, *args) -> None:
+    """function(rank, ranks, *args) in so many processes, forked so that they need not import anything."""
+    torch.multiprocessing.start_processes(function, (ranks, *args), ranks, start_method="fork")
+
+
 def start(rank: int, ranks: int, port: int, log: Path, commands: list[list[str]]) -> None:
     """In each process: the commands, one after another; what it wrote and their statuses go into the log folder."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(ranks)}
-    torch.set_num_threads(1)
-    store.ShardStore.unit = 3
     written = []
     for each in (store.NpyStore, store.ShardStore):
 
@@ -41,7 +44,7 @@ def start(rank: int, ranks: int, port: int, log: Path, commands: list[list[str]]
 def test_the_same_folder(pictures, tmp_path, monkeypatch, ranks):
     monkeypatch.setattr(store.ShardStore, "unit", 3)
     commands = {f: [*arguments(pictures, tmp_path / f), "--format", f] for f in ("npy", "safetensors")}
-    torch.multiprocessing.spawn(start, (ranks, free_port(), tmp_path, list(commands.values())), ranks)
+    run_ranks(start, ranks, free_port(), tmp_path, list(commands.values()))
     logs = [json.loads((tmp_path / f"{ranks}-{rank}.json").read_text()) for rank in range(ranks)]
     assert all(log["statuses"] == [1, 1] for log in logs)
     assert all(log["written"] for log in logs), "a rank had nothing to do"
@@ -72,7 +75,7 @@ def exchange(rank: int, ranks: int, port: int, log: Path) -> None:
 
 
 def test_exchange(tmp_path, capfd):
-    torch.multiprocessing.spawn(exchange, (2, free_port(), tmp_path), 2)
+    run_ranks(exchange, 2, free_port(), tmp_path)
     lines = capfd.readouterr().out.splitlines()  # gloo may write some too
     assert [line for line in lines if "only one line" in line] == ["only one line, from rank 0"]
 

@@ -64,17 +64,20 @@ def test_least_memory_same_result(name, compare):
     assert cut >= 6
 
 
-@pytest.mark.parametrize("name", ["strided", "diffusers-shuffled"])
+@pytest.mark.parametrize("name, height", [("strided", 32), ("diffusers-shuffled", 72)])  # that both coders cut
 @torch.no_grad()
-def test_least_memory_with_kernels(name, compare):
+def test_least_memory_with_kernels(name, height, compare):
     model = build(name)
-    for coder, x in coders(model, 1, 72, 8):
+    for coder, x in coders(model, 1, height, 8):
+        results = []
         dcae_fast.patch(coder)
-        expected, called = coder(x), operators_called(coder, x)
+        called = operators_called(lambda coder=coder, x=x, results=results: results.append(coder(x)))
         dcae_fast.patch(coder, max_memory=1)
         assert banded_steps(coder, x)
-        compare("whole", coder(x), expected, OUTPUT, type(coder).__name__)
-        assert set(operators_called(coder, x)) == set(called)
+        again = operators_called(lambda coder=coder, x=x, results=results: results.append(coder(x)))
+        expected, got = results
+        compare("whole", got, expected, OUTPUT, type(coder).__name__)
+        assert set(again) == set(called)
 
 
 def local_runs(coder: nn.Module, x: torch.Tensor) -> Iterator[tuple[list[Layer], torch.Tensor]]:
@@ -127,11 +130,11 @@ def test_bands_cover_the_rows(rows, halo):
         assert set(heights) == {size}
 
 
-@pytest.mark.parametrize("name", ["adaptive", "diffusers-shuffled"])
+@pytest.mark.parametrize("name, height", [("adaptive", 32), ("diffusers-shuffled", 24)])
 @torch.no_grad()
-def test_memory_format_of_parts(name):
+def test_memory_format_of_parts(name, height):
     model = build(name)
-    for coder, x in coders(model, 2, 32, 8):
+    for coder, x in coders(model, 2, height, 8):
         dcae_fast.patch(coder, max_memory=1)
         for like in (x, x.contiguous(memory_format=torch.channels_last)):
             y = coder(like)
@@ -164,7 +167,7 @@ def test_partial_latents_in_bands(compare):
 def test_autocast_in_bands():
     """The same type, and at most twice the error against float32."""
     model = build("strided")
-    for coder, x in coders(model, 1, 64, 8):
+    for coder, x in coders(model, 1, 32, 8):
         dcae_fast.patch(coder)
         exact = coder(x)
         with torch.autocast(DEVICE, torch.bfloat16):
@@ -427,9 +430,10 @@ def test_tiling_of_diffusers():
     """Its own tiles go through the patched coders, which need no parts for them."""
     model = build("diffusers-shuffled")
     model.enable_tiling(16, 16, 12, 12)
-    z = model.encode(image(1, 3, 32, 24)).latent
+    x = image(1, 3, 24, 16)
+    z = model.encode(x).latent
     expected = model.decode(z).sample
     dcae_fast.patch(model, max_memory=1)
-    assert (model.encode(image(1, 3, 32, 24)).latent - z).norm() <= OUTPUT * z.norm()
+    assert (model.encode(x).latent - z).norm() <= OUTPUT * z.norm()
     assert (model.decode(z).sample - expected).norm() <= OUTPUT * expected.norm()
-    assert reconstruct(model, image(1, 3, 32, 24)).shape == (1, 3, 32, 24)
+    assert reconstruct(model, x).shape == x.shape

@@ -16,6 +16,7 @@ import dcae_fast
 
 RANKS = 2
 SIZE = 1, 3, 8, 8
+START = "spawn" if DEVICE == "cuda" else "fork"  # CUDA does not work in a fork, which need not import anything
 
 
 def replicate(model, rank):
@@ -79,14 +80,14 @@ def change_after_sharding(_: int, folder: str) -> None:
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch.distributed is not built")
 def test_classes_of_fully_shard(tmp_path):
-    torch.multiprocessing.spawn(change_after_sharding, (str(tmp_path),))
+    torch.multiprocessing.start_processes(change_after_sharding, (str(tmp_path),), start_method=START)
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch.distributed is not built")
 @pytest.mark.skipif(DEVICE == "cuda" and torch.cuda.device_count() < RANKS, reason="needs two GPUs, or none")
 @pytest.mark.parametrize("wrap", [replicate, shard], ids=["DDP", "FSDP2"])
 def test_gradients_are_those_of_one_process(wrap, tmp_path, compare):
-    torch.multiprocessing.spawn(gradients, (wrap, str(tmp_path)), RANKS)
+    torch.multiprocessing.start_processes(gradients, (wrap, str(tmp_path)), RANKS, start_method=START)
     steps = [step(build("shuffled").train(), image(*SIZE, seed=rank)) for rank in range(RANKS)]
     for name, gradient in torch.load(tmp_path / "gradients.pt").items():
         mean = sum(result[f"gradient of {name}"] for result in steps) / RANKS

@@ -29,7 +29,6 @@ HALF = {precision: replace(SHORT, precision=precision) for precision in ("bfloat
 
 def trainings(rank: int, folder: Path) -> None:
     """In each process: one training after another."""
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
     torch.compile = partial(torch.compile, backend="aot_eager")
     networks.LOADERS.update(use())
@@ -64,7 +63,7 @@ def folder(shared) -> Path:
     for parallel in ("ddp", "fsdp"):
         train_until(6, RECIPE, run_in(shared / f"one-then-{parallel}"))
     save_references(shared)
-    torch.multiprocessing.spawn(trainings, (shared,), RANKS)
+    torch.multiprocessing.start_processes(trainings, (shared,), RANKS, start_method="fork")
     return shared
 
 
