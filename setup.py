@@ -1,11 +1,15 @@
 """Adds to pyproject.toml what it cannot say: where the kernels lie, and the CUDA extension dcae_fast._C.
 
-The extension is built where nvcc and a CUDA build of torch are found; otherwise one line says why it is left out.
-DCAE_FAST_BUILD_CUDA=1 makes that an error, DCAE_FAST_BUILD_CUDA=0 leaves it out.
+The extension is built if the installed torch is a CUDA build and an nvcc fits it. Without such an nvcc, but with a
+Hopper GPU, pip brings the compiler from PyPI for the build. Otherwise one line says why the extension is left out.
+DCAE_FAST_BUILD_CUDA=1 brings the compiler without a GPU too, and makes it an error to leave the extension out;
+DCAE_FAST_BUILD_CUDA=0 leaves it out.
 """
 
+import contextlib
 import importlib.util
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -18,6 +22,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
+OLDEST = 12, 5  # release of nvcc
+ASKED = os.environ.get("DCAE_FAST_BUILD_CUDA")
 
 
 def find_torch() -> Path | None:
@@ -27,21 +33,55 @@ def find_torch() -> Path | None:
     return folder if (folder / "version.py").is_file() else None
 
 
-def find_nvcc() -> str | None:
-    home, path = os.environ.get("CUDA_HOME", "/usr/local/cuda"), os.environ.get("PATH", "")
-    return shutil.which("nvcc", path=os.pathsep.join([f"{home}/bin", path]))
+def find_cuda() -> tuple[int, int] | None:
+    """(major, minor) of the CUDA that torch was built with; None if it is no CUDA build."""
+    cuda = runpy.run_path(str(TORCH / "version.py"))["cuda"] if TORCH else None
+    return tuple(map(int, cuda.split(".")[:2])) if cuda else None
+
+
+def find_nvccs() -> dict[str, tuple[int, int]]:
+    """Path → release (major, minor): CUDA_HOME's nvcc, the PATH's, and that of PyPI's packages for torch's CUDA."""
+    folders = [f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin", os.environ.get("PATH", "")]
+    folders += [f"{site}/nvidia/cu{CUDA[0]}/bin" for site in (*sys.path, sysconfig.get_path("platlib")) if CUDA]
+    found = {}
+    for nvcc in filter(None, (shutil.which("nvcc", path=folder) for folder in folders)):
+        with contextlib.suppress(OSError):  # it does not run on this machine
+            output = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+            if release := re.search(r"release (\d+)\.(\d+)", output):
+                found[nvcc] = tuple(map(int, release.groups()))
+    return found
+
+
+def fits(release: tuple[int, int]) -> bool:
+    """nvcc links its own CUDA runtime, which needs a driver of its major version; torch's is the one that is there."""
+    return CUDA is not None and release[0] == CUDA[0] and release >= OLDEST
+
+
+def has_hopper() -> bool:
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    return shutil.which(query[0]) is not None and "9.0" in subprocess.run(query, capture_output=True, text=True).stdout
+
+
+def missing_compiler() -> list[str]:
+    """What pip is to bring for the build. PyPI has no nvcc older than CUDA 13."""
+    if ASKED == "0" or NVCC or CUDA is None or CUDA[0] < 13 or not (ASKED == "1" or has_hopper()):
+        return []
+    return [f"cuda-toolkit[cccl,crt,cudart,nvcc]=={CUDA[0]}.{CUDA[1]}.*"]
 
 
 def reason_without_cuda() -> str | None:
-    """Why the CUDA extension cannot or shall not be built; None if it will be."""
-    if os.environ.get("DCAE_FAST_BUILD_CUDA") == "0":
+    """Why the CUDA extension is left out; None if it is built."""
+    if ASKED == "0":
         return "DCAE_FAST_BUILD_CUDA=0"
     if TORCH is None:
         return "torch is not installed"
-    if runpy.run_path(str(TORCH / "version.py"))["cuda"] is None:
+    if CUDA is None:
         return "the installed torch is no CUDA build"
     if NVCC is None:
-        return "nvcc was not found (PATH, CUDA_HOME)"
+        found = ", ".join(f"{nvcc} of CUDA {major}.{minor}" for nvcc, (major, minor) in NVCCS.items())
+        oldest = "{}.{}".format(*max(OLDEST, (CUDA[0], 0)))
+        needed = f"torch was built with CUDA {CUDA[0]}, which needs nvcc {oldest} or newer of CUDA {CUDA[0]}"
+        return f"{needed}; CUDA_HOME and PATH have {found or 'none'}"
     return None
 
 
@@ -66,14 +106,20 @@ class BuildCUDA(build_ext):
         subprocess.run(["cmake", "--build", build], check=True)
 
 
-TORCH, NVCC = find_torch(), find_nvcc()
+TORCH = find_torch()
+CUDA = find_cuda()
+NVCCS = find_nvccs()
+NVCC = next((nvcc for nvcc, release in NVCCS.items() if fits(release)), None)
 REASON = reason_without_cuda()
-if REASON and os.environ.get("DCAE_FAST_BUILD_CUDA") == "1":
+# pip asks for what a build needs with this command alone; setuptools would fetch it itself in any other
+COMPILER = missing_compiler() if "egg_info" in sys.argv else []
+if REASON and ASKED == "1" and not COMPILER:
     sys.exit(f"dcae_fast: the CUDA extension cannot be built: {REASON}")
 
 setup(
     packages=[*find_packages(include=["dcae_fast", "dcae_fast.*"]), "dcae_fast.kernels"],
     package_dir={"dcae_fast.kernels": "kernels/src"},
     ext_modules=[] if REASON else [Extension("dcae_fast._C", sources=[])],
+    setup_requires=COMPILER,
     cmdclass={"build_py": BuildPython, "build_ext": BuildCUDA},
 )
