@@ -2,11 +2,15 @@
 
 import dcae_fast
 dcae_fast.patch(model)
+
+PyTorch is imported with the first of these names that is used, so that `dcae-fast --help` answers at once.
 """
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
-from .fast.patch import Report, patch, patched, unpatch
+if TYPE_CHECKING:
+    from .fast.patch import Report, patch, patched, unpatch
 
 try:
     __version__ = version("dcae_fast")
@@ -14,3 +18,16 @@ except PackageNotFoundError:  # imported from a source tree that is not installe
     __version__ = "0+unknown"
 
 __all__ = ["Report", "__version__", "patch", "patched", "unpatch"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .fast import patch
+
+    globals().update({public: getattr(patch, public) for public in __all__ if public != "__version__"})
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -6,40 +6,27 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 import tyro
-from PIL import Image
 from tqdm import tqdm
 
 import dcae_fast
 
-from . import describe, distributed, images
-from . import sample as sampling
 from .commands.cache_latents import cache_latents
 from .commands.common import Compute, UsageError, make_folder, with_files
 from .commands.eval_autoencoder import eval_autoencoder
 from .commands.eval_diffusion import eval_diffusion
 from .commands.reference_stats import reference_stats
 from .commands.train_diffusion import train_diffusion
-from .diffusion import DCAEDiffusion
-from .finite import NotFiniteError, check_finite
+from .errors import CheckpointError, DeviceError, NotFiniteError
 from .models import diffusion_zoo
-from .models.autoencoder import DCAE
-from .models.checkpoint import WEIGHTS as LAYOUTS
-from .models.weights import CheckpointError
 from .models.zoo import AUTOENCODERS
-from .reconstruction import (
-    DeviceError,
-    Latent,
-    LatentError,
-    Reconstruction,
-    load_latent,
-    load_photograph,
-    save_latent,
-)
-from .reconstruction import reconstruct as reconstruct_photograph
+
+if TYPE_CHECKING:
+    from .diffusion import DCAEDiffusion
+    from .models.autoencoder import DCAE
+    from .reconstruction import Reconstruction
 
 Fit = Literal["crop", "pad"]
 Sampler = Literal["DPM_Solver", "ODE_dopri5", "ODE_heun2", "SDE", "GaussianDiffusion"]
@@ -62,6 +49,9 @@ def reconstruct(
         out: folder for the pictures
         fit: crop the centre, or pad and cut the padding away again, where a side is no multiple of the model's ratio
     """
+    from . import images
+    from .reconstruction import reconstruct as reconstruct_photograph
+
     if not photos:
         photos = (images.demo_photograph(),)
         print(f"No photograph given; taking the bundled one, {photos[0].name}.")
@@ -81,7 +71,9 @@ def reconstruct(
     return failed
 
 
-def _save_pictures(result: Reconstruction, path: Path, stem: Path, model: str) -> None:
+def _save_pictures(result: "Reconstruction", path: Path, stem: Path, model: str) -> None:
+    from . import images
+
     original, picture = images.to_image(result.original), images.to_image(result.picture)
     captions = [(original, "original"), (picture, f"reconstruction, PSNR {result.psnr:.2f} dB")]
     title = f"{path.name}, {model}, {picture.width}x{picture.height}"
@@ -105,6 +97,11 @@ def encode(
         out: folder for the latents
         fit: crop the centre, or pad (and `decode` cuts the padding away), where a side is no multiple of the ratio
     """
+    import torch
+
+    from .finite import check_finite
+    from .reconstruction import Latent, load_photograph, save_latent
+
     files, network = _files(photos, _picture_suffixes()), compute.load(model)
     if compute.patch:
         dcae_fast.patch(network)
@@ -129,10 +126,16 @@ def decode(latents: Paths, *, out: Path = Path("outputs"), compute: Compute) -> 
         latents: files or folders
         out: folder for the pictures
     """
+    import torch
+
+    from . import images
+    from .finite import check_finite
+    from .reconstruction import load_latent
+
     files = _files(latents, {".safetensors"})
 
     @cache
-    def load(model: str) -> DCAE:
+    def load(model: str) -> "DCAE":
         network = compute.load(model)
         if compute.patch:
             dcae_fast.patch(network)
@@ -157,7 +160,7 @@ def decode(latents: Paths, *, out: Path = Path("outputs"), compute: Compute) -> 
 
 def sample(
     *,
-    model: str = sampling.TINY,
+    model: str = diffusion_zoo.TINY,
     labels: tuple[int, ...] = (),
     cfg: float = 6.0,
     seed: int = 0,
@@ -179,6 +182,11 @@ def sample(
         out: PNG file for the grid
         latents: safetensors file for the latents too
     """
+    import torch
+
+    from . import images
+    from . import sample as sampling
+
     if out.suffix.lower() != ".png":
         raise UsageError(f"--out {out}: expected a name that ends in .png")
     if not math.isfinite(cfg):
@@ -220,7 +228,10 @@ def convert(
         destination: folder to write to
         layout: of DC-Gen and efficientvit (original), or of diffusers' AutoencoderDC
     """
-    others = {file for files in LAYOUTS.values() for file in files}.difference(LAYOUTS[layout])
+    from .models.autoencoder import DCAE
+    from .models.checkpoint import WEIGHTS
+
+    others = {file for files in WEIGHTS.values() for file in files}.difference(WEIGHTS[layout])
     if any((destination / file).exists() for file in others):  # whose config.json would be replaced
         raise UsageError(f"{destination} holds a checkpoint in another layout; take another folder")
     model = DCAE.from_pretrained(source)
@@ -234,6 +245,8 @@ def convert(
 
 def models() -> int:
     """List the autoencoders and the diffusion models with their size and cost."""
+    from . import describe
+
     print(describe.models_table(), describe.diffusion_models_table(), sep="\n\n")
     return 0
 
@@ -244,6 +257,12 @@ def info(model: tyro.conf.Positional[str]) -> int:
     Args:
         model: a name from `dcae-fast models`, a Hugging Face repository, a folder or a weight file
     """
+    import torch
+
+    from . import describe
+    from .diffusion import DCAEDiffusion
+    from .models.autoencoder import DCAE
+
     if model in (*diffusion_zoo.DIFFUSION_MODELS, *AUTOENCODERS):  # the architecture is enough: nothing to download
         with torch.device("meta"):
             network = (DCAE if model in AUTOENCODERS else DCAEDiffusion).from_name(model)
@@ -255,7 +274,10 @@ def info(model: tyro.conf.Positional[str]) -> int:
     return 0
 
 
-def _of_either_kind(source: str) -> DCAE | DCAEDiffusion:
+def _of_either_kind(source: str) -> "DCAE | DCAEDiffusion":
+    from .diffusion import DCAEDiffusion
+    from .models.autoencoder import DCAE
+
     try:
         return DCAE.from_pretrained(source)
     except CheckpointError:
@@ -266,6 +288,8 @@ def _of_either_kind(source: str) -> DCAE | DCAEDiffusion:
 
 
 def _picture_suffixes() -> set[str]:
+    from PIL import Image
+
     return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 
@@ -299,12 +323,17 @@ def _stems(files: Sequence[Path]) -> list[str]:
 
 def _for_each(files: Sequence[Path], work: Callable[[Path, str], str], out: Path) -> int:
     """Prints work(file, name for its output) for every file; 1 if any failed, which is named on stderr, else 0."""
+    import torch
+
+    from .images import PhotographError
+    from .reconstruction import LatentError
+
     make_folder(out)
     failed = 0
     for path, stem in tqdm(list(zip(files, _stems(files), strict=True)), unit="file", disable=None):
         try:
             tqdm.write(work(path, stem))
-        except (images.PhotographError, LatentError, CheckpointError, NotFiniteError) as error:
+        except (PhotographError, LatentError, CheckpointError, NotFiniteError) as error:
             failed = 1  # CheckpointError: latents name a model of their own
             named = f"{path}: " if isinstance(error, (CheckpointError, NotFiniteError)) else ""
             tqdm.write(f"failed: {named}{error}", file=sys.stderr)
@@ -314,21 +343,40 @@ def _for_each(files: Sequence[Path], work: Callable[[Path, str], str], out: Path
     return failed
 
 
+COMMANDS = {
+    command.__name__.replace("_", "-"): command
+    for command in [
+        reconstruct,
+        encode,
+        decode,
+        sample,
+        cache_latents,
+        train_diffusion,
+        reference_stats,
+        eval_autoencoder,
+        eval_diffusion,
+        convert,
+        models,
+        info,
+    ]
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; the exit status is 0, 1 if some files failed, 2 if the request could not be met at all, or 130
     after Ctrl-C.
     """
-    commands = [reconstruct, encode, decode, sample, cache_latents, train_diffusion]
-    commands += [reference_stats, eval_autoencoder, eval_diffusion, convert, models, info]
     try:
         return tyro.extras.subcommand_cli_from_dict(
-            {command.__name__.replace("_", "-"): command for command in commands},
+            COMMANDS,
             prog="dcae-fast",
             description="Deep compression autoencoders, fast.",
             args=with_files(sys.argv[1:] if argv is None else argv),
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.CascadeSubcommandArgs),
         )
     except (UsageError, DeviceError, CheckpointError, OSError) as error:
+        from . import distributed
+
         distributed.print_failure(f"dcae-fast: {error}")
         return 2
     except NotFiniteError as error:

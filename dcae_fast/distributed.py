@@ -109,9 +109,3 @@ def share(items: int) -> range:
     """This rank's part of so many items: consecutive, no item twice, and sizes that differ by one at most."""
     ranks = world_size()
     return range(items * rank() // ranks, items * (rank() + 1) // ranks)
-
-
-def default_workers() -> int:
-    """Processes that read data for this rank: its share of this machine's cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

@@ -7,15 +7,13 @@ from collections.abc import Sequence
 
 import torch
 
+from .errors import NotFiniteError
+
 ADVICE = {
     torch.float16: "try --dtype bfloat16 or --dtype float32",
     torch.bfloat16: "try --dtype float32",
 }
 NAMED = 4  # at most, in a message
-
-
-class NotFiniteError(FloatingPointError):
-    """A model computed NaN or infinity; the message says in what, and what to do."""
 
 
 def finite_rows(x: torch.Tensor) -> list[bool]:

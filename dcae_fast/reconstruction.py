@@ -13,16 +13,13 @@ from safetensors.torch import save_file
 import dcae_fast
 
 from . import ops
+from .errors import DeviceError
 from .files import written_atomically
 from .finite import check_finite
 from .images import PhotographError, fit, psnr, read_photograph, to_uint8
 from .models.autoencoder import DCAE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class DeviceError(ValueError):
-    """A device that is not there, or that cannot compute in the dtype asked for."""
 
 
 class LatentError(ValueError):

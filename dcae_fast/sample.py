@@ -21,7 +21,6 @@ from .reconstruction import choose_device
 
 DEMO_LABELS = (279, 333, 979, 936, 933, 145, 497, 1, 248, 360, 793, 12, 387, 437, 938, 978)  # the original's, ImageNet
 DECODED_AT_ONCE = 8
-TINY = "dc-ae-tiny-uvit-digits"
 
 
 @dataclass(frozen=True)

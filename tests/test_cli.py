@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from dcae_fast import cli, images, reconstruction
+from dcae_fast import cli, describe, images, reconstruction
 from dcae_fast.models.autoencoder import DCAE, CoderConfig, DCAEConfig
 from dcae_fast.models.diffusion_zoo import BUNDLED
 from dcae_fast.models.zoo import AUTOENCODERS, autoencoder_names
@@ -166,8 +166,8 @@ def test_convert_leaves_the_other_layout_alone(model, tmp_path, capsys):
 
 
 def test_models_table(capsys, monkeypatch):
-    monkeypatch.setattr(cli.describe, "autoencoder_names", lambda: list(AUTOENCODERS)[:2])
-    monkeypatch.setattr(cli.describe, "diffusion_names", lambda: ["dc-ae-f64c128-in-1.0-uvit-h-in-512px"])
+    monkeypatch.setattr(describe, "autoencoder_names", lambda: list(AUTOENCODERS)[:2])
+    monkeypatch.setattr(describe, "diffusion_names", lambda: ["dc-ae-f64c128-in-1.0-uvit-h-in-512px"])
     assert run("models") == 0
     heading, first, second, _, other_heading, third = capsys.readouterr().out.splitlines()
     assert heading.startswith("name") and first.split()[:4] == ["dc-ae-f32c32-in-1.0", "32", "32", "323.4"]

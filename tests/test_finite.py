@@ -12,8 +12,9 @@ from small_diffusion import AUTOENCODER, build
 from stand_ins import use
 
 from dcae_fast import cli
+from dcae_fast.errors import NotFiniteError
 from dcae_fast.evaluation import networks
-from dcae_fast.finite import NotFiniteError, check_finite, finite_rows
+from dcae_fast.finite import check_finite, finite_rows
 from dcae_fast.models.autoencoder import DCAE
 
 CPU = ["--device", "cpu", "--no-patch"]

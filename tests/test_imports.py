@@ -19,7 +19,7 @@ MAY_IMPORT = {  # by folder: what it may import, besides itself and the standard
 }
 EXCEPTIONS = {
     "dcae_fast/ops/_plans.py": ["dcae_fast.files"],
-    "dcae_fast/models/weights.py": ["safetensors", "huggingface_hub", "dcae_fast.files"],
+    "dcae_fast/models/weights.py": ["safetensors", "huggingface_hub", "dcae_fast.files", "dcae_fast.errors"],
     "dcae_fast/sampling/flow.py": ["torchdiffeq"],
 }
 SOURCES = [
@@ -84,6 +84,7 @@ def state():
 
 before, modules = state(), set(sys.modules)
 import dcae_fast
+assert dcae_fast.patch and dcae_fast.Report  # which bring all that they need
 after = state()
 changed = [name for name in before if before[name] != after[name]]
 assert not changed, f"changed by the import: {changed}"
@@ -94,5 +95,38 @@ optional = {
 imported = optional & (set(sys.modules) - modules)
 assert not imported, f"imported along: {imported}"
 """
+    run(program)
+
+
+def run(program: str) -> None:
+    """In a new process; fails as the program does."""
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_help_does_not_wait_for_pytorch():
+    run("""
+import contextlib, io, sys
+from dcae_fast import cli
+
+for command in ([], *([name] for name in cli.COMMANDS), ["train-diffusion", "uvit-h-f64"]):
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        with contextlib.suppress(SystemExit):
+            cli.main([*command, "--help"])
+    assert "usage: dcae-fast" in text.getvalue(), text.getvalue()
+    slow = {"torch", "numpy", "huggingface_hub", "safetensors"} & set(sys.modules)
+    assert not slow, f"{command} --help imports {slow}"
+""")
+
+
+def test_commands_import_only_what_they_use():
+    run("""
+import sys
+import torch
+before = set(sys.modules)
+import dcae_fast, dcae_fast.diffusion, dcae_fast.reconstruction, dcae_fast.sample
+assert dcae_fast.patch
+unused = {"torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo", "torch._inductor", "sympy", "triton",
+          "diffusers", "transformers", "torchvision", "scipy", "matplotlib"}
+assert not unused & (set(sys.modules) - before), unused & (set(sys.modules) - before)
+""")

@@ -111,7 +111,7 @@ def test_half_precision(models, tmp_path):
 
 
 def test_models_by_name(models, tmp_path, monkeypatch):
-    monkeypatch.setitem(diffusion_zoo.BUNDLED, sampling.TINY, Path(models["uvit"]))
+    monkeypatch.setitem(diffusion_zoo.BUNDLED, diffusion_zoo.TINY, Path(models["uvit"]))
     out = tmp_path / "grid.png"
     assert cli.main(["sample", "--device", "cpu", "--steps", "1", "--out", str(out)]) == 0
     assert out.is_file()

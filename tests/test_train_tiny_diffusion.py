@@ -10,7 +10,7 @@ import torch
 from dcae_fast import cli
 from dcae_fast.diffusion import DCAEDiffusion
 from dcae_fast.models import diffusion_zoo
-from dcae_fast.sample import TINY
+from dcae_fast.models.diffusion_zoo import TINY
 
 pytest.importorskip("sklearn", reason="the digits are scikit-learn's: pip install 'dcae_fast[train]'")
 CPU = torch.device("cpu")

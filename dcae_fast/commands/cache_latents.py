@@ -2,21 +2,16 @@
 
 import math
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 import tyro
 
 import dcae_fast
-from dcae_fast import distributed
-from dcae_fast.data.cache import Report, settings_of
-from dcae_fast.data.cache import cache_latents as cache
-from dcae_fast.data.manifest import DataError
-from dcae_fast.data.pictures import find_pictures
-from dcae_fast.models.autoencoder import DCAE
-from dcae_fast.reconstruction import choose_device
 
 from .common import Compute, UsageError, check_workers
+
+if TYPE_CHECKING:
+    from dcae_fast.data.cache import Report
 
 LISTED = 20  # pictures without a latent, in the terminal; the manifest has them all
 
@@ -48,6 +43,16 @@ def cache_latents(
         batch: pictures encoded at once; by default what the free memory holds
         workers: processes of each rank that read pictures; by default its share of the cores
     """
+    import torch
+
+    from dcae_fast import distributed
+    from dcae_fast.data.cache import cache_latents as cache
+    from dcae_fast.data.cache import settings_of
+    from dcae_fast.data.manifest import DataError
+    from dcae_fast.data.pictures import find_pictures
+    from dcae_fast.models.autoencoder import DCAE
+    from dcae_fast.reconstruction import choose_device
+
     if scale is not None and not 0 < scale < math.inf:
         raise UsageError(f"--scale {scale}: expected a positive number")
     if batch != "auto" and batch < 1:
@@ -75,7 +80,7 @@ def cache_latents(
     return 1 if report.skipped else 0
 
 
-def _summary(report: Report, out: Path) -> str:
+def _summary(report: "Report", out: Path) -> str:
     manifest, lines = report.manifest, []
     if report.encoded:
         rate = report.encoded / report.seconds

@@ -4,16 +4,16 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from dcae_fast import distributed, sample
-from dcae_fast.diffusion import DCAEDiffusion
-from dcae_fast.models.autoencoder import DCAE
+from dcae_fast.errors import CheckpointError
 from dcae_fast.models.diffusion_zoo import DIFFUSION_MODELS
-from dcae_fast.models.weights import CheckpointError
-from dcae_fast.reconstruction import load_model
+
+if TYPE_CHECKING:
+    from dcae_fast.diffusion import DCAEDiffusion
+    from dcae_fast.models.autoencoder import DCAE
 
 
 class UsageError(ValueError):
@@ -43,10 +43,14 @@ class Compute:
     patch: bool = True
     """use the fast operators"""
 
-    def load(self, model: str) -> DCAE:
+    def load(self, model: str) -> "DCAE":
+        from dcae_fast.reconstruction import load_model
+
         return load_model(model, self.device, self.dtype)
 
-    def load_diffusion(self, model: str) -> DCAEDiffusion:
+    def load_diffusion(self, model: str) -> "DCAEDiffusion":
+        from dcae_fast import sample
+
         try:
             return sample.load(model, self.device, self.dtype, self.patch)
         except CheckpointError as error:
@@ -60,6 +64,8 @@ LISTED = 20  # unreadable pictures, in the terminal
 
 def report_problems(failed: list[tuple[str, str]], missing: dict[str, str]) -> int:
     """Prints pictures (name, reason) that failed and why networks are missing; the exit status, 1 if there are any."""
+    from dcae_fast import distributed
+
     for name, reason in failed[:LISTED]:
         distributed.print_main(f"failed: {name}: {reason}", error=True)
     if len(failed) > LISTED:

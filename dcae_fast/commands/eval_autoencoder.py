@@ -3,25 +3,21 @@
 import json
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 import tyro
 
 import dcae_fast
-from dcae_fast import distributed
-from dcae_fast import images as pictures
-from dcae_fast.data.manifest import DataError
-from dcae_fast.data.pictures import find_pictures
-from dcae_fast.describe import table
-from dcae_fast.distributed import default_workers
-from dcae_fast.evaluation import autoencoder, networks
-from dcae_fast.evaluation.moments import Moments
-from dcae_fast.evaluation.pictures import FolderBatches
 from dcae_fast.files import written_atomically
-from dcae_fast.models.autoencoder import DCAE
-from dcae_fast.reconstruction import choose_device
+from dcae_fast.workers import default_workers
 
 from .common import Compute, UsageError, check_workers, make_folder, report_problems
+
+if TYPE_CHECKING:
+    import torch
+
+    from dcae_fast.evaluation.autoencoder import Result
+    from dcae_fast.models.autoencoder import DCAE
 
 HEADINGS = ("latent mean", "rms", "std", "rFID", "PSNR", "SSIM", "LPIPS", "CLIP-IQA")
 
@@ -53,6 +49,17 @@ def eval_autoencoder(
         batch: pictures at once
         workers: processes of each rank that read pictures; by default its share of the cores
     """
+    import torch
+
+    from dcae_fast import distributed
+    from dcae_fast import images as pictures
+    from dcae_fast.data.manifest import DataError
+    from dcae_fast.data.pictures import find_pictures
+    from dcae_fast.evaluation import autoencoder, networks
+    from dcae_fast.evaluation.moments import Moments
+    from dcae_fast.evaluation.pictures import FolderBatches
+    from dcae_fast.reconstruction import choose_device
+
     if batch < 1:
         raise UsageError(f"--batch {batch}: expected at least 1")
     check_workers(workers)
@@ -90,8 +97,14 @@ def eval_autoencoder(
         return report_problems(failed, missing)
 
 
-def _load(model: str, against: str | None, patch: bool, device: torch.device, dtype: torch.dtype) -> dict[str, DCAE]:
+def _load(
+    model: str, against: str | None, patch: bool, device: "torch.device", dtype: "torch.dtype"
+) -> dict[str, "DCAE"]:
     """The models to measure, by the names in the results."""
+    import torch
+
+    from dcae_fast.models.autoencoder import DCAE
+
     sources = {model: (model, patch)}
     if against == "eager":
         sources["eager"] = (model, False)
@@ -107,14 +120,14 @@ def _load(model: str, against: str | None, patch: bool, device: torch.device, dt
     return models
 
 
-def _check_resolution(resolution: int, models: dict[str, DCAE]) -> None:
+def _check_resolution(resolution: int, models: dict[str, "DCAE"]) -> None:
     for name, model in models.items():
         ratio = model.spatial_compression_ratio
         if resolution < 1 or resolution % ratio:
             raise UsageError(f"--resolution {resolution}: expected a multiple of {ratio}, the ratio of {name}")
 
 
-def _save(results: dict[str, autoencoder.Result], settings: dict, out: Path) -> None:
+def _save(results: dict[str, "Result"], settings: dict, out: Path) -> None:
     """Into results.json, where a figure that is not finite, as the PSNR of equal pictures, is null."""
     models = {
         name: {column: figure if math.isfinite(figure) else None for column, figure in result.figures.items()}
@@ -125,7 +138,10 @@ def _save(results: dict[str, autoencoder.Result], settings: dict, out: Path) -> 
         temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _table(results: dict[str, autoencoder.Result]) -> str:
+def _table(results: dict[str, "Result"]) -> str:
+    from dcae_fast.describe import table
+    from dcae_fast.evaluation import autoencoder
+
     rows = [("model", *HEADINGS)]
     for name, result in results.items():
         figures = [result.figures.get(column) for column in autoencoder.COLUMNS]

@@ -3,19 +3,17 @@
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-
-from dcae_fast import distributed
-from dcae_fast.data.manifest import weights_hash
-from dcae_fast.diffusion import DCAEDiffusion
-from dcae_fast.evaluation import networks
-from dcae_fast.evaluation.generation import References, SampleFolder, Settings, figures, generate
 from dcae_fast.files import written_atomically
-from dcae_fast.reconstruction import choose_device
 
 from .common import Compute, UsageError, report_problems
+
+if TYPE_CHECKING:
+    import torch
+
+    from dcae_fast.diffusion import DCAEDiffusion
+    from dcae_fast.evaluation.generation import References, SampleFolder, Settings
 
 Sampler = Literal["DPM_Solver", "ODE_dopri5", "ODE_heun2", "SDE", "GaussianDiffusion"]
 LABELS = {
@@ -65,6 +63,13 @@ def eval_diffusion(
         cmmd: .npy file of reference-stats, for CMMD
         save: keep the pictures too, as PNG files or in samples.npz
     """
+    import torch
+
+    from dcae_fast import distributed
+    from dcae_fast.evaluation import networks
+    from dcae_fast.evaluation.generation import References, SampleFolder, generate
+    from dcae_fast.reconstruction import choose_device
+
     if min(samples, batch) < 1:
         raise UsageError(f"--samples {samples}, --batch {batch}: expected at least 1")
     if seed < 0:
@@ -92,9 +97,13 @@ def eval_diffusion(
 
 
 def _settings(
-    network: DCAEDiffusion, model: str, patch: bool, sampler: str | None, steps: int | None, options: dict
-) -> Settings:
+    network: "DCAEDiffusion", model: str, patch: bool, sampler: str | None, steps: int | None, options: dict
+) -> "Settings":
     """Those of the samples; the main process hashes the weights."""
+    from dcae_fast import distributed
+    from dcae_fast.data.manifest import weights_hash
+    from dcae_fast.evaluation.generation import Settings
+
     config, weight = network.config, next(network.autoencoder.parameters())
     return Settings(
         model=model,
@@ -107,8 +116,12 @@ def _settings(
     )
 
 
-def _results(folder: SampleFolder, references: References, names: set[str], device: torch.device, kept: int) -> str:
+def _results(
+    folder: "SampleFolder", references: "References", names: set[str], device: "torch.device", kept: int
+) -> str:
     """Writes results.json, and samples.npz if asked for; what to print."""
+    from dcae_fast.evaluation.generation import figures
+
     results = figures(folder, references, names, device)
     content = {"settings": asdict(folder.settings), "figures": results}
     with written_atomically(folder.folder / "results.json") as temporary:

@@ -4,14 +4,7 @@ from pathlib import Path
 
 import tyro
 
-from dcae_fast import distributed
-from dcae_fast.data.manifest import DataError
-from dcae_fast.data.pictures import find_pictures
-from dcae_fast.distributed import default_workers
-from dcae_fast.evaluation import networks
-from dcae_fast.evaluation.pictures import FolderBatches, NpzBatches
-from dcae_fast.evaluation.references import Wanted, write_references
-from dcae_fast.reconstruction import choose_device
+from dcae_fast.workers import default_workers
 
 from .common import UsageError, check_workers, make_folder, report_problems
 
@@ -41,6 +34,14 @@ def reference_stats(
         workers: processes of each rank that read pictures; by default its share of the cores
         device: a PyTorch device; by default CUDA if there is any, else the CPU
     """
+    from dcae_fast import distributed
+    from dcae_fast.data.manifest import DataError
+    from dcae_fast.data.pictures import find_pictures
+    from dcae_fast.evaluation import networks
+    from dcae_fast.evaluation.pictures import FolderBatches, NpzBatches
+    from dcae_fast.evaluation.references import Wanted, write_references
+    from dcae_fast.reconstruction import choose_device
+
     wanted = Wanted(fid, precision_recall, cmmd)
     if not wanted.networks:
         raise UsageError("name at least one file to write: --fid, --precision-recall or --cmmd")

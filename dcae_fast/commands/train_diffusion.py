@@ -3,21 +3,18 @@
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 import tyro
 
-from dcae_fast import distributed
-from dcae_fast.data.latents import LatentDataset
-from dcae_fast.data.manifest import DataError
-from dcae_fast.evaluation.generation import References
-from dcae_fast.reconstruction import choose_device
 from dcae_fast.training.config import DESCRIPTIONS, RECIPES, Run, TrainingError
-from dcae_fast.training.estimate import describe
-from dcae_fast.training.evaluation import Comparison
-from dcae_fast.training.loop import train
 
 from .common import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from dcae_fast.training.evaluation import Comparison
 
 Named = tyro.extras.subcommand_type_from_defaults(RECIPES, DESCRIPTIONS, prefix_names=False)
 
@@ -38,7 +35,10 @@ class Compared:
     eval_samples: int = 5000
     """how many; of fewer samples the FID is higher"""
 
-    def comparison(self, run: Run, device: torch.device) -> Comparison | None:
+    def comparison(self, run: Run, device: "torch.device") -> "Comparison | None":
+        from dcae_fast.evaluation.generation import References
+        from dcae_fast.training.evaluation import Comparison
+
         files = self.eval_fid, self.eval_precision_recall, self.eval_cmmd
         return Comparison(References.load(*files), self.eval_samples, run, device) if any(files) else None
 
@@ -52,6 +52,15 @@ def train_diffusion(recipe: Named, run: Run, compared: Compared, *, dry_run: boo
     Args:
         dry_run: print the network's size, the cost of a step, the memory needed and the data found, and train nothing
     """
+    import torch
+
+    from dcae_fast import distributed
+    from dcae_fast.data.latents import LatentDataset
+    from dcae_fast.data.manifest import DataError
+    from dcae_fast.reconstruction import choose_device
+    from dcae_fast.training.estimate import describe
+    from dcae_fast.training.loop import train
+
     try:
         place, _ = choose_device(run.device, recipe.precision)
         with distributed.process_group(place) as device:

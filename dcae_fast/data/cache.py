@@ -12,6 +12,7 @@ from tqdm import tqdm
 from dcae_fast import distributed
 from dcae_fast.finite import finite_rows, not_finite
 from dcae_fast.models.autoencoder import DCAE
+from dcae_fast.workers import default_workers
 
 from .encode import BatchEncoder, automatic_batch, encode_batches
 from .manifest import MANIFEST, DataError, Manifest, Settings, Sums, load_manifest, statistics, weights_hash
@@ -72,7 +73,7 @@ def cache_latents(
     kept = {index: sums for part in distributed.all_gather(there) for index, sums in part.items()}
     missing = _share_of_missing(len(pictures.items), kept, store.unit)
     encode = BatchEncoder(model, settings.scaling_factor, batch or automatic_batch(model, settings.resolution))
-    outcome = _encode(pictures, missing, store, encode, distributed.default_workers() if workers is None else workers)
+    outcome = _encode(pictures, missing, store, encode, default_workers() if workers is None else workers)
     return _report(folder, pictures, Manifest(settings, pictures.classes), kept, distributed.all_gather(outcome))
 
 

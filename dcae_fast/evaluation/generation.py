@@ -21,8 +21,8 @@ from dcae_fast import distributed, images
 from dcae_fast import sample as sampling
 from dcae_fast.data.manifest import DataError
 from dcae_fast.diffusion import DCAEDiffusion
+from dcae_fast.errors import NotFiniteError
 from dcae_fast.files import written_atomically
-from dcae_fast.finite import NotFiniteError
 
 from .labels import class_labels
 from .metrics import NEIGHBOURS, SPLITS, frechet_distance, inception_score, maximum_mean_discrepancy, precision_recall

@@ -1,59 +1,12 @@
 """The deep compression autoencoder (DC-AE, arXiv 2410.10733; 1.5: arXiv 2508.00413), readable from top to bottom."""
 
 import os
-from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from . import blocks
-
-
-@dataclass(frozen=True)
-class CoderConfig:
-    """One half of the autoencoder; every tuple has one entry per stage, stage 0 at full resolution.
-
-    width, depth: channels and number of blocks. block: "ResBlock", "EViTGLU" (linear attention + gated convolution) or
-    "EViTS5GLU" (the same with a 5×5 scale). norm: "rms" or "batch"; act: "relu" or "silu" (both of ResBlocks alone).
-    resample: "pixel" (pixel-shuffle), "conv" (stride-2 convolution, encoder) or "interpolate" (decoder).
-    shortcut: whether the encoder's head or the decoder's stem has one. head_act: before the decoder's last convolution.
-    """
-
-    width: tuple[int, ...]
-    depth: tuple[int, ...]
-    block: tuple[str, ...]
-    norm: tuple[str, ...]
-    act: tuple[str, ...]
-    resample: str = "pixel"
-    shortcut: bool = True
-    head_act: str = "relu"
-
-    def __post_init__(self):
-        if len({len(self.width), len(self.depth), len(self.block), len(self.norm), len(self.act)}) != 1:
-            raise ValueError(f"width, depth, block, norm and act need one entry for each stage: {self}")
-        if any(block != "ResBlock" and norm != "rms" for block, norm in zip(self.block, self.norm, strict=True)):
-            raise ValueError(f"attention blocks have RMS norm alone: {self}")
-
-
-@dataclass(frozen=True)
-class DCAEConfig:
-    """encoder, decoder: `CoderConfig`; adaptive: latents may use the first channels only (DC-AE 1.5).
-
-    scaling_factor: what latents are multiplied by before a diffusion model sees them, about 1 / rms; None if unknown.
-    name: the model's name where it is one of `zoo.AUTOENCODERS`; it says nothing about the architecture.
-    """
-
-    latent_channels: int
-    encoder: CoderConfig
-    decoder: CoderConfig
-    adaptive: bool = False
-    scaling_factor: float | None = None
-    name: str | None = field(default=None, compare=False)
-
-    def __post_init__(self):
-        if self.adaptive and (self.encoder.shortcut or self.decoder.shortcut):
-            raise ValueError("adaptive autoencoders have no shortcut at the encoder's head or the decoder's stem")
-
+from .config import CoderConfig, DCAEConfig
 
 DOWN_SAMPLERS = {
     "pixel": blocks.ConvPixelUnshuffleDownSampleLayer,

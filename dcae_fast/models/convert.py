@@ -6,11 +6,12 @@ diffusers   `AutoencoderDC`: other names, attention's 1×1 convolutions as matri
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
-import torch
+from .config import ACTIVATIONS, CoderConfig, DCAEConfig
 
-from .autoencoder import CoderConfig, DCAEConfig
-from .blocks import ACTIVATIONS
+if TYPE_CHECKING:
+    from .weights import State
 
 RENAMES = [
     (r"\b(main|op_list)\.", ""),
@@ -46,7 +47,7 @@ def state_dict_layout(names: Iterable[str]) -> str:
     raise ValueError(f"not the weights of a DC-AE autoencoder; found {', '.join(names[:5]) or 'nothing'}")
 
 
-def state_dict_to_diffusers(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def state_dict_to_diffusers(state: "State") -> "State":
     """A state dict of the original layout in diffusers'; tensors are views.
 
     to_q, to_k, to_v are the consecutive thirds of qkv's rows, not queries, keys and values: diffusers concatenates
@@ -62,8 +63,10 @@ def state_dict_to_diffusers(state: Mapping[str, torch.Tensor]) -> dict[str, torc
     return converted
 
 
-def state_dict_from_diffusers(state: Mapping[str, torch.Tensor], names: Iterable[str]) -> dict[str, torch.Tensor]:
+def state_dict_from_diffusers(state: "State", names: Iterable[str]) -> "State":
     """The tensors of that original names (a model's own) from a state dict of diffusers' layout."""
+    import torch
+
     converted = {}
     for name in names:
         renamed = _diffusers_name(name)

@@ -8,11 +8,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import zoo
-from .dit import DiT, DiTConfig
-from .uvit import UViT, UViTConfig
+from .config import DiTConfig, UViTConfig
+
+if TYPE_CHECKING:
+    from .dit import DiT
+    from .uvit import UViT
 
 RESOLUTION = 512
 NETWORKS = {"uvit": UViTConfig, "dit": DiTConfig}
@@ -52,8 +55,11 @@ class DiffusionConfig:
         if sampler not in fitting:
             raise ValueError(f"sampler {sampler!r}; the model was trained for {' or '.join(fitting)}")
 
-    def build(self) -> UViT | DiT:
+    def build(self) -> "UViT | DiT":
         """The network with random weights."""
+        from .dit import DiT
+        from .uvit import UViT
+
         return UViT(self.network) if isinstance(self.network, UViTConfig) else DiT(self.network)
 
 
@@ -133,7 +139,8 @@ DIFFUSION_MODELS = {
 
 
 ASSETS = Path(__file__).parents[1] / "assets"
-BUNDLED = {"dc-ae-tiny-uvit-digits": ASSETS / "dc-ae-tiny-uvit-digits"}
+TINY = "dc-ae-tiny-uvit-digits"
+BUNDLED = {TINY: ASSETS / TINY}
 
 
 def diffusion_names() -> list[str]:

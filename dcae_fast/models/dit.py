@@ -1,27 +1,18 @@
 """DiT (arXiv 2212.09748) in the latent space of DC-AE, and SiT (arXiv 2401.08740): the same, trained as a flow."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
+from .config import DiTConfig
 from .transformer import (
     Attention,
     LabelEmbedder,
     Mlp,
     PatchEmbed,
-    TransformerConfig,
     check_inputs,
     sinusoidal_embedding,
     unpatchify,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiTConfig(TransformerConfig):
-    """learn_sigma: whether C further output channels tell the variance of the reverse process (DiT), or not (SiT)."""
-
-    learn_sigma: bool = True
 
 
 def position_table(hidden_size: int, side: int) -> torch.Tensor:

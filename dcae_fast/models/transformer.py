@@ -1,47 +1,15 @@
-"""What UViT and DiT share: configuration, input checks, embeddings, attention. Attribute names as in the originals.
+"""What UViT and DiT share: input checks, embeddings, attention. Attribute names as in the originals.
 
 Tokens are [B, N, D]. Attention runs in the dtype that its projection gives: the weights', or autocast's.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-
-@dataclass(frozen=True, kw_only=True)
-class TransformerConfig:
-    """in_channels, input_size: the latent's channels and its side; patch_size: the side of a token, in latent pixels.
-
-    depth, hidden_size, num_heads: blocks, width, attention heads; the hidden layer of an MLP is 4 * hidden_size wide.
-    num_classes: also the null label, "no class", which replaces a training label with class_dropout_prob.
-    """
-
-    in_channels: int
-    input_size: int
-    depth: int
-    hidden_size: int
-    num_heads: int
-    patch_size: int = 1
-    num_classes: int = 1000
-    class_dropout_prob: float = 0.1
-
-    def __post_init__(self):
-        if self.input_size % self.patch_size:
-            raise ValueError(f"input_size={self.input_size} is not a multiple of patch_size={self.patch_size}")
-        if self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}")
-        if self.hidden_size % 4:
-            raise ValueError(f"hidden_size={self.hidden_size} is not a multiple of 4, as sines and cosines need")
-        if not 0 <= self.class_dropout_prob <= 1:
-            raise ValueError(f"class_dropout_prob={self.class_dropout_prob} is not in [0, 1]")
-
-    @property
-    def tokens(self) -> int:
-        """Patches of a latent."""
-        return (self.input_size // self.patch_size) ** 2
+from .config import TransformerConfig
 
 
 def check_inputs(

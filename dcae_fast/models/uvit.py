@@ -1,33 +1,19 @@
 """UViT (arXiv 2209.12152) in the latent space of DC-AE, and USiT, which is the same network trained as a flow."""
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .config import UViTConfig
 from .transformer import (
     Attention,
     LabelEmbedder,
     Mlp,
     PatchEmbed,
-    TransformerConfig,
     check_inputs,
     sinusoidal_embedding,
     unpatchify,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class UViTConfig(TransformerConfig):
-    """depth: without the middle block, half on either side of it; adaptive: latents may have fewer channels (1.5)."""
-
-    adaptive: bool = False
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.depth % 2:
-            raise ValueError(f"depth={self.depth} is odd; every block before the middle needs one after it")
 
 
 class Block(nn.Module):

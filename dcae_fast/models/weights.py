@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from dcae_fast.errors import CheckpointError
 from dcae_fast.files import written_atomically
 
 from . import zoo
@@ -24,10 +25,6 @@ LISTED = 10  # names of each kind in an error
 
 State = dict[str, torch.Tensor]
 Finder = Callable[[str], Path | None]
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be found, read, or loaded into this model."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from . import convert
-from .autoencoder import CoderConfig, DCAEConfig
+from .config import CoderConfig, DCAEConfig
 
 WIDTH = (128, 256, 512, 512, 1024, 1024, 2048, 2048)
 

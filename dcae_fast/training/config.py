@@ -3,14 +3,15 @@
 import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from dcae_fast import distributed
-from dcae_fast.data.latents import LatentDataset
+from dcae_fast.models.config import DiTConfig, UViTConfig
 from dcae_fast.models.diffusion_zoo import DIFFUSION_MODELS, DPM_SOLVER, FLOW, GAUSSIAN, SIZES, DiffusionConfig
-from dcae_fast.models.dit import DiTConfig
-from dcae_fast.models.uvit import UViTConfig
 from dcae_fast.models.zoo import autoencoder_config
+from dcae_fast.workers import default_workers
+
+if TYPE_CHECKING:
+    from dcae_fast.data.latents import LatentDataset
 
 
 class TrainingError(RuntimeError):
@@ -103,7 +104,7 @@ class Recipe:
             raise ValueError(f"batch={self.batch} is not a multiple of {ranks} ranks x accumulate={accumulate}")
         return self.batch // (ranks * accumulate)
 
-    def diffusion_config(self, data: LatentDataset) -> DiffusionConfig:
+    def diffusion_config(self, data: "LatentDataset") -> DiffusionConfig:
         """The model that will come of these latents. ValueError for latents or options that do not fit."""
         channels, height, width = data.shape
         if height != width:
@@ -126,7 +127,7 @@ class Recipe:
         )
         return replace(config, name=next((name for name, known in DIFFUSION_MODELS.items() if known == config), None))
 
-    def _source(self, data: LatentDataset) -> tuple[str, float]:
+    def _source(self, data: "LatentDataset") -> tuple[str, float]:
         """The autoencoder of the latents and what they were multiplied by."""
         if data.manifest is not None:
             settings = data.manifest.settings
@@ -168,7 +169,7 @@ class Run:
     """replay the compiled network as CUDA graphs, which need no Python: for small networks and batches, on one GPU"""
     checkpoint_activations: bool = False
     """compute each block again in the backward pass rather than keep what it needs"""
-    workers: int = field(default_factory=distributed.default_workers)
+    workers: int = field(default_factory=default_workers)
     """processes of each rank that read latents"""
     log_steps: int = 50
     """steps from one line of the log to the next"""

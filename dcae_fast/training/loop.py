@@ -10,7 +10,7 @@ import torch
 from dcae_fast import distributed
 from dcae_fast.data.latents import LatentDataset
 from dcae_fast.diffusion import DCAEDiffusion
-from dcae_fast.finite import NotFiniteError
+from dcae_fast.errors import NotFiniteError
 
 from .batches import BatchOrder, Draws, draw, load_batches
 from .checkpoint import Checkpoints, export
