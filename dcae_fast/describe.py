@@ -1,13 +1,15 @@
 """Tables about the models: what they cost and what they are made of. No weights are needed."""
 
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from typing import TYPE_CHECKING
 
-from .diffusion import DCAEDiffusion
-from .models.autoencoder import DCAE, DCAEConfig
+from . import costs
+from .models.config import DCAEConfig
 from .models.diffusion_zoo import DiffusionConfig, diffusion_config, diffusion_names
 from .models.zoo import autoencoder_config, autoencoder_names
+
+if TYPE_CHECKING:
+    from .diffusion import DCAEDiffusion
+    from .models.autoencoder import DCAE
 
 
 def table(rows: list[tuple[str, ...]]) -> str:
@@ -23,11 +25,21 @@ def table(rows: list[tuple[str, ...]]) -> str:
     return "\n".join(lines)
 
 
+def _giga(flops: int) -> str:
+    return f"{flops / 1e9:.{0 if flops >= 1e10 else 2}f}"
+
+
 def cost(config: DCAEConfig, size: int = 512) -> tuple[int, int]:
     """Parameters, and the floating point operations of encoding and decoding one picture of size x size.
 
     Counted are convolutions and matrix products, a multiplication and an addition as two. Nothing is computed.
     """
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from .models.autoencoder import DCAE
+
     with FakeTensorMode(), FlopCounterMode(display=False) as counter:
         model = DCAE(config).eval()
         model(torch.empty(1, 3, size, size))
@@ -39,15 +51,18 @@ def models_table() -> str:
     rows = [("name", "ratio", "latent channels", "parameters (M)", "GFLOP at 512 px")]
     for name in autoencoder_names():
         config = autoencoder_config(name)
-        parameters, flops = cost(config)
+        parameters, flops = costs.AUTOENCODERS[name]
         ratio = 2 ** (len(config.encoder.depth) - 1)
-        row = (name, ratio, config.latent_channels, f"{parameters / 1e6:.1f}", f"{flops / 1e9:.0f}")
+        row = (name, ratio, config.latent_channels, f"{parameters / 1e6:.1f}", _giga(flops))
         rows.append(tuple(map(str, row)))
     return table(rows)
 
 
 def diffusion_cost(config: DiffusionConfig) -> tuple[int, int]:
     """Parameters, and the floating point operations of one call of the network for one latent, counted likewise."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
     network = config.network
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         model = config.build().eval()
@@ -61,14 +76,16 @@ def diffusion_models_table() -> str:
     rows = [("name", "tokens", "parameters (M)", "GFLOP of a call", "sampler", "steps")]
     for name in diffusion_names():
         config = diffusion_config(name)
-        parameters, flops = diffusion_cost(config)
-        cost = (f"{parameters / 1e6:.1f}", f"{flops / 1e9:.0f}")
+        parameters, flops = costs.DIFFUSION_MODELS[name]
+        cost = (f"{parameters / 1e6:.1f}", _giga(flops))
         rows.append((name, str(config.network.tokens), *cost, config.eval_scheduler, str(config.num_inference_steps)))
     return table(rows)
 
 
-def model_tables(model: DCAE | DCAEDiffusion) -> str:
+def model_tables(model: "DCAE | DCAEDiffusion") -> str:
     """What a model is made of; of a diffusion model first the transformer, then the autoencoder."""
+    from .models.autoencoder import DCAE
+
     if isinstance(model, DCAE):
         return config_table(model.config)
     return f"{diffusion_config_table(model.config)}\n\n{config_table(model.autoencoder.config)}"
