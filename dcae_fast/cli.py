@@ -55,7 +55,7 @@ def reconstruct(
     if not photos:
         photos = (images.demo_photograph(),)
         print(f"No photograph given; taking the bundled one, {photos[0].name}.")
-    files, network = _files(photos, _picture_suffixes()), compute.load(model)
+    files, network = _files(photos, images.picture_suffixes()), compute.load(model)
 
     def one(path: Path, stem: str) -> str:
         result = reconstruct_photograph(path, network, fit, compute.patch)
@@ -99,10 +99,11 @@ def encode(
     """
     import torch
 
+    from . import images
     from .finite import check_finite
     from .reconstruction import Latent, load_photograph, save_latent
 
-    files, network = _files(photos, _picture_suffixes()), compute.load(model)
+    files, network = _files(photos, images.picture_suffixes()), compute.load(model)
     if compute.patch:
         dcae_fast.patch(network)
 
@@ -287,13 +288,7 @@ def _of_either_kind(source: str) -> "DCAE | DCAEDiffusion":
         raise
 
 
-def _picture_suffixes() -> set[str]:
-    from PIL import Image
-
-    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-
-
-def _files(paths: Sequence[Path], suffixes: set[str]) -> list[Path]:
+def _files(paths: Sequence[Path], suffixes: set[str] | frozenset[str]) -> list[Path]:
     """The paths, with each folder replaced by the files in it that have one of the suffixes."""
     if not paths:
         raise UsageError("name at least one file or folder")

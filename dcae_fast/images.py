@@ -3,7 +3,13 @@
 Images are float tensors [B, 3, H, W] in [-1, 1] or, once quantised, uint8 tensors of the same shape.
 """
 
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -11,6 +17,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from .files import written_atomically
+
+MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # of a picture; Pillow opens none that have more
+HEADERS_ONLY = {"BUFR", "GRIB", "HDF5", "MPEG"}  # formats that Pillow opens but does not decode
 
 
 class PhotographError(ValueError):
@@ -22,19 +31,63 @@ def demo_photograph() -> Path:
     return Path(__file__).parent / "assets" / "photographs" / "chelsea.png"
 
 
-def read_photograph(path: str | Path) -> torch.Tensor:
-    """A photograph of any mode as RGB, [1, 3, H, W] float32 in [-1, 1].
+@cache
+def picture_suffixes() -> frozenset[str]:
+    """The suffixes, in lower case, of all files that Pillow and its plugins read."""
+    suffixes = Image.registered_extensions()
+    readable = {*Image.OPEN, "MPO"} - HEADERS_ONLY  # MPO is opened as JPEG
+    return frozenset(suffix for suffix, kind in suffixes.items() if kind in readable)
 
-    The camera's rotation (EXIF) is applied, transparency is composited on white, grey becomes three equal channels
-    (16-bit grey keeps its precision), and of several frames the first is read. Colour profiles are ignored.
-    Raises PhotographError if the file is missing or broken, or if its pixels have no defined range (mode "F").
+
+@contextmanager
+def opened(file: str | Path | IO[bytes], max_pixels: int) -> Iterator[Image.Image]:
+    """A picture to decode within the block. Raises ValueError for a file that is none, or has more than `max_pixels`
+    pixels.
+    """
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = max_pixels
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # beyond the limit; an error beyond twice
+            with Image.open(file) as image:
+                yield image
+    except Image.UnidentifiedImageError as error:
+        raise ValueError("not a picture that Pillow can read") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(f"has more than {max_pixels} pixels; --max-pixels raises the limit") from error
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def read_photograph(path: str | Path, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
+    """A photograph of any mode as a person sees it (`as_seen`), [1, 3, H, W] float32 in [-1, 1].
+
+    Raises PhotographError if the file is missing or broken or has more than `max_pixels` pixels, and MemoryError.
     """
     try:
-        with Image.open(path) as image:
-            return _rgb_tensor(ImageOps.exif_transpose(image))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        with opened(path, max_pixels) as image:
+            return to_tensor(as_seen(image))
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow raises anything for a broken file
+        reason = getattr(error, "strerror", None) or str(error) or repr(error)
         raise PhotographError(f"{path}: cannot be read as a photograph: {reason}") from error
+
+
+def as_seen(image: Image.Image) -> Image.Image:
+    """A picture of any mode as a person sees it: in mode RGB or, where grey has 16 bits, F with values up to 255.
+
+    The camera's rotation (EXIF) is applied, transparency is composited on white, and of several frames the first is
+    taken. Colour profiles are ignored. Raises ValueError for floating-point pixels, whose range is not defined.
+    """
+    image = ImageOps.exif_transpose(image)
+    grey = wide_grey(image)
+    if grey is not None:
+        return Image.fromarray(255 * grey)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def wide_grey(image: Image.Image) -> np.ndarray | None:
@@ -46,20 +99,16 @@ def wide_grey(image: Image.Image) -> np.ndarray | None:
     return np.asarray(image).astype(np.float32).clip(0, 65535) / 65535
 
 
-def _rgb_tensor(image: Image.Image) -> torch.Tensor:
-    grey = wide_grey(image)
-    if grey is not None:
-        return (torch.from_numpy(grey) * 2 - 1).expand(1, 3, -1, -1).contiguous()
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return to_tensor(image)
+def pixels_of(image: Image.Image) -> np.ndarray:
+    """[H, W, 3], of an image in mode RGB uint8, in mode F three equal channels, float32 in [0, 255]."""
+    if image.mode != "F":
+        return np.array(image.convert("RGB"))
+    return np.asarray(image).clip(0, 255)[..., None].repeat(3, axis=-1)
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
-    """A Pillow image as RGB, [1, 3, H, W] float32: pixel / 127.5 - 1."""
-    pixels = torch.from_numpy(np.array(image.convert("RGB")))
+    """An image that `pixels_of` takes, as [1, 3, H, W] float32: pixel / 127.5 - 1."""
+    pixels = torch.from_numpy(pixels_of(image))
     return pixels.permute(2, 0, 1)[None].float().contiguous() / 255 * 2 - 1
 
 
@@ -109,14 +158,18 @@ def centre_crop(image: Image.Image, height: int, width: int) -> Image.Image:
     """The centre of the image at exactly height x width, as ADM, DiT and DC-AE prepare their data.
 
     Halves with a box filter while both sides are at least twice the target, resizes (bicubic) until one side fits, up
-    for small images, then crops.
+    for small images, then crops. Raises ValueError where the resized image would have more pixels than Pillow's limit.
     """
     if image.size == (width, height):
         return image
     while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = max(height / image.height, width / image.width)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    size = round(image.width * scale), round(image.height * scale)
+    if Image.MAX_IMAGE_PIXELS is not None and math.prod(size) > Image.MAX_IMAGE_PIXELS:
+        grown = "{}x{} pixels, scaled to {}x{} for the crop".format(*image.size, *size)
+        raise ValueError(f"{grown}, are more than {Image.MAX_IMAGE_PIXELS}; --max-pixels raises the limit")
+    image = image.resize(size, Image.Resampling.BICUBIC)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
 

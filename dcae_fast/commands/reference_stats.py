@@ -35,8 +35,8 @@ def reference_stats(
         device: a PyTorch device; by default CUDA if there is any, else the CPU
     """
     from dcae_fast import distributed
+    from dcae_fast.data.find import find_pictures
     from dcae_fast.data.manifest import DataError
-    from dcae_fast.data.pictures import find_pictures
     from dcae_fast.evaluation import networks
     from dcae_fast.evaluation.pictures import FolderBatches, NpzBatches
     from dcae_fast.evaluation.references import Wanted, write_references

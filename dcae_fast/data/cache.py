@@ -10,13 +10,17 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dcae_fast import distributed
+from dcae_fast.files import leftovers
 from dcae_fast.finite import finite_rows, not_finite
+from dcae_fast.images import MAX_PIXELS, as_seen
+from dcae_fast.lock import is_unused, locked
 from dcae_fast.models.autoencoder import DCAE
 from dcae_fast.workers import default_workers
 
 from .encode import BatchEncoder, automatic_batch, encode_batches
 from .manifest import MANIFEST, DataError, Manifest, Settings, Sums, load_manifest, statistics, weights_hash
-from .pictures import CropDataset, Pictures, collate
+from .pictures import CropDataset, Pictures, collate, to_rgb
+from .sources import load_sources, save_sources, sources_of
 from .store import STORES, NpyStore, ShardStore
 
 Store = NpyStore | ShardStore
@@ -24,21 +28,30 @@ Store = NpyStore | ShardStore
 
 @dataclass(frozen=True)
 class Report:
-    """What `cache_latents` did on all ranks. skipped: (name, reason) of pictures without a latent.
+    """What `cache_latents` did on all ranks. skipped: (name, reason) of pictures without a latent, and of shards.
 
-    encoded: latents made; kept: latents that were there; seconds: the slowest rank's, from the first picture read to
-    the last latent written; waited: share of that time in which the devices did not compute, on average.
+    encoded: latents made; kept: latents that were there; changed: pictures that are not what they were when their
+    latents were made; seconds: the slowest rank's, from the first picture read to the last latent written; waited:
+    share of that time in which the devices did not compute, on average.
     """
 
     manifest: Manifest
     encoded: int
     kept: int
+    changed: int
     skipped: list[tuple[str, str]]
     seconds: float
     waited: float
 
 
-def settings_of(model: DCAE, name: str, scaling_factor: float | None, resolution: int, format: str) -> Settings:
+def settings_of(
+    model: DCAE,
+    name: str,
+    scaling_factor: float | None,
+    resolution: int,
+    format: str,
+    as_original: bool = False,
+) -> Settings:
     """The settings of latents that the model makes; scaling_factor: the model's own if None. Raises DataError."""
     factor, ratio = scaling_factor or model.scaling_factor, model.spatial_compression_ratio
     if factor is None:
@@ -47,7 +60,7 @@ def settings_of(model: DCAE, name: str, scaling_factor: float | None, resolution
         raise DataError(f"resolution {resolution}: expected a multiple of {ratio}, the model's ratio")
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     shape = model.config.latent_channels, resolution // ratio, resolution // ratio
-    return Settings(name, dtype, resolution, factor, format, weights_hash(model.encoder), shape)
+    return Settings(name, dtype, resolution, factor, format, weights_hash(model.encoder), shape, as_original)
 
 
 def cache_latents(
@@ -57,37 +70,54 @@ def cache_latents(
     settings: Settings,
     batch: int | None = None,
     workers: int | None = None,
+    overwrite: bool = False,
+    max_pixels: int = MAX_PIXELS,
 ) -> Report:
     """Writes the latents that are not there yet, all ranks together, and then the manifest.
 
-    model: patched or not, on its device; settings: by `settings_of`; batch, workers: chosen here if None. Every latent
-    is there and whole, or absent, whenever this is killed. Raises DataError where the folder holds other latents.
+    model: patched or not, on its device; settings: by `settings_of`; batch, workers: chosen here if None; overwrite:
+    removes latents that are there; max_pixels: of a picture. Every latent is there and whole, or absent, whenever this
+    is killed; latents of pictures that changed are made anew. Raises DataError where the folder holds other latents,
+    and LockedError where another process works in it.
     """
-    store = STORES[settings.format](folder, pictures.items, settings)
-    if distributed.is_main():
-        _prepare(folder, store, Manifest(settings, pictures.classes))
-    distributed.barrier()
-    units = -(-len(pictures.items) // store.unit)
-    mine = distributed.share(units)
-    there = store.scan(range(mine.start * store.unit, min(mine.stop * store.unit, len(pictures.items))))
-    kept = {index: sums for part in distributed.all_gather(there) for index, sums in part.items()}
-    missing = _share_of_missing(len(pictures.items), kept, store.unit)
-    encode = BatchEncoder(model, settings.scaling_factor, batch or automatic_batch(model, settings.resolution))
-    outcome = _encode(pictures, missing, store, encode, default_workers() if workers is None else workers)
-    return _report(folder, pictures, Manifest(settings, pictures.classes), kept, distributed.all_gather(outcome))
+    store, empty = STORES[settings.format](folder, pictures.items, settings), Manifest(settings, pictures.classes)
+    workers = default_workers() if workers is None else workers
+    with locked(folder):
+        if distributed.is_main():
+            _prepare(folder, store, empty, overwrite)
+        store.changed = distributed.broadcast(store.changed)
+        units = -(-len(pictures.items) // store.unit)
+        mine = distributed.share(units)
+        there = store.scan(range(mine.start * store.unit, min(mine.stop * store.unit, len(pictures.items))))
+        kept = {index: sums for part in distributed.all_gather(there) for index, sums in part.items()}
+        if distributed.is_main():  # when no latent is left that was made from something else
+            save_sources(folder, sources_of(pictures.items))
+        distributed.barrier()
+        missing = _share_of_missing(len(pictures.items), kept, store.unit)
+        encode = BatchEncoder(model, settings.scaling_factor, batch or automatic_batch(model, settings.resolution))
+        prepare = to_rgb if settings.as_original else as_seen
+        dataset = CropDataset(pictures, missing, settings.resolution, prepare, max_pixels)
+        outcomes = distributed.all_gather(_encode(dataset, store, encode, workers))
+        return _report(folder, pictures, empty, len(store.changed), kept, outcomes)
 
 
-def _prepare(folder: Path, store: Store, manifest: Manifest) -> None:
-    """Leaves a folder that has a manifest of these settings and nothing that a killed run left behind."""
-    folder.mkdir(parents=True, exist_ok=True)
-    before, leftovers = load_manifest(folder), set(folder.rglob(".*.part"))
-    if before is not None:
+def _prepare(folder: Path, store: Store, manifest: Manifest, overwrite: bool) -> None:
+    """Leaves a folder that has a manifest of these settings and nothing that a killed run left behind, and tells the
+    store which pictures changed.
+    """
+    before = load_manifest(folder)
+    if before is None and not is_unused(folder):
+        raise DataError(f"{folder} is not empty and has no {MANIFEST}; take another folder")
+    for leftover in leftovers(folder):
+        leftover.unlink()
+    if before is not None and overwrite:
+        for path in STORES[before.settings.format].files(folder):
+            path.unlink()
+    elif before is not None:
         manifest.settings.check_same(before.settings, folder)
         store.check_strays()
-    elif not leftovers.issuperset(folder.iterdir()):
-        raise DataError(f"{folder} is not empty and has no {MANIFEST}; take another folder")
-    for leftover in leftovers:
-        leftover.unlink()
+        now, then = sources_of(store.pictures), load_sources(folder)
+        store.changed = {key for key in now if then.get(key, now[key]) != now[key]}
     manifest.save(folder)
 
 
@@ -111,17 +141,16 @@ class Outcome:
     busy: float = 0.0
 
 
-def _encode(pictures: Pictures, indices: list[int], store: Store, encode: BatchEncoder, workers: int) -> Outcome:
+def _encode(dataset: CropDataset, store: Store, encode: BatchEncoder, workers: int) -> Outcome:
     """Encodes some of the pictures and writes their latents."""
-    outcome, (_, _, side) = Outcome(), store.shape
-    dataset = CropDataset(pictures, indices, side * encode.model.spatial_compression_ratio)
-    workers = min(workers, -(-len(indices) // encode.batch))
+    outcome = Outcome()
+    workers = min(workers, -(-len(dataset) // encode.batch))
     on_cuda = next(encode.model.parameters()).is_cuda
     loader = DataLoader(dataset, encode.batch, num_workers=workers, collate_fn=collate, pin_memory=on_cuda)
     finish = partial(_write, store, not_finite(["its latent"], encode.dtype))
     begin = time.perf_counter()
     quiet = None if distributed.is_main() else True
-    with tqdm(total=len(indices), unit="image", disable=quiet) as bar:
+    with tqdm(total=len(dataset), unit="image", disable=quiet) as bar:
         for done in encode_batches(loader, encode, store.dtype, finish, store.writers):
             sums, failed = done.result
             outcome.sums |= sums
@@ -147,17 +176,23 @@ def _write(
 
 
 def _report(
-    folder: Path, pictures: Pictures, manifest: Manifest, kept: dict[int, Sums], outcomes: list[Outcome]
+    folder: Path,
+    pictures: Pictures,
+    manifest: Manifest,
+    changed: int,
+    kept: dict[int, Sums],
+    outcomes: list[Outcome],
 ) -> Report:
     """The report, the same on every rank; the manifest is complete on disk when this returns."""
     made = {index: sums for outcome in outcomes for index, sums in outcome.sums.items()}
     failed = sorted(each for outcome in outcomes for each in outcome.failed)
-    skipped = [(pictures.items[index].name, reason) for index, reason in failed]
+    skipped = [*pictures.failed, *((pictures.items[index].name, reason) for index, reason in failed)]
     manifest = replace(
         manifest,
         images=len(pictures.items),
         latents=len(kept) + len(made),
         skipped=tuple(name for name, _ in skipped),
+        ignored=tuple(name for name, _ in pictures.ignored),
         **statistics([*kept.values(), *made.values()]),
     )
     if distributed.is_main():
@@ -165,5 +200,5 @@ def _report(
     distributed.barrier()
     seconds, busy = (sum(getattr(outcome, name) for outcome in outcomes) for name in ("seconds", "busy"))
     slowest = max(outcome.seconds for outcome in outcomes)
-    encoded = sum(len(outcome.sums) for outcome in outcomes)
-    return Report(manifest, encoded, len(kept), skipped, slowest, 1 - busy / seconds if seconds else 0.0)
+    encoded, waited = sum(len(outcome.sums) for outcome in outcomes), 1 - busy / seconds if seconds else 0.0
+    return Report(manifest, encoded, len(kept), changed, skipped, slowest, waited)

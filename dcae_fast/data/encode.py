@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dcae_fast.memory import is_out_of_memory
 from dcae_fast.models.autoencoder import DCAE
 
 from .pictures import Crops
@@ -29,10 +30,10 @@ def automatic_batch(model: DCAE, resolution: int) -> int:
 
 
 class BatchEncoder:
-    """Pixels uint8 [n, h, w, 3] → scaled latents [n, c, h / f, w / f] float32, in calls of exactly `batch` pictures.
+    """Pixels [n, h, w, 3] from 0 to 255 → scaled latents [n, c, h / f, w / f] float32, in calls of `batch` pictures.
 
     A short batch is filled up with its last picture: one shape means one choice of kernels, so that a latent does not
-    depend on how the pictures fell into batches. `batch` is halved where it does not fit in the device's memory.
+    depend on how the pictures fell into batches. `batch` is halved where it does not fit in memory.
     """
 
     def __init__(self, model: DCAE, scaling_factor: float, batch: int):
@@ -46,8 +47,8 @@ class BatchEncoder:
         while True:
             try:
                 return torch.cat([self._encode(part) for part in pixels.split(self.batch)])
-            except torch.OutOfMemoryError:
-                if self.batch == 1:
+            except (RuntimeError, MemoryError) as error:
+                if self.batch == 1 or not is_out_of_memory(error):
                     raise
             self.batch //= 2  # outside of the handler, which keeps the failed call's tensors alive
             torch.cuda.empty_cache()
@@ -56,7 +57,7 @@ class BatchEncoder:
         n = len(pixels)
         if n < self.batch:
             pixels = torch.cat([pixels, pixels[-1:].expand(self.batch - n, -1, -1, -1)])
-        x = pixels.permute(0, 3, 1, 2).float().div_(255).mul_(2).sub_(1)  # channels-last
+        x = (pixels.permute(0, 3, 1, 2) / 255).mul_(2).sub_(1)  # float32, channels-last
         return self.model.encode(x.to(self.dtype))[:n].float().contiguous() * self.scaling_factor
 
 

@@ -1,7 +1,7 @@
 """Folders of latents, written by `dcae-fast cache-latents` or, one .npy file per picture, by the original."""
 
+import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
 
-from .manifest import DataError, Manifest, load_manifest
+from .folders import list_files
+from .manifest import MANIFEST, DataError, Manifest, load_manifest
 
 SHARDS = "latents-*.safetensors"
 
@@ -20,7 +21,8 @@ class LatentDataset(Dataset):
 
     Class folders are numbered in the order of their names, and a folder without any has class 0 alone; items are
     sorted by class, then by name. classes: names by number, empty if flat; manifest: None for the original's folders;
-    shape: [c, h, w]. Raises DataError, here or where an item is read.
+    shape: [c, h, w]. Raises DataError, here or where an item is read; a latent that is not finite or of another shape
+    is one.
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -28,17 +30,18 @@ class LatentDataset(Dataset):
         if not self.folder.is_dir():
             raise DataError(f"{self.folder}: no such folder")
         self.manifest = load_manifest(self.folder)
-        self._read = _open(self.folder, self.manifest)
+        self._read = open_latents(self.folder, self.manifest)
         if len(self._read) == 0:
             raise DataError(f"{self.folder}: no latents here; `dcae-fast cache-latents` makes them")
         if self.manifest is not None and self.manifest.latents != len(self):
-            told = "an end" if self.manifest.latents is None else f"{self.manifest.latents} of them"
+            told = "is not finished" if self.manifest.latents is None else f"says {self.manifest.latents}"
             raise DataError(
-                f"{self.folder}: {len(self)} latents, but manifest.json does not tell of {told}; "
+                f"{self.folder} holds {len(self)} latents, and its manifest.json {told}; "
                 "run the same `dcae-fast cache-latents` to its end"
             )
         self.classes = self._read.classes
-        self.shape = tuple(self[0][0].shape)
+        self.shape = self[0][0].shape if self.manifest is None else self.manifest.settings.shape
+        self.shape = tuple(self.shape)
 
     def __len__(self) -> int:
         return len(self._read)
@@ -49,22 +52,25 @@ class LatentDataset(Dataset):
         return self._read[index]
 
 
-def _open(folder: Path, manifest: Manifest | None) -> "NpyTree | Shards":
-    classes = None if manifest is None else manifest.classes
+def open_latents(folder: Path, manifest: Manifest | None) -> "NpyTree | Shards":
+    """The latents of a folder, which may be unfinished. Raises DataError."""
+    classes, shape = (None, None) if manifest is None else (manifest.classes, manifest.settings.shape)
     if manifest is not None and manifest.settings.format == "safetensors":
-        return Shards(folder, classes)
-    return NpyTree(folder, classes)
+        return Shards(sorted(folder.glob(SHARDS)), classes, shape)
+    return NpyTree(folder, classes, shape)
 
 
 class NpyTree:
-    """One .npy file per latent, in class folders or flat."""
+    """One .npy file per latent, in class folders or flat. shape: expected of all; by default that of the first."""
 
-    def __init__(self, folder: Path, classes: tuple[str, ...] | None):
-        self.folder = folder
-        self.names = sorted(files_under(folder, {".npy"}), key=lambda name: name.split("/"))
+    def __init__(self, folder: Path, classes: tuple[str, ...] | None, shape: tuple[int, ...] | None):
+        listing = list_files(folder)
+        for name, reason in listing.failed:
+            raise DataError(f"{folder / name}: {reason}")
+        self.folder, self.names = folder, listing.with_suffix(".npy")
         if classes is None:
             classes = tuple(sorted({name.split("/")[0] for name in self.names if "/" in name}))
-        self.classes = classes
+        self.classes, self._shape, self._is_first = classes, shape, shape is None
         self._number = {name: number for number, name in enumerate(classes)}
         strays = [name for name in self.names if classes and name.split("/")[0] not in self._number]
         if strays:
@@ -73,60 +79,97 @@ class NpyTree:
     def __len__(self) -> int:
         return len(self.names)
 
+    def path(self, index: int) -> Path:
+        return self.folder / self.names[index]
+
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        name = self.names[index]
-        latent = load_npy(self.folder / name)
-        return torch.from_numpy(latent.astype(np.float32)), self._number[name.split("/")[0]] if self.classes else 0
+        name, latent = self.names[index], load_npy(self.path(index))
+        if self._shape is None:
+            self._shape = load_npy(self.path(0)).shape
+        if latent.shape != self._shape:
+            like = self.names[0] if self._is_first else MANIFEST
+            shapes = f"{list(latent.shape)}; expected {list(self._shape)}, as in {like}"
+            raise DataError(f"{self.path(index)}: a latent of shape {shapes}")
+        latent = torch.from_numpy(latent.astype(np.float32))
+        if not latent.isfinite().all():
+            raise _not_finite(self.path(index))
+        return latent, self._number[name.split("/")[0]] if self.classes else 0
 
 
 class Shards:
-    """Files of "latents" [n, c, h, w] and "classes" [n]; each is opened once in each process and then stays so."""
+    """Files of "latents" [n, c, h, w] and "classes" [n]; each is opened once in each process and then stays so.
 
-    def __init__(self, folder: Path, classes: tuple[str, ...]):
-        self.classes = classes
-        self.paths = sorted(folder.glob(SHARDS))
-        self._files: dict[int, tuple[Any, torch.Tensor]] = {}
+    classes: names by number; shape: expected of all latents.
+    """
+
+    def __init__(self, paths: list[Path], classes: tuple[str, ...], shape: tuple[int, ...]):
+        self.paths, self.classes, self._shape = paths, classes, shape
+        self._files: dict[int, tuple[Any, list[int], list[str] | None]] = {}
         self._ends = np.cumsum([len(self._open(number)[1]) for number in range(len(self.paths))])
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if self.paths else 0
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        shard = int(np.searchsorted(self._ends, index, side="right"))
-        latents, classes = self._open(shard)
-        row = index - (int(self._ends[shard - 1]) if shard else 0)
-        return latents[row].float(), int(classes[row])
+    def path(self, index: int) -> Path:
+        """A latent's file, and below it the name of its picture, or its number in the file."""
+        shard, row = self._place(index)
+        names = self._open(shard)[2]
+        return self.paths[shard] / (str(row) if names is None else names[row])
 
-    def _open(self, number: int) -> tuple[Any, torch.Tensor]:
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        shard, row = self._place(index)
+        latents, classes, _ = self._open(shard)
+        latent = latents[row].float()
+        if not latent.isfinite().all():
+            raise _not_finite(self.path(index))
+        return latent, classes[row]
+
+    def _place(self, index: int) -> tuple[int, int]:
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        return shard, index - (int(self._ends[shard - 1]) if shard else 0)
+
+    def _open(self, number: int) -> tuple[Any, list[int], list[str] | None]:
+        """A shard's latents, its class numbers, and the names of its pictures if it has them."""
         if number not in self._files:
             path = self.paths[number]
             try:
                 file = safe_open(path, framework="pt")
-                self._files[number] = file.get_slice("latents"), file.get_tensor("classes")
-            except (OSError, SafetensorError) as error:
-                raise DataError(f"{path}: not a shard of latents: {error}") from error
+                latents, classes = file.get_slice("latents"), file.get_tensor("classes").tolist()
+                names = json.loads((file.metadata() or {}).get("names", "null"))
+            except (OSError, SafetensorError, ValueError) as error:
+                raise DataError(f"{path}: not a readable shard of latents: {error}") from error
+            self._check(path, latents.get_shape(), latents.get_dtype(), classes, names)
+            self._files[number] = latents, classes, names
         return self._files[number]
+
+    def _check(self, path: Path, shape: list[int], dtype: str, classes: list[int], names: Any) -> None:
+        expected = [len(classes), *self._shape]
+        if shape != expected or dtype not in ("F64", "F32", "F16", "BF16"):
+            raise DataError(f"{path}: latents are {dtype} {shape}; expected floats {expected}")
+        if names is not None and (not isinstance(names, list) or len(names) != len(classes)):
+            raise DataError(f"{path}: has {len(classes)} latents, but not a name for each")
+        most = max(1, len(self.classes))
+        for row, label in enumerate(classes):
+            if type(label) is not int or not 0 <= label < most:
+                raise DataError(f"{path}: latent {row} has class {label}; expected less than {most}, as in {MANIFEST}")
 
     def __getstate__(self) -> dict:
         return vars(self) | {"_files": {}}  # open files stay in their process
 
 
+def _not_finite(path: Path) -> DataError:
+    return DataError(f"{path}: has values that are not finite; make it anew, or leave it out")
+
+
 def load_npy(path: Path) -> np.ndarray:
     """A latent [c, h, w]; raises DataError for a file that is missing, torn or holds something else."""
     try:
-        latent = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: not a readable .npy file: {error}") from error
+        with open(path, "rb") as file:
+            latent = np.lib.format.read_array(file, allow_pickle=False)
+    except Exception as error:  # numpy raises anything for a broken header
+        pickled = "allow_pickle" in str(error)
+        reason = "holds pickled objects, not numbers" if pickled else getattr(error, "strerror", None) or str(error)
+        raise DataError(f"{path}: not a readable .npy file: {reason}") from error
     if latent.ndim != 3 or latent.dtype.kind != "f":
         raise DataError(f"{path}: {latent.dtype} {list(latent.shape)}; expected floats [c, h, w]")
     return latent
-
-
-def files_under(folder: Path, suffixes: set[str]) -> Iterator[str]:
-    """The files below a folder with one of the suffixes (lower case), as paths from it with "/"; no hidden ones."""
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        prefix = Path(parent).relative_to(folder).as_posix()
-        for name in files:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes:
-                yield name if prefix == "." else f"{prefix}/{name}"

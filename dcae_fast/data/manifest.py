@@ -3,10 +3,10 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +26,8 @@ class Settings:
     """What all latents of a folder share.
 
     model: as the user named it; dtype: computed in; resolution: sides of the pictures; scaling_factor: which the
-    latents are multiplied by; format: npy or safetensors; weights: `weights_hash` of the encoder; shape: [c, h, w].
+    latents are multiplied by; format: npy or safetensors; weights: `weights_hash` of the encoder; shape: [c, h, w];
+    as_original: pictures as they lie in their files, or else as a person sees them (`images.as_seen`).
     """
 
     model: str
@@ -36,6 +37,7 @@ class Settings:
     format: str
     weights: str
     shape: tuple[int, int, int]
+    as_original: bool = False
 
     def check_same(self, other: "Settings", folder: Path) -> None:
         """DataError unless latents with the other settings may lie beside these. A model may have several names."""
@@ -43,8 +45,8 @@ class Settings:
             mine, theirs = getattr(self, field.name), getattr(other, field.name)
             if field.name != "model" and mine != theirs:
                 raise DataError(
-                    f"{folder} holds latents with {field.name} {theirs}, not {mine}; "
-                    "go on with the same settings, or take another folder"
+                    f"{folder} holds latents with {field.name} {theirs}, not {mine}; give the same options as for "
+                    "these, take another folder, or make all anew with --overwrite"
                 )
 
 
@@ -52,8 +54,8 @@ class Settings:
 class Manifest:
     """classes: their names by number, of pictures in class folders. The rest is None or empty until all is done.
 
-    images: pictures found; latents: made of them; skipped: names of those that none could be made of.
-    mean, rms, std: of the scaled latents, all of them.
+    images: pictures found; latents: made of them; skipped: names of pictures and shards that none could be made of;
+    mean, rms, std: of the scaled latents, all of them; ignored: names of files that are no pictures.
     """
 
     settings: Settings
@@ -64,6 +66,7 @@ class Manifest:
     mean: float | None = None
     rms: float | None = None
     std: float | None = None
+    ignored: tuple[str, ...] = ()
 
     def save(self, folder: Path) -> None:
         with written_atomically(folder / MANIFEST) as temporary:
@@ -76,12 +79,56 @@ def load_manifest(folder: Path) -> Manifest | None:
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text())
-        settings = content.pop("settings")
-        lists = {name: tuple(content.pop(name)) for name in ("classes", "skipped")}
+        content = {"ignored": [], **json.loads(path.read_text())}
+        settings = {"as_original": True, **content.pop("settings")}  # earlier versions had no other way
+        for each, expected in ((settings, SETTINGS), (content, RESULTS)):
+            _check(each, expected)
+        lists = {name: tuple(content.pop(name)) for name in ("classes", "skipped", "ignored")}
         return Manifest(Settings(**settings | {"shape": tuple(settings["shape"])}), **lists, **content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: not a manifest of cached latents: {error!r}") from error
+        told = error if type(error) is ValueError else repr(error)
+        raise DataError(f"{path}: not a manifest of cached latents: {told}") from error
+
+
+def _check(content: dict[str, Any], expected: dict[str, tuple[str, Callable[[Any], bool]]]) -> None:
+    """Raises ValueError for a value that is not what the manifest has under its name."""
+    for name, (words, holds) in expected.items():
+        if not holds(content.get(name)):
+            raise ValueError(f"{name} is {str(content.get(name))[:100]!r}; expected {words}")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _are(number: int | None, holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Whether a value is a list, of so many values unless None, that are all of a kind."""
+    return lambda value: isinstance(value, list) and number in (None, len(value)) and all(map(holds, value))
+
+
+def _or_none(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or holds(value)
+
+
+TEXT, NAMES = ("text", _is_text), ("a list of names", _are(None, _is_text))
+SETTINGS = dict.fromkeys(("model", "dtype", "weights"), TEXT) | {
+    "resolution": ("a positive integer", lambda value: _is_count(value) and value > 0),
+    "scaling_factor": ("a positive number", lambda value: _is_number(value) and value > 0),
+    "format": ("npy or safetensors", lambda value: value in ("npy", "safetensors")),
+    "shape": ("three positive integers", _are(3, lambda value: _is_count(value) and value > 0)),
+    "as_original": ("true or false", lambda value: isinstance(value, bool)),
+}
+RESULTS = dict.fromkeys(("classes", "skipped", "ignored"), NAMES)
+RESULTS |= dict.fromkeys(("images", "latents"), ("a count or null", _or_none(_is_count)))
+RESULTS |= dict.fromkeys(("mean", "rms", "std"), ("a number or null", _or_none(_is_number)))
 
 
 def weights_hash(module: nn.Module) -> str:

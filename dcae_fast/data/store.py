@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ from safetensors.torch import save_file
 
 from dcae_fast.files import written_atomically
 
-from .latents import SHARDS, files_under, load_npy
+from .folders import list_files
+from .latents import SHARDS, load_npy
 from .manifest import DataError, Settings, Sums
 from .pictures import Picture
 
@@ -22,22 +24,27 @@ READERS = 16
 class NpyStore:
     """One .npy file per picture under its own path, as the original has them; bfloat16 is stored as float32.
 
-    unit: so many consecutive latents are written by one process; writers: threads that may write at once.
+    unit: so many consecutive latents are written by one process; writers: threads that may write at once; changed: keys
+    of pictures whose latents, if there are any, are of what they were before.
     """
 
     unit, writers = 1, 8
 
     def __init__(self, folder: Path, pictures: list[Picture], settings: Settings):
         self.folder, self.pictures, self.shape = folder, pictures, settings.shape
+        self.changed: set[str] = set()
         self.dtype = torch.float16 if settings.dtype == "float16" else torch.float32
         self._numpy = np.dtype(str(self.dtype).removeprefix("torch."))
 
+    @staticmethod
+    def files(folder: Path) -> list[Path]:
+        """All latents in a folder."""
+        return [folder / name for name in list_files(folder).with_suffix(".npy")]
+
     def check_strays(self) -> None:
         """DataError if there is a latent of another picture."""
-        known = {picture.key for picture in self.pictures}
-        for name in files_under(self.folder, {".npy"}):
-            if name.removesuffix(".npy") not in known:
-                raise DataError(f"{self.folder / name}: of none of the pictures; take another folder")
+        known = {self._path(index) for index in range(len(self.pictures))}
+        _refuse(path for path in self.files(self.folder) if path not in known)
 
     def scan(self, indices: Iterable[int]) -> dict[int, Sums]:
         """The sums of those latents that are there and valid, by number; files that are not valid are removed."""
@@ -46,13 +53,12 @@ class NpyStore:
             return {index: sums for index, sums in found if sums is not None}
 
     def _sums(self, index: int) -> Sums | None:
-        path = self._path(index)
+        path, latent = self._path(index), None
         if not path.exists():
             return None
-        try:
-            latent = load_npy(path)
-        except DataError:
-            latent = None
+        if self.pictures[index].key not in self.changed:
+            with suppress(DataError):
+                latent = load_npy(path)
         if latent is not None and latent.shape == self.shape and latent.dtype == self._numpy:
             sums = Sums.of(latent)
             if sums.finite:
@@ -79,21 +85,26 @@ class ShardStore:
     """Files of `unit` consecutive pictures: "latents" [n, c, h, w], "classes" [n], and the names in the metadata.
 
     A shard is written when a latent of another one comes, or at the end: latents come in order, from one thread.
+    changed: as in `NpyStore`.
     """
 
     unit, writers = 1024, 1
 
     def __init__(self, folder: Path, pictures: list[Picture], settings: Settings):
         self.folder, self.pictures, self.shape = folder, pictures, settings.shape
+        self.changed: set[str] = set()
         self.dtype = getattr(torch, settings.dtype)
         self._pending: dict[int, torch.Tensor] = {}
+
+    @staticmethod
+    def files(folder: Path) -> list[Path]:
+        """All shards in a folder."""
+        return sorted(folder.glob(SHARDS))
 
     def check_strays(self) -> None:
         """DataError if there is a shard beyond those that the pictures fill."""
         expected = {self._path(first) for first in range(0, len(self.pictures), self.unit)}
-        for path in sorted(self.folder.glob(SHARDS)):
-            if path not in expected:
-                raise DataError(f"{path}: of none of the pictures; take another folder")
+        _refuse(path for path in self.files(self.folder) if path not in expected)
 
     def scan(self, indices: Iterable[int]) -> dict[int, Sums]:
         """The sums of those latents that are there and valid, by number; the others are removed."""
@@ -103,7 +114,7 @@ class ShardStore:
             found |= {index: Sums.of(latent.float().numpy()) for index, latent in rows.items()}
             if not rows:
                 self._path(first).unlink(missing_ok=True)
-            elif len(rows) < count:  # others are of pictures that are gone
+            elif len(rows) < count:  # others are of pictures that are gone or changed
                 self._pending = rows
                 self.close()
         return found
@@ -139,16 +150,25 @@ class ShardStore:
             with safe_open(self._path(first), framework="pt") as file:
                 names = json.loads(file.metadata()["names"])
                 latents, labels = file.get_tensor("latents"), file.get_tensor("classes").tolist()
+            if latents.shape != (len(names), *self.shape) or latents.dtype != self.dtype:
+                return {}, 0
+            rows = {(name, label): latent for name, label, latent in zip(names, labels, latents, strict=True)}
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
             return {}, 0
-        if latents.shape != (len(names), *self.shape) or latents.dtype != self.dtype:
-            return {}, 0
-        rows = {(name, label): latent for name, label, latent in zip(names, labels, latents, strict=True)}
-        wanted = enumerate(self.pictures[first : first + self.unit], first)
-        return {index: rows[p.key, p.label] for index, p in wanted if (p.key, p.label) in rows}, len(names)
+        found = {}
+        for index, picture in enumerate(self.pictures[first : first + self.unit], first):
+            latent = rows.get((picture.key, picture.label))
+            if latent is not None and picture.key not in self.changed and latent.isfinite().all():
+                found[index] = latent
+        return found, len(names)
 
     def _path(self, first: int) -> Path:
         return self.folder / SHARDS.replace("*", f"{first // self.unit:06d}")
+
+
+def _refuse(strays: Iterable[Path]) -> None:
+    for path in strays:
+        raise DataError(f"{path}: of none of the pictures; take another folder, or make all anew with --overwrite")
 
 
 STORES = {"npy": NpyStore, "safetensors": ShardStore}

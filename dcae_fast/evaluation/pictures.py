@@ -31,7 +31,7 @@ class FolderBatches:
 
     def __init__(self, pictures: Pictures, resolution: int, batch: int, workers: int):
         self.pictures, self.resolution, self.batch, self.workers = pictures, resolution, batch, workers
-        self.count, self.failed = len(pictures.items), []
+        self.count, self.failed = len(pictures.items), list(pictures.failed) if distributed.is_main() else []
 
     def __iter__(self) -> Iterator[Crops]:
         dataset = self.crops(share_of_batches(self.count, self.batch))

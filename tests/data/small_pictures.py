@@ -1,5 +1,7 @@
 """Pictures to cache, and a cache's command line and content."""
 
+import io
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +44,20 @@ def arguments(pictures: Path, out: Path) -> list[str]:
         "--workers",
         "0",
     ]
+
+
+def png(width: int = 8, height: int = 8) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), "red").save(file, "PNG")
+    return file.getvalue()
+
+
+def save_shard(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

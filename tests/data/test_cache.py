@@ -2,20 +2,26 @@
 
 import copy
 import json
+import os
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from small_pictures import BROKEN, SIZES, arguments, contents, save_noise
+from safetensors.torch import load_file
+from small_pictures import BROKEN, SIZES, arguments, contents, png, save_noise, save_shard
 
 from dcae_fast import cli, images
 from dcae_fast.data.cache import cache_latents, settings_of
 from dcae_fast.data.encode import BatchEncoder
+from dcae_fast.data.find import find_pictures
 from dcae_fast.data.latents import LatentDataset
 from dcae_fast.data.manifest import MANIFEST, Sums, load_manifest, statistics
-from dcae_fast.data.pictures import find_pictures
+from dcae_fast.data.sources import SOURCES
 from dcae_fast.data.store import NpyStore, ShardStore
 from dcae_fast.finite import not_finite
 from dcae_fast.models.autoencoder import DCAE, CoderConfig, DCAEConfig
@@ -55,7 +61,17 @@ def test_npy_as_the_original(pictures, tmp_path, model, compare, capsys):
     captured = capsys.readouterr()
     assert f"failed: {pictures / BROKEN}: " in captured.err
     assert "7 latents in " in captured.out and " images/s" in captured.out and "of the time" in captured.out
-    expected = {MANIFEST, "cat/a.npy", "cat/b.b.npy", "cat/c.npy", "dog/a.npy", "dog/d.npy", "dog/e.npy", "emu/f.npy"}
+    expected = {
+        MANIFEST,
+        SOURCES,
+        "cat/a.npy",
+        "cat/b.b.npy",
+        "cat/c.npy",
+        "dog/a.npy",
+        "dog/d.npy",
+        "dog/e.npy",
+        "emu/f.npy",
+    }
     assert contents(tmp_path / "out").keys() == expected
     latents = []
     for name in NAMES:
@@ -77,6 +93,7 @@ def test_npy_as_the_original(pictures, tmp_path, model, compare, capsys):
         "format": "npy",
         "weights": manifest["settings"]["weights"],
         "shape": [64, 2, 2],
+        "as_original": False,
     }
 
 
@@ -117,7 +134,7 @@ def test_dtypes(pictures, tmp_path, model, format, dtype, stored):
 def test_only_what_is_missing_or_torn_is_made_again(pictures, tmp_path, capsys, format):
     assert run(pictures, tmp_path, "--format", format) == 1
     whole = contents(tmp_path)
-    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != MANIFEST and path.is_file()}
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.suffix != ".json" and path.is_file()}
     torn, gone, *_ = times
     torn.write_bytes(torn.read_bytes()[:-50])
     gone.unlink()
@@ -126,7 +143,7 @@ def test_only_what_is_missing_or_torn_is_made_again(pictures, tmp_path, capsys, 
     assert run(pictures, tmp_path, "--format", format) == 1
     assert contents(tmp_path) == whole
     assert all(path.stat().st_mtime_ns == before for path, before in times.items() if path not in (torn, gone))
-    again = int(capsys.readouterr().out.split(" latents in ")[0])
+    again = int(re.search(r"(\d+) latents in ", capsys.readouterr().out)[1])
     assert again == 2 if format == "npy" else 2 < again < 7
 
 
@@ -138,7 +155,7 @@ def test_nothing_left_to_do(pictures, tmp_path, capsys, format):
     assert run(pictures / "emu", tmp_path, "--format", format) == 0
     assert contents(tmp_path) == before
     text = capsys.readouterr().out
-    assert text.startswith("1 latents were there already") and "images/s" not in text
+    assert "\n1 latents were there already" in text and "images/s" not in text
 
 
 @pytest.mark.parametrize("format", ["npy", "safetensors"])
@@ -149,7 +166,7 @@ def test_torn_latents_of_pictures_that_are_broken_now(tmp_path, format):
     latent.write_bytes(latent.read_bytes()[:-50])
     (tmp_path / "pictures" / "a.png").write_bytes(b"")
     assert run(tmp_path / "pictures", tmp_path / "out", "--format", format) == 1
-    assert contents(tmp_path / "out").keys() == {MANIFEST}
+    assert contents(tmp_path / "out").keys() == {MANIFEST, SOURCES}
 
 
 def test_latents_of_pictures_that_are_gone(tmp_path):
@@ -229,7 +246,7 @@ def test_latents_that_are_not_finite_are_left_out(pictures, tmp_path, model):
     report = cache_latents(find_pictures(pictures / "emu"), tmp_path, model, settings, workers=1)
     (skipped,) = report.skipped
     assert skipped == ("f.png", not_finite(["its latent"], torch.float32)) and report.encoded == 0
-    assert contents(tmp_path).keys() == {MANIFEST} and report.manifest.mean is None
+    assert contents(tmp_path).keys() == {MANIFEST, SOURCES} and report.manifest.mean is None
 
 
 def test_patched(tmp_path, compare):
@@ -244,33 +261,45 @@ def test_patched(tmp_path, compare):
     compare("eager", patched, plain, 5e-6)
 
 
+ON_CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+
+
 class Small(torch.nn.Module):
     """A model that has memory for two pictures."""
 
-    def __init__(self):
+    def __init__(self, error):
         super().__init__()
+        self.error = error
         self.weight, self.calls = torch.nn.Parameter(torch.ones(())), []
 
     def encode(self, x):
         self.calls.append(len(x))
         if len(x) > 2:
-            raise torch.OutOfMemoryError
+            raise self.error
         return x
 
 
-def test_batches_that_do_not_fit_are_halved():
-    model, pixels = Small(), torch.arange(7 * 12, dtype=torch.uint8).view(7, 2, 2, 3)
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError(), ON_CPU, MemoryError()])
+def test_batches_that_do_not_fit_are_halved(error):
+    model, pixels = Small(error), torch.arange(7 * 12, dtype=torch.uint8).view(7, 2, 2, 3)
     encode = BatchEncoder(model, 2.0, 8)
     latents = encode(pixels)
     assert encode.batch == 2 and model.calls == [8, 4, 2, 2, 2, 2]
     assert torch.equal(latents, (pixels.permute(0, 3, 1, 2).float() / 255 * 2 - 1) * 2.0) and latents.is_contiguous()
 
 
-def test_a_picture_that_does_not_fit():
-    model = Small()
-    model.encode = lambda x: (_ for _ in ()).throw(torch.OutOfMemoryError())
-    with pytest.raises(torch.OutOfMemoryError):
-        BatchEncoder(model, 1.0, 4)(torch.zeros(3, 2, 2, 3, dtype=torch.uint8))
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError(), ON_CPU, MemoryError(), RuntimeError("a fault")])
+def test_a_picture_that_does_not_fit(pictures, tmp_path, monkeypatch, capsys, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(DCAE, "encode", fail)
+    if str(error) == "a fault":
+        with pytest.raises(RuntimeError, match="a fault"):
+            run(pictures / "emu", tmp_path)
+    else:
+        assert run(pictures / "emu", tmp_path) == 2
+        assert "--resolution 64: a single picture does not fit in memory" in capsys.readouterr().err
 
 
 def test_a_failed_write_is_an_error(pictures, tmp_path, monkeypatch, capsys):
@@ -280,6 +309,133 @@ def test_a_failed_write_is_an_error(pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(NpyStore, "write", full)
     assert run(pictures, tmp_path) == 2
     assert "no space left" in capsys.readouterr().err
+
+
+def paint(path, colour, *times):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (64, 64), colour).save(path)
+    os.utime(path, ns=times or None)
+
+
+@pytest.mark.parametrize("format", ["npy", "safetensors"])
+@pytest.mark.parametrize("when", [1, 4 * 10**18])
+def test_latents_of_pictures_that_changed_are_made_anew(tmp_path, capsys, format, when):
+    for name in "abcd":
+        paint(tmp_path / "p" / f"{name}.png", "red", 10**18, 10**18)
+    command = tmp_path / "p", tmp_path / "out", "--format", format
+    assert run(*command) == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob(f"*.{format}")}
+    paint(tmp_path / "p" / "b.png", "blue", when, when)
+    capsys.readouterr()
+    assert run(*command) == 0
+    told = capsys.readouterr().out
+    assert "1 pictures changed" in told and "1 latents in" in told and "3 latents were there" in told
+    unchanged = sum(path.stat().st_mtime_ns == time for path, time in before.items())
+    assert unchanged == (3 if format == "npy" else 1)
+    assert run(tmp_path / "p", tmp_path / "new", "--format", format) == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "new")
+    (tmp_path / "p" / "c.png").write_bytes(b"")  # no latent of what it was remains
+    assert run(*command) == 1 and len(LatentDataset(tmp_path / "out")) == 3
+
+
+@pytest.mark.parametrize("format", ["npy", "safetensors"])
+def test_members_that_changed(tmp_path, format):
+    red, white = png(64, 64), png(64, 64).replace(b"IDAT", b"IDAt")
+    command = tmp_path / "a.tar", tmp_path / "out", "--format", format
+    save_shard(tmp_path / "a.tar", {"0.png": white, "1.png": white})
+    os.utime(tmp_path / "a.tar", (1, 1))
+    assert run(*command) == 1
+    save_shard(tmp_path / "a.tar", {"0.png": red, "1.png": red})
+    os.utime(tmp_path / "a.tar", (2, 2))
+    assert run(*command) == 0
+    assert LatentDataset(tmp_path / "out").manifest.latents == 2
+
+
+@pytest.mark.parametrize("before, after", [("npy", "safetensors"), ("safetensors", "npy")])
+def test_overwrite(pictures, tmp_path, before, after):
+    assert run(pictures / "cat", tmp_path / "out", "--format", before) == 0
+    again = ["--format", after, "--scale", "0.25"]
+    assert run(pictures / "emu", tmp_path / "out", *again, "--overwrite") == 0
+    assert run(pictures / "emu", tmp_path / "new", *again) == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "new")
+    (tmp_path / "out" / MANIFEST).unlink()
+    assert run(pictures / "emu", tmp_path / "out", *again, "--overwrite") == 2  # whose files these are is not known
+
+
+def test_a_folder_of_an_earlier_version(pictures, tmp_path, capsys):
+    """It has no sources.json, and its pictures were taken as the original takes them."""
+    assert run(pictures / "cat", tmp_path / "out", "--as-original") == 0
+    (tmp_path / "out" / SOURCES).unlink()
+    manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
+    del manifest["ignored"], manifest["settings"]["as_original"]
+    (tmp_path / "out" / MANIFEST).write_text(json.dumps(manifest))
+    assert run(pictures / "cat", tmp_path / "out") == 2
+    assert "as_original True, not False; give the same options" in capsys.readouterr().err
+    assert run(pictures / "cat", tmp_path / "out", "--as-original") == 0
+    assert "3 latents were there already" in capsys.readouterr().out
+
+
+def test_rotation_is_that_of_encode(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    ramp = np.tile(np.arange(64, dtype=np.uint8)[:, None, None] * 4, (1, 64, 3))
+    (tmp_path / "p").mkdir()
+    Image.fromarray(ramp).save(tmp_path / "p" / "a.png", exif=exif)
+    assert cli.main(["encode", str(tmp_path / "p"), "--out", str(tmp_path / "o"), "--device", "cpu", "--no-patch"]) == 0
+    for name, options in {"seen": (), "original": ("--as-original",)}.items():
+        assert run(tmp_path / "p", tmp_path / name, "--scale", "1", *options) == 0
+        assert load_manifest(tmp_path / name).settings.as_original == (name == "original")
+    encoded = load_file(tmp_path / "o" / "a.safetensors")["latent"][0]
+    seen, original = (LatentDataset(tmp_path / name)[0][0] for name in ("seen", "original"))
+    assert (seen - encoded).norm() < 1e-5 * encoded.norm() < (original - encoded).norm()
+
+
+def test_what_is_found_and_left_out_is_told(tmp_path, capsys):
+    for name in ("a.avif", "b.PNG", "c.png", "c.jpg"):
+        save_noise(tmp_path / "p" / name, 64, 64, 0)
+    for number in range(10):
+        (tmp_path / "p" / f"{number}.txt").touch()
+    assert run(tmp_path / "p", tmp_path / "out") == 1
+    out, err = capsys.readouterr()
+    assert "2 pictures: 1 .avif, 1 .png\n" in out
+    names = ", ".join(f"{number}.txt" for number in range(8))
+    assert f"ignored, not a picture's suffix: {names}, ... and 2 more, in the manifest\n" in out
+    assert f"failed: {tmp_path / 'p' / 'c.png'}: c.jpg, c.png would all have the latent c\n" in err
+    manifest = load_manifest(tmp_path / "out")
+    assert len(manifest.ignored) == 10 and manifest.skipped == ("c.jpg", "c.png") and manifest.latents == 2
+
+
+def test_members_and_classes_are_named(tmp_path, capsys):
+    members = {"7.png": png(64, 64), "7.cls": b"tench", "8.png": b"broken", "8.cls": b"tench"}
+    save_shard(tmp_path / "a.tar", members)
+    assert run(tmp_path / "a.tar", tmp_path / "out") == 1
+    out, err = capsys.readouterr()
+    assert "classes by name, with the first member that names each: 0 tench (a.tar/7.cls)\n" in out
+    assert f"failed: {tmp_path}/a.tar/8.png: not a picture that Pillow can read\n" in err
+    assert LatentDataset(tmp_path / "out").classes == ("tench",)
+
+
+def test_max_pixels(pictures, tmp_path, capsys):
+    assert run(pictures / "cat", tmp_path / "out", "--max-pixels", "5000") == 1
+    assert f"failed: {pictures / 'cat' / 'b.b.jpg'}: has more than 5000 pixels; --max-pixels" in capsys.readouterr().err
+    assert run(pictures / "cat", tmp_path / "out", "--max-pixels", "20000") == 0
+    assert run(pictures / "cat", tmp_path / "out", "--max-pixels", "0") == 2
+
+
+def test_another_run_in_the_folder(pictures, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    program = (
+        "import fcntl, sys\nfile = open(sys.argv[1], 'w')\nfcntl.lockf(file, fcntl.LOCK_EX)\nprint('held')\ninput()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-uc", program, tmp_path / "out" / ".lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert other.stdout.readline() == b"held\n"
+    assert run(pictures / "emu", tmp_path / "out") == 2
+    assert f"{tmp_path / 'out'} is in use by another process" in capsys.readouterr().err
+    other.kill()
+    other.wait()
+    assert run(pictures / "emu", tmp_path / "out") == 0
 
 
 @pytest.mark.gpu

@@ -1,57 +1,17 @@
-"""Pictures found in folders and in tar shards, and their crops."""
-
-import io
-import re
-import shutil
-import tarfile
+"""Crops of pictures."""
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 from small_pictures import BROKEN, SIZES
 
-from dcae_fast.data.manifest import DataError
-from dcae_fast.data.pictures import CropDataset, collate, find_pictures
+from dcae_fast import images
+from dcae_fast.data.find import find_pictures
+from dcae_fast.data.pictures import CropDataset, collate, to_rgb
 
 
 def crops(pictures):
     return collate(list(CropDataset(pictures, range(len(pictures.items)), 64)))
-
-
-def add(tar, name, content):
-    info = tarfile.TarInfo(name)
-    info.size = len(content)
-    tar.addfile(info, io.BytesIO(content))
-
-
-@pytest.fixture
-def shards(pictures, tmp_path):
-    """The pictures in two shards, with class numbers 0, 9 and 10 and further files."""
-    numbers = {"cat": 0, "dog": 9, "emu": 10}
-    for shard, names in {"x-0": list(SIZES)[:3], "x-1": list(SIZES)[3:]}.items():
-        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
-            for name in names:
-                stem, suffix = name.replace("/", "_").rsplit(".", 1)
-                stem = stem.replace(".", "_")
-                add(tar, f"./in/{stem}.cls", f"{numbers[name[:3]]}\n".encode())
-                add(tar, f"./in/{stem}.json", b"{}")
-                add(tar, f"./in/{stem}.{suffix}", (pictures / name).read_bytes())
-    return tmp_path
-
-
-def test_class_folders(pictures):
-    found = find_pictures(pictures)
-    assert [item.name for item in found.items] == sorted([*SIZES, BROKEN])
-    assert found.classes == ("cat", "dog", "emu")
-    assert [found.classes[item.label] for item in found.items] == [item.name[:3] for item in found.items]
-    assert found.items[1].key == "cat/b.b"
-
-
-def test_flat(pictures):
-    found = find_pictures(pictures / "cat")
-    assert [item.name for item in found.items] == ["a.png", "b.b.jpg", "c.png"]
-    assert found.classes == () and {item.label for item in found.items} == {0}
 
 
 def test_crops(pictures):
@@ -76,25 +36,6 @@ def test_crops_as_the_original(reference, open_case, tmp_path):
             assert torch.equal(crop, tensors["crop"]), each
 
 
-def test_shards(pictures, shards):
-    found = find_pictures(shards)
-    assert found.classes == tuple(f"{number:02d}" for number in range(11))
-    assert [item.label for item in found.items] == [0, 0, 0, 9, 9, 9, 10]
-    assert found.items[1].key == "00/x-0/in/cat_b_b" and found.items[1].name == "x-0.tar/./in/cat_b_b.jpg"
-    assert torch.equal(crops(found).pixels, crops(find_pictures(pictures)).pixels)
-    one = find_pictures(shards / "x-1.tar")
-    assert [item.label for item in one.items] == [9, 9, 9, 10]
-
-
-def test_shards_without_classes(tmp_path):
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        add(tar, "k.txt", b"nothing")
-        add(tar, "l.input.JPG", b"nothing")
-    found = find_pictures(tmp_path)
-    assert found.classes == () and [item.key for item in found.items] == ["a/l"]
-    assert len(crops(found).failed) == 1
-
-
 def test_modes(tmp_path):
     """Grey of 16 bits is that of 8; others as torchvision has them."""
     grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
@@ -108,30 +49,58 @@ def test_modes(tmp_path):
     assert all(torch.equal(pixels, expected) for pixels in items.values()) and len(items) == 3
 
 
-def test_refused(pictures, tmp_path):
-    def refuse(words):
-        with pytest.raises(DataError, match=re.escape(words)):
-            find_pictures(tmp_path)
+def turned_and_transparent(folder):
+    """A photograph that is to be turned by 90 degrees, one that is transparent on the left, and one of 16 bits."""
+    folder.mkdir()
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(grey).convert("RGB").save(folder / "turned.png", exif=exif)
+    alpha = np.where(np.arange(16) < 8, 0, 255).astype(np.uint8)[None].repeat(16, 0)
+    Image.fromarray(np.dstack([grey, alpha])).save(folder / "transparent.png")
+    palette = Image.fromarray(grey).convert("P")
+    palette.save(folder / "palette.png", transparency=3)
+    Image.fromarray(grey).convert("CMYK").save(folder / "ink.tiff")
+    Image.fromarray(grey.astype(np.uint16) * 257 - 100).save(folder / "wide.png")
+    frames = [Image.fromarray(grey), Image.new("L", (16, 16))]
+    frames[0].save(folder / "moving.gif", save_all=True, append_images=frames[1:])
 
-    refuse("no pictures here")
-    (tmp_path / "c").mkdir()
-    (tmp_path / "c" / "a.png").touch()
-    (tmp_path / "c" / "a.jpg").touch()
-    refuse("would both have the latent c/a")
-    (tmp_path / "b.png").touch()
-    refuse("b.png: beside class folders")
-    shutil.rmtree(tmp_path / "c")
-    (tmp_path / "torn.tar").write_bytes(b"x" * 700)
-    refuse("b.png: beside shards")
-    (tmp_path / "b.png").unlink()
-    refuse("torn.tar: not a readable shard")
-    with tarfile.open(tmp_path / "torn.tar", "w") as tar:
-        add(tar, "a.cls", b"3")
-        add(tar, "a.png", b"")
-        add(tar, "b.png", b"")
-    refuse("b.png: no class number")
-    with tarfile.open(tmp_path / "torn.tar", "w") as tar:
-        add(tar, "../../a.png", b"")
-    refuse("torn.tar: not a readable shard: ../../a.png leaves its folder")
-    with pytest.raises(DataError, match="no such folder"):
-        find_pictures(tmp_path / "elsewhere")
+
+def test_crops_as_seen_are_what_encode_reads(tmp_path):
+    turned_and_transparent(tmp_path / "p")
+    found = find_pictures(tmp_path / "p")
+    batch = collate(list(CropDataset(found, range(6), 16, images.as_seen)))
+    assert batch.failed == [] and batch.pixels.dtype == torch.float32  # one picture has 16 bits
+    for picture, crop in zip(found.items, batch.pixels, strict=True):
+        expected = images.read_photograph(tmp_path / "p" / picture.name)
+        assert torch.equal(
+            images.to_tensor(Image.fromarray(crop[..., 0].numpy())), expected[:, :1].expand(1, 3, 16, 16)
+        )
+    only_8_bits = collate(list(CropDataset(found, range(5), 16, images.as_seen)))
+    assert only_8_bits.pixels.dtype == torch.uint8
+
+
+def test_crops_as_the_original_are_not_turned(tmp_path):
+    turned_and_transparent(tmp_path / "p")
+    found = find_pictures(tmp_path / "p")
+    as_original, as_seen = (
+        dict(zip([p.name for p in found.items], CropDataset(found, range(6), 16, prepare), strict=True))
+        for prepare in (to_rgb, images.as_seen)
+    )
+    differs = {
+        name for name, (_, crop) in as_original.items() if not torch.equal(crop, as_seen[name][1].round().byte())
+    }
+    assert differs == {"turned.png", "transparent.png", "palette.png"}
+
+
+def test_pictures_that_are_too_large_are_named(tmp_path):
+    for name, size in {"small": (16, 16), "large": (40, 40), "long": (1, 60)}.items():
+        Image.new("RGB", size).save(tmp_path / f"{name}.png")
+    found = find_pictures(tmp_path)
+    limited = [reason for _, reason in CropDataset(found, range(3), 16, max_pixels=1599)]
+    assert limited[0] == "has more than 1599 pixels; --max-pixels raises the limit"
+    assert limited[1] == "1x60 pixels, scaled to 16x960 for the crop, are more than 1599; --max-pixels raises the limit"
+    assert limited[2].shape == (16, 16, 3)
+    before = Image.MAX_IMAGE_PIXELS
+    assert all(isinstance(crop, torch.Tensor) for _, crop in CropDataset(found, range(3), 16))
+    assert before == Image.MAX_IMAGE_PIXELS

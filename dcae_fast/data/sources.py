@@ -1,0 +1,36 @@
+"""sources.json of a folder of latents: what each latent was made from, so that a picture that changed is noticed."""
+
+import json
+from pathlib import Path
+
+from dcae_fast.files import written_atomically
+
+from .manifest import DataError
+from .pictures import Picture
+
+SOURCES = "sources.json"
+
+Sources = dict[str, list]  # key of a picture → its name, size in bytes, and time of change in ns
+
+
+def sources_of(pictures: list[Picture]) -> Sources:
+    return {picture.key: [picture.name, picture.size, picture.time] for picture in pictures}
+
+
+def load_sources(folder: Path) -> Sources:
+    """Empty where there is no such file, as in folders of earlier versions. Raises DataError."""
+    path = folder / SOURCES
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict) or not all(isinstance(each, list) for each in content.values()):
+            raise ValueError("expected an object of lists")
+        return content
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not readable: {error}; --overwrite makes all latents anew") from error
+
+
+def save_sources(folder: Path, sources: Sources) -> None:
+    with written_atomically(folder / SOURCES) as temporary:
+        temporary.write_text(json.dumps(sources) + "\n")
