@@ -14,7 +14,7 @@ from tqdm import tqdm
 import dcae_fast
 
 from .commands.cache_latents import cache_latents
-from .commands.common import Compute, UsageError, make_folder, with_files
+from .commands.common import Compute, UsageError, make_folder, pixel_limit, with_files
 from .commands.eval_autoencoder import eval_autoencoder
 from .commands.eval_diffusion import eval_diffusion
 from .commands.reference_stats import reference_stats
@@ -39,6 +39,7 @@ def reconstruct(
     model: str = "dc-ae-tiny",
     out: Path = Path("outputs"),
     fit: Fit = "crop",
+    max_pixels: int | None = None,
     compute: Compute,
 ) -> int:
     """Encode and decode photographs, and show them beside the originals.
@@ -48,6 +49,7 @@ def reconstruct(
         model: a name from `dcae-fast models`, a Hugging Face repository, a folder or a weight file
         out: folder for the pictures
         fit: crop the centre, or pad and cut the padding away again, where a side is no multiple of the model's ratio
+        max_pixels: photographs with more pixels are named and left out; by default Pillow's limit, 178956970
     """
     from . import images
     from .reconstruction import reconstruct as reconstruct_photograph
@@ -55,10 +57,11 @@ def reconstruct(
     if not photos:
         photos = (images.demo_photograph(),)
         print(f"No photograph given; taking the bundled one, {photos[0].name}.")
+    limit = pixel_limit(max_pixels)
     files, network = _files(photos, images.picture_suffixes()), compute.load(model)
 
     def one(path: Path, stem: str) -> str:
-        result = reconstruct_photograph(path, network, fit, compute.patch)
+        result = reconstruct_photograph(path, network, fit, compute.patch, limit)
         _save_pictures(result, path, out / stem, model)
         height, width = result.original.shape[-2:]
         line = f"{path} -> {stem}-*.png: {width}x{height} ({fit}), PSNR {result.psnr:.2f} dB, {result.seconds:.3f} s"
@@ -87,6 +90,7 @@ def encode(
     model: str = "dc-ae-tiny",
     out: Path = Path("outputs"),
     fit: Fit = "crop",
+    max_pixels: int | None = None,
     compute: Compute,
 ) -> int:
     """Encode photographs to latents, one .safetensors file each, not multiplied by the scaling factor.
@@ -96,20 +100,23 @@ def encode(
         model: a name from `dcae-fast models`, a Hugging Face repository, a folder or a weight file
         out: folder for the latents
         fit: crop the centre, or pad (and `decode` cuts the padding away), where a side is no multiple of the ratio
+        max_pixels: photographs with more pixels are named and left out; by default Pillow's limit, 178956970
     """
     import torch
 
     from . import images
     from .finite import check_finite
-    from .reconstruction import Latent, load_photograph, save_latent
+    from .latent_files import Latent, save_latent
+    from .reconstruction import load_photograph
 
+    limit = pixel_limit(max_pixels)
     files, network = _files(photos, images.picture_suffixes()), compute.load(model)
     if compute.patch:
         dcae_fast.patch(network)
 
     @torch.inference_mode()
     def one(path: Path, stem: str) -> str:
-        x, size = load_photograph(path, network, fit)
+        x, size = load_photograph(path, network, fit, limit)
         z = network.encode(x)
         check_finite(z, ["the latent"], z.dtype)
         save_latent(Latent(z, model, network.scaling_factor, size, fit), out / f"{stem}.safetensors")
@@ -120,41 +127,57 @@ def encode(
     return failed
 
 
-def decode(latents: Paths, *, out: Path = Path("outputs"), compute: Compute) -> int:
-    """Decode the files that `encode` wrote to PNG pictures, with the model that they name.
+def decode(latents: Paths, *, model: str | None = None, out: Path = Path("outputs"), compute: Compute) -> int:
+    """Decode latents that `encode`, `cache-latents` or the original wrote to PNG pictures.
 
     Args:
         latents: files or folders
+        model: in place of the one that a file or manifest.json names; needed for the original's .npy files
         out: folder for the pictures
     """
     import torch
 
     from . import images
+    from .data.manifest import DataError
     from .finite import check_finite
-    from .reconstruction import load_latent
+    from .latent_files import LatentError, find_latents
 
-    files = _files(latents, {".safetensors"})
+    loads = {}
+    for path in _some(latents):
+        try:
+            loads |= find_latents(path)
+        except DataError as error:
+            raise UsageError(str(error)) from error
 
     @cache
-    def load(model: str) -> "DCAE":
-        network = compute.load(model)
+    def load(name: str) -> "DCAE":
+        network = compute.load(name)
         if compute.patch:
             dcae_fast.patch(network)
         return network
 
+    if model is not None:
+        load(model)
+
     @torch.inference_mode()
     def one(path: Path, stem: str) -> str:
-        latent = load_latent(path)
-        network = load(latent.model)
+        latent = loads[path]()
+        name = model or latent.model
+        if name is None:
+            raise LatentError(f"{path}: no manifest.json tells which model made it; name one with --model")
+        network = load(name)
         weight = next(network.parameters())
-        z = latent.z.to(weight.device, weight.dtype, memory_format=torch.channels_last)
-        y = network.decode(z)
+        try:
+            z = latent.unscaled(network.scaling_factor)
+            y = network.decode(z.to(weight.device, weight.dtype, memory_format=torch.channels_last))
+        except (LatentError, TypeError, ValueError) as error:  # of another shape than the model's
+            raise LatentError(f"{path}: {error}") from error
         check_finite(y, ["the picture"], y.dtype)
         picture = images.to_image(latent.crop(y))
         images.save_png(picture, out / f"{stem}-decoded.png")
         return f"{path} -> {stem}-decoded.png: {picture.width}x{picture.height}"
 
-    failed = _for_each(files, one, out)
+    failed = _for_each(list(loads), one, out)
     print(f"Pictures are in {out.resolve()}")
     return failed
 
@@ -288,12 +311,16 @@ def _of_either_kind(source: str) -> "DCAE | DCAEDiffusion":
         raise
 
 
-def _files(paths: Sequence[Path], suffixes: set[str] | frozenset[str]) -> list[Path]:
-    """The paths, with each folder replaced by the files in it that have one of the suffixes."""
+def _some(paths: Sequence[Path]) -> Sequence[Path]:
     if not paths:
         raise UsageError("name at least one file or folder")
+    return paths
+
+
+def _files(paths: Sequence[Path], suffixes: frozenset[str]) -> list[Path]:
+    """The paths, with each folder replaced by the files in it that have one of the suffixes."""
     files = []
-    for path in paths:
+    for path in _some(paths):
         if path.is_dir():
             found = sorted(child for child in path.iterdir() if child.suffix.lower() in suffixes)
             if not found:
@@ -318,23 +345,26 @@ def _stems(files: Sequence[Path]) -> list[str]:
 
 def _for_each(files: Sequence[Path], work: Callable[[Path, str], str], out: Path) -> int:
     """Prints work(file, name for its output) for every file; 1 if any failed, which is named on stderr, else 0."""
-    import torch
 
+    from .data.manifest import DataError
     from .images import PhotographError
-    from .reconstruction import LatentError
+    from .latent_files import LatentError
+    from .memory import is_out_of_memory
 
     make_folder(out)
     failed = 0
     for path, stem in tqdm(list(zip(files, _stems(files), strict=True)), unit="file", disable=None):
         try:
             tqdm.write(work(path, stem))
-        except (PhotographError, LatentError, CheckpointError, NotFiniteError) as error:
+        except (PhotographError, LatentError, DataError, CheckpointError, NotFiniteError) as error:
             failed = 1  # CheckpointError: latents name a model of their own
             named = f"{path}: " if isinstance(error, (CheckpointError, NotFiniteError)) else ""
             tqdm.write(f"failed: {named}{error}", file=sys.stderr)
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             failed = 1
-            tqdm.write(f"failed: {path}: does not fit in the device's memory", file=sys.stderr)
+            tqdm.write(f"failed: {path}: does not fit in memory", file=sys.stderr)
     return failed
 
 

@@ -1,4 +1,4 @@
-"""Photographs through an autoencoder, at once or by way of files of latents."""
+"""Photographs through an autoencoder, and where and how to compute."""
 
 import os
 import time
@@ -7,23 +7,16 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 import dcae_fast
 
 from . import ops
 from .errors import DeviceError
-from .files import written_atomically
 from .finite import check_finite
-from .images import PhotographError, fit, psnr, read_photograph, to_uint8
+from .images import MAX_PIXELS, PhotographError, fit, psnr, read_photograph, to_uint8
 from .models.autoencoder import DCAE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class LatentError(ValueError):
-    """A file that does not hold a latent written by `save_latent`; the message names it."""
 
 
 def choose_device(device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
@@ -50,12 +43,14 @@ def load_model(source: str, device: str | None, dtype: str | None) -> DCAE:
     return DCAE.from_pretrained(source).to(*place, memory_format=torch.channels_last)
 
 
-def load_photograph(path: Path, model: DCAE, how: str) -> tuple[torch.Tensor, tuple[int, int]]:
+def load_photograph(
+    path: Path, model: DCAE, how: str, max_pixels: int = MAX_PIXELS
+) -> tuple[torch.Tensor, tuple[int, int]]:
     """A photograph fitted to the model by `images.fit`, on its device and in its dtype, and its own (height, width).
 
-    Raises PhotographError where it cannot be read or is too small to crop.
+    Raises PhotographError where it cannot be read, has more than `max_pixels` pixels, or is too small to crop.
     """
-    x = read_photograph(path)
+    x = read_photograph(path, max_pixels)
     try:
         fitted = fit(x, model.spatial_compression_ratio, how)
     except ValueError as error:
@@ -80,13 +75,13 @@ class Reconstruction:
 
 
 @torch.inference_mode()
-def reconstruct(path: Path, model: DCAE, how: str, patch: bool) -> Reconstruction:
+def reconstruct(path: Path, model: DCAE, how: str, patch: bool, max_pixels: int = MAX_PIXELS) -> Reconstruction:
     """Encodes and decodes a photograph; with `patch` by the patched model, which is compared with the plain one.
 
     Where the operators have no kernels, on a CPU, patching changes nothing and there is nothing to compare. On a GPU a
     first run, in which kernels are compiled, is not timed. Raises NotFiniteError.
     """
-    x, (height, width) = load_photograph(path, model, how)
+    x, (height, width) = load_photograph(path, model, how, max_pixels)
     if patch and ops.has_kernels(x):
         with dcae_fast.patched(model):
             y, seconds = _timed(model, x)
@@ -110,56 +105,3 @@ def _timed(model: DCAE, x: torch.Tensor) -> tuple[torch.Tensor, float]:
     if x.is_cuda:
         torch.cuda.synchronize(x.device)
     return y, time.perf_counter() - start
-
-
-@dataclass(frozen=True)
-class Latent:
-    """z: [1, c, h, w], as `DCAE.encode` gives it, not multiplied by the scaling factor.
-
-    model: what to decode it with; size: (height, width) of the photograph; fit: how it was fitted ("crop", "pad").
-    """
-
-    z: torch.Tensor
-    model: str
-    scaling_factor: float | None
-    size: tuple[int, int]
-    fit: str
-
-    def crop(self, picture: torch.Tensor) -> torch.Tensor:
-        """The decoded picture [1, 3, H, W] without the padding."""
-        return picture[..., : self.size[0], : self.size[1]]
-
-
-def save_latent(latent: Latent, path: Path) -> None:
-    """A safetensors file of one tensor, "latent", and metadata; it appears whole or not at all."""
-    metadata = {
-        "model": latent.model,
-        "scaling_factor": str(latent.scaling_factor),
-        "scaled": "false",
-        "height": str(latent.size[0]),
-        "width": str(latent.size[1]),
-        "fit": latent.fit,
-    }
-    with written_atomically(path) as temporary:
-        save_file({"latent": latent.z.contiguous().cpu()}, temporary, metadata)
-
-
-def load_latent(path: Path) -> Latent:
-    """The inverse of `save_latent`; raises LatentError."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            z, metadata = file.get_tensor("latent"), file.metadata()
-        factor = metadata["scaling_factor"]
-        if not z.isfinite().all():
-            raise ValueError("NaN or infinity in the latent")
-        return Latent(
-            z,
-            metadata["model"],
-            None if factor == "None" else float(factor),
-            (int(metadata["height"]), int(metadata["width"])),
-            metadata["fit"],
-        )
-    except (OSError, SafetensorError) as error:
-        raise LatentError(f"{path}: not a readable safetensors file: {error}") from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise LatentError(f"{path}: not a latent written by dcae-fast encode: {error!r}") from error

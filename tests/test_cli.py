@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from dcae_fast import cli, images, reconstruction
 from dcae_fast.models.autoencoder import DCAE, CoderConfig, DCAEConfig
@@ -120,6 +121,34 @@ def test_unreadable_files_are_named_and_the_rest_go_on(model, photo, tmp_path, c
     assert (tmp_path / "out" / "photo-reconstruction.png").is_file()
 
 
+@pytest.mark.parametrize("command", ["encode", "reconstruct"])
+def test_a_photograph_over_the_limit_of_pixels(model, photo, tmp_path, capsys, command):
+    Image.new("RGB", (80, 80)).save(tmp_path / "large.png")
+    files = photo, tmp_path / "large.png"
+    assert run(command, *files, *cpu(model), "--out", tmp_path / "out", "--no-patch", "--max-pixels", "6399") == 1
+    reason = "cannot be read as a photograph: has more than 6399 pixels; --max-pixels raises the limit"
+    assert f"failed: {tmp_path / 'large.png'}: {reason}" in capsys.readouterr().err
+    assert any(path.name.startswith("photo") for path in (tmp_path / "out").iterdir())
+    assert run(command, *files, *cpu(model), "--out", tmp_path / "out", "--no-patch", "--max-pixels", "6400") == 0
+    assert run(command, *files, *cpu(model), "--max-pixels", "-1") == 2
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_photograph_that_does_not_fit_in_memory(model, photo, tmp_path, monkeypatch, capsys, error):
+    encode = DCAE.encode
+
+    def small(self, x):
+        if x.shape[-1] > 60:
+            raise error
+        return encode(self, x)
+
+    monkeypatch.setattr(DCAE, "encode", small)
+    Image.new("RGB", (80, 80)).save(tmp_path / "large.png")
+    assert run("encode", tmp_path / "large.png", photo, *cpu(model), "--out", tmp_path / "out", "--no-patch") == 1
+    assert f"failed: {tmp_path / 'large.png'}: does not fit in memory" in capsys.readouterr().err
+    assert (tmp_path / "out" / "photo.safetensors").is_file()
+
+
 def test_folders_and_equal_names(model, photo, tmp_path, capsys):
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -142,7 +171,7 @@ def test_an_empty_folder(model, tmp_path, capsys):
 def test_decode_names_what_is_no_latent(model, tmp_path, capsys, content):
     path = tmp_path / "latent.safetensors"
     if content is None:
-        reconstruction.save_file({"other": torch.zeros(1)}, path)
+        save_file({"other": torch.zeros(1)}, path)
     else:
         path.write_bytes(content)
     assert run("decode", path, "--out", tmp_path / "out") == 1

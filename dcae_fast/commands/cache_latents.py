@@ -10,7 +10,7 @@ import tyro
 import dcae_fast
 from dcae_fast.data.folders import suffix_of
 
-from .common import Compute, UsageError, check_workers
+from .common import Compute, UsageError, check_workers, pixel_limit
 
 if TYPE_CHECKING:
     from dcae_fast.data.cache import Report
@@ -64,7 +64,6 @@ def cache_latents(
     from dcae_fast.data.cache import settings_of
     from dcae_fast.data.find import find_pictures
     from dcae_fast.data.manifest import DataError
-    from dcae_fast.images import MAX_PIXELS
     from dcae_fast.memory import out_of_memory_as
     from dcae_fast.models.autoencoder import DCAE
     from dcae_fast.reconstruction import choose_device
@@ -74,8 +73,7 @@ def cache_latents(
     if batch != "auto" and batch < 1:
         raise UsageError(f"--batch {batch}: expected at least 1, or auto")
     check_workers(workers)
-    if max_pixels is not None and max_pixels < 1:
-        raise UsageError(f"--max-pixels {max_pixels}: expected at least 1")
+    limit = pixel_limit(max_pixels)
     place, dtype = choose_device(compute.device, compute.dtype)
     with distributed.process_group(place) as device:
         try:
@@ -87,7 +85,7 @@ def cache_latents(
                 dcae_fast.patch(network)
             batch = None if batch == "auto" else batch
             with out_of_memory_as(UsageError(f"--resolution {resolution}: a single picture does not fit in memory")):
-                report = cache(pictures, out, network, settings, batch, workers, overwrite, max_pixels or MAX_PIXELS)
+                report = cache(pictures, out, network, settings, batch, workers, overwrite, limit)
         except DataError as error:
             raise UsageError(str(error)) from error
         distributed.print_main(_summary(report, out))

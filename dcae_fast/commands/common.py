@@ -25,6 +25,15 @@ def check_workers(workers: int | None) -> None:
         raise UsageError(f"--workers {workers}: expected at least 0")
 
 
+def pixel_limit(max_pixels: int | None) -> int:
+    """The most pixels of a picture, Pillow's limit by default. Raises UsageError."""
+    from dcae_fast.images import MAX_PIXELS
+
+    if max_pixels is not None and max_pixels < 1:
+        raise UsageError(f"--max-pixels {max_pixels}: expected at least 1")
+    return max_pixels or MAX_PIXELS
+
+
 def make_folder(folder: Path) -> None:
     """For results; before the work, lest they have no place after it."""
     folder.mkdir(parents=True, exist_ok=True)

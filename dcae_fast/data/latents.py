@@ -1,6 +1,7 @@
 """Folders of latents, written by `dcae-fast cache-latents` or, one .npy file per picture, by the original."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -91,18 +92,17 @@ class NpyTree:
             shapes = f"{list(latent.shape)}; expected {list(self._shape)}, as in {like}"
             raise DataError(f"{self.path(index)}: a latent of shape {shapes}")
         latent = torch.from_numpy(latent.astype(np.float32))
-        if not latent.isfinite().all():
-            raise _not_finite(self.path(index))
+        check_finite(latent, self.path(index))
         return latent, self._number[name.split("/")[0]] if self.classes else 0
 
 
 class Shards:
     """Files of "latents" [n, c, h, w] and "classes" [n]; each is opened once in each process and then stays so.
 
-    classes: names by number; shape: expected of all latents.
+    classes: names by number; shape: expected of all latents; neither is checked if None.
     """
 
-    def __init__(self, paths: list[Path], classes: tuple[str, ...], shape: tuple[int, ...]):
+    def __init__(self, paths: list[Path], classes: tuple[str, ...] | None = None, shape: tuple[int, ...] | None = None):
         self.paths, self.classes, self._shape = paths, classes, shape
         self._files: dict[int, tuple[Any, list[int], list[str] | None]] = {}
         self._ends = np.cumsum([len(self._open(number)[1]) for number in range(len(self.paths))])
@@ -120,8 +120,7 @@ class Shards:
         shard, row = self._place(index)
         latents, classes, _ = self._open(shard)
         latent = latents[row].float()
-        if not latent.isfinite().all():
-            raise _not_finite(self.path(index))
+        check_finite(latent, self.path(index))
         return latent, classes[row]
 
     def _place(self, index: int) -> tuple[int, int]:
@@ -143,12 +142,12 @@ class Shards:
         return self._files[number]
 
     def _check(self, path: Path, shape: list[int], dtype: str, classes: list[int], names: Any) -> None:
-        expected = [len(classes), *self._shape]
+        expected = [len(classes), *(shape[1:] if self._shape is None else self._shape)]
         if shape != expected or dtype not in ("F64", "F32", "F16", "BF16"):
             raise DataError(f"{path}: latents are {dtype} {shape}; expected floats {expected}")
         if names is not None and (not isinstance(names, list) or len(names) != len(classes)):
             raise DataError(f"{path}: has {len(classes)} latents, but not a name for each")
-        most = max(1, len(self.classes))
+        most = math.inf if self.classes is None else max(1, len(self.classes))
         for row, label in enumerate(classes):
             if type(label) is not int or not 0 <= label < most:
                 raise DataError(f"{path}: latent {row} has class {label}; expected less than {most}, as in {MANIFEST}")
@@ -157,8 +156,10 @@ class Shards:
         return vars(self) | {"_files": {}}  # open files stay in their process
 
 
-def _not_finite(path: Path) -> DataError:
-    return DataError(f"{path}: has values that are not finite; make it anew, or leave it out")
+def check_finite(latent: torch.Tensor, path: Path) -> None:
+    """Raises DataError, which names the path, for a latent with NaN or infinity."""
+    if not latent.isfinite().all():
+        raise DataError(f"{path}: has values that are not finite; make it anew, or leave it out")
 
 
 def load_npy(path: Path) -> np.ndarray:

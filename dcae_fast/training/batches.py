@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from dcae_fast.data.manifest import DataError
 from dcae_fast.data.sampler import rank_indices
 from dcae_fast.models.diffusion_zoo import DiffusionConfig
 from dcae_fast.sampling import OBJECTIVES
@@ -51,15 +52,21 @@ class BatchOrder(Sampler[list[int]]):
             yield indices[first : first + len(self.part)].tolist()
 
 
-def load_batches(data: Dataset, order: BatchOrder, workers: int, device: torch.device) -> DataLoader:
-    """Batches (latents [b, c, h, w] float32, labels [b]) on the CPU, in pinned memory for CUDA."""
-    return DataLoader(
+def load_batches(
+    data: Dataset, order: BatchOrder, workers: int, device: torch.device
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches (latents [b, c, h, w] float32, labels [b]) on the CPU, in pinned memory for CUDA. Raises DataError."""
+    loader = DataLoader(
         data,
         batch_sampler=order,
         num_workers=workers,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
     )
+    try:
+        yield from loader
+    except DataError as error:  # of a worker's, the traceback is in the message
+        raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
 
 
 class Draws(NamedTuple):

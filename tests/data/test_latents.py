@@ -5,6 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 from dcae_fast.data.latents import LatentDataset
@@ -70,14 +71,86 @@ def test_shards_in_processes(tmp_path, monkeypatch):
         dataset[10]
 
 
-def test_broken(tmp_path):
+BAD = {
+    "two sizes": (np.zeros((4, 2, 3), np.float32), r"a latent of shape \[4, 2, 3\]; expected \[4, 2, 2\], as in "),
+    "two dimensions": (np.zeros((4, 2), np.float32), r"float32 \[4, 2\]; expected floats \[c, h, w\]"),
+    "integers": (np.zeros((4, 2, 2), np.int64), r"int64 \[4, 2, 2\]; expected floats"),
+    "NaN": (np.full((4, 2, 2), np.nan, np.float32), "has values that are not finite"),
+    "infinity": (np.full((4, 2, 2), np.inf, np.float16), "has values that are not finite"),
+    "too large for float32": (np.full((4, 2, 2), 1e300), "has values that are not finite"),
+    "objects": (np.full((4, 2, 2), None), "not a readable .npy file: holds pickled objects, not numbers"),
+    "empty": (b"", "not a readable .npy file: "),
+    "torn": (b"\x93NUMPY\x01\x00v\x00{'descr': '<f4'", "not a readable .npy file: "),
+    "a zip file": (b"PK\x03\x04", "not a readable .npy file: "),
+}
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
+@pytest.mark.parametrize("with_manifest", [True, False])
+@pytest.mark.parametrize("content, words", BAD.values(), ids=BAD)
+def test_bad_files_are_named(tmp_path, content, words, with_manifest):
+    if with_manifest:
+        Manifest(Settings("m", "float32", 64, 1.0, "npy", "", (4, 2, 2)), ("a", "b"), latents=2).save(tmp_path)
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+    np.save(tmp_path / "a" / "0.npy", latent(0))
+    if isinstance(content, bytes):
+        (tmp_path / "b" / "1.npy").write_bytes(content)
+    else:
+        np.save(tmp_path / "b" / "1.npy", content)
+    dataset = LatentDataset(tmp_path)
+    assert torch.equal(dataset[0][0], torch.from_numpy(latent(0)))
+    with pytest.raises(DataError, match=f"{tmp_path}/b/1.npy: {words}"):
+        dataset[1]
+
+
+def test_big_endian_and_fortran_order(tmp_path):
+    np.save(tmp_path / "0.npy", np.asfortranarray(latent(0).astype(">f8")))
+    assert torch.equal(LatentDataset(tmp_path)[0][0], torch.from_numpy(latent(0)))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"latents": torch.zeros(2, 4, 2, 3)}, r"latents are F32 \[2, 4, 2, 3\]; expected floats \[2, 4, 2, 2\]"),
+        ({"latents": torch.zeros(3, 4, 2, 2)}, r"latents are F32 \[3, 4, 2, 2\]; expected floats \[2, 4, 2, 2\]"),
+        ({"latents": torch.zeros(2, 4, 2, 2, dtype=torch.int32)}, "latents are I32"),
+        ({"classes": torch.tensor([0, 2])}, "latent 1 has class 2; expected less than 2, as in manifest.json"),
+        ({"classes": torch.tensor([-1, 0])}, "latent 0 has class -1"),
+        ({"classes": None}, "not a readable shard of latents"),
+        ({"names": "[]"}, "has 2 latents, but not a name for each"),
+        ({"names": "torn"}, "not a readable shard of latents"),
+    ],
+)
+def test_bad_shards_are_named(tmp_path, change, words):
+    Manifest(Settings("m", "float32", 64, 1.0, "safetensors", "", (4, 2, 2)), ("a", "b"), latents=2).save(tmp_path)
+    tensors = {"latents": torch.zeros(2, 4, 2, 2), "classes": torch.tensor([0, 1]), "names": '["a/x", "b/y"]'} | change
+    names = tensors.pop("names")
+    path = tmp_path / "latents-000000.safetensors"
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path, {"names": names})
+    with pytest.raises(DataError, match=f"{path}: {words}"):
+        LatentDataset(tmp_path)
+
+
+def test_a_latent_in_a_shard_that_is_not_finite(tmp_path):
+    Manifest(Settings("m", "float32", 64, 1.0, "safetensors", "", (4, 2, 2)), ("a", "b"), latents=2).save(tmp_path)
+    z = torch.zeros(2, 4, 2, 2, dtype=torch.bfloat16)
+    z[1, 0, 0, 0] = float("inf")
+    path = tmp_path / "latents-000000.safetensors"
+    save_file({"latents": z, "classes": torch.tensor([0, 1])}, path, {"names": '["a/x", "b/y"]'})
+    dataset = LatentDataset(tmp_path)
+    assert dataset[0][1] == 0
+    with pytest.raises(DataError, match=f"{path}/b/y: has values that are not finite"):
+        dataset[1]
+
+
+def test_a_latent_is_read_once_through_links(tmp_path):
+    (tmp_path / "a").mkdir()
+    np.save(tmp_path / "a" / "0.npy", latent(0))
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    assert len(LatentDataset(tmp_path)) == 1
+
+
+def test_no_latents(tmp_path):
     with pytest.raises(DataError, match="no latents here"):
         LatentDataset(tmp_path)
-    np.save(tmp_path / "0.npy", latent(0))
-    np.save(tmp_path / "1.npy", np.zeros((4, 2), np.float32))
-    (tmp_path / "2.npy").write_bytes(b"")
-    dataset = LatentDataset(tmp_path)
-    with pytest.raises(DataError, match=r"1.npy: float32 \[4, 2\]"):
-        dataset[1]
-    with pytest.raises(DataError, match="2.npy: not a readable"):
-        dataset[2]

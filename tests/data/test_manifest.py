@@ -38,3 +38,38 @@ def test_something_else(tmp_path, text):
     (tmp_path / MANIFEST).write_text(text)
     with pytest.raises(DataError, match="not a manifest"):
         load_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "where, name, value",
+    [
+        ("settings", "shape", [64, 2]),
+        ("settings", "shape", "64"),
+        ("settings", "scaling_factor", 0),
+        ("settings", "scaling_factor", float("nan")),
+        ("settings", "resolution", "64"),
+        ("settings", "format", "npz"),
+        ("settings", "as_original", 1),
+        ("settings", "model", None),
+        (None, "classes", "cat"),
+        (None, "classes", [1]),
+        (None, "latents", -1),
+        (None, "latents", True),
+        (None, "mean", "0"),
+    ],
+)
+def test_a_wrong_value_is_named(tmp_path, where, name, value):
+    Manifest(SETTINGS, ("cat",), 1, 1, (), 0.1, 1.0, 0.9).save(tmp_path)
+    content = json.loads((tmp_path / MANIFEST).read_text())
+    (content[where] if where else content)[name] = value
+    (tmp_path / MANIFEST).write_text(json.dumps(content))
+    with pytest.raises(DataError, match=f"{MANIFEST}: not a manifest of cached latents: {name} is "):
+        load_manifest(tmp_path)
+
+
+def test_a_manifest_of_an_earlier_version(tmp_path):
+    Manifest(SETTINGS, ("cat",)).save(tmp_path)
+    content = json.loads((tmp_path / MANIFEST).read_text())
+    del content["settings"]["as_original"], content["ignored"]
+    (tmp_path / MANIFEST).write_text(json.dumps(content))
+    assert load_manifest(tmp_path).settings.as_original and load_manifest(tmp_path).ignored == ()

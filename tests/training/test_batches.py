@@ -1,12 +1,15 @@
 """The order of the data and the random draws: the original's, and the same on any number of ranks."""
 
+import numpy as np
 import pytest
 import torch
 from small_training import CPU
 
+from dcae_fast.data.latents import LatentDataset
+from dcae_fast.data.manifest import DataError
 from dcae_fast.data.sampler import rank_indices
 from dcae_fast.models.diffusion_zoo import diffusion_config
-from dcae_fast.training.batches import BatchOrder, draw
+from dcae_fast.training.batches import BatchOrder, draw, load_batches
 
 ITEMS, BATCH = 50, 12
 
@@ -61,3 +64,14 @@ def test_draws():
 def test_batches_that_cannot_be(items, batch, shards, ranks, words):
     with pytest.raises(ValueError, match=words):
         BatchOrder(items, batch, shards, 0, range(1), 0, ranks)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_latent_is_named_in_one_line(tmp_path, workers):
+    for number in range(4):
+        np.save(tmp_path / f"{number}.npy", np.full((4, 2, 2), np.nan if number == 2 else 0, np.float32))
+    order = BatchOrder(4, 2, 1, 0, range(2), 0, 1)
+    with pytest.raises(DataError) as caught:
+        list(load_batches(LatentDataset(tmp_path), order, workers, CPU))
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path}/2.npy: has values that are not finite") and "\n" not in message

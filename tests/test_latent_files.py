@@ -1,0 +1,147 @@
+"""Files of latents, and `decode` on what `cache-latents` and the original wrote."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from dcae_fast import cli
+from dcae_fast.data.manifest import MANIFEST, DataError
+from dcae_fast.latent_files import Latent, LatentError, find_latents, load_latent, save_latent
+from dcae_fast.models.autoencoder import DCAE, CoderConfig, DCAEConfig
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    """A folder with a model of ratio 8."""
+    torch.manual_seed(0)
+    coder = CoderConfig((8, 8, 16, 32), (0, 1, 1, 1), ("ResBlock",) * 4, ("rms",) * 4, ("silu",) * 4)
+    folder = tmp_path_factory.mktemp("models") / "small"
+    DCAE(DCAEConfig(8, coder, coder, scaling_factor=0.5)).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    for seed, name in enumerate(("a/0.png", "b/0.png")):
+        (folder / name).parent.mkdir()
+        pixels = np.random.default_rng(seed).integers(0, 256, (16, 16, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+    return folder
+
+
+def run(*argv) -> int:
+    return cli.main([*map(str, argv), "--device", "cpu", "--no-patch"])
+
+
+def cached(model, photos, out, *options):
+    """The folder of the photographs' latents, scaled by 0.25."""
+    settings = "--resolution", "16", "--scale", "0.25", "--workers", "0"
+    assert run("cache-latents", photos, "--model", model, *settings, "--out", out, *options) == 0
+    return out
+
+
+def pixels(path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+@pytest.mark.parametrize("format, of_class", [("npy", "a"), ("safetensors", "latents-000000.safetensors")])
+def test_a_cache_is_decoded_as_what_encode_wrote(model, photos, tmp_path, format, of_class):
+    cache = cached(model, photos, tmp_path / "cache", "--format", format)
+    assert run("encode", photos / "a", photos / "b", "--model", model, "--out", tmp_path / "single") == 0
+    for source, out in {"cache": "0", "single": "1"}.items():
+        assert run("decode", tmp_path / source, "--out", tmp_path / out) == 0
+    names = ["0-2-decoded.png", "0-decoded.png"]
+    assert sorted(path.name for path in (tmp_path / "0").iterdir()) == names
+    for name in names:
+        close = pixels(tmp_path / "0" / name).astype(int) - pixels(tmp_path / "1" / name)
+        assert abs(close).max() <= 1  # the latent was divided by what it had been multiplied by
+    assert run("decode", cache / of_class, "--out", tmp_path / "part") == 0
+    assert np.array_equal(pixels(tmp_path / "part" / "0-decoded.png"), pixels(tmp_path / "0" / "0-decoded.png"))
+
+
+def test_the_originals_files_need_a_model(model, photos, tmp_path, capsys):
+    cache = cached(model, photos, tmp_path / "cache", "--scale", "0.5")  # the model's own
+    assert run("decode", cache, "--out", tmp_path / "expected") == 0
+    (cache / MANIFEST).unlink()
+    assert run("decode", cache, "--out", tmp_path / "out") == 1
+    assert f"{cache / 'a' / '0.npy'}: no manifest.json tells which model" in capsys.readouterr().err
+    assert run("decode", cache, "--model", model, "--out", tmp_path / "out") == 0
+    assert np.array_equal(pixels(tmp_path / "out" / "0-decoded.png"), pixels(tmp_path / "expected" / "0-decoded.png"))
+
+
+def test_another_model_than_the_manifest_names(model, photos, tmp_path, capsys):
+    moved = shutil.copytree(model, tmp_path / "moved")
+    cache = cached(moved, photos, tmp_path / "cache")
+    shutil.rmtree(moved)
+    assert run("decode", cache, "--out", tmp_path / "out") == 1
+    assert run("decode", cache, "--out", tmp_path / "out", "--model", model) == 0
+    assert run("decode", cache, "--out", tmp_path / "out", "--model", tmp_path / "nowhere") == 2
+    assert run("decode", cache, "--out", tmp_path / "out", "--model", "dc-ae-tiny") == 1
+    assert f"{cache / 'a' / '0.npy'}: z has shape [1, 8, 2, 2]; expected [B, 64, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("format", ["npy", "safetensors"])
+def test_bad_latents_are_named_and_the_rest_decoded(model, photos, tmp_path, capsys, format):
+    cache = cached(model, photos, tmp_path / "cache", "--format", format)
+    if format == "npy":
+        np.save(cache / "a" / "0.npy", np.full((8, 2, 2), np.nan, np.float32))
+        bad = cache / "a" / "0.npy"
+    else:
+        path = cache / "latents-000000.safetensors"
+        tensors = load_file(path)
+        tensors["latents"][0, 0, 0, 0] = float("inf")
+        save_file(tensors, path)
+        bad = path / "0"  # the names went with the metadata
+    assert run("decode", cache, "--out", tmp_path / "out") == 1
+    assert f"failed: {bad}: has values that are not finite" in capsys.readouterr().err
+    assert len(list((tmp_path / "out").iterdir())) == 1
+
+
+def test_torn_files_and_an_empty_folder(model, photos, tmp_path, capsys):
+    cache = cached(model, photos, tmp_path / "cache", "--format", "safetensors")
+    torn = cache / "latents-000001.safetensors"
+    torn.write_bytes(b"torn")
+    save_file({"latents": torch.zeros(1, 8, 2, 2)}, cache / "latents-000002.safetensors")
+    assert run("decode", cache, "--out", tmp_path / "out") == 1
+    errors = capsys.readouterr().err
+    assert f"failed: {torn}: not a readable safetensors file" in errors
+    assert "latents-000002.safetensors: not a readable shard of latents" in errors
+    assert len(list((tmp_path / "out").iterdir())) == 2
+    (tmp_path / "empty").mkdir()
+    assert run("decode", tmp_path / "empty", "--out", tmp_path / "out") == 2
+    assert "nothing to read in this folder" in capsys.readouterr().err
+
+
+def test_a_manifest_of_something_else_beside_single_latents(model, photos, tmp_path, capsys):
+    (tmp_path / MANIFEST).write_text(json.dumps({"name": "a web app"}))
+    assert run("encode", photos / "a", "--model", model, "--out", tmp_path / "single") == 0
+    assert run("decode", tmp_path / "single", "--out", tmp_path / "out") == 0
+    np.save(tmp_path / "single" / "1.npy", np.zeros((8, 2, 2), np.float32))
+    assert run("decode", tmp_path / "single", "--out", tmp_path / "out") == 1
+    assert f"{tmp_path / MANIFEST}: not a manifest of cached latents" in capsys.readouterr().err
+
+
+def test_round_trip(tmp_path):
+    latent = Latent(torch.randn(1, 8, 2, 2), "m", None, (15, 16), "pad")
+    save_latent(latent, tmp_path / "a.safetensors")
+    read = load_latent(tmp_path / "a.safetensors")
+    assert torch.equal(read.z, latent.z) and read.unscaled(3.0) is read.z
+    assert (read.model, read.scaling_factor, read.size, read.fit) == ("m", None, (15, 16), "pad")
+
+
+def test_unscaled(tmp_path):
+    np.save(tmp_path / "a.npy", np.ones((8, 2, 2), np.float16))
+    ((path, load),) = find_latents(tmp_path).items()
+    assert path == tmp_path / "a.npy" and torch.equal(load().unscaled(4.0), torch.full((1, 8, 2, 2), 0.25))
+    with pytest.raises(LatentError, match="the model has none"):
+        load().unscaled(None)
+    with pytest.raises(DataError, match="nothing to read"):
+        (tmp_path / "b").mkdir()
+        find_latents(tmp_path / "b")
