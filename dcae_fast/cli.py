@@ -1,6 +1,7 @@
 """The command line: dcae-fast with one of the `commands` of `main`."""
 
 import contextlib
+import io
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -393,6 +394,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; the exit status is 0, 1 if some files failed, 2 if the request could not be met at all, or 130
     after Ctrl-C.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
         return _parse(sys.argv[1:] if argv is None else argv)()
     except NotFiniteError as error:
