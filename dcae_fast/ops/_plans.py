@@ -2,8 +2,11 @@
 
 The first suggestion of cuDNN can be 20 % slower than the best of its list. The winners' places in the list are kept in
 one small JSON file for each GPU and version of the library, in $DCAE_FAST_CACHE, else $XDG_CACHE_HOME/dcae_fast, else
-~/.cache/dcae_fast. A file that cannot be read or written, or names what is no plan any more, costs no more than the
+~/.cache/dcae_fast. A file that cannot be read or written, or names a plan that does not work, costs no more than the
 time of another search.
+
+Where PyTorch was told to be deterministic, nothing is timed and no file is read: the first candidate that works is
+taken, so that all processes on such GPUs compute the same bits. All candidates are deterministic.
 """
 
 import contextlib
@@ -39,21 +42,31 @@ _lock = threading.Lock()
 class Library:
     """Where plans come from.
 
-    work: what they do, in the plural, for the name of the file; version: of the library; untimed: the candidate that is
-    taken, unless it is NO_PLAN, where timing is out of the question or not worth while. fallback_call: milliseconds
-    that the fallback takes longer to call than a plan: it must be faster by as much, or by a tenth.
+    work: what they do, in the plural, for the name of the file; version: of the library; takes_first_untimed: whether
+    the first candidate is taken, rather than the fallback, where timing is out of the question or not worth while.
+    fallback_call: milliseconds that the fallback takes longer to call than a plan: it must be faster by as much, or by
+    a tenth.
     """
 
     name: str
     work: str
     version: Callable[[], object]
-    untimed: int = NO_PLAN
+    takes_first_untimed: bool = False
     fallback_call: float = 0.0
+
+
+def is_deterministic() -> bool:
+    """Whether PyTorch was told to compute the same bits each time: use_deterministic_algorithms, or cuDNN's flag."""
+    return torch._C._get_deterministic_algorithms() or torch._C._get_cudnn_deterministic()
+
+
+def _key(library: Library, shape: tuple, device: torch.device) -> tuple:
+    return library.work, device.index, is_deterministic(), *shape
 
 
 def found(library: Library, shape: tuple, device: torch.device) -> object | None:
     """The plan that `find` has for a shape; None if it has none yet, or `fallback` does the same work faster."""
-    return _plans.get((library.work, device.index, *shape))
+    return _plans.get(_key(library, shape, device))
 
 
 def find(
@@ -70,20 +83,21 @@ def find(
     shape: all that the choice depends on, besides the GPU. make: the candidates, with a length and `build(place)`. run:
     calls a plan. A new shape is searched for, which takes up to some seconds, unless a CUDA graph is being captured.
     """
-    key = (library.work, device.index, *shape)
+    key = _key(library, shape, device)
     if key in _plans:
         return _plans[key]
     is_capturing = torch.cuda.is_current_stream_capturing()
-    if library.untimed == NO_PLAN and (is_capturing or not is_worth_a_search):
+    is_timed = is_worth_a_search and not is_capturing
+    if not (is_timed or library.takes_first_untimed):
         return None
     with _lock, torch.cuda.device(device), torch.no_grad():
         if key in _plans:
             return _plans[key]
         try:
-            if is_capturing or not is_worth_a_search:
-                plan = _build(make(), library.untimed)
-            else:
+            if is_timed and not is_deterministic():
                 plan = _find(library, repr(shape), make, run, fallback)
+            else:
+                plan = _first(make(), (lambda plan: None) if is_capturing else run)
         except torch.OutOfMemoryError:
             return None  # this time
         except RuntimeError as error:
@@ -94,8 +108,14 @@ def find(
     return plan
 
 
+def _first(candidates, run: Callable):
+    """The plan of the first candidate that works; None if none does."""
+    plans = (_working_plan(candidates, place, run) for place in range(min(len(candidates), MOST_CANDIDATES)))
+    return next((plan for plan in plans if plan is not None), None)
+
+
 def _find(library: Library, name: str, make: Callable, run: Callable, fallback: Callable):
-    """The plan that the cache file names; else, or if it is none any more, that of a search.
+    """The plan that the cache file names, if it works; else that of a search.
 
     Its place is written there, unless the search had too little memory for some.
     """
@@ -103,7 +123,7 @@ def _find(library: Library, name: str, make: Callable, run: Callable, fallback: 
     candidate, candidates = _read(file).get(name), make()
     if candidate == NO_PLAN:
         return None
-    plan = _build(candidates, candidate)
+    plan = _working_plan(candidates, candidate, run)
     if plan is None:
         candidate, plan, is_final = _search(library, candidates, run, fallback)
         if is_final:
@@ -167,6 +187,17 @@ def _build(candidates, place: int | None):
     return plan if plan.workspace_size <= MOST_WORKSPACE else None
 
 
+def _working_plan(candidates, place: int | None, run: Callable):
+    """A candidate's plan, which was run once; None if there is none, or it fails when it is run."""
+    plan = _build(candidates, place)
+    try:
+        if plan is not None:
+            run(plan)
+    except RuntimeError:
+        return None
+    return plan
+
+
 def _record(call: Callable, calls: int = 1) -> tuple[torch.cuda.Event, torch.cuda.Event]:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(LAUNCH * calls)  # so that launching takes none of the time between the events
@@ -203,8 +234,8 @@ def _read(file: Path | None) -> dict[str, int]:
         return {}
     try:
         places = json.loads(file.read_text())
-        return {name: place for name, place in places.items() if isinstance(place, int)}
-    except (OSError, ValueError, AttributeError):
+        return {name: place for name, place in places.items() if type(place) is int}
+    except (OSError, ValueError, AttributeError, RecursionError):
         return {}
 
 

@@ -12,7 +12,7 @@ CUBLASLT = _plans.Library(
     "cuBLASLt",
     "products",
     lambda: f"{cuda_extension().cublaslt_version()}-{RULES}",
-    untimed=0,
+    takes_first_untimed=True,
     fallback_call=0.005,
 )
 WORTH_A_SEARCH = 2e9  # multiplications: some microseconds

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from . import _convolution_plans
 from ._elementwise import check_activation, check_filters
 from ._library import HALVES, KERNEL_DTYPES, define, differentiable_as, launcher
+from ._plans import is_deterministic
 from .bias_act import bias_act_reference
 
 FEW_CHANNELS, MOST_TAPS = 4, 7  # what the Triton kernel takes: input channels, and size of the window
@@ -102,7 +103,9 @@ def _convolve_then_add(x, weight, bias, act, scale, mean, variance, eps, residua
     if bias is None:
         return conv2d_reference(x, weight, bias, act, scale, mean, variance, eps, residual, stride, padding)
     in_eights = x.shape[1] % 8 == weight.shape[0] % 8 == 0  # channels that cuDNN can add bias and ReLU to
-    if act == "relu" and scale is None and residual is None and padding[:2] == padding[2:] and in_eights:
+    is_relu = act == "relu" and scale is None and residual is None and padding[:2] == padding[2:] and in_eights
+    # this function of torch's asks no flag whether cuDNN may be used, nor whether it must be deterministic
+    if is_relu and torch.backends.cudnn.enabled and not is_deterministic():
         return torch.cudnn_convolution_relu(x, weight, bias, [stride] * 2, padding[:2], [1, 1], 1)
     y = conv2d_reference(x, weight, None, "none", None, None, None, 0.0, None, stride, padding)
     y = y.contiguous(memory_format=torch.channels_last)  # not every implementation of torch's keeps to x's

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from dcae_fast import ops
 from dcae_fast.ops import _convolution_plans, _plans
-from dcae_fast.ops.conv2d import _launch, conv2d_reference
+from dcae_fast.ops.conv2d import _convolve_then_add, _launch, conv2d_reference
 from dcae_fast.ops.upsample_conv2d import _launch as upsample_conv2d
 from dcae_fast.ops.upsample_conv2d import upsample_conv2d_reference
 
@@ -28,7 +28,10 @@ def empty_cache(monkeypatch, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("content", [None, "", "{", "[1]", '{"a": 1, "b": "x"}'])
+NO_PLACES = ["", "{", "[1]", "NaN", "[" * 100_000, '{"c": NaN}', '{"c": 1.5, "d": true, "e": null, "f": [1]}']
+
+
+@pytest.mark.parametrize("content", [None, *NO_PLACES, '{"a": 1, "b": "x"}'])
 def test_a_broken_file_is_an_empty_one(tmp_path, content):
     file = tmp_path / "cache" / "plans.json"
     if content is not None:
@@ -71,19 +74,20 @@ def no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
 
 
-@pytest.mark.parametrize("untimed", [_plans.NO_PLAN, 0])
+@pytest.mark.parametrize("takes_first", [False, True])
 @pytest.mark.parametrize("is_large", [False, True])
 @pytest.mark.parametrize("is_capturing", [False, True])
-def test_what_is_taken_without_a_search(is_capturing, is_large, untimed, empty_cache, no_gpu, monkeypatch):
+def test_what_is_taken_without_a_search(is_capturing, is_large, takes_first, empty_cache, no_gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: is_capturing)
-    searches = []
+    searches, runs = [], []
     monkeypatch.setattr(_plans, "_search", lambda *args: (searches.append(args), (2, Plan(2), True))[1])
-    library = _plans.Library("Library", "works", lambda: 1, untimed)
-    find = lambda: _plans.find(library, (8, 8), torch.device("cuda", 0), is_large, Candidates, None, None)  # noqa: E731
+    library, device = _plans.Library("Library", "works", lambda: 1, takes_first), torch.device("cuda", 0)
+    find = lambda: _plans.find(library, (8, 8), device, is_large, Candidates, runs.append, None)  # noqa: E731
     searched = is_large and not is_capturing
-    assert find() == find() == (Plan(2) if searched else None if untimed == _plans.NO_PLAN else Plan(0))
+    assert find() == find() == (Plan(2) if searched else Plan(0) if takes_first else None)
     assert len(searches) == searched
-    assert bool(_plans._plans) == (not is_capturing and (is_large or untimed != _plans.NO_PLAN))
+    assert len(runs) == (takes_first and not is_capturing and not searched), "what is taken is tried once"
+    assert bool(_plans._plans) == (not is_capturing and (is_large or takes_first))
     if searched:
         assert json.loads((empty_cache / "works-a_GPU-library1.json").read_text()) == {"(8, 8)": 2}
         _plans._plans.clear()
@@ -94,14 +98,14 @@ def test_a_library_that_cannot_is_asked_once(empty_cache, no_gpu):
     def refuse():
         raise RuntimeError("no such product")
 
-    library, device = _plans.Library("Library", "works", lambda: 1, 0), torch.device("cuda", 0)
+    library, device = _plans.Library("Library", "works", lambda: 1, True), torch.device("cuda", 0)
     with pytest.warns(UserWarning, match="no such product"):
         assert _plans.find(library, (8, 8), device, False, refuse, None, None) is None
     assert _plans.find(library, (8, 8), device, False, refuse, None, None) is None
 
 
 def test_without_candidates_the_fallback_is_taken(empty_cache, no_gpu):
-    library, device = _plans.Library("Library", "works", lambda: 1, 0), torch.device("cuda", 0)
+    library, device = _plans.Library("Library", "works", lambda: 1, True), torch.device("cuda", 0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert _plans.find(library, (8, 8), device, False, list, None, None) is None
@@ -147,7 +151,7 @@ def written(folder):
 
 def test_the_fastest_is_found_and_written(search, empty_cache):
     assert search(TIMES) == 2 and written(empty_cache) == {"(8, 8)": 2}
-    assert search({}) == 2, "not read from the file"
+    assert search({2: 1.0}) == 2, "not read from the file"
 
 
 @pytest.mark.parametrize("call, time, place", [(0.01, 1.02, 0), (0.01, 1.05, -1), (9.0, 1.09, 0), (9.0, 1.11, -1)])
@@ -176,10 +180,93 @@ def test_a_fallback_in_too_little_memory_leaves_no_trace(search, empty_cache):
     assert not _plans._plans and not written(empty_cache)
 
 
-@pytest.mark.parametrize("place", [1, 3, 4, -2])
+@pytest.mark.parametrize("place", [1, 3, 4, -2, 10**30, True, 0.0, float("nan"), None, "0", [0]])
 def test_a_place_that_is_no_plan_is_corrected(place, search, empty_cache):
     (empty_cache / "works-a_GPU-library1.json").write_text(json.dumps({"(8, 8)": place, "other": 5}))
     assert search(TIMES) == 2 and written(empty_cache) == {"(8, 8)": 2, "other": 5}
+
+
+@pytest.mark.parametrize("content", NO_PLACES)
+def test_a_broken_file_is_searched_anew(content, search, empty_cache):
+    (empty_cache / "works-a_GPU-library1.json").write_text(content)
+    assert search(TIMES) == 2 and written(empty_cache) == {"(8, 8)": 2}
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("CUDNN_STATUS_EXECUTION_FAILED"), NO_MEMORY])
+def test_a_place_whose_plan_fails_when_run_is_corrected(failure, search, empty_cache):
+    """It was written by another driver, or on a larger part of such a GPU."""
+    (empty_cache / "works-a_GPU-library1.json").write_text(json.dumps({"(8, 8)": 2}))
+    assert search(TIMES | {2: failure}) == 0
+    assert written(empty_cache) == {"(8, 8)": 2 if failure is NO_MEMORY else 0}
+
+
+# Where the same bits are wanted each time, and from all processes.
+
+
+@contextlib.contextmanager
+def same_bits(flag):
+    """The flag of PyTorch that asks for them."""
+    if flag == "cudnn":
+        with torch.backends.cudnn.flags(deterministic=True):
+            yield
+    else:
+        torch._C._set_deterministic_algorithms(True, warn_only=flag == "warn_only")  # without Inductor's import
+        try:
+            yield
+        finally:
+            torch._C._set_deterministic_algorithms(False)
+
+
+SAME_BITS = pytest.mark.parametrize("flag", ["all", "warn_only", "cudnn"])
+
+
+@SAME_BITS
+def test_the_same_plan_whatever_the_clock_and_the_file_say(flag, search, empty_cache):
+    (empty_cache / "works-a_GPU-library1.json").write_text(json.dumps({"(8, 8)": 2}))
+    fails = RuntimeError("no execution plan")
+    with same_bits(flag):
+        assert search(TIMES) == search(TIMES | {_plans.NO_PLAN: 0.1}) == 0
+        assert search(TIMES | {0: fails}) == 2
+        assert search(TIMES | {0: fails, 2: fails}) == _plans.NO_PLAN
+    assert written(empty_cache) == {"(8, 8)": 2}
+
+
+@SAME_BITS
+def test_plans_by_the_clock_and_by_rule_are_kept_apart(flag, empty_cache, no_gpu, monkeypatch):
+    monkeypatch.setattr(_plans, "_search", lambda *args: (2, Plan(2), True))
+    library, device = _plans.Library("Library", "works", lambda: 1), torch.device("cuda", 0)
+    find = lambda: _plans.find(library, (8, 8), device, True, Candidates, id, None)  # noqa: E731
+    for _ in range(2):
+        assert find() == _plans.found(library, (8, 8), device) == Plan(2)
+        with same_bits(flag):
+            assert find() == _plans.found(library, (8, 8), device) == Plan(0)
+
+
+@pytest.mark.parametrize("flag", [None, "all", "cudnn", "disabled"])
+def test_flags_of_cudnn_hold_for_torchs_convolution_with_relu(flag, monkeypatch):
+    """cudnn_convolution_relu asks no flag whether it may be used, nor whether it must be deterministic."""
+    calls = []
+    fused = lambda x, weight, bias, *_: (calls.append(x), F.relu(F.conv2d(x, weight, bias, padding=1)))[1]  # noqa: E731
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", fused)
+    x, weight, bias = torch.randn(1, 8, 4, 4), torch.randn(8, 8, 3, 3), torch.randn(8)
+    x, weight = (tensor.to(DEVICE).contiguous(memory_format=NHWC) for tensor in (x, weight))
+    args = [x, weight, bias.to(DEVICE), "relu", None, None, None, 0.0, None, 1, [1, 1, 1, 1]]
+    with torch.backends.cudnn.flags(enabled=flag != "disabled", allow_tf32=False):
+        with same_bits(flag) if flag in ("all", "cudnn") else contextlib.nullcontext():
+            got = _convolve_then_add(*args)
+    torch.testing.assert_close(got, conv2d_reference(*args), atol=1e-4, rtol=1e-4)
+    assert len(calls) == (flag is None)
+
+
+def test_no_plans_where_cudnn_is_disabled(monkeypatch):
+    class Extension:
+        Convolution = None
+
+    monkeypatch.setattr(_convolution_plans, "cuda_extension", lambda: Extension)
+    with torch.backends.cudnn.flags(enabled=False):
+        assert not _convolution_plans.available()
+    with torch.backends.cudnn.flags(enabled=True):
+        assert _convolution_plans.available()
 
 
 def test_a_user_without_a_home(search, empty_cache, monkeypatch):
