@@ -1,6 +1,7 @@
 """CUDA graphs of whole calls of a module: captured once for each kind of call, replayed for the price of one launch."""
 
 import contextlib
+import functools
 import threading
 import warnings
 from collections import OrderedDict, deque
@@ -22,6 +23,35 @@ from .watch import Watch
 Result = torch.Tensor | list[torch.Tensor]
 LIMIT = 8  # graphs of one module
 _CAPTURING = threading.Lock()  # PyTorch captures one graph at a time
+_dropped: list["tuple[Pool, OrderedDict[Hashable, Captured], Casts]"] = []  # and not yet freed
+
+# The settings that change what PyTorch's functions compute. Not all are there in every version.
+_PRECISIONS = ("generic", "all"), ("cuda", "all"), ("cuda", "conv"), ("cuda", "matmul")
+_FLAGS = [functools.partial(torch._C._get_fp32_precision_getter, *name) for name in _PRECISIONS] + [
+    getattr(torch._C, f"_{name}")
+    for name in (
+        "get_deterministic_algorithms",
+        "get_deterministic_algorithms_warn_only",
+        "get_cudnn_enabled",
+        "get_cudnn_benchmark",
+        "get_cudnn_deterministic",
+        "get_cudnn_depthwise_kernel",
+        "get_cublas_allow_bf16_reduced_precision_reduction",
+        "get_cublas_allow_fp16_reduced_precision_reduction",
+        "get_cublas_allow_fp16_accumulation",
+        "get_blas_preferred_backend",
+        "get_sm_carveout_experimental",
+        "cuda_tunableop_is_enabled",
+        "get_flash_sdp_enabled",
+        "get_fa3_sdp_enabled",
+        "get_mem_efficient_sdp_enabled",
+        "get_math_sdp_enabled",
+        "get_math_sdp_allow_fp16_bf16_reduction",
+        "get_cudnn_sdp_enabled",
+        "get_overrideable_sdp_enabled",
+    )
+    if hasattr(torch._C, f"_{name}")
+]
 
 
 class Graphs:
@@ -72,11 +102,16 @@ class Graphs:
             self._thread.inside = False
 
     def clear(self) -> None:
-        """Drop all graphs, as soon as the GPU has finished with them."""
+        """Drop all graphs, as soon as the GPU has finished with them.
+
+        While somebody captures, nothing may be waited for or freed: that is done when graphs are dropped the next time.
+        """
         with self._lock:
             if self._pool is not None:
-                self._pool.wait()
+                _dropped.append((self._pool, self._graphs, self._casts))
             self._forget()
+        if _dropped and not torch.cuda.is_current_stream_capturing():
+            _free_dropped()
 
     def key(self, args: tuple, kwargs: dict[str, Any], name: Hashable = ()) -> Hashable | None:
         key = call_key(args, kwargs, not self.channels_last, self.under_autocast)
@@ -152,6 +187,14 @@ class Graphs:
             self._graphs.popitem(last=False)
         self._graphs[key] = graph
         return graph
+
+
+def _free_dropped() -> None:
+    with contextlib.suppress(IndexError):  # other threads may do the same
+        while True:
+            pool, *of_pool = _dropped.pop()
+            pool.wait()
+            of_pool.clear()
 
 
 class NetworkGraphs(Graphs):
@@ -239,15 +282,15 @@ class Captured:
 def call_key(args: tuple, kwargs: dict[str, Any], network: bool, under_autocast: bool) -> Hashable | None:
     """What kind of call this is: equal calls may share a graph. None if it must not be captured or replayed.
 
-    That is so without a GPU or kernels, with autocast unless under_autocast, while somebody else captures, where hooks
-    of all modules or a mode (a FLOP counter, for one) would see what runs, and with other arguments after the first
-    than integers or lists of them, and of a network tensors, whose layout counts.
+    That is so without a GPU or kernels, with autocast unless under_autocast, while somebody else captures or traces,
+    where hooks of all modules or a mode (a FLOP counter, for one) would see what runs, and with other arguments after
+    the first than integers or lists of them, and of a network tensors, whose layout counts.
     """
     modes = torch._C._len_torch_dispatch_stack() > 0 or any(
         type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()
     )
     x, *rest = args
-    if modes or not plain() or not can_graph(x):
+    if modes or torch.jit.is_tracing() or not plain() or not can_graph(x):
         return None
     given = tensors(rest) if network else []
     others = [value for value in rest if not (network and is_tensor(value))]
@@ -256,15 +299,10 @@ def call_key(args: tuple, kwargs: dict[str, Any], network: bool, under_autocast:
     autocast = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type)
     if autocast and not under_autocast:
         return None
-    cudnn, cuda = torch.backends.cudnn, torch.backends.cuda
     return (
         (x.shape, x.dtype, x.device, repr(others), repr(kwargs), autocast),
         (x.stride() if network else None, *((tensor.shape, tensor.dtype, tensor.stride()) for tensor in given)),
-        (torch.is_grad_enabled(), torch.get_deterministic_debug_mode(), cuda.preferred_blas_library()),
-        (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision, cudnn.fp32_precision),
-        (cuda.matmul.fp32_precision, torch.backends.fp32_precision, cuda.matmul.allow_bf16_reduced_precision_reduction),
-        (cuda.matmul.allow_fp16_reduced_precision_reduction, cuda.matmul.allow_fp16_accumulation),
-        (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()),
+        (torch.is_grad_enabled(), *(flag() for flag in _FLAGS), *torch._C._get_sdp_priority_order()),
     )
 
 

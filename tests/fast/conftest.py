@@ -1,5 +1,6 @@
 import graph_tape
 import pytest
+import torch
 from small_models import GRADIENT, OUTPUT
 
 from dcae_fast.fast import graphs
@@ -25,5 +26,6 @@ def tape(monkeypatch) -> type[graph_tape.Tape]:
     monkeypatch.setattr(graphs, "Captured", graph_tape.Tape)
     monkeypatch.setattr(graphs, "Pool", graph_tape.NoPool)
     monkeypatch.setattr(graphs, "can_graph", graph_tape.can_graph)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     graph_tape.Tape.captures = graph_tape.Tape.replays = graph_tape.Tape.casts = 0
     return graph_tape.Tape

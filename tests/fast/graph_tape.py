@@ -30,11 +30,11 @@ class NoPool:
         self.device = device
 
     def wait(self):
-        pass
+        assert not torch.cuda.is_current_stream_capturing(), "that would spoil the capture"
 
 
 def can_graph(x: torch.Tensor) -> bool:
-    return x.numel() > 0 and ops.has_kernels(x)
+    return x.numel() > 0 and ops.has_kernels(x) and not torch.cuda.is_current_stream_capturing()
 
 
 SEEN, CAPTURED, REPLAYED = (0, 0), (1, 1), (0, 1)

@@ -1,5 +1,6 @@
 """CUDA graphs of whole calls: when one is captured, replayed or left alone. Needs no GPU: calls stand for graphs."""
 
+import contextlib
 import copy
 import warnings
 import weakref
@@ -10,6 +11,7 @@ from graph_tape import CAPTURED, REPLAYED, SEEN, Tape, counts, not_captured
 from small_models import DEVICE, build, build_block, duplicates, image, step
 from test_interference import CHANGES
 from torch import nn
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kernel
 from torch.nn.utils import parametrizations
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -58,6 +60,36 @@ def test_kinds_of_calls(tape, encoder, monkeypatch):
     encoder.requires_grad_(False)
     with torch.enable_grad():
         settle(x)
+
+
+@contextlib.contextmanager
+def deterministic():
+    torch._C._set_deterministic_algorithms(True)  # the same without Inductor's import, which takes seconds
+    try:
+        yield
+    finally:
+        torch._C._set_deterministic_algorithms(False)
+
+
+SETTINGS = {
+    "deterministic": deterministic,
+    "cudnn disabled": lambda: torch.backends.cudnn.flags(enabled=False),
+    "cudnn deterministic": lambda: torch.backends.cudnn.flags(enabled=True, deterministic=True),
+    "attention": lambda: sdpa_kernel([SDPBackend.MATH]),
+    "order of attention": lambda: sdpa_kernel([*_BACKENDS[1:], _BACKENDS[0]], set_priority=True),
+}
+_BACKENDS = _cur_sdpa_kernel_backends(with_priority=True)
+
+
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+def test_a_graph_for_each_setting_that_changes_results(setting, tape):
+    def key():
+        return graphs.call_key((image(1, 3, 8, 8),), {}, network=False, under_autocast=False)
+
+    usual = key()
+    with setting():
+        assert key() == key() != usual
+    assert key() == usual is not None
 
 
 @torch.no_grad()
@@ -115,6 +147,48 @@ def test_calls_of_transforms(tape, encoder):
     not_captured(torch.func.vmap(encoder), x[None])
     with torch.autograd.forward_ad.dual_level():
         not_captured(encoder, x)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*deprecated:DeprecationWarning")
+@torch.no_grad()
+def test_a_trace_meets_no_graph(tape, encoder):
+    """What is recorded is what runs, not what a graph has left in its memory."""
+    x, other = image(1, 3, 8, 8), image(1, 3, 8, 8, seed=1)
+    for _ in range(2):
+        encoder(x)
+    before = tape.captures, tape.replays
+    traced = torch.jit.trace(encoder, x, check_trace=False)
+    assert (tape.captures, tape.replays) == before
+    torch.testing.assert_close(traced(other), encoder(other))
+
+
+@contextlib.contextmanager
+def users_capture(monkeypatch):
+    """As if the user captured a CUDA graph: the tape's pool fails if it is waited for."""
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        yield
+
+
+@pytest.mark.parametrize("change", ["new address", "unpatched"])
+@torch.no_grad()
+def test_nothing_is_waited_for_in_a_capture(change, tape, encoder, monkeypatch):
+    x = image(1, 3, 8, 8)
+    for _ in range(2):
+        expected = encoder(x)
+    graph = weakref.ref(next(iter(encoder.fast_options.graphs._graphs.values())))
+    with users_capture(monkeypatch):
+        not_captured(encoder, x)
+        if change == "unpatched":
+            dcae_fast.unpatch(encoder)
+        else:
+            for parameter in encoder.parameters():
+                parameter.data = -parameter.data
+        assert torch.allclose(encoder(x), expected, atol=1e-5) == (change == "unpatched")
+        assert graph() is not None
+    dcae_fast.patch(encoder, cuda_graphs=True)
+    encoder(x)
+    assert graph() is None, "freed when nobody captures any more"
 
 
 def test_default_device(tape, encoder):

@@ -116,6 +116,41 @@ def test_modes():
     assert len(model.encoder.fast_options.graphs) == 1
 
 
+@pytest.mark.parametrize("change", ["nothing", "weights", "unpatched", "options"])
+@torch.no_grad()
+def test_a_users_own_capture(change):
+    """Of a model with graphs, which may have to be dropped meanwhile: nothing is waited for, nor freed."""
+    model, x = build("strided"), image(1, 3, 16, 16)
+    dcae_fast.patch(model, cuda_graphs=True)
+    for _ in range(3):
+        expected = model.encoder(x)
+    if change == "weights":
+        for parameter in model.parameters():
+            parameter.data = parameter.data * 1.0  # elsewhere now
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        if change == "unpatched":
+            dcae_fast.unpatch(model)
+        elif change == "options":
+            dcae_fast.patch(model, cuda_graphs=True)
+        out = model.encoder(x)
+    graph.replay()
+    torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
+    dcae_fast.patch(model, cuda_graphs=True)
+    for _ in range(3):
+        assert torch.equal(model.encoder(x), expected)
+
+
+@torch.no_grad()
+def test_a_trace():
+    model, x = build("strided"), image(1, 3, 16, 16)
+    dcae_fast.patch(model, cuda_graphs=True)
+    for _ in range(3):
+        model.encoder(x)
+    traced, other = torch.jit.trace(model.encoder, x, check_trace=False), image(1, 3, 16, 16, seed=1)
+    torch.testing.assert_close(traced(other), model.encoder(other))
+
+
 @torch.no_grad()
 def test_streams_and_threads():
     model = build("shuffled")
