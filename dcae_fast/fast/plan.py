@@ -14,9 +14,12 @@ MOST_BANDS = 64  # more save next to nothing
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that PyTorch can still allocate on a GPU."""
+    """Bytes that PyTorch can still allocate on a GPU: free ones, and those that its allocator keeps, if it says so."""
     free, _ = torch.cuda.mem_get_info(device)
-    stats = torch.cuda.memory_stats_as_nested_dict(device)
+    try:
+        stats = torch.cuda.memory_stats_as_nested_dict(device)
+    except RuntimeError:  # an allocator of somebody else's (CUDAPluggableAllocator, RMM)
+        return free
     return free + stats["reserved_bytes"]["all"]["current"] - stats["allocated_bytes"]["all"]["current"]
 
 

@@ -3,9 +3,14 @@
 import contextlib
 import copy
 import inspect
+import os
+import shutil
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator
 from itertools import groupby
+from pathlib import Path
 
 import pytest
 import torch
@@ -369,7 +374,61 @@ def test_impossible_bounds_end_in_sensible_bands(as_if_on_gpu):
                 assert part.size >= 4 * part.halos[0]
 
 
+def test_an_allocator_without_statistics(monkeypatch):
+    def none(device):
+        raise RuntimeError("CUDAPluggableAllocator does not yet support getDeviceStats.")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7, 9))
+    stats = {"reserved_bytes": {"all": {"current": 5}}, "allocated_bytes": {"all": {"current": 3}}}
+    monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda device: stats)
+    assert plan.free_memory(torch.device("cuda")) == 7 + 5 - 3
+    monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", none)
+    assert plan.free_memory(torch.device("cuda")) == 7
+
+
 # On a GPU.
+
+PLUGGABLE_ALLOCATOR = """
+#include <dlfcn.h>
+#include <stddef.h>
+void* my_alloc(ptrdiff_t size, int device, void* stream) {
+  void* pointer = 0;
+  ((int (*)(void**, size_t))dlsym(dlopen(CUDART, RTLD_NOW), "cudaMalloc"))(&pointer, size);
+  return pointer;
+}
+void my_free(void* pointer, ptrdiff_t size, int device, void* stream) {
+  ((int (*)(void*))dlsym(dlopen(CUDART, RTLD_NOW), "cudaFree"))(pointer);
+}
+"""
+WITH_PLUGGABLE_ALLOCATOR = """
+import sys
+import torch
+allocator = torch.cuda.memory.CUDAPluggableAllocator(sys.argv[1], "my_alloc", "my_free")
+torch.cuda.memory.change_current_allocator(allocator)
+import dcae_fast
+from small_models import build
+model = build("adaptive").to("cuda", torch.bfloat16)
+x = torch.rand(1, 3, 1024, 768, device="cuda", dtype=torch.bfloat16)
+with torch.no_grad():
+    expected = model.encoder(x)
+    for graphs in (False, True):
+        dcae_fast.patch(model, cuda_graphs=graphs)
+        for _ in range(3):
+            assert (model.encoder(x) - expected).norm() <= 2e-2 * expected.norm()
+"""
+
+
+@pytest.mark.gpu
+def test_another_allocator(tmp_path):
+    compiler = shutil.which("gcc") or pytest.skip("no gcc")
+    cudart = next(line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libcudart" in line)
+    (tmp_path / "allocator.c").write_text(PLUGGABLE_ALLOCATOR)
+    command = [compiler, "-shared", "-fPIC", f'-DCUDART="{cudart}"', "allocator.c", "-o", "allocator.so", "-ldl"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    command = [sys.executable, "-c", WITH_PLUGGABLE_ALLOCATOR, tmp_path / "allocator.so"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.gpu
