@@ -75,9 +75,7 @@ class Reconstruction:
 
 
 @torch.inference_mode()
-def reconstruct(
-    path: Path, model: DCAE, how: str, patch: bool, max_pixels: int = MAX_PIXELS, max_memory: int | None = None
-) -> Reconstruction:
+def reconstruct(path: Path, model: DCAE, how: str, patch: bool, max_pixels: int = MAX_PIXELS) -> Reconstruction:
     """Encodes and decodes a photograph; with `patch` by the patched model, which is compared with the plain one.
 
     Where the operators have no kernels, on a CPU, patching changes nothing and there is nothing to compare. On a GPU a
@@ -85,7 +83,7 @@ def reconstruct(
     """
     x, (height, width) = load_photograph(path, model, how, max_pixels)
     if patch and ops.has_kernels(x):
-        with dcae_fast.patched(model, max_memory=max_memory):
+        with dcae_fast.patched(model):
             y, seconds = _timed(model, x)
         plain = model(x).float()
         check_finite(plain, ["the reconstruction by the plain model"], x.dtype)

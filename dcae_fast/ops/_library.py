@@ -20,6 +20,7 @@ NAMESPACE = "dcae_fast"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 HALVES = (torch.bfloat16, torch.float16)
 KERNEL_DTYPES = (torch.float32, *HALVES)
+LEAST_CAPABILITY = (7, 5)  # of the GPUs that kernels are compiled for: Turing's
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 DESCRIBES_ARGUMENTS = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)  # Inductor; see below
 EXTENSION_IS_BUILT = importlib.util.find_spec(f"{NAMESPACE}._C") is not None
@@ -30,7 +31,8 @@ _AUTOCAST = _KEYS(_KEY.AutocastCPU) | _KEYS(_KEY.AutocastCUDA)
 
 def has_kernels(x: torch.Tensor) -> bool:
     """Whether operators run as kernels for tensors of x's device and type, or as plain PyTorch."""
-    return x.dtype in KERNEL_DTYPES and (INTERPRETED or (HAS_TRITON and x.is_cuda))
+    on_gpu = HAS_TRITON and x.is_cuda and capability(x.device) >= LEAST_CAPABILITY
+    return x.dtype in KERNEL_DTYPES and (INTERPRETED or on_gpu)
 
 
 @functools.cache
@@ -72,15 +74,20 @@ def without_autocast(function):
     return run
 
 
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of a GPU; (0, 0) of other devices."""
+    if device not in _CAPABILITIES:
+        _CAPABILITIES[device] = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    return _CAPABILITIES[device]
+
+
+_CAPABILITIES: dict[torch.device, tuple[int, int]] = {}  # PyTorch takes longer to tell than some kernels take
+capability._dynamo_marked_constant = True  # what torch.compiler.assume_constant_result does
+
+
 def is_hopper(device: torch.device) -> bool:
     """Whether this is a GPU of compute capability 9."""
-    if device not in _IS_HOPPER:
-        _IS_HOPPER[device] = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-    return _IS_HOPPER[device]
-
-
-_IS_HOPPER: dict[torch.device, bool] = {}  # PyTorch takes longer to tell than some kernels take
-is_hopper._dynamo_marked_constant = True  # what torch.compiler.assume_constant_result does
+    return capability(device)[0] == 9
 
 
 def are_aligned(tensors: Iterable[torch.Tensor], *dtypes: torch.dtype) -> bool:
@@ -144,7 +151,10 @@ def define(
             return plain(*args)
         if cuda_accepts and _first_tensor(args).is_cuda and cuda_extension() and cuda_accepts(*args):
             return getattr(cuda_extension(), name)(*args)
-        return run(*args)
+        try:
+            return run(*args)
+        except launcher("launch", "Unfit"):
+            return plain(*args)
 
     def kernel(*args):
         device = _first_tensor(args).device

@@ -1,12 +1,16 @@
 """What several kernels share: activations and their derivatives, products, and the shape of a launch."""
 
+import functools
 import os
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+LEAST_SHARED_MEMORY = 64 * 1024  # bytes, of the GPUs that Triton compiles for: Turing's
+LEAST_SIDE = 16  # of a tile in a product
 
 
 @triton.jit
@@ -83,3 +87,35 @@ def persistent_splits(x: torch.Tensor, tiles: int, independent: int = 1, per_pro
     """
     programs = per_processor * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
     return min(tiles, max(1, programs // max(independent, 1)))
+
+
+def shared_memory(x: torch.Tensor) -> int:
+    """Bytes that a program on x's device can have; without a GPU what it can have on all of them."""
+    return _shared_memory(x.get_device()) if x.is_cuda else LEAST_SHARED_MEMORY
+
+
+@functools.cache
+def _shared_memory(index: int) -> int:
+    return torch.cuda.get_device_properties(index).shared_memory_per_block_optin
+
+
+def operand_bytes(x: torch.Tensor, itemsize: int) -> int:
+    """Of shared memory, for an element of a product's operand that has so many itself.
+
+    A float32 is split into two numbers (tf32x3). On Turing Triton computes all products in float32.
+    """
+    return 4 if shared_memory(x) <= LEAST_SHARED_MEMORY else 2 if itemsize == 2 else 8
+
+
+def fitting(x: torch.Tensor, sides: tuple[int, ...], needed: Callable[..., int]) -> tuple[int, ...] | None:
+    """The sides of a product's tiles, the longest halved until needed(*sides) bytes of shared memory are there.
+
+    None if they never are.
+    """
+    limit = shared_memory(x)
+    while needed(*sides) > limit:
+        longest = max(range(len(sides)), key=sides.__getitem__)
+        if sides[longest] <= LEAST_SIDE:
+            return None
+        sides = *sides[:longest], sides[longest] // 2, *sides[longest + 1 :]
+    return sides

@@ -7,10 +7,10 @@ A row of the R × S window is S · C elements that lie side by side, in the imag
 import triton
 import triton.language as tl
 
-from .common import activate, dot, like_channels_last, persistent_splits
+from .common import activate, dot, fitting, like_channels_last, operand_bytes, persistent_splits
 from .launch import Kernel
 
-# of a tile: positions, filters in half and in single precision, warps; programs that a multiprocessor holds
+# of a tile, where it fits: positions, filters in half and in single precision; warps; programs on a multiprocessor
 POSITIONS, BLOCK_K, WARPS, PER_PROCESSOR = 64, {2: 128, 4: 32}, 4, 3
 
 
@@ -73,15 +73,26 @@ def _conv2d_kernel(
         tl.store(out + offset, activate(y + bias[None, :], ACT).to(out_ptr.dtype.element_ty), mask)
 
 
+def _sides(x, block_k, rows, block_t):
+    """Positions and filters of a tile: all rows of the window stay on chip, those of x twice, and the result."""
+    itemsize, size = x.element_size(), operand_bytes(x, x.element_size())
+
+    def needed(p, k):
+        return rows * block_t * (2 * itemsize * p + size * k) + 4 * p * max(k, block_t)
+
+    return fitting(x, (POSITIONS, block_k), needed)
+
+
 def _launch(x, weight, bias, act, size, filters, window, stride, top, left, unshuffle):
     """size: (height, width) of the result; window: (rows, columns)."""
     out = like_channels_last(x, (x.shape[0], filters, *size))
     if out.numel():
-        tile_w = min(POSITIONS, triton.next_power_of_2(size[1]))
-        tile_h = POSITIONS // tile_w
-        tiles_h, tiles_w = triton.cdiv(size[0], tile_h), triton.cdiv(size[1], tile_w)
         block_t = max(16, triton.next_power_of_2(window[1] * x.shape[1]))
         block_k = max(16, min(BLOCK_K[x.element_size()], triton.next_power_of_2(filters)))
+        positions, block_k = _sides(x, block_k, window[0], block_t)
+        tile_w = min(positions, triton.next_power_of_2(size[1]))
+        tile_h = positions // tile_w
+        tiles_h, tiles_w = triton.cdiv(size[0], tile_h), triton.cdiv(size[1], tile_w)
         tiles, blocks_k = x.shape[0] * tiles_h * tiles_w, triton.cdiv(filters, block_k)
         splits = persistent_splits(x, tiles, blocks_k, PER_PROCESSOR)
         _conv2d_kernel[(splits * blocks_k,)](

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import like_channels_last, persistent_splits, relu
+from .common import fitting, like_channels_last, operand_bytes, persistent_splits, relu
 from .launch import Kernel
 
 
@@ -156,17 +156,19 @@ def launch_relu_linear_attention(qkvs, head_dim, eps):
 
 def launch_relu_linear_attention_backward(dout, qkvs, head_dim, eps):
     dqkvs, start = [], 0
+    size = operand_bytes(dout, 4)
+    (block_n,) = fitting(dout, (64,), lambda n: 2 * size * head_dim * (n + head_dim))
     for qkv in qkvs:
         dqkv = like_channels_last(qkv)
-        positions, heads, pairs, blocks, splits = _sizes(qkv, head_dim, 64)
+        positions, heads, pairs, blocks, splits = _sizes(qkv, head_dim, block_n)
         if qkv.numel():
             dstate = torch.empty(pairs, splits, head_dim + 1, head_dim, dtype=torch.float32, device=qkv.device)
             _relu_linear_attention_query_backward_kernel[(pairs * splits,)](
                 dout, qkv, _state(qkv, head_dim), dqkv, dstate, positions, heads, splits, dout.shape[1], start, eps,
-                D=head_dim, BLOCK_N=64, num_warps=8,
+                D=head_dim, BLOCK_N=block_n, num_warps=8,
             )  # fmt: skip
             _relu_linear_attention_key_value_backward_kernel[(pairs * blocks,)](
-                qkv, dstate.sum(1), dqkv, positions, heads, blocks, D=head_dim, BLOCK_N=64
+                qkv, dstate.sum(1), dqkv, positions, heads, blocks, D=head_dim, BLOCK_N=block_n
             )
         dqkvs.append(dqkv)
         start += qkv.shape[1] // 3

@@ -1,17 +1,21 @@
 """Channel RMS norm, activation and 3×3 convolution to few channels, which is nine weighted sums of each position.
 
 The first kernel reads a position's channels once, normalises them in registers and multiplies them with all nine taps:
-z [positions, 9 N]. The second adds, for each output, its neighbours' nine z.
+z [positions, 9 N]. The second adds, for each output, its neighbours' nine z. Where all channels of a position do not
+fit into shared memory, the norm has a kernel of its own, and the convolution is PyTorch's.
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .common import activate, dot, like_channels_last, persistent_splits, rows_of
+from .common import activate, dot, fitting, like_channels_last, operand_bytes, persistent_splits, rows_of
 from .launch import Kernel
+from .rms_norm import launch_rms_norm
 
-# of the first kernel: elements of x in a tile and of the weight that stays on chip, programs on a multiprocessor
+# of the first kernel: elements of x in a tile and of the weight that stays on chip, where they fit; programs on a
+# multiprocessor
 ELEMENTS, WEIGHTS, PER_PROCESSOR, WARPS, STAGES = 16384, 32768, 2, 4, 1
 TILE_H, TILE_W = 8, 32  # of the second kernel
 
@@ -64,13 +68,17 @@ def _rms_norm_conv2d_sum_kernel(
 
 
 def _taps(x, norm_weight, norm_bias, eps, act, weight):
-    """z [positions, 9 N], and columns that only round the rows up to whole 16 bytes."""
+    """z [positions, 9 N], and columns that only round the rows up to whole 16 bytes; None if no tile fits."""
     rows, channels, filters = rows_of(x), x.shape[1], weight.shape[0]
     columns = triton.cdiv(9 * filters, 8) * 8
-    z = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
     block_c = triton.next_power_of_2(max(16, channels))
-    block_rows = ELEMENTS // block_c
-    block_t = max(16, min(triton.next_power_of_2(columns), WEIGHTS // block_c))
+    sides = ELEMENTS // block_c, max(16, min(triton.next_power_of_2(columns), WEIGHTS // block_c))
+    size = operand_bytes(x, x.element_size())
+    sides = fitting(x, sides, lambda p, t: size * (p + t) * block_c)
+    if sides is None:
+        return None
+    block_rows, block_t = sides
+    z = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
     blocks, blocks_t = triton.cdiv(rows, block_rows), triton.cdiv(columns, block_t)
     splits = persistent_splits(x, blocks, blocks_t, PER_PROCESSOR)
     _rms_norm_conv2d_taps_kernel[(splits * blocks_t,)](
@@ -86,6 +94,9 @@ def launch_rms_norm_conv2d(x, norm_weight, norm_bias, eps, act, weight, bias):
     out = like_channels_last(x, (batch, filters, height, width))
     if x.numel():
         z = _taps(x, norm_weight, norm_bias, eps, act, weight)
+        if z is None:
+            y = launch_rms_norm(x, norm_weight, norm_bias, eps, act, None, x.dtype)
+            return out.copy_(F.conv2d(y, weight, None if bias is None else bias.to(x.dtype), padding=1))
         tiles_h, tiles_w = triton.cdiv(height, TILE_H), triton.cdiv(width, TILE_W)
         _rms_norm_conv2d_sum_kernel[(batch * tiles_h * tiles_w,)](
             z, bias, out, height, width, tiles_h, tiles_w, N=filters, COLUMNS=z.shape[1], HAS_BIAS=bias is not None,

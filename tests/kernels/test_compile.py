@@ -1,4 +1,4 @@
-"""Every kernel compiles for Hopper on a machine without a GPU, and none spills registers."""
+"""Kernels compile on a machine without a GPU: all for Hopper, without spills; the largest for GPUs that hold less."""
 
 import os
 import subprocess
@@ -8,16 +8,21 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-SCRIPT = Path(__file__).with_name("compile_sm90.py")
+FOLDER = Path(__file__).parent
 KERNELS = Path(__file__).parents[2] / "kernels" / "src"
 
 
-def test_all_kernels_compile_for_sm90_without_spills(tmp_path):
+def printed_by(script, folder):
+    """The words of each line."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    result = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, env=environment)
+    environment["TRITON_CACHE_DIR"] = str(folder)
+    result = subprocess.run([sys.executable, FOLDER / script], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
-    compiled = [line.split() for line in result.stdout.splitlines()]
+    return [line.split() for line in result.stdout.splitlines()]
+
+
+def test_all_kernels_compile_for_sm90_without_spills(tmp_path):
+    compiled = printed_by("compile_sm90.py", tmp_path)
     written = {
         line.split("(")[0].removeprefix("def ")
         for file in KERNELS.glob("*.py")
@@ -26,3 +31,15 @@ def test_all_kernels_compile_for_sm90_without_spills(tmp_path):
     }
     assert {name for name, _, _ in compiled} == written
     assert [row for row in compiled if int(row[2]) > 0] == [], "kernel, registers, bytes of stack"
+
+
+def test_the_largest_tiles_fit_into_the_shared_memory_of_other_gpus(tmp_path):
+    """Turing's, which has no products of half precision, and Ada's, the least of the others."""
+    needed = printed_by("compile_small_gpus.py", tmp_path)
+    limits = {"75": 64 * 1024, "89": 99 * 1024}
+    assert {(gpu, name) for gpu, name, _ in needed} == {
+        (gpu, f"_{name}_kernel")
+        for gpu in limits
+        for name in ("conv2d", "relu_linear_attention_query_backward", "rms_norm_conv2d_taps")
+    }
+    assert [row for row in needed if int(row[2]) > limits[row[0]]] == [], "GPU, kernel, bytes of shared memory"

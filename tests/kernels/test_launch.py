@@ -1,0 +1,119 @@
+"""Kernels on GPUs that hold less than Hopper: smaller tiles, or PyTorch."""
+
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+pytest.importorskip("triton")
+from dcae_fast.kernels import common, rms_norm
+from dcae_fast.kernels.launch import Kernel
+from triton.runtime.errors import OutOfResources, PTXASError
+
+from dcae_fast import ops
+from dcae_fast.ops import _library
+from dcae_fast.ops.conv2d import conv2d_reference
+from dcae_fast.ops.relu_linear_attention import relu_linear_attention_backward_reference
+from dcae_fast.ops.rms_norm import rms_norm_reference
+from dcae_fast.ops.rms_norm_conv2d import rms_norm_conv2d_reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TURING, ADA, HOPPER = 64 * 1024, 99 * 1024, 227 * 1024
+
+
+def random(*shape, seed=0):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+    return x.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else x
+
+
+def assert_as_accurate(got, reference, *args):
+    """The error against float64 is at most twice PyTorch's."""
+    exact = reference(*tree_map_only(torch.Tensor, torch.Tensor.double, args))
+    pairs = zip(*map(tree_leaves, (got, reference(*args), exact)), strict=True)
+    for tensor, eager, exactly in pairs:
+        assert (tensor.double() - exactly).norm() <= 2 * (eager.double() - exactly).norm()
+
+
+@pytest.mark.parametrize("limit", [TURING, ADA, HOPPER])
+def test_tiles_are_halved_until_they_fit(limit, monkeypatch):
+    monkeypatch.setattr(common, "shared_memory", lambda x: limit)
+    x = torch.empty(1)
+    sides = common.fitting(x, (128, 32), lambda a, b: 4 * 250 * (a + b))
+    assert sides == {TURING: (32, 32), ADA: (64, 32), HOPPER: (128, 32)}[limit]
+    assert common.fitting(x, (128, 32), lambda a, b: limit) == (128, 32)
+    assert common.fitting(x, (128, 32), lambda a, b: limit + a * b - 16 * 16) == (16, 16)
+    assert common.fitting(x, (128, 32), lambda a, b: limit + 1) is None
+    sizes = [common.operand_bytes(x, itemsize) for itemsize in (2, 4)]
+    assert sizes == ([4, 4] if limit == TURING else [2, 8])
+
+
+def test_without_a_gpu_tiles_fit_into_every_gpu():
+    assert common.shared_memory(torch.empty(1)) == TURING
+
+
+@pytest.mark.parametrize("limit", [16, 40 * 1024, HOPPER])
+@pytest.mark.parametrize("channels", [24, 72])
+@torch.no_grad()
+def test_norm_and_convolution_with_little_shared_memory(channels, limit, monkeypatch):
+    monkeypatch.setattr(common, "shared_memory", lambda x: limit)
+    x, weight, bias = (t.half() for t in (random(1, channels, 3, 5), random(3, channels, 3, 3) / 20, random(3)))
+    args = x, random(channels, seed=1), random(channels, seed=2), 1e-5, "silu", weight, bias
+    got = ops.rms_norm_conv2d(*args[:3], weight, bias, act="silu")
+    assert got.dtype == x.dtype and got.is_contiguous(memory_format=torch.channels_last)
+    assert_as_accurate(got, rms_norm_conv2d_reference, *args)
+
+
+@torch.no_grad()
+def test_wide_window_with_little_shared_memory(monkeypatch):
+    monkeypatch.setattr(common, "shared_memory", lambda x: TURING)
+    x, weight, bias = random(1, 3, 9, 10), random(40, 3, 7, 7, seed=1) / 12, random(40, seed=2)
+    got = ops.conv2d(x, weight, bias, "silu", stride=2, padding=3)
+    assert_as_accurate(got, conv2d_reference, x, weight, bias, "silu", None, None, None, 0.0, None, 2, [3] * 4)
+
+
+def test_gradient_of_attention_with_little_shared_memory(monkeypatch):
+    monkeypatch.setattr(common, "shared_memory", lambda x: 8 * 1024)  # for half of the positions of a tile
+    qkv, dout = random(1, 48, 5, 8).requires_grad_(), random(1, 16, 5, 8, seed=1)
+    ops.relu_linear_attention([qkv], 16).backward(dout)
+    assert_as_accurate([qkv.grad], relu_linear_attention_backward_reference, dout, [qkv.detach()], 16, 1e-15)
+
+
+@pytest.mark.parametrize("error", [OutOfResources(2, 1, "shared memory"), PTXASError("no such architecture")], ids=str)
+def test_what_a_gpu_cannot_run_is_computed_by_pytorch(error, monkeypatch):
+    """Which is found out, and told, once."""
+    tries = []
+
+    class Refused:
+        __name__ = "_rms_norm_forward_kernel"
+
+        def __getitem__(self, grid):
+            def launch(*args, **named):
+                tries.append(args)
+                raise error
+
+            return launch
+
+    kernel = Kernel.__new__(Kernel)
+    kernel.jit, kernel._compiled = Refused(), {}
+    monkeypatch.setattr(rms_norm, "_rms_norm_forward_kernel", kernel)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    args = random(1, 8, 2, 3), random(8, seed=1), random(8, seed=2), 1e-5
+    exact = rms_norm_reference(*args, "silu", None, torch.float32)
+    with pytest.warns(RuntimeWarning, match="_rms_norm_forward_kernel does not run on this GPU"):
+        assert torch.equal(ops.rms_norm(*args, act="silu"), exact)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(ops.rms_norm(*args, act="silu"), exact)
+    assert len(tries) == 1
+
+
+@pytest.mark.parametrize("capability, has", [((6, 1), False), ((7, 0), False), ((7, 5), True), ((12, 0), True)])
+def test_gpus_that_triton_does_not_compile_for(capability, has, monkeypatch):
+    monkeypatch.setattr(_library, "INTERPRETED", False)
+    monkeypatch.setattr(_library, "_CAPABILITIES", {})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    x = SimpleNamespace(dtype=torch.bfloat16, is_cuda=True, device=torch.device("cuda", 0))
+    assert ops.has_kernels(x) == has
