@@ -1,12 +1,13 @@
 """The command line: dcae-fast with one of the `commands` of `main`."""
 
 import contextlib
-import math
+import io
+import shlex
 import sys
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Union
 
 import tyro
 from tqdm import tqdm
@@ -14,9 +15,19 @@ from tqdm import tqdm
 import dcae_fast
 
 from .commands.cache_latents import cache_latents
-from .commands.common import Compute, UsageError, make_folder, pixel_limit, with_files
+from .commands.common import (
+    Compute,
+    UsageError,
+    check_cfg,
+    check_integer,
+    check_seed,
+    make_folder,
+    make_place,
+    pixel_limit,
+)
 from .commands.eval_autoencoder import eval_autoencoder
 from .commands.eval_diffusion import eval_diffusion
+from .commands.option_files import with_files
 from .commands.reference_stats import reference_stats
 from .commands.train_diffusion import train_diffusion
 from .errors import CheckpointError, DeviceError, NotFiniteError
@@ -58,10 +69,10 @@ def reconstruct(
         photos = (images.demo_photograph(),)
         print(f"No photograph given; taking the bundled one, {photos[0].name}.")
     limit = pixel_limit(max_pixels)
-    files, network = _files(photos, images.picture_suffixes()), compute.load(model)
+    files, network = _files(photos, images.picture_suffixes()), compute.load_plain(model)
 
     def one(path: Path, stem: str) -> str:
-        result = reconstruct_photograph(path, network, fit, compute.patch, limit)
+        result = reconstruct_photograph(path, network, fit, compute.patch, limit, compute.max_bytes)
         _save_pictures(result, path, out / stem, model)
         height, width = result.original.shape[-2:]
         line = f"{path} -> {stem}-*.png: {width}x{height} ({fit}), PSNR {result.psnr:.2f} dB, {result.seconds:.3f} s"
@@ -111,8 +122,6 @@ def encode(
 
     limit = pixel_limit(max_pixels)
     files, network = _files(photos, images.picture_suffixes()), compute.load(model)
-    if compute.patch:
-        dcae_fast.patch(network)
 
     @torch.inference_mode()
     def one(path: Path, stem: str) -> str:
@@ -149,12 +158,7 @@ def decode(latents: Paths, *, model: str | None = None, out: Path = Path("output
         except DataError as error:
             raise UsageError(str(error)) from error
 
-    @cache
-    def load(name: str) -> "DCAE":
-        network = compute.load(name)
-        if compute.patch:
-            dcae_fast.patch(network)
-        return network
+    load = cache(compute.load)
 
     if model is not None:
         load(model)
@@ -206,32 +210,31 @@ def sample(
         out: PNG file for the grid
         latents: safetensors file for the latents too
     """
-    import torch
-
     from . import images
     from . import sample as sampling
+    from .memory import out_of_memory_as
 
     if out.suffix.lower() != ".png":
         raise UsageError(f"--out {out}: expected a name that ends in .png")
-    if not math.isfinite(cfg):
-        raise UsageError(f"--cfg {cfg}: expected a finite number")
-    if not 0 <= seed < 2**63:
-        raise UsageError(f"--seed {seed}: expected at least 0, and less than 2**63")
-    make_folder(out.parent)
+    check_cfg(cfg)
+    check_seed("--seed", seed)
+    check_integer("--steps", steps, least=1)
+    make_place(out, "--out")
     if latents is not None:
-        make_folder(latents.parent)
+        make_place(latents, "--latents")
     network = compute.load_diffusion(model)
     config = network.config
+    for label in labels:
+        check_integer("--labels", label, least=0, most=config.network.num_classes)
     labels = labels or sampling.default_labels(config.network.num_classes)
     steps = config.num_inference_steps if steps is None else steps
     request = sampling.Request(labels, cfg, seed, sampler or config.eval_scheduler, steps)
     try:
-        z = sampling.sample(network, request)
-        pictures = sampling.decode(network, z)
-    except (ImportError, ValueError) as error:  # without torchdiffeq; labels or steps out of range
+        with out_of_memory_as(UsageError(f"--labels: {len(labels)} pictures do not fit in memory; ask for fewer")):
+            z = sampling.sample(network, request)
+            pictures = sampling.decode(network, z)
+    except (ImportError, ValueError) as error:  # without torchdiffeq; another sampler's steps
         raise UsageError(str(error)) from error
-    except torch.OutOfMemoryError as error:
-        raise UsageError(f"{len(labels)} pictures do not fit in the device's memory") from error
     if latents is not None:
         sampling.save_latents(z, request, model, latents)
         print(f"Latents are in {latents.resolve()}")
@@ -259,6 +262,7 @@ def convert(
     if any((destination / file).exists() for file in others):  # whose config.json would be replaced
         raise UsageError(f"{destination} holds a checkpoint in another layout; take another folder")
     model = DCAE.from_pretrained(source)
+    make_folder(destination, "destination")
     try:
         model.save_pretrained(destination, layout)
     except ValueError as error:
@@ -345,7 +349,6 @@ def _stems(files: Sequence[Path]) -> list[str]:
 
 def _for_each(files: Sequence[Path], work: Callable[[Path, str], str], out: Path) -> int:
     """Prints work(file, name for its output) for every file; 1 if any failed, which is named on stderr, else 0."""
-
     from .data.manifest import DataError
     from .images import PhotographError
     from .latent_files import LatentError
@@ -391,22 +394,51 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; the exit status is 0, 1 if some files failed, 2 if the request could not be met at all, or 130
     after Ctrl-C.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
-        return tyro.extras.subcommand_cli_from_dict(
-            COMMANDS,
-            prog="dcae-fast",
-            description="Deep compression autoencoders, fast.",
-            args=with_files(sys.argv[1:] if argv is None else argv),
-            config=(tyro.conf.OmitArgPrefixes, tyro.conf.CascadeSubcommandArgs),
-        )
-    except (UsageError, DeviceError, CheckpointError, OSError) as error:
-        from . import distributed
-
-        distributed.print_failure(f"dcae-fast: {error}")
-        return 2
+        return _parse(sys.argv[1:] if argv is None else argv)()
     except NotFiniteError as error:
-        print(f"dcae-fast: {error}", file=sys.stderr)
-        return 1
+        return _failed(error, 1)
+    except (UsageError, DeviceError, CheckpointError) as error:
+        return _failed(error, 2)
+    except OSError as error:
+        return _failed(f"{error.filename}: {error.strerror}" if error.filename else error, 2)
     except KeyboardInterrupt:
         print("dcae-fast: interrupted", file=sys.stderr)
         return 130
+
+
+def _parse(arguments: Sequence[str]) -> Callable[[], int]:
+    """The command with its options; UsageError or SystemExit, with a message, where they cannot be read."""
+
+    def deferred(command: Callable[..., int]) -> Callable[..., Callable[[], int]]:
+        return wraps(command)(lambda *args, **options: partial(command, *args, **options))
+
+    commands = tuple(Annotated[deferred(command), tyro.conf.subcommand(name)] for name, command in COMMANDS.items())
+
+    def choose(options: Union[commands]) -> Callable[[], int]:  # noqa: UP007  tyro names `options` in its messages
+        return options
+
+    expanded = with_files(arguments)
+    try:
+        return tyro.cli(
+            choose,
+            prog="dcae-fast",
+            description="Deep compression autoencoders, fast.",
+            args=expanded,
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs),
+        )
+    except SystemExit as error:
+        files = [argument for argument in arguments if argument.startswith("@")]
+        if error.code and files:
+            print(f"dcae-fast: with {', '.join(files)} the arguments are: {shlex.join(expanded)}", file=sys.stderr)
+        raise
+
+
+def _failed(reason: object, status: int) -> int:
+    from . import distributed
+
+    distributed.print_failure(f"dcae-fast: {reason}")
+    return status

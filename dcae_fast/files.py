@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-TEMPORARY = re.compile(r"\..*\.part|\.tmp\w{6}")  # `written_atomically`'s, and safetensors' own
+TEMPORARY = re.compile(r"(?s)\..*\.part|\.tmp\w{6}")  # `written_atomically`'s, and safetensors' own
 
 
 class WriteError(OSError):
@@ -46,7 +46,7 @@ def written_atomically(path: Path) -> Iterator[Path]:
 
     Raises WriteError.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    temporary = path.with_name(f".{path.name[:50]}.{secrets.token_hex(8)}.part")  # 255 bytes at most
     with writing(path):
         temporary.touch()
         try:

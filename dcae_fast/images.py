@@ -44,6 +44,8 @@ def opened(file: str | Path | IO[bytes], max_pixels: int) -> Iterator[Image.Imag
     """A picture to decode within the block. Raises ValueError for a file that is none, or has more than `max_pixels`
     pixels.
     """
+    if isinstance(file, str | Path) and Path(file).exists() and not Path(file).is_file():
+        raise ValueError("not a regular file")  # to open a pipe would wait for somebody who writes to it
     before = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = max_pixels
     try:

@@ -75,7 +75,9 @@ class Reconstruction:
 
 
 @torch.inference_mode()
-def reconstruct(path: Path, model: DCAE, how: str, patch: bool, max_pixels: int = MAX_PIXELS) -> Reconstruction:
+def reconstruct(
+    path: Path, model: DCAE, how: str, patch: bool, max_pixels: int = MAX_PIXELS, max_memory: int | None = None
+) -> Reconstruction:
     """Encodes and decodes a photograph; with `patch` by the patched model, which is compared with the plain one.
 
     Where the operators have no kernels, on a CPU, patching changes nothing and there is nothing to compare. On a GPU a
@@ -83,7 +85,7 @@ def reconstruct(path: Path, model: DCAE, how: str, patch: bool, max_pixels: int 
     """
     x, (height, width) = load_photograph(path, model, how, max_pixels)
     if patch and ops.has_kernels(x):
-        with dcae_fast.patched(model):
+        with dcae_fast.patched(model, max_memory=max_memory):
             y, seconds = _timed(model, x)
         plain = model(x).float()
         check_finite(plain, ["the reconstruction by the plain model"], x.dtype)

@@ -51,18 +51,21 @@ def default_labels(classes: int) -> tuple[int, ...]:
     return DEMO_LABELS if classes == 1000 else tuple(i % classes for i in range(16))
 
 
-def load(source: str, device: str | None, dtype: str | None, patch: bool) -> DCAEDiffusion:
+def load(
+    source: str, device: str | None, dtype: str | None, patch: bool, max_memory: int | None = None
+) -> DCAEDiffusion:
     """`DCAEDiffusion.from_pretrained(source)` on a device, patched, with CUDA graphs; the transformer stays in float32,
     for autocast.
 
-    device, dtype: as `choose_device` takes them. Raises DeviceError and CheckpointError.
+    device, dtype: as `choose_device` takes them; max_memory: as `dcae_fast.patch` does. Raises DeviceError and
+    CheckpointError.
     """
     place = choose_device(device, dtype)
     model = DCAEDiffusion.from_pretrained(source)
     model.diffusion_model.to(place[0])
     model.autoencoder.to(*place, memory_format=torch.channels_last)
     if patch:
-        dcae_fast.patch(model, cuda_graphs=True)
+        dcae_fast.patch(model, cuda_graphs=True, max_memory=max_memory)
     return model
 
 

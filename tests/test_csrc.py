@@ -40,7 +40,8 @@ def test_cmake_configures_and_compiles_with_the_compiler_of_pypi(tmp_path):
     ):
         result = subprocess.run(command, env=without_toolkit, capture_output=True, text=True)
         assert result.returncode == 0, result.stdout + result.stderr
-    assert f"{PACKAGED.parents[1]}/lib/libcudart_static.a" in (tmp_path / "build" / "build.ninja").read_text()
+    library, rules = PACKAGED.parents[1] / "lib", (tmp_path / "build" / "build.ninja").read_text()
+    assert f"{library}/libcudart_static.a" in rules and f"LINK_FLAGS = -L{library}\n" in rules
 
 
 def without_nvcc(path: str) -> str:

@@ -1,6 +1,7 @@
 """Photographs of every mode; fitting, quantising, measuring, comparing and saving."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -168,3 +169,15 @@ def test_saving_replaces_whole_files_or_nothing(tmp_path):
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
     with written_atomically(path) as one, written_atomically(path) as other:  # of two threads, or nodes with equal pids
         assert one != other
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "photo.png")
+    with pytest.raises(images.PhotographError, match="photo.png: cannot be read as a photograph: not a regular file"):
+        images.read_photograph(tmp_path / "photo.png")
+
+
+def test_suffixes_of_pictures():
+    suffixes = images.picture_suffixes()
+    assert {".jpg", ".jfif", ".avif", ".jp2", ".mpo", ".webp"} <= suffixes
+    assert not {".pdf", ".h5", ".mpg", ".txt", ".json"} & suffixes

@@ -10,7 +10,7 @@ import tyro
 import dcae_fast
 from dcae_fast.data.folders import suffix_of
 
-from .common import Compute, UsageError, check_workers, pixel_limit
+from .common import Compute, UsageError, check_integer, check_workers, make_folder, pixel_limit
 
 if TYPE_CHECKING:
     from dcae_fast.data.cache import Report
@@ -70,8 +70,8 @@ def cache_latents(
 
     if scale is not None and not 0 < scale < math.inf:
         raise UsageError(f"--scale {scale}: expected a positive number")
-    if batch != "auto" and batch < 1:
-        raise UsageError(f"--batch {batch}: expected at least 1, or auto")
+    check_integer("--resolution", resolution, least=1)
+    check_integer("--batch", None if batch == "auto" else batch, least=1)
     check_workers(workers)
     limit = pixel_limit(max_pixels)
     place, dtype = choose_device(compute.device, compute.dtype)
@@ -82,7 +82,9 @@ def cache_latents(
             pictures = distributed.broadcast(find_pictures(images, member) if distributed.is_main() else None)
             distributed.print_main(_found(pictures))
             if compute.patch:
-                dcae_fast.patch(network)
+                dcae_fast.patch(network, max_memory=compute.max_bytes)
+            if distributed.is_main():
+                make_folder(out)
             batch = None if batch == "auto" else batch
             with out_of_memory_as(UsageError(f"--resolution {resolution}: a single picture does not fit in memory")):
                 report = cache(pictures, out, network, settings, batch, workers, overwrite, limit)

@@ -1,13 +1,13 @@
-"""What the commands share: errors in a request, where and how to compute, and options in files."""
+"""What the commands share: checks of options, and where and how to compute."""
 
+import math
 import os
-from collections.abc import Sequence
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-import yaml
-
+import dcae_fast
 from dcae_fast.errors import CheckpointError
 from dcae_fast.models.diffusion_zoo import DIFFUSION_MODELS
 
@@ -20,25 +20,63 @@ class UsageError(ValueError):
     """A request that cannot be met; the message is all that is shown."""
 
 
+def check_integer(option: str, value: int | None, least: int, most: int = 2**31 - 1) -> None:
+    """UsageError unless least <= value <= most; None is an option that is not given."""
+    if value is not None and not least <= value <= most:
+        raise UsageError(f"{option} {value}: expected at {f'least {least}' if value < least else f'most {most}'}")
+
+
 def check_workers(workers: int | None) -> None:
-    if workers is not None and workers < 0:
-        raise UsageError(f"--workers {workers}: expected at least 0")
+    check_integer("--workers", workers, least=0, most=4096)
 
 
 def pixel_limit(max_pixels: int | None) -> int:
     """The most pixels of a picture, Pillow's limit by default. Raises UsageError."""
     from dcae_fast.images import MAX_PIXELS
 
-    if max_pixels is not None and max_pixels < 1:
-        raise UsageError(f"--max-pixels {max_pixels}: expected at least 1")
+    check_integer("--max-pixels", max_pixels, least=1)
     return max_pixels or MAX_PIXELS
 
 
-def make_folder(folder: Path) -> None:
-    """For results; before the work, lest they have no place after it."""
-    folder.mkdir(parents=True, exist_ok=True)
+def check_seed(option: str, seed: int) -> None:
+    check_integer(option, seed, least=0, most=2**63 - 1)
+
+
+def check_cfg(cfg: float) -> None:
+    if not math.isfinite(cfg):
+        raise UsageError(f"--cfg {cfg}: expected a finite number")
+
+
+def make_folder(folder: Path, option: str = "--out") -> None:
+    """Makes the folder that an option names; before the work, or its results would have no place."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "it is a file" if folder.is_file() else error.strerror
+        raise UsageError(f"{option}: cannot make the folder {folder}: {reason}") from error
     if not os.access(folder, os.W_OK):
-        raise UsageError(f"{folder}: is not writable")
+        raise UsageError(f"{option}: the folder {folder} is not writable")
+
+
+def make_place(file: Path, option: str) -> None:
+    """Makes the folder of the file that an option names."""
+    if file.is_dir():
+        raise UsageError(f"{option} {file}: is a folder; expected the name of a file")
+    make_folder(file.parent, option)
+
+
+UNITS = {"": 1, "B": 1} | {f"{prefix}B": 1000**n for n, prefix in enumerate("KMGT", 1)}
+UNITS |= {f"{prefix}iB": 1024**n for n, prefix in enumerate("KMGT", 1)}
+
+
+def parse_bytes(option: str, text: str) -> int:
+    """The bytes of a number with a unit: 4GiB, 500MB, 1e9. UsageError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:e\d+)?)\s*([a-z]*)\s*", text, re.IGNORECASE)
+    units = {name.lower(): size for name, size in UNITS.items()}
+    amount = float(match[1]) * units.get(match[2].lower(), math.nan) if match else math.nan
+    if not 1 <= amount < 2**63:
+        raise UsageError(f"{option} {text}: expected a size such as 4GiB, 500MB or a number of bytes")
+    return int(amount)
 
 
 @dataclass(frozen=True)
@@ -51,17 +89,35 @@ class Compute:
     """by default bfloat16 on CUDA, else float32"""
     patch: bool = True
     """use the fast operators"""
+    max_memory: str | None = None
+    """GPU memory that the autoencoder may use in a call, as 4GiB or 500MB; by default what is free. Less is slower"""
 
-    def load(self, model: str) -> "DCAE":
+    def __post_init__(self):
+        if self.max_bytes is not None and not self.patch:
+            raise UsageError("--max-memory --no-patch: only the fast operators bound their memory")
+
+    @property
+    def max_bytes(self) -> int | None:
+        """`max_memory` of `dcae_fast.patch`."""
+        return None if self.max_memory is None else parse_bytes("--max-memory", self.max_memory)
+
+    def load_plain(self, model: str) -> "DCAE":
         from dcae_fast.reconstruction import load_model
 
         return load_model(model, self.device, self.dtype)
+
+    def load(self, model: str) -> "DCAE":
+        """An autoencoder, patched unless that is not wanted."""
+        network = self.load_plain(model)
+        if self.patch:
+            dcae_fast.patch(network, max_memory=self.max_bytes)
+        return network
 
     def load_diffusion(self, model: str) -> "DCAEDiffusion":
         from dcae_fast import sample
 
         try:
-            return sample.load(model, self.device, self.dtype, self.patch)
+            return sample.load(model, self.device, self.dtype, self.patch, self.max_bytes)
         except CheckpointError as error:
             if model in DIFFUSION_MODELS:
                 raise UsageError(f"{error}\n{sample.how_to_get(model)}") from error
@@ -82,49 +138,3 @@ def report_problems(failed: list[tuple[str, str]], missing: dict[str, str]) -> i
     for reason in missing.values():
         distributed.print_main(f"missing: {reason}", error=True)
     return 1 if failed or missing else 0
-
-
-def with_files(arguments: Sequence[str]) -> list[str]:
-    """The arguments, each @file.yaml, .toml or .json replaced by the options that it holds. UsageError.
-
-    {"lr": 1e-4, "betas": [0.9, 0.99], "patch": false, "network": {"depth": 12}} is --lr 1e-4 --betas 0.9 0.99
-    --no-patch --depth 12; the names of inner mappings only group options.
-    """
-    expanded = []
-    for argument in arguments:
-        expanded += _options(_read(Path(argument[1:]))) if argument.startswith("@") else [argument]
-    return expanded
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        if path.suffix == ".toml":
-            import tomllib  # from Python 3.11 on
-
-            content = tomllib.loads(path.read_text())
-        elif path.suffix in (".yaml", ".yml", ".json"):  # which is YAML, too
-            content = yaml.safe_load(path.read_text())
-        else:
-            raise UsageError(f"@{path}: expected a .yaml, .toml or .json file")
-    except ImportError as error:
-        raise UsageError(f"@{path}: reading TOML needs Python 3.11; YAML and JSON do not") from error
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UsageError(f"@{path}: not readable: {error}") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"@{path}: expected options by name")
-    return content
-
-
-def _options(content: dict[str, Any]) -> list[str]:
-    options = []
-    for name, value in content.items():
-        flag = str(name).replace("_", "-")
-        if isinstance(value, dict):
-            options += _options(value)
-        elif isinstance(value, bool):
-            options.append(f"--{flag}" if value else f"--no-{flag}")
-        elif isinstance(value, list):
-            options += [f"--{flag}", *map(str, value)]
-        else:
-            options += [f"--{flag}", str(value)]
-    return options

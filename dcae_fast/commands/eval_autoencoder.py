@@ -11,7 +11,7 @@ import dcae_fast
 from dcae_fast.files import written_atomically
 from dcae_fast.workers import default_workers
 
-from .common import Compute, UsageError, check_workers, make_folder, report_problems
+from .common import Compute, UsageError, check_integer, check_workers, make_folder, report_problems
 
 if TYPE_CHECKING:
     import torch
@@ -60,8 +60,8 @@ def eval_autoencoder(
     from dcae_fast.evaluation.pictures import FolderBatches
     from dcae_fast.reconstruction import choose_device
 
-    if batch < 1:
-        raise UsageError(f"--batch {batch}: expected at least 1")
+    check_integer("--resolution", resolution, least=1)
+    check_integer("--batch", batch, least=1)
     check_workers(workers)
     if against == "eager" and not compute.patch:
         raise UsageError("--against eager --no-patch: would compare the model with itself")
@@ -69,7 +69,7 @@ def eval_autoencoder(
     with distributed.process_group(place) as device:
         try:
             moments = None if reference is None else Moments.load(reference)
-            models = _load(model, against, compute.patch, device, dtype)
+            models = _load(model, against, compute, device, dtype)
             _check_resolution(resolution, models)
             found_pictures = distributed.broadcast(find_pictures(images) if distributed.is_main() else None)
             workers = default_workers() if workers is None else workers
@@ -98,32 +98,32 @@ def eval_autoencoder(
 
 
 def _load(
-    model: str, against: str | None, patch: bool, device: "torch.device", dtype: "torch.dtype"
+    model: str, against: str | None, compute: Compute, device: "torch.device", dtype: "torch.dtype"
 ) -> dict[str, "DCAE"]:
     """The models to measure, by the names in the results."""
     import torch
 
     from dcae_fast.models.autoencoder import DCAE
 
-    sources = {model: (model, patch)}
+    sources = {model: (model, compute.patch)}
     if against == "eager":
         sources["eager"] = (model, False)
     elif against == model:
         raise UsageError(f"--against {against}: is the same model")
     elif against is not None:
-        sources[against] = (against, patch)
+        sources[against] = (against, compute.patch)
     models = {}
     for name, (source, fast) in sources.items():
         models[name] = DCAE.from_pretrained(source).to(device, dtype, memory_format=torch.channels_last)
         if fast:
-            dcae_fast.patch(models[name])
+            dcae_fast.patch(models[name], max_memory=compute.max_bytes)
     return models
 
 
 def _check_resolution(resolution: int, models: dict[str, "DCAE"]) -> None:
     for name, model in models.items():
         ratio = model.spatial_compression_ratio
-        if resolution < 1 or resolution % ratio:
+        if resolution % ratio:
             raise UsageError(f"--resolution {resolution}: expected a multiple of {ratio}, the ratio of {name}")
 
 

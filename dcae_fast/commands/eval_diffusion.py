@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from dcae_fast.files import written_atomically
 
-from .common import Compute, UsageError, report_problems
+from .common import Compute, UsageError, check_cfg, check_integer, check_seed, report_problems
 
 if TYPE_CHECKING:
     import torch
@@ -70,10 +70,12 @@ def eval_diffusion(
     from dcae_fast.evaluation.generation import References, SampleFolder, generate
     from dcae_fast.reconstruction import choose_device
 
-    if min(samples, batch) < 1:
-        raise UsageError(f"--samples {samples}, --batch {batch}: expected at least 1")
-    if seed < 0:
-        raise UsageError(f"--seed {seed}: expected at least 0")
+    check_integer("--samples", samples, least=1, most=10**8)
+    check_integer("--batch", batch, least=1)
+    check_integer("--steps", steps, least=1)
+    check_cfg(cfg)
+    check_seed("--seed", seed)
+    check_seed("--class-seed", class_seed)
     place, _ = choose_device(compute.device, compute.dtype)
     with distributed.process_group(place) as device:
         try:
@@ -82,6 +84,7 @@ def eval_diffusion(
             options = {"samples": samples, "batch": batch, "cfg": cfg, "seed": seed, "class_seed": class_seed}
             settings = _settings(network, model, compute.patch, sampler, steps, options)
             folder = SampleFolder(out, settings, network.config.network.num_classes, save)
+            network.config.check_sampler(settings.sampler)
             found, missing = networks.load_all(references.networks, device)
             if missing and not found and save == "none":
                 raise UsageError("\n".join(["nothing to measure the samples with", *missing.values()]))

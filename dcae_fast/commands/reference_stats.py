@@ -6,7 +6,7 @@ import tyro
 
 from dcae_fast.workers import default_workers
 
-from .common import UsageError, check_workers, make_folder, report_problems
+from .common import UsageError, check_integer, check_workers, make_place, report_problems
 
 
 def reference_stats(
@@ -45,14 +45,16 @@ def reference_stats(
     wanted = Wanted(fid, precision_recall, cmmd)
     if not wanted.networks:
         raise UsageError("name at least one file to write: --fid, --precision-recall or --cmmd")
-    for path, suffix in ((fid, ".npz"), (precision_recall, ".npy"), (cmmd, ".npy")):
+    files = {"--fid": (fid, ".npz"), "--precision-recall": (precision_recall, ".npy"), "--cmmd": (cmmd, ".npy")}
+    for option, (path, suffix) in files.items():
         if path is not None and path.suffix != suffix:
-            raise UsageError(f"{path}: expected a name that ends in {suffix}")
-    if min(resolution, batch) < 1:
-        raise UsageError(f"--resolution {resolution}, --batch {batch}: expected at least 1")
+            raise UsageError(f"{option} {path}: expected a name that ends in {suffix}")
+    check_integer("--resolution", resolution, least=1)
+    check_integer("--batch", batch, least=1)
     check_workers(workers)
-    for path in filter(None, (fid, precision_recall, cmmd)):
-        make_folder(path.parent)
+    for option, (path, _) in files.items():
+        if path is not None:
+            make_place(path, option)
     with distributed.process_group(choose_device(device, "float32")[0]) as place:
         try:
             if images.suffix == ".npz":

@@ -20,7 +20,7 @@ from dcae_fast.workers import default_workers
 from .encode import BatchEncoder, automatic_batch, encode_batches
 from .manifest import MANIFEST, DataError, Manifest, Settings, Sums, load_manifest, statistics, weights_hash
 from .pictures import CropDataset, Pictures, collate, to_rgb
-from .sources import load_sources, save_sources, sources_of
+from .sources import keys_of_failed, load_sources, save_sources, sources_of
 from .store import STORES, NpyStore, ShardStore
 
 Store = NpyStore | ShardStore
@@ -84,7 +84,7 @@ def cache_latents(
     workers = default_workers() if workers is None else workers
     with locked(folder):
         if distributed.is_main():
-            _prepare(folder, store, empty, overwrite)
+            _prepare(folder, pictures, store, empty, overwrite)
         store.changed = distributed.broadcast(store.changed)
         units = -(-len(pictures.items) // store.unit)
         mine = distributed.share(units)
@@ -101,7 +101,7 @@ def cache_latents(
         return _report(folder, pictures, empty, len(store.changed), kept, outcomes)
 
 
-def _prepare(folder: Path, store: Store, manifest: Manifest, overwrite: bool) -> None:
+def _prepare(folder: Path, pictures: Pictures, store: Store, manifest: Manifest, overwrite: bool) -> None:
     """Leaves a folder that has a manifest of these settings and nothing that a killed run left behind, and tells the
     store which pictures changed.
     """
@@ -115,8 +115,8 @@ def _prepare(folder: Path, store: Store, manifest: Manifest, overwrite: bool) ->
             path.unlink()
     elif before is not None:
         manifest.settings.check_same(before.settings, folder)
-        store.check_strays()
-        now, then = sources_of(store.pictures), load_sources(folder)
+        now, then = sources_of(pictures.items), load_sources(folder)
+        store.check_strays(keys_of_failed({key: then[key] for key in then.keys() - now.keys()}, pictures.failed))
         store.changed = {key for key in now if then.get(key, now[key]) != now[key]}
     manifest.save(folder)
 

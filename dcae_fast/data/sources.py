@@ -6,7 +6,7 @@ from pathlib import Path
 from dcae_fast.files import written_atomically
 
 from .manifest import DataError
-from .pictures import Picture
+from .pictures import Named, Picture
 
 SOURCES = "sources.json"
 
@@ -17,6 +17,13 @@ def sources_of(pictures: list[Picture]) -> Sources:
     return {picture.key: [picture.name, picture.size, picture.time] for picture in pictures}
 
 
+def keys_of_failed(sources: Sources, failed: Named) -> set[str]:
+    """The keys of pictures that cannot be taken any more, whether they failed or the shard or folder that has them."""
+    names = {name.rstrip("/") for name, _ in failed}
+    folders = tuple(f"{name}/" for name in names)
+    return {key for key, (name, *_) in sources.items() if name in names or name.startswith(folders)}
+
+
 def load_sources(folder: Path) -> Sources:
     """Empty where there is no such file, as in folders of earlier versions. Raises DataError."""
     path = folder / SOURCES
@@ -24,8 +31,8 @@ def load_sources(folder: Path) -> Sources:
         return {}
     try:
         content = json.loads(path.read_text())
-        if not isinstance(content, dict) or not all(isinstance(each, list) for each in content.values()):
-            raise ValueError("expected an object of lists")
+        if not isinstance(content, dict) or not all(map(_is_source, content.values())):
+            raise ValueError("expected a name, a size and a time for each picture")
         return content
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: not readable: {error}; --overwrite makes all latents anew") from error
@@ -34,3 +41,7 @@ def load_sources(folder: Path) -> Sources:
 def save_sources(folder: Path, sources: Sources) -> None:
     with written_atomically(folder / SOURCES) as temporary:
         temporary.write_text(json.dumps(sources) + "\n")
+
+
+def _is_source(value: object) -> bool:
+    return isinstance(value, list) and [type(each) for each in value] == [str, int, int]

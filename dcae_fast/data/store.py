@@ -41,10 +41,13 @@ class NpyStore:
         """All latents in a folder."""
         return [folder / name for name in list_files(folder).with_suffix(".npy")]
 
-    def check_strays(self) -> None:
-        """DataError if there is a latent of another picture."""
-        known = {self._path(index) for index in range(len(self.pictures))}
-        _refuse(path for path in self.files(self.folder) if path not in known)
+    def check_strays(self, failed: set[str]) -> None:
+        """DataError if there is a latent of another picture; those of pictures that failed, by key, are removed."""
+        known, removed = ({self._path(key) for key in keys} for keys in ({p.key for p in self.pictures}, failed))
+        strays = [path for path in self.files(self.folder) if path not in known]
+        _refuse(path for path in strays if path not in removed)
+        for path in strays:
+            path.unlink()
 
     def scan(self, indices: Iterable[int]) -> dict[int, Sums]:
         """The sums of those latents that are there and valid, by number; files that are not valid are removed."""
@@ -53,7 +56,7 @@ class NpyStore:
             return {index: sums for index, sums in found if sums is not None}
 
     def _sums(self, index: int) -> Sums | None:
-        path, latent = self._path(index), None
+        path, latent = self._path(self.pictures[index].key), None
         if not path.exists():
             return None
         if self.pictures[index].key not in self.changed:
@@ -69,7 +72,7 @@ class NpyStore:
     def write(self, indices: list[int], latents: torch.Tensor) -> None:
         """Adds latents [n, c, h, w], of `dtype` and on the CPU."""
         for index, latent in zip(indices, latents.numpy(), strict=True):
-            path = self._path(index)
+            path = self._path(self.pictures[index].key)
             path.parent.mkdir(parents=True, exist_ok=True)
             with written_atomically(path) as temporary, open(temporary, "wb") as file:
                 np.save(file, latent)
@@ -77,8 +80,8 @@ class NpyStore:
     def close(self) -> None:
         """After the last write."""
 
-    def _path(self, index: int) -> Path:
-        return self.folder / f"{self.pictures[index].key}.npy"
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{key}.npy"
 
 
 class ShardStore:
@@ -101,7 +104,7 @@ class ShardStore:
         """All shards in a folder."""
         return sorted(folder.glob(SHARDS))
 
-    def check_strays(self) -> None:
+    def check_strays(self, failed: set[str]) -> None:
         """DataError if there is a shard beyond those that the pictures fill."""
         expected = {self._path(first) for first in range(0, len(self.pictures), self.unit)}
         _refuse(path for path in self.files(self.folder) if path not in expected)

@@ -1,6 +1,7 @@
 """Metrics of sets of pictures, from features that a network has made of them; none of them needs its weights."""
 
 import math
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -21,14 +22,16 @@ def frechet_distance(one: Moments, other: Moments) -> float:
     If the root is not finite, 1e-6 is added to both diagonals, as pytorch-fid does; its imaginary part is rounding.
     Raises DataError where the features differ in length.
     """
-    from scipy.linalg import sqrtm
+    from scipy.linalg import LinAlgWarning, sqrtm
 
     if one.mu.shape != other.mu.shape:
         raise DataError(f"statistics of {len(one.mu)} and of {len(other.mu)} features; expected as many")
-    root = sqrtm(one.sigma @ other.sigma)
-    if not np.isfinite(root).all():
-        ridge = 1e-6 * np.eye(len(one.mu))
-        root = sqrtm((one.sigma + ridge) @ (other.sigma + ridge))
+    with warnings.catch_warnings():  # a covariance of fewer pictures than features is singular, which is no fault
+        warnings.simplefilter("ignore", LinAlgWarning)
+        root = sqrtm(one.sigma @ other.sigma)
+        if not np.isfinite(root).all():
+            ridge = 1e-6 * np.eye(len(one.mu))
+            root = sqrtm((one.sigma + ridge) @ (other.sigma + ridge))
     difference = one.mu - other.mu
     traces = np.trace(one.sigma) + np.trace(other.sigma) - 2 * np.trace(root.real)
     return float(difference @ difference + traces)

@@ -38,7 +38,8 @@ class Moments:
             with np.load(path) as file:
                 mu, sigma = (file[name].astype(np.float64) for name in ("mu", "sigma"))
         except (OSError, ValueError, KeyError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-            raise DataError(f"{path}: expected an .npz file with mu and sigma: {error}") from error
+            reason = getattr(error, "strerror", None) or "this is none"  # numpy's reason advises to unpickle the file
+            raise DataError(f"{path}: expected an .npz file with mu and sigma: {reason}") from error
         if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
             raise DataError(f"{path}: mu {mu.shape} and sigma {sigma.shape}; expected (F,) and (F, F)")
         return cls(mu, sigma)

@@ -81,7 +81,8 @@ def load_features(path: Path) -> torch.Tensor:
     try:
         features = np.load(path)
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: expected an .npy file of features: {error}") from error
+        reason = getattr(error, "strerror", None) or "this is none"  # numpy's reason advises to unpickle the file
+        raise DataError(f"{path}: expected an .npy file of features: {reason}") from error
     if not isinstance(features, np.ndarray) or features.ndim != 2 or features.dtype.kind != "f":
         raise DataError(f"{path}: expected floating-point features [N, F]")
     return torch.from_numpy(features.astype(np.float32))

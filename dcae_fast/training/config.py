@@ -1,5 +1,6 @@
 """What a training is: the recipe, which decides the weights, and the run, which says where and how it is computed."""
 
+import math
 import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -93,6 +94,8 @@ class Recipe:
             "seed": 0,
         }
         _check_least(self, least)
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas={self.betas}; expected two numbers of at least 0, and less than 1")
         if self.clip_grad is not None and not self.clip_grad > 0:
             raise ValueError(f"clip_grad={self.clip_grad}; expected more than 0, or none")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
@@ -193,14 +196,17 @@ class Run:
     def __post_init__(self):
         least = {"accumulate": 1, "log_steps": 1, "save_steps": 1, "keep": 1, "eval_steps": 1}
         _check_least(self, least | {"workers": 0, "sample_steps": 0})
+        if not math.isfinite(self.sample_cfg):
+            raise ValueError(f"sample_cfg={self.sample_cfg}; expected a finite number")
         if self.cuda_graphs and (not self.compile or self.accumulate > 1):
             raise ValueError("cuda_graphs: expected together with compile and without accumulate")
 
 
-def _check_least(settings: Recipe | Run, least: dict[str, int]) -> None:
-    for name, value in least.items():
-        if not getattr(settings, name) >= value:
-            raise ValueError(f"{name}={getattr(settings, name)}; expected at least {value}")
+def _check_least(settings: Architecture | Recipe | Run, least: dict[str, int]) -> None:
+    for name, bound in least.items():
+        value = getattr(settings, name)
+        if not bound <= value < 2**63:
+            raise ValueError(f"{name}={value}; expected {'less than 2**63' if value > bound else f'at least {bound}'}")
 
 
 def _recipe(kind: Literal["uvit", "dit"], schedulers: dict[str, Any], autoencoder: str, **options: Any) -> Recipe:

@@ -53,6 +53,7 @@ def png(width: int = 8, height: int = 8) -> bytes:
 
 
 def save_shard(path: Path, members: dict[str, bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for name, content in members.items():
             info = tarfile.TarInfo(name)

@@ -311,70 +311,6 @@ def test_a_failed_write_is_an_error(pictures, tmp_path, monkeypatch, capsys):
     assert "no space left" in capsys.readouterr().err
 
 
-def paint(path, colour, *times):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (64, 64), colour).save(path)
-    os.utime(path, ns=times or None)
-
-
-@pytest.mark.parametrize("format", ["npy", "safetensors"])
-@pytest.mark.parametrize("when", [1, 4 * 10**18])
-def test_latents_of_pictures_that_changed_are_made_anew(tmp_path, capsys, format, when):
-    for name in "abcd":
-        paint(tmp_path / "p" / f"{name}.png", "red", 10**18, 10**18)
-    command = tmp_path / "p", tmp_path / "out", "--format", format
-    assert run(*command) == 0
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob(f"*.{format}")}
-    paint(tmp_path / "p" / "b.png", "blue", when, when)
-    capsys.readouterr()
-    assert run(*command) == 0
-    told = capsys.readouterr().out
-    assert "1 pictures changed" in told and "1 latents in" in told and "3 latents were there" in told
-    unchanged = sum(path.stat().st_mtime_ns == time for path, time in before.items())
-    assert unchanged == (3 if format == "npy" else 1)
-    assert run(tmp_path / "p", tmp_path / "new", "--format", format) == 0
-    assert contents(tmp_path / "out") == contents(tmp_path / "new")
-    (tmp_path / "p" / "c.png").write_bytes(b"")  # no latent of what it was remains
-    assert run(*command) == 1 and len(LatentDataset(tmp_path / "out")) == 3
-
-
-@pytest.mark.parametrize("format", ["npy", "safetensors"])
-def test_members_that_changed(tmp_path, format):
-    red, white = png(64, 64), png(64, 64).replace(b"IDAT", b"IDAt")
-    command = tmp_path / "a.tar", tmp_path / "out", "--format", format
-    save_shard(tmp_path / "a.tar", {"0.png": white, "1.png": white})
-    os.utime(tmp_path / "a.tar", (1, 1))
-    assert run(*command) == 1
-    save_shard(tmp_path / "a.tar", {"0.png": red, "1.png": red})
-    os.utime(tmp_path / "a.tar", (2, 2))
-    assert run(*command) == 0
-    assert LatentDataset(tmp_path / "out").manifest.latents == 2
-
-
-@pytest.mark.parametrize("before, after", [("npy", "safetensors"), ("safetensors", "npy")])
-def test_overwrite(pictures, tmp_path, before, after):
-    assert run(pictures / "cat", tmp_path / "out", "--format", before) == 0
-    again = ["--format", after, "--scale", "0.25"]
-    assert run(pictures / "emu", tmp_path / "out", *again, "--overwrite") == 0
-    assert run(pictures / "emu", tmp_path / "new", *again) == 0
-    assert contents(tmp_path / "out") == contents(tmp_path / "new")
-    (tmp_path / "out" / MANIFEST).unlink()
-    assert run(pictures / "emu", tmp_path / "out", *again, "--overwrite") == 2  # whose files these are is not known
-
-
-def test_a_folder_of_an_earlier_version(pictures, tmp_path, capsys):
-    """It has no sources.json, and its pictures were taken as the original takes them."""
-    assert run(pictures / "cat", tmp_path / "out", "--as-original") == 0
-    (tmp_path / "out" / SOURCES).unlink()
-    manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
-    del manifest["ignored"], manifest["settings"]["as_original"]
-    (tmp_path / "out" / MANIFEST).write_text(json.dumps(manifest))
-    assert run(pictures / "cat", tmp_path / "out") == 2
-    assert "as_original True, not False; give the same options" in capsys.readouterr().err
-    assert run(pictures / "cat", tmp_path / "out", "--as-original") == 0
-    assert "3 latents were there already" in capsys.readouterr().out
-
-
 def test_rotation_is_that_of_encode(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -388,6 +324,20 @@ def test_rotation_is_that_of_encode(tmp_path):
     encoded = load_file(tmp_path / "o" / "a.safetensors")["latent"][0]
     seen, original = (LatentDataset(tmp_path / name)[0][0] for name in ("seen", "original"))
     assert (seen - encoded).norm() < 1e-5 * encoded.norm() < (original - encoded).norm()
+
+
+def test_names_that_are_long_or_no_text(tmp_path, monkeypatch):
+    folder = tmp_path / "p"
+    folder.mkdir()
+    names = [b"l" * 240 + b".png", b"new\nline.png", b"\xff.png"]
+    for name in names:
+        (folder / os.fsdecode(name)).write_bytes(png(64, 64))
+    with monkeypatch.context() as patch, open(tmp_path / "printed", "w", encoding="utf-8") as printed:
+        patch.setattr("sys.stdout", printed)
+        command = ["encode", str(folder), "--out", str(tmp_path / "single"), "--device", "cpu", "--no-patch"]
+        assert cli.main(command) == 0
+        assert run(folder, tmp_path / "out") == 0
+    assert r"p/\udcff.png" in (tmp_path / "printed").read_text() and len(LatentDataset(tmp_path / "out")) == 3
 
 
 def test_what_is_found_and_left_out_is_told(tmp_path, capsys):

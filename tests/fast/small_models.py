@@ -59,14 +59,16 @@ def build(name: str) -> nn.Module:
 
 
 def attention_block() -> nn.Module:
+    """Whose second scale is of 3×3, which the interpreter computes in half the time."""
     block = blocks.EfficientViTBlock(32)
-    block.context_module.main = blocks.LiteMLA(16, head_dim=16, scales=(5,))
+    block.context_module.main = blocks.LiteMLA(16, head_dim=16, scales=(3,))
     block.local_module.main = blocks.GLUMBConv(16, expand_ratio=1)
     return block
 
 
 def diffusers_attention_block() -> nn.Module:
-    block = diffusers_block("EfficientViTBlock", 16, attention_head_dim=16, norm_type="rms_norm")
+    options = {"attention_head_dim": 16, "qkv_multiscales": (3,), "norm_type": "rms_norm"}
+    block = diffusers_block("EfficientViTBlock", 16, **options)
     block.conv_out = diffusers_block("GLUMBConv", 16, 16, expand_ratio=1, norm_type="rms_norm")
     return block
 

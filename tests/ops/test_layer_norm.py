@@ -3,13 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from accuracy import CEILING, allowed, relative_error
 from registration import check_registration
 from torch.testing import assert_close
 
 from dcae_fast import ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CEILING = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 EPS = 1e-5
 CASES = {  # shape of x; whether scale and shift are the image's own; whether there is a branch
     "parameters": ((2, 5, 24), False, False),
@@ -58,10 +58,6 @@ def run(function, tensors, dtype=None):
     return [*results, *torch.autograd.grad(results, tensors, cotangents)]
 
 
-def relative_error(got, exact):
-    return ((got.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
-
-
 @every_case
 @pytest.mark.parametrize("dtype", CEILING, ids=str)
 def test_matches_the_formula_in_float64(shape, of_image, branch, dtype):
@@ -69,8 +65,7 @@ def test_matches_the_formula_in_float64(shape, of_image, branch, dtype):
     exact = run(plain, [tensor.detach().double().requires_grad_() for tensor in tensors])
     for got, eager, want in zip(run(ours, tensors), run(plain, tensors), exact, strict=True):
         assert got.dtype == eager.dtype and got.shape == eager.shape
-        limit = max(2 * relative_error(eager, want), 4 * torch.finfo(dtype).eps)
-        assert relative_error(got, want) <= min(limit, CEILING[dtype])
+        assert relative_error(got, want) <= allowed(relative_error(eager, want), dtype)
 
 
 @every_case

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from accuracy import CEILING, allowed, relative_error
 from registration import check_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -12,8 +13,6 @@ from dcae_fast import ops
 from dcae_fast.ops._library import Operator
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU the Triton kernels run in the interpreter
-CEILING = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-3}
-DTYPES = list(CEILING)
 NHWC, NCHW = torch.channels_last, torch.contiguous_format
 
 
@@ -107,7 +106,7 @@ CASES = {
     "conv2d-stride_2": conv2d_case(1, 16, 8, 6, 8, stride=2),
     "conv2d-odd": conv2d_case(1, 3, 5, 3, 4, "silu"),
     "conv2d-empty": conv2d_case(0, 8, 8, 4, 4, "silu"),
-    "conv2d-few_channels": conv2d_case(2, 3, 136, 5, 70, "silu"),
+    "conv2d-few_channels": conv2d_case(1, 3, 136, 2, 70, "silu"),
     "conv2d-few_channels-stride_2": conv2d_case(1, 4, 8, 9, 6, "relu", stride=2),
     "conv2d-few_channels-window": conv2d_case(2, 2, 16, 6, 8, stride=3, padding=2, size=5),
     "conv2d-one_channel-pointwise": conv2d_case(3, 1, 5, 3, 9, size=1, padding=0),
@@ -129,15 +128,15 @@ CASES = {
     "multiscale_qkv-tiles": (ops.multiscale_qkv, [(1, 32, 9, 18), (32, 1, 5, 5), (32, 32, 1, 1)]),
     "multiscale_qkv-odd_groups": (ops.multiscale_qkv, [(1, 24, 4, 4), (24, 1, 3, 3), (24, 8, 1, 1)]),
     "multiscale_qkv-empty": (ops.multiscale_qkv, [(0, 64, 5, 7), (64, 1, 5, 5), (64, 32, 1, 1)]),
-    "attention": attention_case(2, 2, 9, 11, 1),
-    "attention-two_scales": attention_case(1, 3, 13, 7, 2),
+    "attention": attention_case(2, 1, 9, 11, 1),
+    "attention-two_scales": attention_case(1, 2, 13, 7, 2),
     "attention-32_positions": attention_case(2, 1, 4, 8, 1),
-    "attention-one_position": attention_case(3, 1, 1, 1, 2),
+    "attention-one_position": attention_case(2, 1, 1, 1, 2),
     "attention-head_dim_16": attention_case(1, 2, 6, 7, 1, head_dim=16),
     "attention-empty": attention_case(0, 2, 5, 7, 1),
-    "depthwise_glu": glu_case(2, 24, 9, 5),
-    "depthwise_glu-wide": glu_case(1, 72, 3, 19),
-    "depthwise_glu-one_pixel": glu_case(3, 5, 1, 1),
+    "depthwise_glu": glu_case(1, 24, 9, 5),
+    "depthwise_glu-wide": glu_case(1, 72, 3, 9),
+    "depthwise_glu-one_pixel": glu_case(2, 5, 1, 1),
     "depthwise_glu-empty": glu_case(0, 8, 4, 4),
     "average-unshuffled_main": average_case((2, 32, 6, 10), (2, 16, 6, 10)),
     "average-main_at_output": average_case((1, 96, 2, 14), (1, 48, 1, 7), bias=False),
@@ -153,6 +152,17 @@ CASES = {
     "duplicate-empty": duplicate_case((0, 32, 3, 5), (0, 64, 3, 5)),
 }
 case = pytest.mark.parametrize("op, shapes", CASES.values(), ids=CASES)
+FIRST = {name.split("-")[0]: name for name in reversed(CASES)}.values()  # a case of each operator
+
+
+def has_library_convolutions(name):
+    """Whether the operator leaves a convolution or its gradient to PyTorch, which rounds as it likes."""
+    return "conv2d" in name or "multiscale" in name
+
+
+def dtypes_of(name):
+    """All types on a GPU. In the interpreter a type changes the casts alone: float16 once for each operator."""
+    return [dtype for dtype in CEILING if DEVICE == "cuda" or dtype != torch.float16 or name in FIRST]
 
 
 def make(shapes, dtype, memory_format=NHWC, seed=0):
@@ -172,10 +182,6 @@ def run(op, tensors):
     return [y, *torch.autograd.grad(y, tensors, dy)]
 
 
-def relative_error(got, exact):
-    return ((got.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
-
-
 def eager_errors(op, tensors, exact, monkeypatch):
     """Errors of the plain PyTorch reference in the same dtype."""
     modules = [module for name, module in sys.modules.items() if name.startswith("dcae_fast.ops.")]
@@ -189,33 +195,30 @@ def eager_errors(op, tensors, exact, monkeypatch):
         return [relative_error(got, want) for got, want in zip(run(op, tensors), exact, strict=True)]
 
 
-@case
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_matches_the_formula_in_float64(op, shapes, dtype, monkeypatch):
+@pytest.mark.parametrize("name, dtype", [(name, dtype) for name in CASES for dtype in dtypes_of(name)], ids=str)
+def test_matches_the_formula_in_float64(name, dtype, monkeypatch):
+    op, shapes = CASES[name]
+    by_kernel = DEVICE == "cuda" or not has_library_convolutions(name)
     tensors = make(shapes, dtype)
     exact = run(op, [t.detach().double().requires_grad_() for t in tensors])
     empty = exact[0].numel() == 0  # PyTorch's own pixel shuffles fail backward on empty batches
     eager = [0.0] * len(exact) if empty else eager_errors(op, tensors, exact, monkeypatch)
     for got, want, eager_error in zip(run(op, tensors), exact, eager, strict=True):
         assert got.shape == want.shape and got.dtype == dtype
-        error = relative_error(got, want)
-        assert error <= CEILING[dtype]
-        assert error <= max(2 * eager_error, 4 * torch.finfo(dtype).eps), "worse than twice the eager reference"
+        assert relative_error(got, want) <= allowed(eager_error, dtype, by_kernel)
 
 
 @case
 def test_layout_in_does_not_matter_and_layout_out_is_channels_last(op, shapes, request):
-    case_id = request.node.callspec.id
-    exactly = (
-        {"atol": 1e-4, "rtol": 1e-5} if "conv2d" in case_id or "multiscale" in case_id else {"atol": 0, "rtol": 0}
-    )  # libraries' convolutions differ
+    is_close = has_library_convolutions(request.node.callspec.id)
+    tolerance = {"atol": 1e-4, "rtol": 1e-5} if is_close else {"atol": 0, "rtol": 0}
     nhwc, nchw = make(shapes, torch.float32), make(shapes, torch.float32, NCHW)
     strided = [t.detach().repeat_interleave(2, dim=-1)[..., ::2].requires_grad_() for t in nchw]
     expected = run(op, nhwc)
     assert expected[0].is_contiguous(memory_format=NHWC)
     for tensors in (nchw, strided):
         for got, want in zip(run(op, tensors), expected, strict=True):
-            torch.testing.assert_close(got, want, **exactly)
+            torch.testing.assert_close(got, want, **tolerance)
 
 
 @case

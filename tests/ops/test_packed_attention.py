@@ -1,5 +1,6 @@
 """packed_attention against softmax(q kᵀ / √D) v in float64 and against scaled_dot_product_attention."""
 
+import copy
 import sys
 import warnings
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -7,6 +8,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 import pytest
 import torch
 import torch.nn.functional as F
+from accuracy import CEILING, allowed, relative_error
 
 import dcae_fast
 from dcae_fast import ops
@@ -15,7 +17,6 @@ from dcae_fast.ops import _library
 from dcae_fast.ops.packed_attention import packed_attention_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CEILING = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 HALVES = [torch.bfloat16, torch.float16]
 OPERATOR, BACKWARD = torch.ops.dcae_fast.packed_attention, torch.ops.dcae_fast.packed_attention_backward
 SHAPES = [(2, 66, 3, 72), (1, 17, 2, 64), (3, 1, 1, 64), (1, 321, 1, 64), (2, 9, 2, 40)]  # batch, tokens, heads, dim
@@ -47,8 +48,11 @@ def with_gradient(attention, qkv, heads):
     return out.detach(), *torch.autograd.grad(out, qkv, dout)
 
 
-def relative_error(got, exact):
-    return ((got.double() - exact).norm() / exact.norm()).item()
+def limit(plain, exact, qkv, heads):
+    """For results on qkv, where scaled_dot_product_attention gives `plain`. On a CPU no kernel of ours runs."""
+    tokens, dim = qkv.shape[1], qkv.shape[2] // (3 * heads)
+    by_kernel = qkv.is_cuda and ops.is_for_few_tokens(qkv.dtype, tokens, dim, qkv.device)
+    return allowed(relative_error(plain, exact), qkv.dtype, by_kernel)
 
 
 @pytest.mark.parametrize("dtype", CEILING, ids=str)
@@ -59,9 +63,7 @@ def test_matches_the_formula_in_float64(shape, dtype):
     eager = with_gradient(sdpa, qkv, heads)
     for got, want, plain in zip(with_gradient(ops.packed_attention, qkv, heads), exact, eager, strict=True):
         assert got.dtype == dtype and got.shape == want.shape and got.is_contiguous()
-        error = relative_error(got, want)
-        assert error <= CEILING[dtype]
-        assert error <= max(2 * relative_error(plain, want), 4 * torch.finfo(dtype).eps)
+        assert relative_error(got, want) <= limit(plain, want, qkv, heads)
 
 
 @pytest.mark.parametrize("dtype", CEILING, ids=str)
@@ -72,17 +74,16 @@ def test_without_a_gradient(shape, dtype):
     with torch.no_grad():
         got = ops.packed_attention(qkv, heads)
     assert got.dtype == dtype and got.is_contiguous()
-    error = relative_error(got, exact)
-    assert error <= CEILING[dtype]
-    assert error <= max(2 * relative_error(sdpa(qkv, heads), exact), 4 * torch.finfo(dtype).eps)
+    assert relative_error(got, exact) <= limit(sdpa(qkv, heads), exact, qkv, heads)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_takes_the_place_of_attention_between_its_projections(dtype):
     attention = Attention(144, 2, qkv_bias=False).to(DEVICE, dtype)
     x = torch.randn(2, 20, 144, device=DEVICE, dtype=dtype)
+    exact = copy.deepcopy(attention).double()(x.double())
     got = attention.proj(ops.packed_attention(attention.qkv(x), attention.num_heads))
-    assert relative_error(got, attention(x).double()) <= CEILING[dtype]
+    assert relative_error(got, exact) <= allowed(relative_error(attention(x), exact), dtype, DEVICE == "cuda")
 
 
 def test_also_gives_the_logarithm_of_the_denominator():
@@ -90,7 +91,8 @@ def test_also_gives_the_logarithm_of_the_denominator():
     q, k, _ = qkv.view(2, 33, 3, 2, 64).permute(2, 0, 3, 1, 4)
     _, lse = OPERATOR(qkv, 2)
     assert lse.dtype == torch.float32 and not lse.requires_grad
-    torch.testing.assert_close(lse, (q @ k.transpose(-1, -2) / 8).logsumexp(-1))
+    exact, eager = ((q.to(t) @ k.to(t).transpose(-1, -2) / 8).logsumexp(-1) for t in (torch.float64, torch.float32))
+    assert relative_error(lse, exact) <= allowed(relative_error(eager, exact), torch.float32, DEVICE == "cuda")
 
 
 def test_no_overflow():
@@ -98,7 +100,7 @@ def test_no_overflow():
     got = with_gradient(ops.packed_attention, qkv, 1)
     assert all(tensor.isfinite().all() for tensor in got)
     exact, _ = packed_attention_reference(qkv.double(), 1)
-    assert relative_error(got[0], exact) <= CEILING[torch.bfloat16]
+    assert relative_error(got[0], exact) <= limit(sdpa(qkv, 1), exact, qkv, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

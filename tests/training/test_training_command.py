@@ -13,7 +13,6 @@ from stand_ins import eval_diffusion, save_references, use
 from torch.autograd.graph import saved_tensors_hooks
 
 from dcae_fast import cli
-from dcae_fast.commands.common import UsageError, with_files
 from dcae_fast.data.latents import LatentDataset
 from dcae_fast.data.manifest import Manifest, Settings
 from dcae_fast.evaluation import networks
@@ -51,22 +50,6 @@ def test_the_command_is_the_function(shared, tmp_path, capsys, suffix):
     assert run("uvit-h-f64", f"@{file}", "--lr", "1e-2", "--data", shared / "latents", "--out", out) == 0
     assert_equal(weights(out), weights(shared / "whole"))
     assert f"The model is in {(out / 'model').resolve()}" in capsys.readouterr().out
-
-
-def test_files_of_options(tmp_path):
-    yaml, toml = tmp_path / "a.yaml", tmp_path / "b.toml"
-    yaml.write_text("network: {depth: 12}\nbetas: [0.9, 0.95]\nclip_grad: null\npatch: false\nlr: 1.0e-4\n")
-    expected = ["--depth", "12", "--betas", "0.9", "0.95", "--clip-grad", "None", "--no-patch", "--lr", "0.0001"]
-    assert with_files(["x", f"@{yaml}", "y"]) == ["x", *expected, "y"]
-    toml.write_text("[network]\nhidden_size = 64\n[run]\ncompile = true\n")
-    if sys.version_info >= (3, 11):
-        assert with_files([f"@{toml}"]) == ["--hidden-size", "64", "--compile"]
-    for name, text in [("c.yaml", "{"), ("d.json", "[1]"), ("e.txt", "a: 1")]:
-        (tmp_path / name).write_text(text)
-        with pytest.raises(UsageError, match=name):
-            with_files([f"@{tmp_path / name}"])
-    with pytest.raises(UsageError, match="missing.yaml"):
-        with_files(["@missing.yaml"])
 
 
 def test_recipes_are_the_original_ones(tmp_path):

@@ -1,0 +1,52 @@
+"""Options in files: what they become, and what is said about files that hold something else."""
+
+import sys
+
+import pytest
+
+from dcae_fast import cli
+from dcae_fast.commands.option_files import with_files
+
+
+def test_files_of_options(tmp_path):
+    yaml, toml = tmp_path / "a.yaml", tmp_path / "b.toml"
+    yaml.write_text("network: {depth: 12}\nbetas: [0.9, 0.95]\nclip_grad: null\npatch: false\nlr: 1.0e-4\n")
+    expected = ["--depth", "12", "--betas", "0.9", "0.95", "--clip-grad", "None", "--no-patch", "--lr", "0.0001"]
+    assert with_files(["x", f"@{yaml}", "y"]) == ["x", *expected, "y"]
+    toml.write_text("[network]\nhidden_size = 64\n[run]\ncompile = true\n")
+    if sys.version_info >= (3, 11):
+        assert with_files([f"@{toml}"]) == ["--hidden-size", "64", "--compile"]
+
+
+@pytest.mark.parametrize(
+    "name, text, words",
+    [
+        ("a.yaml", "{", "is no valid yaml file"),
+        ("a.yaml", "!!python/object/apply:os.getcwd []", "is no valid yaml file"),
+        ("a.json", "[1]", "expected options by name"),
+        ("a.yaml", "", "expected options by name"),
+        ("a.yaml", "a: &a {b: *a}", "nested too deeply"),
+        ("a.yaml", "betas: [{a: 1}]", "betas: expected a value or a list of values"),
+        ("a.txt", "a: 1", "expected the name of a .yaml, .toml or .json file"),
+        ("a.yaml", b"\xff\xfe\x00", "is no valid yaml file"),
+        ("a.yaml", None, "cannot be read: No such file"),
+    ],
+)
+def test_files_of_something_else(tmp_path, capsys, name, text, words):
+    path = tmp_path / name
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert cli.main(["models", f"@{path}"]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"dcae-fast: @{path}: ") and words in errors
+
+
+def test_a_wrong_option_in_a_file(tmp_path, capsys):
+    """The file is named beside the option."""
+    path = tmp_path / "options.yaml"
+    path.write_text("steps: many\n")
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["sample", f"@{path}"])
+    errors = capsys.readouterr().err
+    assert caught.value.code == 2 and "--steps" in errors
+    assert f"with @{path} the arguments are: sample --steps many" in errors
