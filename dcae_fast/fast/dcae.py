@@ -14,15 +14,18 @@ from .fusion import (
     conv_norm_act,
     conv_without_bias,
     is_depthwise3x3,
+    is_divisible,
     layout_of,
     multiscale_qkv,
     norm_act_conv,
+    unknown_activation,
+    unknown_norm,
     upsample,
     upsample_conv_without_bias,
 )
 from .graphs import Result
 from .layers import Layer, Survey, UnknownModule
-from .module import FastModule, kind, plain
+from .module import Part, kind, plain
 
 IDENTITIES = ("Identity", "IdentityLayer")
 AVERAGING = ("PixelUnshuffleChannelAveragingDownSampleLayer",)
@@ -31,6 +34,8 @@ DUPLICATING = ("ChannelDuplicatingPixelShuffleUpSampleLayer", "ChannelDuplicatin
 
 class Stages(Coder):
     """Encoder or decoder: channels-last inside, the caller's memory format outside."""
+
+    attributes = ("project_in", "stages", "project_out")
 
     def fast_forward(self, x: torch.Tensor, *args, **kwargs) -> Result:
         out = self.eager(channels_last(x), *args, **kwargs)
@@ -71,26 +76,39 @@ class Decoder(Stages):
         return [*survey.blocks(reversed(self.stages)), survey.head(head, head, *head.op_list)]
 
 
-class RMSNorm2d(FastModule):
+class RMSNorm2d(Part):
     operators = ("rms_norm",)
+    attributes = ("weight", "bias", "eps")
+
+    @staticmethod
+    def reason_not_fast(norm: nn.Module) -> str:
+        return "it has no weight or no bias" if norm.weight is None or norm.bias is None else ""
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.weight is None or self.bias is None:
+        if self.reason_not_fast(self):
             return self.eager(x)
         return ops.rms_norm(x, self.weight, self.bias, self.eps)
 
 
-class ConvLayer(FastModule):
+class ConvLayer(Part):
     """Convolution, norm, activation: all but the convolution in one pass."""
 
     operators = ("bias_act", "conv2d", "rms_norm")
+    attributes = ("conv", "norm", "act")
+    optional = ("dropout",)
+
+    @staticmethod
+    def reason_not_fast(layer: nn.Module) -> str:
+        if getattr(layer, "dropout", None) is not None:
+            return "it has dropout"
+        return unknown_activation(layer.act) or unknown_norm(layer.norm)
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.add(x, None)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         act = activation_name(self.act)
-        if act is None or getattr(self, "dropout", None) is not None or not can_fuse_norm(self.norm):
+        if act is None or self.reason_not_fast(self) or not can_fuse_norm(self.norm):
             y = self.eager(x)
             return y if residual is None else y + residual
         return conv_norm_act(self.conv, self.norm, act, x, residual)
@@ -108,10 +126,15 @@ def bare_conv(layer: nn.Module) -> nn.Module | None:
     return layer.conv if isinstance(layer, ConvLayer) and plain(layer) and layer.is_bare() else None
 
 
-class OpSequential(FastModule):
+class OpSequential(Part):
     """The operations one after the other; an RMS norm takes along the activation and a small convolution behind it."""
 
     operators = ("rms_norm", "rms_norm_conv2d")
+    attributes = ("op_list",)
+
+    @staticmethod
+    def rests_on(sequence: nn.Module) -> dict[str, nn.Module]:
+        return {name: module for name, module in sequence.named_modules() if name not in ("", "op_list")}
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         rest = list(self.op_list)
@@ -133,7 +156,7 @@ class OpSequential(FastModule):
         return norm_act_conv(norm, act, bare_conv(head), x)
 
 
-class Branch(FastModule):
+class Branch(Part):
     """A residual branch whose last layer can add the residual."""
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -148,6 +171,11 @@ class Branch(FastModule):
 
 class ResBlock(Branch):
     operators = ConvLayer.operators
+    attributes = ("conv1", "conv2")
+
+    @staticmethod
+    def rests_on(block: nn.Module) -> dict[str, nn.Module]:
+        return {"conv2": block.conv2}
 
     def body(self, x: torch.Tensor) -> torch.Tensor:
         return self.conv1(x)
@@ -158,11 +186,15 @@ class ResBlock(Branch):
 
 class GLUMBConv(Branch):
     operators = (*ConvLayer.operators, "depthwise_glu")
+    attributes = ("inverted_conv", "depth_conv", "point_conv", "glu_act")
+
+    @staticmethod
+    def rests_on(block: nn.Module) -> dict[str, nn.Module]:
+        return {} if gates_in_one_pass(block) else {"point_conv": block.point_conv}
 
     def body(self, x: torch.Tensor) -> torch.Tensor:
         x, depth = self.inverted_conv(x), self.depth_conv
-        bare = isinstance(depth, ConvLayer) and plain(depth) and depth.is_bare()
-        if bare and is_depthwise3x3(depth.conv) and activation_name(self.glu_act) == "silu":
+        if gates_in_one_pass(self):
             return ops.depthwise_glu(x, depth.conv.weight, depth.conv.bias)
         value, gate = depth(x).chunk(2, dim=1)
         return value * self.glu_act(gate)
@@ -171,13 +203,26 @@ class GLUMBConv(Branch):
         return self.point_conv
 
 
+def gates_in_one_pass(block: nn.Module) -> bool:
+    """Whether a GLUMBConv's depthwise convolution and gate are those of `ops.depthwise_glu`."""
+    conv = bare_conv(block.depth_conv)
+    return conv is not None and is_depthwise3x3(conv) and activation_name(block.glu_act) == "silu"
+
+
 class LiteMLA(Branch):
     operators = (*ConvLayer.operators, "multiscale_qkv", "relu_linear_attention")
+    attributes = ("qkv", "aggreg", "proj", "dim", "eps")
+    optional = ("kernel_func", "norm_q", "norm_k")
+
+    @staticmethod
+    def reason_not_fast(attention: nn.Module) -> str:
+        if getattr(attention, "norm_qk", False) or getattr(attention, "norm_q", None) is not None:
+            return "it has norms of queries and keys"
+        kernel = getattr(attention, "kernel_func", None)
+        return "" if type(kernel) in (nn.ReLU, type(None)) else f"its kernel function is {type(kernel).__name__}"
 
     def add(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-        normalised = getattr(self, "norm_qk", False) or getattr(self, "norm_q", None) is not None
-        kernel = getattr(self, "kernel_func", None)
-        if normalised or (kernel is not None and activation_name(kernel) != "relu"):
+        if self.reason_not_fast(self) or not plain(getattr(self, "kernel_func", None)):
             y = self.eager(x)
             return y if residual is None else y + residual
         return super().add(x, residual)
@@ -191,14 +236,17 @@ class LiteMLA(Branch):
         return self.proj
 
 
-class PixelShuffleSampler(FastModule):
+class PixelShuffleSampler(Part):
     """3×3 convolution and pixel (un)shuffle: the bias goes along with the shuffle, or both with the convolution."""
 
     operators = ("conv2d", "conv2d_unshuffle", "unshuffle_average_add", "duplicate_shuffle_add")
+    attributes = ("conv", "factor")
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
-        conv = bare_conv(self.conv)
-        if "Unshuffle" in kind(self) and self.factor == 2 and can_fuse_unshuffle(conv, x):
+        conv, shrinks = bare_conv(self.conv), "Unshuffle" in kind(self)
+        if shrinks and not is_divisible(x, self.factor):
+            return self.eager(x)
+        if shrinks and self.factor == 2 and can_fuse_unshuffle(conv, x):
             return ops.conv2d_unshuffle(x, conv.weight, conv.bias)
         return self.shuffle(*self.without_bias(x))
 
@@ -213,42 +261,59 @@ class PixelShuffleSampler(FastModule):
         return self.conv(x), None
 
 
-class InterpolateSampler(FastModule):
+class InterpolateSampler(Part):
     """Nearest-neighbour up-sampling and 3×3 convolution."""
 
     operators = (*ConvLayer.operators, "upsample_conv2d")
+    attributes = ("conv", "factor")
+
+    @staticmethod
+    def reason_not_fast(sampler: nn.Module) -> str:
+        how = getattr(sampler, "mode", "nearest")
+        return "" if (sampler.factor, how) == (2, "nearest") else f"it enlarges {sampler.factor} times, {how}"
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(upsample(x)) if self.is_known() else self.eager(x)
+        return self.eager(x) if self.reason_not_fast(self) else self.conv(upsample(x))
 
     def without_bias(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What `ops.duplicate_shuffle_add` takes: the result or its planes before the bias, and the bias."""
         conv = bare_conv(self.conv)
-        if self.is_known() and conv is not None:
-            return upsample_conv_without_bias(conv, x)
-        return self(x), None
-
-    def is_known(self) -> bool:
-        return self.factor == 2 and getattr(self, "mode", "nearest") == "nearest"
+        if conv is None or self.reason_not_fast(self):
+            return self(x), None
+        return upsample_conv_without_bias(conv, x)
 
 
-class ResidualBlock(FastModule):
+class ResidualBlock(Part):
     """main(x) + shortcut(x), added by the last kernel of main, or by the kernel of the shortcut."""
 
     operators = ("unshuffle_average_add", "duplicate_shuffle_add")
+    attributes = ("main", "shortcut")
+    optional = ("pre_norm", "post_act")
+
+    @staticmethod
+    def reason_not_fast(block: nn.Module) -> str:
+        if getattr(block, "pre_norm", None) is not None or getattr(block, "post_act", None) is not None:
+            return "it has a norm before the branch or an activation after the sum"
+        if block.main is None or block.shortcut is None:
+            return "it has one branch"
+        known = (*IDENTITIES, *AVERAGING, *DUPLICATING)
+        return "" if kind(block.shortcut) in known else f"its shortcut is {type(block.shortcut).__name__}"
+
+    @staticmethod
+    def rests_on(block: nn.Module) -> dict[str, nn.Module]:
+        return {"main": block.main} if kind(block.shortcut) in IDENTITIES else {}
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         main, shortcut = self.main, self.shortcut
-        extra = getattr(self, "pre_norm", None) is not None or getattr(self, "post_act", None) is not None
-        if extra or main is None or shortcut is None or not plain(shortcut):
+        if self.reason_not_fast(self) or not plain(shortcut):
             return self.eager(x)
         name = kind(shortcut)
-        if name in IDENTITIES and isinstance(main, Branch) and plain(main):
-            return main.add(x, x)
-        if name in AVERAGING or name in DUPLICATING:
-            add = ops.unshuffle_average_add if name in AVERAGING else ops.duplicate_shuffle_add
-            return add(x, *self._main_without_bias(x), shortcut.factor)
-        return self.eager(x)
+        if name in IDENTITIES:
+            return main.add(x, x) if isinstance(main, Branch) and plain(main) else self.eager(x)
+        if name in AVERAGING and not is_divisible(x, shortcut.factor):
+            return self.eager(x)
+        add = ops.unshuffle_average_add if name in AVERAGING else ops.duplicate_shuffle_add
+        return add(x, *self._main_without_bias(x), shortcut.factor)
 
     def _main_without_bias(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         if isinstance(self.main, (PixelShuffleSampler, InterpolateSampler, ConvLayer)) and plain(self.main):

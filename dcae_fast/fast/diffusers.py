@@ -16,13 +16,16 @@ from .fusion import (
     conv_norm_act,
     conv_without_bias,
     is_depthwise3x3,
+    is_divisible,
     layout_of,
     multiscale_qkv,
     norm_act_conv,
+    unknown_activation,
+    unknown_norm,
     upsample_conv_without_bias,
 )
 from .layers import Layer, Survey
-from .module import FastModule, kind, plain
+from .module import Part, kind, plain
 
 
 def _norm_dtype(norm: nn.Module) -> torch.dtype | None:
@@ -43,6 +46,7 @@ class Encoder(Coder):
     """Channels-last inside, the caller's memory format outside; the head's shortcut in one pass."""
 
     operators = ("conv2d", "unshuffle_average_add")
+    attributes = ("conv_in", "down_blocks", "conv_out", "out_shortcut")
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         y = _stem(self.conv_in, channels_last(x))
@@ -66,6 +70,7 @@ class Decoder(Coder):
     """Channels-last inside, the caller's memory format outside; the stem's shortcut and the head's norm in one pass."""
 
     operators = ("conv2d", "duplicate_shuffle_add", "rms_norm", "rms_norm_conv2d")
+    attributes = ("conv_in", "up_blocks", "norm_out", "conv_act", "conv_out", "in_shortcut")
 
     def fast_forward(self, z: torch.Tensor) -> torch.Tensor:
         x = self.start(z)
@@ -103,35 +108,60 @@ def _norm_act_head(norm: nn.Module, act: str, head: nn.Module, x: torch.Tensor) 
     return head(ops.rms_norm(x, norm.weight, norm.bias, norm.eps, act, dtype=_norm_dtype(norm)))
 
 
-class ResBlock(FastModule):
+def missing_norm(norm: nn.Module | None) -> str:
+    """Why a block is not fused that must have a norm."""
+    return "it has no norm" if norm is None else unknown_norm(norm)
+
+
+class ResBlock(Part):
     operators = ("bias_act", "conv2d", "rms_norm")
+    attributes = ("conv1", "nonlinearity", "conv2", "norm")
+
+    @staticmethod
+    def reason_not_fast(block: nn.Module) -> str:
+        return unknown_activation(block.nonlinearity) or missing_norm(block.norm)
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         act = activation_name(self.nonlinearity)
-        if act is None or self.norm is None or not can_fuse_norm(self.norm):
+        if act is None or self.reason_not_fast(self) or not can_fuse_norm(self.norm):
             return self.eager(x)
         return _conv_norm_add(self.conv2, self.norm, conv_norm_act(self.conv1, None, act, x), x)
 
 
-class GLUMBConv(FastModule):
+class GLUMBConv(Part):
     operators = ("bias_act", "conv2d", "rms_norm", "depthwise_glu")
+    attributes = ("conv_inverted", "nonlinearity", "conv_depth", "conv_point", "norm", "residual_connection")
+
+    @staticmethod
+    def reason_not_fast(block: nn.Module) -> str:
+        if type(block.nonlinearity) is not nn.SiLU:
+            return f"its activation is {type(block.nonlinearity).__name__}"
+        return missing_norm(block.norm)
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
-        act = activation_name(self.nonlinearity)
-        if act != "silu" or not is_depthwise3x3(self.conv_depth) or self.norm is None or not can_fuse_norm(self.norm):
+        act, depth = activation_name(self.nonlinearity), self.conv_depth
+        if act is None or self.reason_not_fast(self) or not is_depthwise3x3(depth) or not can_fuse_norm(self.norm):
             return self.eager(x)
         y = conv_norm_act(self.conv_inverted, None, act, x)
-        y = ops.depthwise_glu(y, self.conv_depth.weight, self.conv_depth.bias)
+        y = ops.depthwise_glu(y, depth.weight, depth.bias)
         return _conv_norm_add(self.conv_point, self.norm, y, x if self.residual_connection else None)
 
 
-class SanaMultiscaleLinearAttention(FastModule):
+class SanaMultiscaleLinearAttention(Part):
     operators = ("multiscale_qkv", "relu_linear_attention", "rms_norm")
+    attributes = ("to_q", "to_k", "to_v", "to_qkv_multiscale", "nonlinearity", "to_out", "norm_out", "processor")
+
+    @staticmethod
+    def reason_not_fast(attention: nn.Module) -> str:
+        if type(attention.processor).__name__ != "SanaMultiscaleAttnProcessor2_0":
+            return f"its processor is {type(attention.processor).__name__}"
+        if type(attention.nonlinearity) is not nn.ReLU:
+            return f"its kernel function is {type(attention.nonlinearity).__name__}"
+        norm = attention.norm_out
+        return unknown_norm(norm) if kind(norm) == "RMSNorm" else f"its norm is {type(norm).__name__}"
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
-        fusable = kind(self.norm_out) == "RMSNorm" and can_fuse_norm(self.norm_out)
-        default = type(self.processor).__name__ == "SanaMultiscaleAttnProcessor2_0"
-        if not fusable or not default or activation_name(self.nonlinearity) != "relu":
+        if self.reason_not_fast(self) or not can_fuse_norm(self.norm_out) or not plain(self.nonlinearity):
             return self.eager(x)
         qkv = self._qkv(channels_last(x).movedim(1, -1)).movedim(-1, 1)
         scales = [multiscale_qkv(scale, scale.proj_in, scale.proj_out, qkv) for scale in self.to_qkv_multiscale]
@@ -149,11 +179,16 @@ class SanaMultiscaleLinearAttention(FastModule):
         return torch.cat([part(x) for part in parts], dim=-1)
 
 
-class DCDownBlock2d(FastModule):
+class DCDownBlock2d(Part):
     operators = ("conv2d", "conv2d_unshuffle", "unshuffle_average_add")
+    attributes = ("conv", "factor", "downsample", "shortcut")
+
+    @staticmethod
+    def reason_not_fast(block: nn.Module) -> str:
+        return "" if block.downsample or block.shortcut else "it is a convolution and nothing else"
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.downsample and not self.shortcut:
+        if self.reason_not_fast(self) or not is_divisible(x, self.factor):
             return self.eager(x)
         if not self.shortcut and self.factor == 2 and can_fuse_unshuffle(self.conv, x):
             return ops.conv2d_unshuffle(x, self.conv.weight, self.conv.bias)
@@ -161,13 +196,20 @@ class DCDownBlock2d(FastModule):
         return ops.unshuffle_average_add(x if self.shortcut else None, main, bias, self.factor)
 
 
-class DCUpBlock2d(FastModule):
+class DCUpBlock2d(Part):
     operators = ("conv2d", "duplicate_shuffle_add", "upsample_conv2d")
+    attributes = ("conv", "factor", "interpolate", "interpolation_mode", "shortcut")
+
+    @staticmethod
+    def reason_not_fast(block: nn.Module) -> str:
+        if not block.interpolate or (block.shortcut and block.interpolation_mode == "nearest"):
+            return ""
+        return (
+            f"it enlarges by {block.interpolation_mode} interpolation, with{'' if block.shortcut else 'out'} a shortcut"
+        )
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.interpolate and not self.shortcut:
-            return self.eager(x)
-        if self.interpolate and self.interpolation_mode != "nearest":
+        if self.reason_not_fast(self):
             return self.eager(x)
         convolve = upsample_conv_without_bias if self.interpolate else conv_without_bias
         main, bias = convolve(self.conv, x)

@@ -25,6 +25,11 @@ def layout_of(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return x if keep else x.contiguous()
 
 
+def is_divisible(x: torch.Tensor, factor: int) -> bool:
+    """Whether x can be made smaller by a factor; the modules' own forwards say so if not."""
+    return x.shape[2] % factor == x.shape[3] % factor == 0
+
+
 def activation_name(act: nn.Module | None) -> str | None:
     """What the kernels call this activation, None if they do not know it."""
     if act is None:
@@ -32,13 +37,29 @@ def activation_name(act: nn.Module | None) -> str | None:
     return ACTIVATIONS.get(type(act)) if plain(act) else None
 
 
+def unknown_activation(act: nn.Module | None) -> str:
+    """What an activation is if the kernels do not know it, else nothing."""
+    return "" if act is None or type(act) in ACTIVATIONS else f"its activation is {type(act).__name__}"
+
+
+def unknown_norm(norm: nn.Module | None) -> str:
+    """What a norm is if it is neither a channel RMS norm nor a batch norm, with weight and bias; else nothing."""
+    if norm is None:
+        return ""
+    if kind(norm) not in RMS_NORMS and not is_batch_norm(norm):
+        return f"its norm is {type(norm).__name__}"
+    if getattr(norm, "weight", None) is None or getattr(norm, "bias", None) is None:
+        return "its norm has no weight or no bias"
+    return "" if getattr(norm, "track_running_stats", True) else "its norm keeps no running statistics"
+
+
 def can_fuse_norm(norm: nn.Module | None) -> bool:
     """No norm, a channel RMS norm with weight and bias, or a batch norm that only scales and shifts."""
-    if norm is None:
-        return True
-    if not plain(norm) or getattr(norm, "weight", None) is None or getattr(norm, "bias", None) is None:
-        return False
-    return kind(norm) in RMS_NORMS or (type(norm) is nn.BatchNorm2d and not norm.training and norm.track_running_stats)
+    return norm is None or (not unknown_norm(norm) and plain(norm) and not (is_batch_norm(norm) and norm.training))
+
+
+def is_batch_norm(norm: nn.Module | None) -> bool:
+    return type(norm) is nn.BatchNorm2d
 
 
 def autocasts(x: torch.Tensor) -> bool:

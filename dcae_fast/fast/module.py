@@ -10,14 +10,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from dcae_fast import ops
 
-PACKAGES = (
-    "dcae_fast",
-    "dc_gen",
-    "diffusers",
-    "efficientvit",
-    "timm",
-    "torch",
-)  # whose classes are known by their names
+from .names import is_known
 
 
 class FastModule:
@@ -25,10 +18,26 @@ class FastModule:
 
     operators: names of the operators it calls. Where they have no kernel for the input's device or type, the module's
     own forward runs; `eager` calls it too, for what a fast forward cannot do. dims: dimensions of the input.
+    attributes: what a module must have to be of the class that the mixin is written for; optional: what it may have
+    besides. A module with other submodules is of another class.
     """
 
     operators: tuple[str, ...] = ()
     dims = 4
+    attributes: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+
+    @staticmethod
+    def reason_not_fast(module: nn.Module) -> str:
+        """Why no call of a module, patched or not, takes the fast way; empty if some may. Decided by what it is made
+        of, not by what may change with the next call: hooks, training mode.
+        """
+        return ""
+
+    @staticmethod
+    def rests_on(module: nn.Module) -> dict[str, nn.Module]:
+        """Submodules of which one at least must be patched, or else this one has nothing to gain. Empty: none."""
+        return {}
 
     def forward(self, *args, **kwargs):
         if not isinstance(self, FastModule):  # a wrapper kept this forward, and the module is patched no more
@@ -46,8 +55,14 @@ class FastModule:
 
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
         """Pickled as (mixin, original class): the combined class is made at run time and has no importable name."""
-        _, _, *state = super().__reduce_ex__(protocol)
-        return _new, type(self).__bases__, *state
+        reduced = super().__reduce_ex__(protocol)
+        if not _is_fast_class(type(self)):  # another library has derived a class from it
+            return reduced
+        return _new, type(self).__bases__, *reduced[2:]
+
+
+class Part(FastModule):
+    """A part of an encoder or decoder, fast on the channels-last tensors that these hand on."""
 
 
 @functools.cache
@@ -61,39 +76,57 @@ def _new(mixin: type[FastModule], base: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module before it was patched."""
-    return without_mixin(type(module))
-
-
-def without_mixin(cls: type[nn.Module]) -> type[nn.Module]:
-    return cls.__bases__[1] if _is_fast_class(cls) else cls
-
-
 def is_fast(module: nn.Module) -> bool:
-    return _is_fast_class(type(module))
+    return isinstance(module, FastModule)
 
 
 def _is_fast_class(cls: type[nn.Module]) -> bool:
     return len(cls.__bases__) == 2 and issubclass(cls.__bases__[0], FastModule)
 
 
-def unsharded_class(module: nn.Module) -> type[nn.Module]:
-    """A module's class; if fully_shard (FSDP2) has made that, the one that it was made of."""
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module's library gave it, without what `patch` and PyTorch have made of it since.
+
+    fully_shard, replicate and parametrizations give an instance a class of its own, derived from the one it has.
+    """
     cls = type(module)
-    names = ((base.__module__, base.__name__) for base in cls.__mro__)
-    is_sharded = any(name == "FSDPModule" and package.startswith("torch.distributed.") for package, name in names)
-    return cls.__bases__[1] if is_sharded else cls
+    while True:
+        if _is_fast_class(cls):
+            cls = cls.__bases__[1]
+        elif _is_torchs(cls) and not _is_torchs(cls.__bases__[-1]) and cls.__bases__[-1] is not object:
+            cls = cls.__bases__[-1]
+        else:
+            return cls
+
+
+def _is_torchs(cls: type) -> bool:
+    return cls.__module__.split(".")[0] == "torch"
+
+
+def class_in_use(module: nn.Module) -> type[nn.Module]:
+    """A module's fast class, or else its original one, without what others have derived from it."""
+    return next(filter(_is_fast_class, type(module).__mro__), None) or original_class(module)
+
+
+def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Put cls in the place of `class_in_use(module)`: a class that others derived from that is derived anew."""
+    module.__class__ = _derived_anew(type(module), class_in_use(module), cls)
+
+
+def _derived_anew(cls: type, old: type, new: type) -> type:
+    """cls with `new` in place of `old` among its bases, or theirs."""
+    if cls is old or old is new:
+        return new if cls is old else cls
+    bases = tuple(_derived_anew(base, old, new) if issubclass(base, old) else base for base in cls.__bases__)
+    content = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__.replace(old.__name__, new.__name__), bases, content)
 
 
 def kind(module: nn.Module) -> str:
-    """Name of a module's original class, without its package; empty if the package is none of PACKAGES."""
-    cls = original_class(module)
-    return cls.__name__ if cls.__module__.split(".")[0] in PACKAGES else ""
-
-
-def qualified_name(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
+    """Name of a module's class before `patch`, without its package; empty if that is not known here."""
+    cls = type(module)
+    cls = cls.__bases__[1] if _is_fast_class(cls) else cls
+    return cls.__name__ if is_known(cls) else ""
 
 
 def in_transform() -> bool:

@@ -2,20 +2,22 @@
 
 import contextlib
 import os
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
-from dcae_fast.ops._library import EXTENSION_IS_BUILT, HAS_TRITON, INTERPRETED, cuda_extension
-
-from . import dcae, diffusers, transformer
 from .coder import Coder, configure, release
 from .graphs import Graphs, NetworkGraphs
-from .module import FastModule, fast_class, qualified_name, unsharded_class, without_mixin
+from .module import FastModule, Part, change_class, class_in_use, fast_class, is_fast, original_class
+from .names import register_root
 from .network import Network
+from .registry import is_of_known_module, mixin_of, resemblance, unlike
+from .report import Report, missing
+
+__all__ = ["OPERATORS", "Report", "patch", "patched", "register_root", "unpatch"]
 
 OPERATORS = (
     "bias_act",
@@ -36,83 +38,21 @@ OPERATORS = (
     "upsample_conv2d",
 )
 
-_BLOCKS = {
-    "ConvLayer": dcae.ConvLayer,
-    "ConvPixelShuffleUpSampleLayer": dcae.PixelShuffleSampler,
-    "ConvPixelUnshuffleDownSampleLayer": dcae.PixelShuffleSampler,
-    "GLUMBConv": dcae.GLUMBConv,
-    "InterpolateConvUpSampleLayer": dcae.InterpolateSampler,
-    "LiteMLA": dcae.LiteMLA,
-    "OpSequential": dcae.OpSequential,
-    "ResBlock": dcae.ResBlock,
-    "ResidualBlock": dcae.ResidualBlock,
-}
-_CODERS = {"Encoder": dcae.Encoder, "Decoder": dcae.Decoder}
-_DIFFUSERS = "diffusers.models.autoencoders.autoencoder_dc"
 
-
-def _under(module: str, classes: dict[str, type[FastModule]]) -> dict[str, type[FastModule]]:
-    return {f"{module}.{name}": mixin for name, mixin in classes.items()}
-
-
-# Qualified name of a class → the mixin that makes it fast. The original code exists under two package roots.
-REGISTRY: dict[str, type[FastModule]] = {
-    **_under("dcae_fast.models.blocks", {**_BLOCKS, "RMSNorm2d": dcae.RMSNorm2d}),
-    **_under("dcae_fast.models.autoencoder", _CODERS),
-    "dcae_fast.models.dit.DiT": transformer.DiT,
-    "dcae_fast.models.transformer.PatchEmbed": transformer.PatchEmbed,
-    "dcae_fast.models.uvit.UViT": Network,
-    **_under("dc_gen.aecore.models.dc_ae", _CODERS),
-    **_under("efficientvit.models.efficientvit.dc_ae", _CODERS),
-    **_under(
-        _DIFFUSERS,
-        {
-            "DCDownBlock2d": diffusers.DCDownBlock2d,
-            "DCUpBlock2d": diffusers.DCUpBlock2d,
-            "Decoder": diffusers.Decoder,
-            "Encoder": diffusers.Encoder,
-            "ResBlock": diffusers.ResBlock,
-        },
-    ),
-    "diffusers.models.attention_processor.SanaMultiscaleLinearAttention": diffusers.SanaMultiscaleLinearAttention,
-    "diffusers.models.transformers.sana_transformer.GLUMBConv": diffusers.GLUMBConv,
-}
-for _root in ("dc_gen", "efficientvit"):
-    REGISTRY |= _under(f"{_root}.models.nn.ops", _BLOCKS)
-    REGISTRY |= _under(f"{_root}.models.nn.norm", {"RMSNorm2d": dcae.RMSNorm2d, "TritonRMSNorm2d": dcae.RMSNorm2d})
-for _models in ("dcae_fast.models", "dc_gen.c2icore.diffusioncore.models", "efficientvit.diffusioncore.models"):
-    REGISTRY[f"{_models}.uvit.Block"] = transformer.Block
-    REGISTRY |= _under(f"{_models}.dit", {"DiTBlock": transformer.DiTBlock, "FinalLayer": transformer.FinalLayer})
-
-
-@dataclass
-class Report:
-    """What `patch` did. replaced: class name → modules; skipped: (path, class name, reason); note: one line."""
-
-    replaced: Counter[str] = field(default_factory=Counter)
-    skipped: list[tuple[str, str, str]] = field(default_factory=list)
-    note: str = ""
-
-    def __str__(self) -> str:
-        rows = [("module", "patched", "left as it is, because")]
-        rows += [(name, str(count), "") for name, count in sorted(self.replaced.items())]
-        reasons = Counter((name, reason) for _, name, reason in self.skipped)
-        rows += [(name, "", f"{reason} ({count})") for (name, reason), count in sorted(reasons.items())]
-        widths = [max(len(row[column]) for row in rows) for column in range(2)]
-        table = [f"{name:<{widths[0]}}  {count:>{widths[1]}}  {reason}".rstrip() for name, count, reason in rows]
-        return "\n".join([*table, self.note] if self.note else table)
-
-
-def patch(
-    model: nn.Module, disable: Iterable[str] = (), cuda_graphs: bool = False, max_memory: int | None = None
-) -> Report:
+def patch(model: Any, disable: Iterable[str] = (), cuda_graphs: bool = False, max_memory: int | None = None) -> Report:
     """Make a DC-AE fast, and the diffusion transformers on its latents: this project's, diffusers'
-    `AutoencoderDC` or the original DC-Gen / efficientvit one.
+    `AutoencoderDC` or the original DC-Gen / efficientvit one, also in a copy inside another package (`register_root`).
 
+    model: an nn.Module, or a pipeline (anything with a dictionary `components`), of which every component is patched.
     Every module whose exact class is known gets a subclass with a fast forward; parameters, buffers, names and hooks
-    stay. A module that needs an operator named in `disable`, or in the environment variable DCAE_FAST_DISABLE ("all" or
-    names separated by commas), keeps or gets back its own. So does one whose forward was replaced on the instance
-    before; what replaces it afterwards, torch.compile(module.forward) for one, calls the fast forward until `unpatch`.
+    stay. Left as it is, and named in the report with the reason, is a module
+    - that needs an operator named in `disable`, or in the environment variable DCAE_FAST_DISABLE ("all" or names
+      separated by commas); also if it was patched before;
+    - that can never take its fast forward: of an option, an activation, a norm or a kind of weights that has none;
+    - of an encoder's or decoder's blocks, outside of one and in a model of another kind;
+    - that resembles a known class, but is of another one;
+    - whose forward was replaced on the instance before; what replaces it afterwards, torch.compile(module.forward) for
+      one, calls the fast forward until `unpatch`.
     Patching twice is the same as once; other options replace the former ones.
 
     cuda_graphs: inference calls of a patched encoder, decoder or transformer are captured the second time that they
@@ -122,119 +62,176 @@ def patch(
     take more it computes a few images at a time, and the layers that do not fit in bands of rows, with the same result
     to rounding. None: what is free on the GPU, no bound on a CPU.
 
-    Returns a report that prints as a table. Raises ValueError on an unknown operator name and unless max_memory is
-    positive, and RuntimeError after fully_shard (FSDP2), which makes classes of its own: patch before it.
+    Returns a report that prints as a table. Raises TypeError for a model or an option of another type, and ValueError
+    on an unknown operator name and unless max_memory is positive.
     """
-    disabled = _disabled(disable)
+    components, disabled = _components(model), _disabled(disable)
+    if not isinstance(cuda_graphs, bool):
+        raise TypeError(f"cuda_graphs={cuda_graphs!r}; expected True or False")
+    if max_memory is not None and (isinstance(max_memory, bool) or not isinstance(max_memory, int)):
+        raise TypeError(f"max_memory={max_memory!r}; expected a number of bytes, an integer, or None")
     if max_memory is not None and max_memory <= 0:
         raise ValueError(f"max_memory={max_memory}; expected a positive number of bytes")
-    report = Report()
-    for path, module, cls, reason in _known_modules(model, disabled):
-        name = without_mixin(cls).__name__
-        _set_class(module, cls)
+    options = disabled, cuda_graphs, max_memory
+    if components is None:
+        return _patch(model, *options)
+    return Report.of_components({name: _patch(component, *options) for name, component in components.items()})
+
+
+def _patch(model: nn.Module, disabled: set[str], cuda_graphs: bool, max_memory: int | None) -> Report:
+    report, reasons = Report(), {}
+    sharded = any(base.__name__ == "FSDPModule" for module in model.modules() for base in type(module).__mro__)
+    for path, module, within_coder in _parts(model):
+        cls = original_class(module)
+        mixin = mixin_of(cls)
+        if mixin is None:
+            reason = resemblance(cls, module)
+        else:
+            reason = _reason_not_fast(module, mixin, disabled, within_coder, sharded, reasons)
+            change_class(module, cls if reason else fast_class(mixin, cls))
         if reason:
             release(module)
-            report.skipped.append((path, name, reason))
-            continue
-        if issubclass(cls, Coder):
-            configure(module, Graphs() if cuda_graphs else None, max_memory)
-        elif issubclass(cls, Network):
-            configure(module, NetworkGraphs() if cuda_graphs else None, None)
-        report.replaced[name] += 1
-    report.note = _note(model, report)
+            reasons[module] = reason
+            report.skipped.append((path, cls.__name__, reason))
+        elif mixin is not None:
+            report.replaced[cls.__name__] += 1
+            if issubclass(mixin, Coder):
+                configure(module, Graphs() if cuda_graphs else None, max_memory)
+            elif issubclass(mixin, Network):
+                configure(module, NetworkGraphs() if cuda_graphs else None, None)
+    known = report.replaced or report.skipped
+    unknown = f"{type(model).__name__} has no module of a DC-AE that is known here: nothing was patched."
+    report.note = missing() if known else unknown
     return report
 
 
-def unpatch(model: nn.Module) -> None:
-    """Give every patched module its own class back. Raises RuntimeError after fully_shard (FSDP2)."""
-    for _, module, cls, _ in _known_modules(model, {"all"}):
-        release(module)
-        _set_class(module, cls)
+def unpatch(model: Any) -> None:
+    """Give every patched module of a model or pipeline its own class back."""
+    for module in _modules(model):
+        if is_fast(module):
+            release(module)
+            change_class(module, original_class(module))
 
 
 @contextlib.contextmanager
 def patched(
-    model: nn.Module, disable: Iterable[str] = (), cuda_graphs: bool = False, max_memory: int | None = None
+    model: Any, disable: Iterable[str] = (), cuda_graphs: bool = False, max_memory: int | None = None
 ) -> Iterator[Report]:
     """`patch` for a scope: every module whose class it changes has the former one back on the way out, and its options.
 
     Graphs that were captured before serve again afterwards.
     """
-    before = [(module, type(module), vars(module).pop("fast_options", None)) for module in model.modules()]
+    before = [(module, class_in_use(module), vars(module).pop("fast_options", None)) for module in _modules(model)]
     changed = []
     try:
         report = patch(model, disable, cuda_graphs, max_memory)
-        changed += [(module, cls) for module, cls, _ in before if type(module) is not cls]
+        changed += [(module, cls) for module, cls, _ in before if class_in_use(module) is not cls]
         yield report
     finally:
         for module, cls in changed:
-            _set_class(module, cls)
+            change_class(module, cls)
         for module, _, options in before:
             release(module)
             if options is not None:
                 module.fast_options = options
 
 
-def _known_modules(model: nn.Module, disabled: set[str]) -> list[tuple[str, nn.Module, type[nn.Module], str]]:
-    """(path, module, the class that it is to have, why that is not a fast one) of those in REGISTRY."""
-    known = []
-    for path, module in model.named_modules():
-        own = without_mixin(unsharded_class(module))
-        mixin = REGISTRY.get(qualified_name(own))
-        if mixin is not None:
-            reason = _reason_to_skip(module, mixin, disabled)
-            cls = own if reason else fast_class(mixin, own)
-            _check_not_sharded(module, cls)
-            known.append((path, module, cls, reason))
-    return known
+def _components(model: Any) -> dict[str, nn.Module] | None:
+    """The modules among the components of a pipeline; None of a module. Raises TypeError for anything else."""
+    if isinstance(model, nn.Module):
+        return None
+    components = getattr(model, "components", None)
+    if not isinstance(components, Mapping):
+        raise TypeError(
+            f"model is {_described(model)}; expected an nn.Module, or a pipeline with modules as components"
+        )
+    return {name: module for name, module in components.items() if isinstance(module, nn.Module)}
 
 
-def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
-    _check_not_sharded(module, cls)
-    if unsharded_class(module) is not cls:
-        module.__class__ = cls
+def _modules(model: Any) -> list[nn.Module]:
+    components = _components(model)
+    roots = [model] if components is None else components.values()
+    return list(dict.fromkeys(module for root in roots for module in root.modules()))
 
 
-def _check_not_sharded(module: nn.Module, cls: type[nn.Module]) -> None:
-    """A class that fully_shard has made of another one than cls has the methods of that one."""
-    before = unsharded_class(module)
-    if before is not type(module) and before is not cls:
-        name = without_mixin(cls).__name__
-        raise RuntimeError(f"a {name} has a class that fully_shard made: patch and unpatch a model before fully_shard")
+def _described(value: Any) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else f"of type {type(value).__name__}"
+
+
+def _parts(
+    module: nn.Module, path: str = "", within_coder: bool = False, is_asked_for: bool = True, seen: set | None = None
+) -> Iterator[tuple[str, nn.Module, bool]]:
+    """(path, module, whether it lies in an encoder or decoder) of a module and all in it, each after those in it.
+
+    A block that is given itself, at most in PyTorch's own containers and wrappers, is taken for a coder's.
+    """
+    seen = set() if seen is None else seen
+    seen.add(module)
+    cls = original_class(module)
+    mixin, is_wrapper = mixin_of(cls), cls.__module__.split(".")[0] == "torch"
+    within_coder = within_coder or (is_asked_for and is_of_known_module(cls))
+    inside = within_coder or (mixin is not None and issubclass(mixin, Coder))
+    for name, child in module.named_children():
+        if child not in seen:
+            yield from _parts(child, f"{path}.{name}".lstrip("."), inside, is_asked_for and is_wrapper, seen)
+    yield path, module, within_coder
 
 
 def _disabled(disable: Iterable[str]) -> set[str]:
-    asked = {disable} if isinstance(disable, str) else set(disable)
-    asked |= {name.strip() for name in os.environ.get("DCAE_FAST_DISABLE", "").split(",") if name.strip()}
+    asked = list(disable) if isinstance(disable, Iterable) and not isinstance(disable, str) else [disable]
+    if not all(isinstance(name, str) for name in asked):
+        raise TypeError(f"disable={disable!r}; expected names of operators")
+    asked = {*asked, *filter(None, map(str.strip, os.environ.get("DCAE_FAST_DISABLE", "").split(",")))}
     unknown = asked - {"all", *OPERATORS}
     if unknown:
         raise ValueError(f"unknown operators to disable: {sorted(unknown)}; expected 'all' or some of {OPERATORS}")
     return asked
 
 
-def _reason_to_skip(module: nn.Module, mixin: type[FastModule], disabled: set[str]) -> str:
+def _reason_not_fast(
+    module: nn.Module,
+    mixin: type[FastModule],
+    disabled: set[str],
+    within_coder: bool,
+    sharded: bool,
+    reasons: dict[nn.Module, str],
+) -> str:
+    """Why a module of a known class is left as it is. reasons: of modules in it."""
     if "all" in disabled:
         return "everything is disabled"
     missing = sorted(disabled.intersection(mixin.operators))
     if missing:
         return f"{', '.join(missing)} disabled"
-    if "forward" in module.__dict__ and not isinstance(module, FastModule):  # which may not know the fast one
+    if "forward" in module.__dict__ and not is_fast(module):  # which may not know the fast one
         return "its forward was replaced on the instance"
-    return ""
+    if parametrize.is_parametrized(module):
+        return f"parametrised: {', '.join(module.parametrizations)}"
+    reason = unlike(mixin, module)
+    if reason:
+        return reason
+    if issubclass(mixin, Part):
+        if not within_coder:
+            return "it lies outside the encoder or decoder of a DC-AE"
+        reason = _unusual_weights(module, sharded)
+    return reason or mixin.reason_not_fast(module) or _unsupported(mixin.rests_on(module), reasons)
 
 
-def _note(model: nn.Module, report: Report) -> str:
-    if not report.replaced and not report.skipped:
-        return f"{type(model).__name__} has no module of a DC-AE that is known here: nothing was patched."
-    if not torch.cuda.is_available() and not INTERPRETED:
-        return "No CUDA device: on a CPU the modules' own forwards run."
-    if not HAS_TRITON:
-        return "Triton is not installed: the modules' own forwards run."
-    if torch.cuda.is_available() and cuda_extension() is None:
-        state = "does not load" if EXTENSION_IS_BUILT else "is not built"
-        return f"dcae_fast._C {state}: convolutions, linear layers and attention are torch's, all else runs in Triton."
-    libraries = {"Convolution": "cuDNN: convolutions are torch's", "Product": "cuBLASLt: linear layers are torch's"}
-    missing = [words for name, words in libraries.items() if not hasattr(cuda_extension(), name)]
-    if torch.cuda.is_available() and missing:
-        return f"dcae_fast._C is built without {'; without '.join(missing)}."
-    return ""
+def _unsupported(parts: dict[str, nn.Module], reasons: dict[nn.Module, str]) -> str:
+    """Why none of the parts that a module rests on is fast; empty if one is, or it rests on none."""
+    if not parts or any(map(is_fast, parts.values())):
+        return ""
+    name, part = next((item for item in parts.items() if item[1] in reasons), next(iter(parts.items())))
+    return f"{name}: {reasons.get(part, f'no fast forward for {original_class(part).__name__}')}"
+
+
+def _unusual_weights(module: nn.Module, sharded: bool) -> str:
+    """What the weights of a module are that are no ordinary tensors: quantised ones, for example.
+
+    Those of other known modules in it are not its own. sharded: fully_shard gives each call ordinary ones.
+    """
+    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        name = type(tensor).__name__
+        if type(tensor) not in (nn.Parameter, torch.Tensor) and not (sharded and name == "DTensor"):
+            return f"it has weights of type {name}"
+    children = (child for child in module.children() if mixin_of(original_class(child)) is None)
+    return next(filter(None, (_unusual_weights(child, sharded) for child in children)), "")

@@ -27,9 +27,15 @@ class PatchEmbed(FastModule):
     brings images to another layout and back, and its bias takes a pass of its own.
     """
 
+    attributes = ("proj",)
+
+    @staticmethod
+    def reason_not_fast(embedding: nn.Module) -> str:
+        return "" if type(embedding.proj) is nn.Conv2d else f"its convolution is {type(embedding.proj).__name__}"
+
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         proj = self._modules["proj"]
-        if not (is_ordinary(x) and type(proj) is nn.Conv2d and plain(proj) and has_dtype(proj, x)):
+        if not is_ordinary(x) or self.reason_not_fast(self) or not plain(proj) or not has_dtype(proj, x):
             return self.eager(x)
         weight, bias = operands_of(proj, compute_dtype(x))
         patches = F.pixel_unshuffle(x, proj.kernel_size[0]).flatten(2).transpose(1, 2)  # as the weight's [C, p, p]
@@ -45,11 +51,18 @@ class Block(TransformerBlock):
     """UViT's."""
 
     operators = (*TransformerBlock.operators, "concatenate")
+    attributes = ("norm1", "attn", "norm2", "mlp")
+    optional = ("skip_linear",)
+
+    @staticmethod
+    def reason_not_fast(block: nn.Module) -> str:
+        norms = block._modules["norm1"], block._modules["norm2"]
+        return unknown_block(block) or ("" if all(map(is_affine, norms)) else "a norm has no weight or no bias")
 
     def fast_forward(self, x: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
         modules = self._modules
         norm1, norm2, skip_linear = modules["norm1"], modules["norm2"], modules.get("skip_linear")
-        if not (can_fuse(self, x) and is_affine(norm1) and is_affine(norm2) and plain(skip_linear)):
+        if not is_ordinary(x) or self.reason_not_fast(self) or not may_fuse(self) or not plain(skip_linear):
             return self.eager(x, skip)
         if skip_linear is not None:
             x = long_skip(skip_linear, x, skip)
@@ -60,6 +73,15 @@ class Block(TransformerBlock):
 class DiTBlock(TransformerBlock):
     """A gated sum, the norm of it and its modulation are one pass; the block's last sum waits for the next norm."""
 
+    attributes = ("norm1", "attn", "norm2", "mlp", "adaLN_modulation")
+
+    @staticmethod
+    def reason_not_fast(block: nn.Module) -> str:
+        if vars(block).get("post_norm"):
+            return "its norms come after attention and MLP (post_norm)"
+        norms = block._modules["norm1"], block._modules["norm2"]
+        return unknown_block(block) or ("a norm has weights" if any(norm.elementwise_affine for norm in norms) else "")
+
     def fast_forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         if not self.fuses(x):
             return self.eager(x, condition)
@@ -67,9 +89,7 @@ class DiTBlock(TransformerBlock):
         return x + gate[:, None] * branch
 
     def fuses(self, x: torch.Tensor) -> bool:
-        norms = self._modules["norm1"], self._modules["norm2"]
-        known = can_fuse(self, x) and not vars(self).get("post_norm")
-        return known and not any(norm.elementwise_affine for norm in norms)
+        return is_ordinary(x) and not self.reason_not_fast(self) and may_fuse(self)
 
     def run(self, x, branch, gate, condition) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The block on x + gate · branch, or on x; its result in the same form."""
@@ -83,14 +103,20 @@ class FinalLayer(TransformerBlock):
     """DiT's: modulated norm and linear layer."""
 
     operators = ("layer_norm", "linear")
+    attributes = ("norm_final", "linear", "adaLN_modulation")
+
+    @staticmethod
+    def reason_not_fast(layer: nn.Module) -> str:
+        norm = layer._modules["norm_final"]
+        known = type(norm) is nn.LayerNorm and not norm.elementwise_affine
+        return "" if known else "its norm is not a LayerNorm without weights"
 
     def fast_forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         return self.run(x, None, None, condition) if self.fuses(x) else self.eager(x, condition)
 
     def fuses(self, x: torch.Tensor) -> bool:
-        norm = self._modules["norm_final"]
-        known = is_ordinary(x) and type(norm) is nn.LayerNorm and not norm.elementwise_affine
-        return known and plain(norm, self._modules["linear"])
+        modules = self._modules
+        return is_ordinary(x) and not self.reason_not_fast(self) and plain(modules["norm_final"], modules["linear"])
 
     def run(self, x, branch, gate, condition) -> torch.Tensor:
         """The layer on x + gate · branch, or on x."""
@@ -102,6 +128,8 @@ class FinalLayer(TransformerBlock):
 
 class DiT(Network):
     """This project's, whose blocks leave their last sums to the norms of the next ones."""
+
+    attributes = ("config", "x_embedder", "t_embedder", "y_embedder", "pos_embed", "blocks", "final_layer")
 
     def fast_forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         check_inputs(self.config, x, t, y, fewest_channels=self.config.in_channels)
@@ -135,21 +163,29 @@ def is_ordinary(tensor: torch.Tensor | None) -> bool:
     return type(tensor) in (nn.Parameter, torch.Tensor)
 
 
-def can_fuse(block: nn.Module, x: torch.Tensor) -> bool:
-    """Whether norms, attention and MLP are those of a UViT or DiT, and nobody would miss a call of them."""
+def unknown_block(block: nn.Module) -> str:
+    """What is not as in a UViT or DiT among the norms, the attention and the MLP of a block; empty if all is."""
     attn, feed, *norms = map(block._modules.get, ("attn", "mlp", "norm1", "norm2"))
-    return (
-        is_ordinary(x)
-        and kind(attn) == "Attention"
-        and kind(feed) == "Mlp"
-        and type(feed._modules.get("act")) is nn.GELU
-        and not (attn._parameters or attn._buffers)
-        and vars(attn).get("scale") in (None, (x.shape[-1] // attn.num_heads) ** -0.5)
-        and all(type(norm) is nn.LayerNorm and len(norm.normalized_shape) == 1 for norm in norms)
-        and has_no_more(attn, "qkv", "proj")
-        and has_no_more(feed, "fc1", "act", "fc2")
-        and plain(attn, feed, *norms, *attn._modules.values(), *feed._modules.values())
-    )
+    if not all(type(norm) is nn.LayerNorm and len(norm.normalized_shape) == 1 for norm in norms):
+        return "a norm is not a LayerNorm over channels"
+    if kind(attn) != "Attention" or kind(feed) != "Mlp":
+        return f"attention and MLP are {type(attn).__name__} and {type(feed).__name__}"
+    if type(feed._modules.get("act")) is not nn.GELU:
+        return f"its activation is {type(feed._modules.get('act')).__name__}"
+    if vars(attn).get("scale") not in (None, (norms[0].normalized_shape[0] // attn.num_heads) ** -0.5):
+        return "its attention has another scale"
+    known = has_no_more(attn, "qkv", "proj") and has_no_more(feed, "fc1", "act", "fc2")
+    if attn._parameters or attn._buffers or not known:
+        return "its attention or MLP has other layers or parameters besides"
+    return ""
+
+
+def may_fuse(block: nn.Module) -> bool:
+    """Whether nobody would miss a call of a block's modules: no hooks, and no dropout that is on."""
+    attn, feed, *norms = map(block._modules.get, ("attn", "mlp", "norm1", "norm2"))
+    inner = *attn._modules.values(), *feed._modules.values()
+    dropout = (each for each in inner if type(each) is nn.Dropout)
+    return plain(attn, feed, *norms, *inner) and not any(each.training and each.p for each in dropout)
 
 
 def is_linear(layer: nn.Module, x: torch.Tensor) -> bool:
@@ -173,12 +209,9 @@ def is_affine(norm: nn.Module) -> bool:
 
 
 def has_no_more(module: nn.Module, *names: str) -> bool:
-    """Whether all children but those of these names do nothing: dropout that is off, identities."""
-    return all(
-        name in names or type(child) is nn.Identity or (type(child) is nn.Dropout and not (child.training and child.p))
-        for name, child in module._modules.items()
-        if child is not None
-    )
+    """Whether all children but those of these names are identities or dropout."""
+    others = [child for name, child in module._modules.items() if name not in names]
+    return all(type(child) in (nn.Identity, nn.Dropout, type(None)) for child in others)
 
 
 def long_skip(layer: nn.Module, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:

@@ -82,10 +82,11 @@ def test_a_part_can_be_patched():
 def test_report():
     model = build("adaptive")
     report = dcae_fast.patch(model)
-    counts = {"ConvLayer": 6, "Decoder": 1, "Encoder": 1, "OpSequential": 6, "RMSNorm2d": 3, "ResBlock": 2}
+    counts = {"ConvLayer": 6, "Decoder": 1, "Encoder": 1, "OpSequential": 5, "RMSNorm2d": 3, "ResBlock": 2}
     samplers = {"ConvPixelUnshuffleDownSampleLayer": 1, "ConvPixelShuffleUpSampleLayer": 1}
     assert report.replaced == counts | samplers | {"ResidualBlock": 2}
-    assert report.skipped == []
+    adaptive = "op_list.0: no fast forward for AdaptiveOutputConvLayer"
+    assert report.skipped == [("encoder.project_out", "OpSequential", adaptive)]
     header, *rows = str(report).splitlines()
     assert header.split()[:2] == ["module", "patched"]
     assert [row.split() for row in rows[:2]] == [["ConvLayer", "6"], ["ConvPixelShuffleUpSampleLayer", "1"]]
@@ -94,7 +95,7 @@ def test_report():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_report_without_kernels(monkeypatch):
-    monkeypatch.setattr("dcae_fast.fast.patch.INTERPRETED", False)
+    monkeypatch.setattr("dcae_fast.fast.report.INTERPRETED", False)
     report = dcae_fast.patch(build("adaptive"))
     assert report.note == str(report).splitlines()[-1] == "No CUDA device: on a CPU the modules' own forwards run."
 
@@ -114,8 +115,8 @@ class WithoutCublaslt:
 )
 def test_report_without_the_extension(monkeypatch, built, extension, note):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("dcae_fast.fast.patch.EXTENSION_IS_BUILT", built)
-    monkeypatch.setattr("dcae_fast.fast.patch.cuda_extension", lambda: extension)
+    monkeypatch.setattr("dcae_fast.fast.report.EXTENSION_IS_BUILT", built)
+    monkeypatch.setattr("dcae_fast.fast.report.cuda_extension", lambda: extension)
     assert note in dcae_fast.patch(build("adaptive")).note
 
 

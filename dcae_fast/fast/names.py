@@ -1,0 +1,45 @@
+"""Classes are recognised by their qualified name below a package root: dc_gen.models.nn.ops.ResBlock by what follows
+dc_gen, wherever in the name dc_gen stands.
+"""
+
+# The original under its names, this project, diffusers; copies inside other packages keep one of these names.
+ROOTS = {"dc_ai", "dc_gen", "dcae_fast", "diffusers", "efficientvit"}
+PACKAGES = ("timm", "torch")  # of whose classes the fast forwards know some by their names alone
+
+
+def register_root(root: str) -> None:
+    """Make `patch` recognise the classes of another copy of DC-Gen, efficientvit, diffusers or this project.
+
+    root: the package as it is imported, with dots if it lies inside another one: "my_fork" for a class
+    my_fork.models.nn.ops.ResBlock. Below the root, modules and classes must have the names that the original has;
+    `patch` checks attributes and leaves a class alone that has others. Raises TypeError unless root is a string, and
+    ValueError unless it is the name of a package.
+    """
+    if not isinstance(root, str):
+        raise TypeError(f"root is {root!r}; expected the name of a package, as in 'my_fork'")
+    if not all(part.isidentifier() for part in root.split(".")):
+        raise ValueError(f"root={root!r}; expected the name of a package, as in 'my_fork' or 'my_project.vendored'")
+    ROOTS.add(root)
+    _KNOWN.clear()
+
+
+def qualified_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def below_roots(cls: type) -> list[str]:
+    """The class's qualified name without everything up to a root; one for each root in it."""
+    parts = qualified_name(cls).split(".")
+    cuts = [(".".join(["", *parts[:k]]), ".".join(parts[k:])) for k in range(1, len(parts))]
+    return [rest for package, rest in cuts if any(package.endswith(f".{root}") for root in ROOTS)]
+
+
+def is_known(cls: type) -> bool:
+    """Whether a class lies below a root or in one of PACKAGES."""
+    if cls not in _KNOWN:
+        _KNOWN[cls] = cls.__module__.split(".")[0] in PACKAGES or bool(below_roots(cls))
+    return _KNOWN[cls]
+
+
+_KNOWN: dict[type, bool] = {}  # asked in every call
+is_known._dynamo_marked_constant = True  # what torch.compiler.assume_constant_result does

@@ -1,0 +1,54 @@
+"""What `patch` did, and what is missing on this machine for a patched model to be as fast as it can be."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+
+from dcae_fast.ops._library import EXTENSION_IS_BUILT, HAS_TRITON, INTERPRETED, cuda_extension
+
+
+@dataclass
+class Report:
+    """What `patch` did. replaced: class name → modules; skipped: (path, class name, reason); note: one line.
+
+    components: of a pipeline, name → report of that component; `replaced` and `skipped` are of all of them.
+    """
+
+    replaced: Counter[str] = field(default_factory=Counter)
+    skipped: list[tuple[str, str, str]] = field(default_factory=list)
+    note: str = ""
+    components: dict[str, "Report"] = field(default_factory=dict)
+
+    @classmethod
+    def of_components(cls, reports: dict[str, "Report"]) -> "Report":
+        replaced = sum((report.replaced for report in reports.values()), Counter())
+        skipped = [(f"{name}.{path}", *rest) for name, report in reports.items() for path, *rest in report.skipped]
+        return cls(replaced, skipped, components=reports)
+
+    def __str__(self) -> str:
+        if self.components:
+            return "\n\n".join(f"{name}:\n{report}" for name, report in self.components.items())
+        rows = [("module", "patched", "left as it is, because")]
+        rows += [(name, str(count), "") for name, count in sorted(self.replaced.items())]
+        reasons = Counter((name, reason) for _, name, reason in self.skipped)
+        rows += [(name, "", f"{reason} ({count})") for (name, reason), count in sorted(reasons.items())]
+        widths = [max(len(row[column]) for row in rows) for column in range(2)]
+        table = [f"{name:<{widths[0]}}  {count:>{widths[1]}}  {reason}".rstrip() for name, count, reason in rows]
+        return "\n".join([*table, self.note] if self.note else table)
+
+
+def missing() -> str:
+    """What this machine or installation lacks, in one line; empty if nothing."""
+    if not torch.cuda.is_available() and not INTERPRETED:
+        return "No CUDA device: on a CPU the modules' own forwards run."
+    if not HAS_TRITON:
+        return "Triton is not installed: the modules' own forwards run."
+    if torch.cuda.is_available() and cuda_extension() is None:
+        state = "does not load" if EXTENSION_IS_BUILT else "is not built"
+        return f"dcae_fast._C {state}: convolutions, linear layers and attention are torch's, all else runs in Triton."
+    libraries = {"Convolution": "cuDNN: convolutions are torch's", "Product": "cuBLASLt: linear layers are torch's"}
+    absent = [words for name, words in libraries.items() if not hasattr(cuda_extension(), name)]
+    if torch.cuda.is_available() and absent:
+        return f"dcae_fast._C is built without {'; without '.join(absent)}."
+    return ""
