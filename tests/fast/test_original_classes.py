@@ -3,6 +3,7 @@
 import copy
 import pickle
 import sys
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -11,6 +12,7 @@ from small_models import build, build_block, image, operators_called, step
 from torch import nn
 
 import dcae_fast
+from dcae_fast.fast import names
 from dcae_fast.fast.bands import Bands
 from dcae_fast.models import autoencoder, blocks, functional
 
@@ -46,9 +48,13 @@ class ResidualBlock(blocks.ResidualBlock):
         return y if self.post_act is None else self.post_act(y)
 
 
-def stand_ins(root: str) -> dict[type, tuple[str, str, type]]:
-    """This project's class → module and name of the original one, and what to derive it from."""
-    duplicating = {"dc_gen": "ChannelDuplicatingPixelShuffle", "efficientvit": "ChannelDuplicatingPixelUnshuffle"}
+def stand_ins(root: str, coders: str) -> dict[type, tuple[str, str, type]]:
+    """This project's class → module and name of the original one, and what to derive it from.
+
+    coders: the module of encoder and decoder.
+    """
+    efficientvit = "efficientvit" in coders.removeprefix(root)
+    duplicating = "ChannelDuplicatingPixelUnshuffle" if efficientvit else "ChannelDuplicatingPixelShuffle"
     ops = f"{root}.models.nn.ops"
     same_name = [
         blocks.ResBlock,
@@ -66,21 +72,25 @@ def stand_ins(root: str) -> dict[type, tuple[str, str, type]]:
         blocks.LiteMLA: (ops, "LiteMLA", LiteMLA),
         blocks.ResidualBlock: (ops, "ResidualBlock", ResidualBlock),
         blocks.ChannelDuplicatingPixelShuffleUpSampleLayer: (
-            ops, duplicating[root] + "UpSampleLayer", blocks.ChannelDuplicatingPixelShuffleUpSampleLayer
+            ops, duplicating + "UpSampleLayer", blocks.ChannelDuplicatingPixelShuffleUpSampleLayer
         ),
         nn.Identity: (ops, "IdentityLayer", nn.Identity),
         blocks.RMSNorm2d: (f"{root}.models.nn.norm", "TritonRMSNorm2d", Norm),
-        autoencoder.Encoder: (CODERS[root], "Encoder", autoencoder.Encoder),
-        autoencoder.Decoder: (CODERS[root], "Decoder", autoencoder.Decoder),
-        autoencoder.DCAE: (CODERS[root], "DCAE", autoencoder.DCAE),
+        autoencoder.Encoder: (coders, "Encoder", autoencoder.Encoder),
+        autoencoder.Decoder: (coders, "Decoder", autoencoder.Decoder),
+        autoencoder.DCAE: (coders, "DCAE", autoencoder.DCAE),
     }  # fmt: skip
 
 
 @pytest.fixture(params=CODERS)
 def as_original(request, monkeypatch):
     """as_original(model): a copy made of the original's classes, which can be imported while a test runs."""
+    return converter(request.param, CODERS[request.param], monkeypatch)
+
+
+def converter(root: str, coders: str, monkeypatch) -> Callable[[nn.Module], nn.Module]:
     classes = {}
-    for ours, (module, name, base) in stand_ins(request.param).items():
+    for ours, (module, name, base) in stand_ins(root, coders).items():
         classes[ours] = type(name, (base,), {"__module__": module})
         parts = module.split(".")
         for package in [".".join(parts[: i + 1]) for i in range(len(parts))]:
@@ -167,6 +177,74 @@ def test_options_of_no_released_model(name, path, attribute, value, as_original,
     same_step(step(block, x), expected)
 
 
+COPIES = {
+    "dc_ai": "dc_ai.aecore.models.dc_ae",
+    "diffusion.model.dc_ae.efficientvit": "diffusion.model.dc_ae.efficientvit.models.efficientvit.dc_ae",
+    "somebody.vendored.dc_gen": "somebody.vendored.dc_gen.aecore.models.dc_ae",
+}
+
+
+@pytest.mark.parametrize("root", COPIES)
+def test_copies_in_other_packages(root, monkeypatch, compare):
+    ours = build("shuffled")
+    model, x = converter(root, COPIES[root], monkeypatch)(ours), image(1, 3, 8, 8)
+    with torch.no_grad():
+        expected = model(x)
+        report, known = dcae_fast.patch(model), dcae_fast.patch(ours)
+        assert report.replaced.total() == known.replaced.total() and report.skipped == known.skipped == []
+        assert operators_called(model, x) == operators_called(ours, x)  # what lies between the blocks is known, too
+        compare("eager", model(x), expected, 5e-6)
+
+
+def test_a_root_of_ones_own(monkeypatch):
+    monkeypatch.setattr(names, "ROOTS", set(names.ROOTS))
+    monkeypatch.setattr(names, "_KNOWN", {})
+    model = converter("group.my_fork", "group.my_fork.aecore.models.dc_ae", monkeypatch)(build("shuffled"))
+    report = dcae_fast.patch(model)
+    assert not report.replaced
+    assert (
+        "decoder",
+        "Decoder",
+        "group.my_fork.aecore.models.dc_ae is no known copy of a DC-AE's code: see dcae_fast.register_root",
+    ) in report.skipped
+    dcae_fast.register_root("my_fork")
+    report = dcae_fast.patch(model)
+    assert report.skipped == [] and report.replaced == dcae_fast.patch(model).replaced
+    assert report.replaced.total() == dcae_fast.patch(build("shuffled")).replaced.total()
+
+
+@pytest.mark.parametrize("root, error", [(3, TypeError), (None, TypeError), ("", ValueError), ("my-fork", ValueError)])
+def test_what_is_no_root(root, error):
+    with pytest.raises(error, match="expected the name of a package, as in 'my_fork'"):
+        dcae_fast.register_root(root)
+
+
+def test_strangers_with_a_known_name(as_original):
+    """Attributes are checked, too: a module that lacks some, or has others, is left alone and named."""
+    model = as_original(build("shuffled"))
+    block = model.encoder.stages[1].op_list[0].main
+    block.conv1.attention = nn.Conv2d(8, 8, 1)
+    stranger = type("ConvLayer", (nn.Identity,), {"__module__": type(block.conv1).__module__})
+    block.conv2 = stranger()
+    path = "encoder.stages.1.op_list.0"
+    assert set(dcae_fast.patch(model).skipped) == {
+        (f"{path}.main.conv1", "ConvLayer", "it also has attention"),
+        (f"{path}.main.conv2", "ConvLayer", "it has no conv, norm, act"),
+        (f"{path}.main", "ResBlock", "conv2: it has no conv, norm, act"),
+        (path, "ResidualBlock", "main: conv2: it has no conv, norm, act"),
+    }
+    assert type(block.conv2) is stranger
+
+
+def test_derived_classes(as_original):
+    model = as_original(build("shuffled"))
+    layer = model.encoder.stages[1].op_list[0].main.conv1
+    layer.__class__ = type("QuantConvLayer", (type(layer),), {"__module__": "somebody"})
+    assert ("encoder.stages.1.op_list.0.main.conv1", "QuantConvLayer") in {
+        (path, name) for path, name, reason in dcae_fast.patch(model).skipped if "derives from ConvLayer" in reason
+    }
+
+
 def test_classes_of_the_same_name_elsewhere():
     """A class is known by its module, too."""
     block, x = build_block("ResBlock")
@@ -174,5 +252,7 @@ def test_classes_of_the_same_name_elsewhere():
         if type(module) is blocks.ConvLayer:
             module.__class__ = type("ConvLayer", (blocks.ConvLayer,), {"__module__": "somebody.models.nn.ops"})
     report = dcae_fast.patch(block)
-    assert "ConvLayer" not in report.replaced and report.replaced.total() == 3
+    assert report.replaced == {"RMSNorm2d": 1}, "all else rests on these layers"
+    reason = "somebody.models.nn.ops is no known copy of a DC-AE's code: see dcae_fast.register_root"
+    assert ("main.conv2", "ConvLayer", reason) in report.skipped
     assert block(x).shape == x.shape
