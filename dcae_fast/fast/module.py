@@ -46,7 +46,13 @@ class FastModule:
 
     def dispatch(self, *args, **kwargs):
         """Takes the fast way, or the module's own."""
-        if not args or args[0].dim() != self.dims or not ops.has_kernels(args[0]) or in_transform():
+        if (
+            not args
+            or not isinstance(args[0], torch.Tensor)
+            or args[0].dim() != self.dims
+            or not ops.has_kernels(args[0])
+            or in_transform()
+        ):
             return self.eager(*args, **kwargs)
         return self.fast_forward(*args, **kwargs)
 
@@ -85,27 +91,25 @@ def _is_fast_class(cls: type[nn.Module]) -> bool:
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class that a module's library gave it, without what `patch` and PyTorch have made of it since.
+    """The class that a module's library gave it, without what `patch` and others have made of it since.
 
-    fully_shard, replicate and parametrizations give an instance a class of its own, derived from the one it has.
+    fully_shard, replicate and parametrizations of PyTorch give an instance a class of its own, derived from its class.
     """
-    cls = type(module)
-    while True:
-        if _is_fast_class(cls):
-            cls = cls.__bases__[1]
-        elif _is_torchs(cls) and not _is_torchs(cls.__bases__[-1]) and cls.__bases__[-1] is not object:
-            cls = cls.__bases__[-1]
-        else:
-            return cls
-
-
-def _is_torchs(cls: type) -> bool:
-    return cls.__module__.split(".")[0] == "torch"
+    cls = class_in_use(module)
+    return cls.__bases__[1] if _is_fast_class(cls) else cls
 
 
 def class_in_use(module: nn.Module) -> type[nn.Module]:
     """A module's fast class, or else its original one, without what others have derived from it."""
-    return next(filter(_is_fast_class, type(module).__mro__), None) or original_class(module)
+    cls = type(module)
+    fast = next(filter(_is_fast_class, cls.__mro__), None)
+    while fast is None and cls.__module__.startswith("torch."):
+        bases = (base for base in cls.__bases__ if issubclass(base, nn.Module))
+        derived_from = next((base for base in bases if not base.__module__.startswith("torch.")), None)
+        if derived_from is None:
+            return cls
+        cls = derived_from
+    return fast or cls
 
 
 def change_class(module: nn.Module, cls: type[nn.Module]) -> None:

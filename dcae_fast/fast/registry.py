@@ -87,8 +87,9 @@ def resemblance(cls: type[nn.Module], module: nn.Module) -> str:
     """
     if is_of_known_module(cls):
         return ""
-    named = [mixin for path, mixin in KNOWN.items() if path.rpartition(".")[2] == cls.__name__ and mixin.attributes]
-    if any(not unlike(mixin, module) for mixin in named):
-        return f"{cls.__module__} is no known copy of a DC-AE's code: see dcae_fast.register_root"
+    named = [mixin for path, mixin in KNOWN.items() if path.rpartition(".")[2] == cls.__name__]
+    if any(len(mixin.attributes) > 1 and not unlike(mixin, module) for mixin in named):
+        how = "" if below_roots(cls) else ": see dcae_fast.register_root"
+        return f"{cls.__module__} is no known module of a DC-AE{how}"
     known = next((base for base in cls.__mro__ if mixin_of(base) is not None), None)
     return "" if known is None else f"it derives from {known.__name__}, and may do something else"

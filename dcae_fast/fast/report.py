@@ -29,6 +29,8 @@ class Report:
     def __str__(self) -> str:
         if self.components:
             return "\n\n".join(f"{name}:\n{report}" for name, report in self.components.items())
+        if not self.replaced and not self.skipped:
+            return self.note
         rows = [("module", "patched", "left as it is, because")]
         rows += [(name, str(count), "") for name, count in sorted(self.replaced.items())]
         reasons = Counter((name, reason) for _, name, reason in self.skipped)

@@ -205,7 +205,7 @@ def test_a_root_of_ones_own(monkeypatch):
     assert (
         "decoder",
         "Decoder",
-        "group.my_fork.aecore.models.dc_ae is no known copy of a DC-AE's code: see dcae_fast.register_root",
+        "group.my_fork.aecore.models.dc_ae is no known module of a DC-AE: see dcae_fast.register_root",
     ) in report.skipped
     dcae_fast.register_root("my_fork")
     report = dcae_fast.patch(model)
@@ -253,6 +253,6 @@ def test_classes_of_the_same_name_elsewhere():
             module.__class__ = type("ConvLayer", (blocks.ConvLayer,), {"__module__": "somebody.models.nn.ops"})
     report = dcae_fast.patch(block)
     assert report.replaced == {"RMSNorm2d": 1}, "all else rests on these layers"
-    reason = "somebody.models.nn.ops is no known copy of a DC-AE's code: see dcae_fast.register_root"
+    reason = "somebody.models.nn.ops is no known module of a DC-AE: see dcae_fast.register_root"
     assert ("main.conv2", "ConvLayer", reason) in report.skipped
     assert block(x).shape == x.shape

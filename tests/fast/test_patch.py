@@ -1,5 +1,8 @@
 """patch, unpatch, patched: the classes of modules and nothing else; the report; saving, copying, pickling."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from small_models import MODELS, build, duplicates, image, operators_called, reconstruct, step
@@ -180,6 +183,102 @@ def test_unknown_operator(monkeypatch):
     with pytest.raises(ValueError, match="rmsnorm"):
         dcae_fast.patch(model)
     assert fast_count(model) == 0
+
+
+@pytest.mark.parametrize("model", [None, "dc-ae", [nn.Linear(2, 2)], nn.Linear, {"vae": nn.Linear(2, 2)}])
+@pytest.mark.parametrize(
+    "function", [dcae_fast.patch, dcae_fast.unpatch, lambda model: next(dcae_fast.patched(model).gen)]
+)
+def test_what_is_no_model(function, model):
+    with pytest.raises(TypeError, match="model is .*; expected an nn.Module, or a pipeline"):
+        function(model)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"cuda_graphs": "yes"}, "cuda_graphs='yes'; expected True or False"),
+        ({"cuda_graphs": 1}, "cuda_graphs=1; expected True or False"),
+        ({"max_memory": "4GB"}, "max_memory='4GB'; expected a number of bytes, an integer, or None"),
+        ({"max_memory": 2.0**30}, "max_memory=1073741824.0; expected a number of bytes"),
+        ({"max_memory": True}, "max_memory=True; expected a number of bytes"),
+        ({"disable": 3}, "disable=3; expected names of operators"),
+        ({"disable": None}, "disable=None; expected names of operators"),
+        ({"disable": ["rms_norm", 3]}, "disable=.'rms_norm', 3.; expected names of operators"),
+    ],
+)
+def test_options_of_another_type(options, message):
+    model = build("adaptive")
+    with pytest.raises(TypeError, match=message):
+        dcae_fast.patch(model, **options)
+    assert fast_count(model) == 0
+
+
+# Pipelines.
+
+
+def test_a_pipeline():
+    """Every component is patched and reported; what is no module is passed over."""
+    vae, text_encoder = build("strided"), nn.Linear(2, 2)
+    pipeline = SimpleNamespace(
+        components={"vae": vae, "text_encoder": text_encoder, "tokenizer": object(), "none": None}
+    )
+    report = dcae_fast.patch(pipeline, disable="rms_norm")
+    alone = dcae_fast.patch(vae, disable="rms_norm")
+    assert report.components.keys() == {"vae", "text_encoder"} and report.components["vae"] == alone
+    assert report.replaced == alone.replaced and fast_count(vae) == alone.replaced.total()
+    assert report.skipped == [(f"vae.{path}", name, reason) for path, name, reason in alone.skipped]
+    nothing = "Linear has no module of a DC-AE that is known here: nothing was patched."
+    assert str(report) == f"vae:\n{alone}\n\ntext_encoder:\n{nothing}"
+    dcae_fast.unpatch(pipeline)
+    assert fast_count(vae) == 0
+    with dcae_fast.patched(pipeline) as report:
+        assert fast_count(vae) == report.replaced.total() > 0
+    assert fast_count(vae) == 0
+
+
+def test_a_pipeline_of_diffusers():
+    pytest.importorskip("diffusers")
+    from diffusers import FlowMatchEulerDiscreteScheduler, SanaPipeline, SanaTransformer2DModel
+
+    sizes = {"in_channels": 8, "out_channels": 8, "num_layers": 1, "caption_channels": 8, "sample_size": 4}
+    heads = {"num_attention_heads": 1, "attention_head_dim": 8, "num_cross_attention_heads": 1}
+    transformer = SanaTransformer2DModel(**sizes, **heads, cross_attention_head_dim=8, cross_attention_dim=8)
+    parts = {"tokenizer": None, "text_encoder": None, "scheduler": FlowMatchEulerDiscreteScheduler()}
+    pipeline = SanaPipeline(vae=build("diffusers-strided").cpu(), transformer=transformer, **parts)
+    report = dcae_fast.patch(pipeline)
+    assert report.replaced == report.components["vae"].replaced and report.replaced["Decoder"] == 1
+    assert report.skipped == [("transformer.transformer_blocks.0.ff", "GLUMBConv", "it has no norm")]
+    assert fast_count(pipeline.vae) == report.replaced.total() and fast_count(transformer) == 0
+
+
+# Inputs that no model takes.
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 9, 7), (1, 3, 8, 7), (1, 3, 1, 1), (1, 4, 8, 8), (3, 8, 8), (1, 3, 8)])
+@torch.no_grad()
+def test_images_of_another_shape(model, shape):
+    """Are refused as the plain model refuses them."""
+    errors = []
+    for _ in range(2):
+        with pytest.raises(Exception) as refusal:
+            model.encode(image(*shape))
+        errors.append((refusal.type, str(refusal.value)))
+        dcae_fast.patch(model)
+    assert errors[0] == errors[1]
+
+
+@pytest.mark.parametrize("value", [[[0.0]], np.zeros((1, 3, 8, 8), np.float32), None], ids=["list", "array", "None"])
+@torch.no_grad()
+def test_values_that_are_no_tensors(model, value):
+    """Never reach what is made for tensors."""
+    errors = []
+    for _ in range(2):
+        with pytest.raises((TypeError, AttributeError)) as refusal:
+            model.encoder(value)
+        errors.append((refusal.type, str(refusal.value)))
+        dcae_fast.patch(model)
+    assert errors[0] == errors[1]
 
 
 # Saving and copying.
