@@ -25,11 +25,13 @@ from .fusion import (
 )
 from .graphs import Result
 from .layers import Layer, Survey, UnknownModule
-from .module import Part, kind, plain
+from .module import Part, kind, member, plain
 
 IDENTITIES = ("Identity", "IdentityLayer")
 AVERAGING = ("PixelUnshuffleChannelAveragingDownSampleLayer",)
 DUPLICATING = ("ChannelDuplicatingPixelShuffleUpSampleLayer", "ChannelDuplicatingPixelUnshuffleUpSampleLayer")
+
+SHORTCUTS = {*IDENTITIES, *AVERAGING, *DUPLICATING}
 
 
 class Stages(Coder):
@@ -99,7 +101,7 @@ class ConvLayer(Part):
 
     @staticmethod
     def reason_not_fast(layer: nn.Module) -> str:
-        if getattr(layer, "dropout", None) is not None:
+        if member(layer, "dropout") is not None:
             return "it has dropout"
         return unknown_activation(layer.act) or unknown_norm(layer.norm)
 
@@ -108,7 +110,7 @@ class ConvLayer(Part):
 
     def add(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         act = activation_name(self.act)
-        if act is None or self.reason_not_fast(self) or not can_fuse_norm(self.norm):
+        if act is None or member(self, "dropout") is not None or not can_fuse_norm(self.norm):
             y = self.eager(x)
             return y if residual is None else y + residual
         return conv_norm_act(self.conv, self.norm, act, x, residual)
@@ -118,7 +120,7 @@ class ConvLayer(Part):
         return conv_without_bias(self.conv, x) if self.is_bare() else (self(x), None)
 
     def is_bare(self) -> bool:
-        return self.norm is None and self.act is None and getattr(self, "dropout", None) is None
+        return self.norm is None and self.act is None and member(self, "dropout") is None
 
 
 def bare_conv(layer: nn.Module) -> nn.Module | None:
@@ -216,13 +218,13 @@ class LiteMLA(Branch):
 
     @staticmethod
     def reason_not_fast(attention: nn.Module) -> str:
-        if getattr(attention, "norm_qk", False) or getattr(attention, "norm_q", None) is not None:
+        if member(attention, "norm_qk") or member(attention, "norm_q") is not None:
             return "it has norms of queries and keys"
-        kernel = getattr(attention, "kernel_func", None)
+        kernel = member(attention, "kernel_func")
         return "" if type(kernel) in (nn.ReLU, type(None)) else f"its kernel function is {type(kernel).__name__}"
 
     def add(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-        if self.reason_not_fast(self) or not plain(getattr(self, "kernel_func", None)):
+        if self.reason_not_fast(self) or not plain(member(self, "kernel_func")):
             y = self.eager(x)
             return y if residual is None else y + residual
         return super().add(x, residual)
@@ -269,7 +271,7 @@ class InterpolateSampler(Part):
 
     @staticmethod
     def reason_not_fast(sampler: nn.Module) -> str:
-        how = getattr(sampler, "mode", "nearest")
+        how = member(sampler, "mode") or "nearest"
         return "" if (sampler.factor, how) == (2, "nearest") else f"it enlarges {sampler.factor} times, {how}"
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -292,12 +294,12 @@ class ResidualBlock(Part):
 
     @staticmethod
     def reason_not_fast(block: nn.Module) -> str:
-        if getattr(block, "pre_norm", None) is not None or getattr(block, "post_act", None) is not None:
+        if member(block, "pre_norm") is not None or member(block, "post_act") is not None:
             return "it has a norm before the branch or an activation after the sum"
-        if block.main is None or block.shortcut is None:
+        shortcut = block.shortcut
+        if block.main is None or shortcut is None:
             return "it has one branch"
-        known = (*IDENTITIES, *AVERAGING, *DUPLICATING)
-        return "" if kind(block.shortcut) in known else f"its shortcut is {type(block.shortcut).__name__}"
+        return "" if kind(shortcut) in SHORTCUTS else f"its shortcut is {type(shortcut).__name__}"
 
     @staticmethod
     def rests_on(block: nn.Module) -> dict[str, nn.Module]:

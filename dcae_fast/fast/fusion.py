@@ -50,12 +50,12 @@ def unknown_norm(norm: nn.Module | None) -> str:
         return f"its norm is {type(norm).__name__}"
     if getattr(norm, "weight", None) is None or getattr(norm, "bias", None) is None:
         return "its norm has no weight or no bias"
-    return "" if getattr(norm, "track_running_stats", True) else "its norm keeps no running statistics"
+    return "its norm keeps no running statistics" if is_batch_norm(norm) and not norm.track_running_stats else ""
 
 
 def can_fuse_norm(norm: nn.Module | None) -> bool:
     """No norm, a channel RMS norm with weight and bias, or a batch norm that only scales and shifts."""
-    return norm is None or (not unknown_norm(norm) and plain(norm) and not (is_batch_norm(norm) and norm.training))
+    return norm is None or (plain(norm) and not unknown_norm(norm) and not (is_batch_norm(norm) and norm.training))
 
 
 def is_batch_norm(norm: nn.Module | None) -> bool:

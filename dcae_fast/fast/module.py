@@ -133,6 +133,13 @@ def kind(module: nn.Module) -> str:
     return cls.__name__ if is_known(cls) else ""
 
 
+def member(module: nn.Module, name: str) -> Any:
+    """module.name where that is a submodule or a plain attribute; None where there is none. Asking the module itself
+    takes an exception in that case.
+    """
+    return module._modules[name] if name in module._modules else module.__dict__.get(name)
+
+
 def in_transform() -> bool:
     """Whether torch.func or forward-mode AD is at work, which custom operators take no part in."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0

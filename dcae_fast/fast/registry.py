@@ -24,25 +24,26 @@ _BLOCKS = {
     "ResidualBlock": dcae.ResidualBlock,
 }
 _CODERS = {"Encoder": dcae.Encoder, "Decoder": dcae.Decoder}
+_UVIT = {"Block": transformer.Block}
 _DIT = {"DiTBlock": transformer.DiTBlock, "FinalLayer": transformer.FinalLayer}
 
 # Qualified name of a class below a package root → the mixin that makes it fast.
 KNOWN: dict[str, type[FastModule]] = {
     # this project
-    **_under("models.blocks", {**_BLOCKS, "RMSNorm2d": dcae.RMSNorm2d}),
+    **_under("models.blocks", _BLOCKS | {"RMSNorm2d": dcae.RMSNorm2d}),
     **_under("models.autoencoder", _CODERS),
-    **_under("models.dit", {**_DIT, "DiT": transformer.DiT}),
+    **_under("models.dit", _DIT | {"DiT": transformer.DiT}),
     "models.transformer.PatchEmbed": transformer.PatchEmbed,
-    **_under("models.uvit", {"Block": transformer.Block, "UViT": Network}),
+    **_under("models.uvit", _UVIT | {"UViT": Network}),
     # the original: DC-Gen, efficientvit and their copies
     **_under("models.nn.ops", _BLOCKS),
     **_under("models.nn.norm", {"RMSNorm2d": dcae.RMSNorm2d, "TritonRMSNorm2d": dcae.RMSNorm2d}),
     **_under("aecore.models.dc_ae", _CODERS),
     **_under("models.efficientvit.dc_ae", _CODERS),
-    "c2icore.diffusioncore.models.uvit.Block": transformer.Block,
-    "diffusioncore.models.uvit.Block": transformer.Block,
-    **_under("c2icore.diffusioncore.models.dit", _DIT),
-    **_under("diffusioncore.models.dit", _DIT),
+    **_under("c2icore.diffusioncore.models.uvit", _UVIT | {"UViT": transformer.OriginalNetwork}),
+    **_under("diffusioncore.models.uvit", _UVIT | {"UViT": transformer.OriginalNetwork}),
+    **_under("c2icore.diffusioncore.models.dit", _DIT | {"DiT": transformer.OriginalNetwork}),
+    **_under("diffusioncore.models.dit", _DIT | {"DiT": transformer.OriginalNetwork}),
     # diffusers
     **_under(
         "models.autoencoders.autoencoder_dc",

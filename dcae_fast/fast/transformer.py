@@ -146,6 +146,16 @@ class DiT(Network):
         return unpatchify(self.final_layer.run(tokens, branch, gate, condition), self.config.patch_size)
 
 
+class OriginalNetwork(FastModule):
+    """The original's UViT, DiT or SiT. Its forward is the training loss; the network's call is another method, which
+    makes a table of frequencies on the CPU: no CUDA graph can hold that.
+    """
+
+    @staticmethod
+    def reason_not_fast(network: nn.Module) -> str:
+        return "only its blocks are fast; for cuda_graphs, DCAEDiffusion.from_pretrained takes its checkpoint"
+
+
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
     """Of the products: autocast's, or x's, which the weights must have then."""
     return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
@@ -210,8 +220,8 @@ def is_affine(norm: nn.Module) -> bool:
 
 def has_no_more(module: nn.Module, *names: str) -> bool:
     """Whether all children but those of these names are identities or dropout."""
-    others = [child for name, child in module._modules.items() if name not in names]
-    return all(type(child) in (nn.Identity, nn.Dropout, type(None)) for child in others)
+    others = (type(child) for name, child in module._modules.items() if name not in names)
+    return {nn.Identity, nn.Dropout, type(None)}.issuperset(others)
 
 
 def long_skip(layer: nn.Module, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
