@@ -153,7 +153,7 @@ class OriginalNetwork(FastModule):
 
     @staticmethod
     def reason_not_fast(network: nn.Module) -> str:
-        return "only its blocks are fast; for cuda_graphs, DCAEDiffusion.from_pretrained takes its checkpoint"
+        return "only its blocks are fast; for cuda_graphs, DCAEDiffusion.from_pretrained loads its checkpoint"
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:

@@ -119,6 +119,21 @@ def test_transformer_blocks():
     assert not reasons(block)
 
 
+@pytest.mark.parametrize("package", ["dc_gen.c2icore.diffusioncore.models", "efficientvit.diffusioncore.models"])
+def test_networks_of_the_original(package):
+    """Their blocks are fast, and the report says that their whole calls are not."""
+    sizes = {"in_channels": 4, "input_size": 4, "depth": 2, "hidden_size": 16, "num_heads": 2, "num_classes": 3}
+    network = UViT(UViTConfig(**sizes))
+    for module in network.modules():
+        if type(module).__module__ == "dcae_fast.models.uvit":
+            cls = type(module)
+            module.__class__ = type(cls.__name__, (cls,), {"__module__": f"{package}.uvit"})
+    report = dcae_fast.patch(network, cuda_graphs=True)
+    assert report.replaced == {"Block": 3, "PatchEmbed": 1}
+    assert [(path, name) for path, name, _ in report.skipped] == [("", "UViT")]
+    assert "cuda_graphs" in report.skipped[0][2] and "fast_options" not in vars(network)
+
+
 class Quantised(torch.Tensor):
     """Stands for weights of another kind."""
 
