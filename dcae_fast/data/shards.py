@@ -2,6 +2,7 @@
 
 import posixpath
 import re
+import stat
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ LONGEST = 200  # bytes of a class's name, which becomes a folder's
 
 
 class ClassMember(NamedTuple):
-    """The `.cls` member of a sample, or that of another sample: its name, and the class that it holds."""
+    """The `.cls` member of a sample: its name, and the class that it holds, a number or a name."""
 
     name: str
     text: str
@@ -58,15 +59,18 @@ def read_shards(root: Path, shards: Sequence[str], member: str | None) -> Pictur
 def _samples(root: Path, shard: str, wanted: str | None, ignored: Named, failed: Named) -> dict[str, Sample]:
     """A shard's samples by key; members that belong to none are named."""
     samples: dict[str, Sample] = {}
-    changed, wanted = (root / shard).stat().st_mtime_ns, wanted and wanted.lower().lstrip(".")
+    status, wanted = (root / shard).stat(), wanted and wanted.lower().lstrip(".")
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError("not a regular file")
     with tarfile.open(root / shard, "r:") as tar:
-        members = {_normal(info.name): info for info in tar}
+        members = [(_normal(info.name), info) for info in tar if not info.isdir()]
         _check_end(root / shard, tar.offset)
-        for path, info in _all_members(tar):
+        by_path = dict(members)
+        for path, info in members:
             name, file = f"{shard}/{path}", posixpath.basename(path)
             stem, _, extension = file.partition(".")
             suffix, key = suffix_of(file), f"{shard[:-4]}/{path[: len(path) - len(file)]}{stem}"
-            target = _target(info, members)
+            target = _target(info, by_path)
             if path.startswith("../"):
                 failed.append((name, "leads out of its shard"))
             elif any(part.startswith(".") for part in path.split("/")):
@@ -80,7 +84,7 @@ def _samples(root: Path, shard: str, wanted: str | None, ignored: Named, failed:
             elif wanted is not None and extension.lower() != wanted:
                 ignored.append((name, f"not --member {wanted}"))
             else:
-                picture = Picture(name, key, 0, shard, target.offset_data, target.size, changed)
+                picture = Picture(name, key, 0, shard, target.offset_data, target.size, status.st_mtime_ns)
                 samples.setdefault(key, Sample()).pictures.append((extension, picture))
     return samples
 
@@ -94,22 +98,18 @@ def _check_end(path: Path, offset: int) -> None:
                 raise tarfile.ReadError(f"no header of a member at byte {offset}")
 
 
-def _all_members(tar: tarfile.TarFile) -> Iterator[tuple[str, tarfile.TarInfo]]:
-    return ((_normal(info.name), info) for info in tar.getmembers() if not info.isdir())
-
-
 def _normal(name: str) -> str:
     """A member's path without "./", "//" and a leading "/"."""
     return posixpath.normpath(name).lstrip("/")
 
 
-def _target(info: tarfile.TarInfo, members: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo | None:
-    """What a link within a shard leads to, the member itself if it is none."""
+def _target(info: tarfile.TarInfo, by_path: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo | None:
+    """The member that a link leads to, the member itself if it is no link; None if the shard has none."""
     for _ in range(8):  # links to links; some lead in a circle
         if not (info.islnk() or info.issym()):
             return info
         folder = "" if info.islnk() else posixpath.dirname(info.name)
-        info = members.get(_normal(posixpath.join(folder, info.linkname)))
+        info = by_path.get(_normal(posixpath.join(folder, info.linkname)))
         if info is None:
             break
     return None

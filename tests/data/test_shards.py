@@ -1,6 +1,7 @@
 """Pictures and classes in tar shards."""
 
 import io
+import os
 import re
 import tarfile
 
@@ -162,3 +163,9 @@ def test_a_broken_shard_is_named_and_the_rest_taken(tmp_path, kind):
     assert [item.key for item in found.items] == ["a/0", "a/1"]
     assert [name for name, _ in found.failed] == ["b.tar"]
     assert re.match("not a readable, uncompressed tar file: ", found.failed[0][1])
+
+
+def test_a_pipe_is_no_shard(tmp_path):
+    save_shard(tmp_path / "a.tar", {"0.png": png()})
+    os.mkfifo(tmp_path / "b.tar")
+    assert [name for name, _ in find_pictures(tmp_path).failed] == ["b.tar"]
