@@ -33,7 +33,8 @@ class LatentDataset(Dataset):
         self.manifest = load_manifest(self.folder)
         self._read = open_latents(self.folder, self.manifest)
         if len(self._read) == 0:
-            raise DataError(f"{self.folder}: no latents here; `dcae-fast cache-latents` makes them")
+            without = f"{SHARDS} without {MANIFEST}" if any(self.folder.glob(SHARDS)) else "no latents here"
+            raise DataError(f"{self.folder}: {without}; `dcae-fast cache-latents` makes them")
         if self.manifest is not None and self.manifest.latents != len(self):
             told = "is not finished" if self.manifest.latents is None else f"says {self.manifest.latents}"
             raise DataError(
@@ -41,8 +42,7 @@ class LatentDataset(Dataset):
                 "run the same `dcae-fast cache-latents` to its end"
             )
         self.classes = self._read.classes
-        self.shape = self[0][0].shape if self.manifest is None else self.manifest.settings.shape
-        self.shape = tuple(self.shape)
+        self.shape = tuple(self[0][0].shape if self.manifest is None else self.manifest.settings.shape)
 
     def __len__(self) -> int:
         return len(self._read)
@@ -133,7 +133,7 @@ class Shards:
             path = self.paths[number]
             try:
                 file = safe_open(path, framework="pt")
-                latents, classes = file.get_slice("latents"), file.get_tensor("classes").tolist()
+                latents, classes = file.get_slice("latents"), file.get_tensor("classes").flatten().tolist()
                 names = json.loads((file.metadata() or {}).get("names", "null"))
             except (OSError, SafetensorError, ValueError) as error:
                 raise DataError(f"{path}: not a readable shard of latents: {error}") from error

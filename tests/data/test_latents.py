@@ -117,6 +117,7 @@ def test_big_endian_and_fortran_order(tmp_path):
         ({"latents": torch.zeros(2, 4, 2, 2, dtype=torch.int32)}, "latents are I32"),
         ({"classes": torch.tensor([0, 2])}, "latent 1 has class 2; expected less than 2, as in manifest.json"),
         ({"classes": torch.tensor([-1, 0])}, "latent 0 has class -1"),
+        ({"classes": torch.tensor(0)}, r"latents are F32 \[2, 4, 2, 2\]; expected floats \[1, 4, 2, 2\]"),
         ({"classes": None}, "not a readable shard of latents"),
         ({"names": "[]"}, "has 2 latents, but not a name for each"),
         ({"names": "torn"}, "not a readable shard of latents"),
@@ -153,4 +154,7 @@ def test_a_latent_is_read_once_through_links(tmp_path):
 
 def test_no_latents(tmp_path):
     with pytest.raises(DataError, match="no latents here"):
+        LatentDataset(tmp_path)
+    save_file({"latents": torch.zeros(1, 4, 2, 2)}, tmp_path / "latents-000000.safetensors")
+    with pytest.raises(DataError, match=r"latents-\*.safetensors without manifest.json; `dcae-fast cache-latents`"):
         LatentDataset(tmp_path)
