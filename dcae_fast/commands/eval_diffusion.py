@@ -87,7 +87,8 @@ def eval_diffusion(
             network.config.check_sampler(settings.sampler)
             found, missing = networks.load_all(references.networks, device)
             if missing and not found and save == "none":
-                raise UsageError("\n".join(["nothing to measure the samples with", *missing.values()]))
+                distributed.print_main("nothing to measure samples with: none are drawn", error=True)
+                return report_problems([], missing)
             references.check(found, device, samples)
             kept = generate(network, folder, found)
             if distributed.is_main():
@@ -131,6 +132,8 @@ def _results(
         temporary.write_text(json.dumps(content, indent=2) + "\n")
     lines = [f"{kept} of {folder.batches} batches were there already"] if kept else []
     lines += [f"{LABELS[name]:<16}{value:.6f}" for name, value in results.items()]
+    if folder.save == "png":
+        lines.append(f"Samples are in {(folder.folder / 'samples').resolve()}")
     if folder.save == "npz":
         lines.append(f"Samples are in {folder.write_npz().resolve()}")
     return "\n".join([*lines, f"results.json is in {folder.folder.resolve()}"])

@@ -3,7 +3,10 @@
 Each is loaded by name with `load`; where a package or a weight file is absent, MissingNetwork says what to do.
 """
 
-from collections.abc import Callable, Iterable
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -145,13 +148,27 @@ WEIGHTS = {
 def load(name: str, device: torch.device) -> Network:
     """One of `LOADERS` on a device, without gradients. Raises MissingNetwork."""
     try:
-        return torch.no_grad()(LOADERS[name](device))
+        with _quiet():
+            return torch.no_grad()(LOADERS[name](device))
     except ImportError as error:
-        packages = "'dcae_fast[eval]'" + (" torchvision" if "torchvision" in str(error) else "")
-        raise MissingNetwork(f"{name}: no package {error.name or 'for it'}: pip install {packages}") from error
+        package = error.name or ("torchvision" if "torchvision" in str(error) else "for it")
+        raise MissingNetwork(f"{name}: no package {package}: pip install 'dcae_fast[eval]'") from error
     except (OSError, RuntimeError) as error:  # URLError is an OSError; RuntimeError: a broken download
         reason = str(error).partition("\n")[0]
         raise MissingNetwork(f"{name}: its weights cannot be loaded: {reason}\n  {_where(name)}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings and log messages of libraries that are imported; what matters is raised."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _where(name: str) -> str:

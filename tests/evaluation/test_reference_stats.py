@@ -1,5 +1,8 @@
 """`dcae-fast reference-stats`: what it writes, from folders and from .npz files."""
 
+import logging
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -82,8 +85,25 @@ def test_a_missing_package(monkeypatch):
         raise ModuleNotFoundError("No module named 'torchvision'", name="torchvision")
 
     monkeypatch.setitem(networks.LOADERS, "lpips", loader)
-    with pytest.raises(networks.MissingNetwork, match=r"lpips: .*pip install 'dcae_fast\[eval\]' torchvision"):
+    reason = r"lpips: no package torchvision: pip install 'dcae_fast\[eval\]'"
+    with pytest.raises(networks.MissingNetwork, match=reason):
         networks.load("lpips", torch.device("cpu"))
+
+
+def test_libraries_are_quiet(monkeypatch, recwarn, caplog):
+    """Only while they are loaded."""
+    log = logging.getLogger("library")
+
+    def loader(device):
+        warnings.warn("deprecated", DeprecationWarning, stacklevel=1)
+        log.warning("falling back")
+        return features
+
+    monkeypatch.setitem(networks.LOADERS, "fid", loader)
+    assert networks.load("fid", torch.device("cpu"))(torch.zeros(1, 3, 4, 4)).shape == (1, 6)
+    assert not recwarn.list and not caplog.records
+    log.warning("heard")
+    assert caplog.messages == ["heard"]
 
 
 def test_wrong_requests(photographs, tmp_path, stand_ins, capsys):
