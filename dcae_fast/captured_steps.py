@@ -17,7 +17,8 @@ class CapturedSteps:
     """`sampling.steps.run` for the network that `guided` makes of these, bit for bit; made anew for each sampling.
 
     A step is captured the second time that one with the same function and shapes is taken; times and numbers are inputs
-    of the graph. One during which the guidance changes, and any other where `model` has no graphs, is run as written.
+    of the graph. One during which the guidance changes, and any other where `model` has no graphs, or somebody else
+    captures, is run as written.
     model: the patched transformer; call: what the network calls, model itself but for progress and types. progress: is
     called for each call of the network that a graph has stood for.
     """
@@ -33,7 +34,8 @@ class CapturedSteps:
 
     def __call__(self, network: Network, step: Step, x: torch.Tensor, *noise: torch.Tensor) -> torch.Tensor:
         graphs, scales = step_graphs(self.model), {self._scale_at(t) for t in step.times}
-        if graphs is None or len(scales) > 1:
+        is_capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()  # by the caller; times would not last
+        if graphs is None or len(scales) > 1 or is_capturing:
             return run(network, step, x, *noise)
         (scale,) = scales
 

@@ -423,3 +423,42 @@ def test_a_new_shape_within_a_capture(empty_cache):
     graph.replay()
     assert not _plans._plans
     torch.testing.assert_close(got, F.silu(F.conv2d(x, weight, bias, padding=1)), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.gpu
+@SAME_BITS
+@torch.no_grad()
+def test_the_same_bits_whatever_was_found_before(flag, empty_cache, monkeypatch):
+    args = arguments("silu", torch.bfloat16)
+    x, weight, bias, act, *_ = args
+    matrix, square = random(512, 1024, dtype=torch.bfloat16), random(4096, 1024, dtype=torch.bfloat16) / 32
+    run = lambda: [ops.conv2d(x, weight, bias, act, padding=1), ops.linear(matrix, square)]  # noqa: E731
+    run()  # by the clock
+    with same_bits(flag):
+        expected = run()
+        monkeypatch.setattr(_plans, "_search", None)
+        for _ in range(3):
+            _plans._plans.clear()
+            assert all(map(torch.equal, run(), expected))
+    exact = conv2d_reference(*[a.double() if isinstance(a, torch.Tensor) else a for a in args])
+    eager_error = relative_error(conv2d_reference(*args), exact)
+    assert relative_error(expected[0], exact) <= max(2 * eager_error, 4 * torch.finfo(torch.bfloat16).eps)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_file_that_names_other_plans(empty_cache):
+    """Every place that it may hold gives a result, and the right one."""
+    x, weight, bias, act, *_ = args = arguments("relu", torch.bfloat16)
+    run = lambda: ops.conv2d(x, weight, bias, act, padding=1)  # noqa: E731
+    run()
+    if not _convolution_plans.available():
+        pytest.skip("dcae_fast._C was not built with cuDNN")
+    (file,) = empty_cache.iterdir()
+    (name,) = json.loads(file.read_text())
+    expected = conv2d_reference(*args)
+    for content in ("NaN", json.dumps({name: 10**6}), json.dumps({name: -7}), json.dumps({name: True})):
+        _plans._plans.clear()
+        file.write_text(content)
+        torch.testing.assert_close(run(), expected, atol=2e-2, rtol=2e-2)
+        assert json.loads(file.read_text())[name] in range(_plans.NO_PLAN, _plans.MOST_CANDIDATES)
