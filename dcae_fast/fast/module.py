@@ -118,9 +118,18 @@ def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
 
 
 def _derived_anew(cls: type, old: type, new: type) -> type:
-    """cls with `new` in place of `old` among its bases, or theirs."""
+    """cls with `new` in place of `old` among its bases, or theirs.
+
+    RuntimeError if its methods call super(), which would still mean the former class.
+    """
     if cls is old or old is new:
         return new if cls is old else cls
+    codes = (getattr(value, "__code__", None) for value in vars(cls).values())
+    if any("__class__" in code.co_freevars for code in codes if code is not None):
+        name = f"{cls.__module__}.{cls.__qualname__}"
+        raise RuntimeError(
+            f"{name} is derived from {old.__name__}, which `patch` made: undo that before unpatch or patch"
+        )
     bases = tuple(_derived_anew(base, old, new) if issubclass(base, old) else base for base in cls.__bases__)
     content = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
     return type(cls)(cls.__name__.replace(old.__name__, new.__name__), bases, content)

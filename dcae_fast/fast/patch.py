@@ -75,6 +75,8 @@ def patch(model: Any, disable: Iterable[str] = (), cuda_graphs: bool = False, ma
     options = disabled, cuda_graphs, max_memory
     if components is None:
         return _patch(model, *options)
+    if not components:
+        return Report(note=f"{type(model).__name__} has no component that is a module: nothing was patched.")
     return Report.of_components({name: _patch(component, *options) for name, component in components.items()})
 
 

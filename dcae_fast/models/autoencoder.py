@@ -202,6 +202,8 @@ class DCAE(nn.Module):
 
     def _check(self, x: torch.Tensor, name: str, channels: tuple[int, int]) -> None:
         low, high = channels
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name} is of type {type(x).__name__}; expected a floating point tensor")
         if not x.is_floating_point():
             raise TypeError(f"{name} is {x.dtype}; expected a floating point tensor")
         if x.dim() != 4 or not low <= x.shape[1] <= high:

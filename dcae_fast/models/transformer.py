@@ -17,6 +17,9 @@ def check_inputs(
 ) -> None:
     """TypeError or ValueError unless x, t, y are a batch for a network of this configuration. Reads no values."""
     size, most = config.input_size, config.in_channels
+    for name, value in (("x", x), ("t", t), ("y", y)):
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name} is of type {type(value).__name__}; expected a tensor")
     if not x.is_floating_point():
         raise TypeError(f"x is {x.dtype}; expected a floating point tensor")
     if x.dim() != 4 or not fewest_channels <= x.shape[1] <= most or x.shape[2:] != (size, size):

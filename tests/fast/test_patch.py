@@ -237,6 +237,11 @@ def test_a_pipeline():
     assert fast_count(vae) == 0
 
 
+def test_a_pipeline_without_modules():
+    report = dcae_fast.patch(SimpleNamespace(components={"tokenizer": None}))
+    assert not report.replaced and str(report).endswith("no component that is a module: nothing was patched.")
+
+
 def test_a_pipeline_of_diffusers():
     pytest.importorskip("diffusers")
     from diffusers import FlowMatchEulerDiscreteScheduler, SanaPipeline, SanaTransformer2DModel

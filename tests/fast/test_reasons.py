@@ -246,3 +246,21 @@ def test_a_class_that_another_library_derived():
     )
     assert block.main.label == 3 and block.main.watched and not any(map(is_fast, block.modules()))
     torch.testing.assert_close(block(x), expected)
+
+
+def test_a_derived_class_that_calls_super():
+    """Its super() would mean the patched class for ever."""
+    block, _ = build_block("ResBlock")
+    dcae_fast.patch(block)
+    patched = type(block.main)
+
+    class Debugged(patched):
+        def forward(self, x):
+            return super().forward(x)
+
+    block.main.__class__ = Debugged
+    with pytest.raises(RuntimeError, match="Debugged is derived from FastResBlock, which `patch` made"):
+        dcae_fast.unpatch(block)
+    block.main.__class__ = patched
+    dcae_fast.unpatch(block)
+    assert not any(map(is_fast, block.modules()))

@@ -83,6 +83,8 @@ def test_against_diffusers(case, compare):
     "call, error, message",
     [
         (lambda model: model.encode(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)), TypeError, "x is torch.uint8"),
+        (lambda model: model.encode([[0.0]]), TypeError, "x is of type list; expected a floating point tensor"),
+        (lambda model: model.encode(torch.zeros(3, device="cpu").numpy()), TypeError, "x is of type ndarray"),
         (lambda model: model.encode(torch.zeros(3, 64, 64)), ValueError, r"x has shape \[3, 64, 64\]"),
         (lambda model: model.encode(torch.zeros(1, 4, 64, 64)), ValueError, r"expected \[B, 3, height, width\]"),
         (lambda model: model.encode(torch.zeros(1, 3, 64, 80)), ValueError, "64x80 pixels; .* multiples of 32"),

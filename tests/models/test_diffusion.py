@@ -237,6 +237,9 @@ def batch_with(**changes) -> dict[str, torch.Tensor]:
     "changes, error, message",
     [
         ({"x": torch.zeros(2, 8, 4, 4, dtype=torch.uint8)}, TypeError, "x is torch.uint8"),
+        ({"x": [[0.0]]}, TypeError, "x is of type list; expected a tensor"),
+        ({"t": 3.0}, TypeError, "t is of type float; expected a tensor"),
+        ({"y": [1, 2]}, TypeError, "y is of type list; expected a tensor"),
         ({"x": torch.zeros(8, 4, 4)}, ValueError, r"x has shape \[8, 4, 4\]; expected \[B, 8, 4, 4\]"),
         ({"x": torch.zeros(2, 7, 4, 4)}, ValueError, r"expected \[B, 8, 4, 4\]"),
         ({"x": torch.zeros(2, 8, 4, 8)}, ValueError, r"expected \[B, 8, 4, 4\]"),
