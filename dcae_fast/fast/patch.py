@@ -43,16 +43,16 @@ def patch(model: Any, disable: Iterable[str] = (), cuda_graphs: bool = False, ma
     """Make a DC-AE fast, and the diffusion transformers on its latents: this project's, diffusers'
     `AutoencoderDC` or the original DC-Gen / efficientvit one, also in a copy inside another package (`register_root`).
 
-    model: an nn.Module, or a pipeline (anything with a dictionary `components`), of which every component is patched.
+    model: an nn.Module, or a pipeline: any object with a dictionary `components`, whose modules are patched.
     Every module whose exact class is known gets a subclass with a fast forward; parameters, buffers, names and hooks
-    stay. Left as it is, and named in the report with the reason, is a module
-    - that needs an operator named in `disable`, or in the environment variable DCAE_FAST_DISABLE ("all" or names
-      separated by commas); also if it was patched before;
-    - that can never take its fast forward: of an option, an activation, a norm or a kind of weights that has none;
-    - of an encoder's or decoder's blocks, outside of one and in a model of another kind;
-    - that resembles a known class, but is of another one;
-    - whose forward was replaced on the instance before; what replaces it afterwards, torch.compile(module.forward) for
-      one, calls the fast forward until `unpatch`.
+    stay. These modules are left as they are, and the report names them with the reason:
+    - a module that needs an operator named in `disable`, or in the environment variable DCAE_FAST_DISABLE ("all" or
+      names separated by commas); if it was patched before, it gets its own forward back;
+    - a module that can never take its fast forward, because of an option, an activation, a norm or a type of weights;
+    - a block of an encoder or decoder inside a model of another kind; give `patch` the block itself to have it fast;
+    - a module that resembles a known class but is of another one;
+    - a module whose forward was replaced on the instance before. What replaces it afterwards, for example
+      torch.compile(module.forward), calls the fast forward until `unpatch`.
     Patching twice is the same as once; other options replace the former ones.
 
     cuda_graphs: inference calls of a patched encoder, decoder or transformer are captured the second time that they
@@ -165,17 +165,18 @@ def _parts(
 ) -> Iterator[tuple[str, nn.Module, bool]]:
     """(path, module, whether it lies in an encoder or decoder) of a module and all in it, each after those in it.
 
-    A block that is given itself, at most in PyTorch's own containers and wrappers, is taken for a coder's.
+    A block that is given itself, or in PyTorch's own containers and wrappers, counts as part of a coder.
     """
     seen = set() if seen is None else seen
     seen.add(module)
     cls = original_class(module)
-    mixin, is_wrapper = mixin_of(cls), cls.__module__.split(".")[0] == "torch"
     within_coder = within_coder or (is_asked_for and is_of_known_module(cls))
-    inside = within_coder or (mixin is not None and issubclass(mixin, Coder))
+    mixins = filter(None, map(mixin_of, cls.__mro__))  # a class that a user derived from a coder is one, too
+    inside = within_coder or any(issubclass(mixin, Coder) for mixin in mixins)
+    is_asked_for = is_asked_for and cls.__module__.split(".")[0] == "torch"
     for name, child in module.named_children():
         if child not in seen:
-            yield from _parts(child, f"{path}.{name}".lstrip("."), inside, is_asked_for and is_wrapper, seen)
+            yield from _parts(child, f"{path}.{name}".lstrip("."), inside, is_asked_for, seen)
     yield path, module, within_coder
 
 
@@ -198,7 +199,7 @@ def _reason_not_fast(
     sharded: bool,
     reasons: dict[nn.Module, str],
 ) -> str:
-    """Why a module of a known class is left as it is. reasons: of modules in it."""
+    """Why a module of a known class is left as it is; empty if it is made fast. reasons: of its submodules."""
     if "all" in disabled:
         return "everything is disabled"
     missing = sorted(disabled.intersection(mixin.operators))
@@ -215,10 +216,10 @@ def _reason_not_fast(
         if not within_coder:
             return "it lies outside the encoder or decoder of a DC-AE"
         reason = _unusual_weights(module, sharded)
-    return reason or mixin.reason_not_fast(module) or _unsupported(mixin.rests_on(module), reasons)
+    return reason or mixin.reason_not_fast(module) or _unsupported_parts(mixin.rests_on(module), reasons)
 
 
-def _unsupported(parts: dict[str, nn.Module], reasons: dict[nn.Module, str]) -> str:
+def _unsupported_parts(parts: dict[str, nn.Module], reasons: dict[nn.Module, str]) -> str:
     """Why none of the parts that a module rests on is fast; empty if one is, or it rests on none."""
     if not parts or any(map(is_fast, parts.values())):
         return ""
@@ -227,9 +228,9 @@ def _unsupported(parts: dict[str, nn.Module], reasons: dict[nn.Module, str]) -> 
 
 
 def _unusual_weights(module: nn.Module, sharded: bool) -> str:
-    """What the weights of a module are that are no ordinary tensors: quantised ones, for example.
+    """Says of what type the weights of a module are if that is a subclass of torch.Tensor, for example quantised ones.
 
-    Those of other known modules in it are not its own. sharded: fully_shard gives each call ordinary ones.
+    Weights of other known modules in it do not count. sharded: fully_shard gives each call ordinary tensors.
     """
     for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
         name = type(tensor).__name__

@@ -23,7 +23,9 @@ class Report:
     @classmethod
     def of_components(cls, reports: dict[str, "Report"]) -> "Report":
         replaced = sum((report.replaced for report in reports.values()), Counter())
-        skipped = [(f"{name}.{path}", *rest) for name, report in reports.items() for path, *rest in report.skipped]
+        skipped = [
+            (f"{name}.{path}".rstrip("."), *rest) for name, report in reports.items() for path, *rest in report.skipped
+        ]
         return cls(replaced, skipped, components=reports)
 
     def __str__(self) -> str:

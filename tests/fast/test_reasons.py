@@ -1,5 +1,7 @@
 """What `patch` leaves alone, and why: the report counts what takes its fast forward, and says why the rest cannot."""
 
+from collections import Counter
+
 import pytest
 import torch
 from small_models import MODELS, build, build_block, diffusers_block, image, reconstruct, step
@@ -163,7 +165,13 @@ def test_blocks_in_a_model_of_another_kind():
         dcae_fast.unpatch(block)
         assert dcae_fast.patch(container).replaced["ResidualBlock"] == 1
     decoder = build("strided").decoder
-    assert dcae_fast.patch(Backbone(decoder)).replaced == dcae_fast.patch(decoder).replaced
+    report = dcae_fast.patch(decoder)
+    assert dcae_fast.patch(Backbone(decoder)).replaced == report.replaced
+    dcae_fast.unpatch(decoder)
+    decoder.__class__ = type("OtherDecoder", (type(decoder),), {})
+    assert dcae_fast.patch(Backbone(decoder)).replaced == report.replaced - Counter(Decoder=1), (
+        "its blocks are as before"
+    )
 
 
 def test_a_reason_goes_with_its_cause(same_step):
