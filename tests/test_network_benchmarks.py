@@ -166,7 +166,7 @@ def test_pictures_are_sampled_and_decoded(monkeypatch):
 def small_autoencoder():
     from dcae_fast.models.autoencoder import DCAE, CoderConfig, DCAEConfig
 
-    coder = CoderConfig((8,), (1,), ("ResBlock",), ("rms",), ("silu",))
+    coder = CoderConfig((128,), (1,), ("ResBlock",), ("rms",), ("silu",))
     return DCAE(DCAEConfig(128, coder, coder))
 
 

@@ -90,11 +90,9 @@ def _parse_config(given: Mapping, path: Path) -> DCAEConfig:
         if _is_diffusers(given):
             return convert.config_from_diffusers(given)
         if "model_name" in given:
-            return zoo.autoencoder_config(given["model_name"])
+            return zoo.autoencoder_config(zoo.only_name(given, DCAEConfig.__annotations__))
         return convert.config_from_original(given)
-    except KeyError as error:
-        raise CheckpointError(f"{path}: not the configuration of a DC-AE autoencoder, {error} is absent") from error
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{path}: not the configuration of a DC-AE autoencoder: {error}") from error
 
 

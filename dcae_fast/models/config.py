@@ -1,8 +1,18 @@
 """Configurations of the models: what a network is made of, in plain numbers and names. PyTorch is not imported."""
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
+from . import fields
+
+BLOCKS = ("ResBlock", "EViTGLU", "EViTS5GLU")
+NORMS = ("rms", "batch")
 ACTIVATIONS = ("relu", "silu")
+RESAMPLES = {"encoder": ("pixel", "conv"), "decoder": ("pixel", "interpolate")}
+HEAD_DIM = 32  # of the attention in the autoencoder
+# The most that is believed of a configuration: larger numbers are mistakes that would fill the memory.
+STAGES, WIDEST, DEEPEST, LARGEST_LATENT, MOST_CLASSES = 16, 2**16, 256, 1024, 10**7
+SCALES = (1e-6, 1e6)
 
 
 @dataclass(frozen=True)
@@ -25,10 +35,24 @@ class CoderConfig:
     head_act: str = "relu"
 
     def __post_init__(self):
-        if len({len(self.width), len(self.depth), len(self.block), len(self.norm), len(self.act)}) != 1:
-            raise ValueError(f"width, depth, block, norm and act need one entry for each stage: {self}")
-        if any(block != "ResBlock" and norm != "rms" for block, norm in zip(self.block, self.norm, strict=True)):
-            raise ValueError(f"attention blocks have RMS norm alone: {self}")
+        for name, width in fields.entries("width", self.width):
+            fields.whole(name, width, 1, WIDEST)
+        stages = len(self.width)
+        if not 1 <= stages <= STAGES:
+            raise fields.FieldError("width", self.width, f"1 to {STAGES} entries, one for each stage")
+        for stage, (name, depth) in enumerate(fields.entries("depth", self.depth, stages)):
+            fields.whole(name, depth, 0 if stages > 1 and stage in (0, stages - 1) else 1, DEEPEST)
+        for field_, known in (("block", BLOCKS), ("norm", NORMS), ("act", ACTIVATIONS)):
+            for name, value in fields.entries(field_, getattr(self, field_), stages):
+                fields.word(name, value, known)
+        fields.word("resample", self.resample, ("pixel", "conv", "interpolate"))
+        fields.flag("shortcut", self.shortcut)
+        fields.word("head_act", self.head_act, ACTIVATIONS)
+        for stage, block in enumerate(self.block):
+            if block != "ResBlock" and self.norm[stage] != "rms":
+                raise fields.FieldError(f"norm[{stage}]", self.norm[stage], f"rms, as attention blocks ({block}) have")
+            if block != "ResBlock" and self.width[stage] % HEAD_DIM:
+                raise fields.FieldError(f"width[{stage}]", self.width[stage], f"a multiple of {HEAD_DIM} for {block}")
 
 
 @dataclass(frozen=True)
@@ -47,8 +71,34 @@ class DCAEConfig:
     name: str | None = field(default=None, compare=False)
 
     def __post_init__(self):
-        if self.adaptive and (self.encoder.shortcut or self.decoder.shortcut):
-            raise ValueError("adaptive autoencoders have no shortcut at the encoder's head or the decoder's stem")
+        fields.whole("latent_channels", self.latent_channels, 1, WIDEST)
+        fields.flag("adaptive", self.adaptive)
+        if self.scaling_factor is not None:
+            fields.number("scaling_factor", self.scaling_factor, *SCALES)
+        for side in ("encoder", "decoder"):
+            coder = getattr(self, side)
+            if not isinstance(coder, CoderConfig):
+                raise fields.FieldError(side, coder, "a CoderConfig")
+            fields.word(f"{side}.resample", coder.resample, RESAMPLES[side])
+            if self.adaptive and coder.shortcut:
+                raise fields.FieldError(f"{side}.shortcut", True, "false, as adaptive autoencoders have no shortcut")
+            self._check_widths(side, coder)
+        if len(self.decoder.width) != len(self.encoder.width):
+            stages = len(self.encoder.width)
+            raise fields.FieldError("decoder.width", self.decoder.width, f"{stages} entries, as the encoder has")
+
+    def _check_widths(self, side: str, coder: CoderConfig) -> None:
+        """Raises FieldError for widths between which the shortcuts and pixel-unshuffling cannot go."""
+        last = len(coder.width) - 1
+        if coder.shortcut and coder.width[last] % self.latent_channels:
+            expected = f"a multiple of latent_channels={self.latent_channels}"
+            raise fields.FieldError(f"{side}.width[{last}]", coder.width[last], expected)
+        for stage, (width, deeper) in enumerate(pairwise(coder.width)):
+            name = f"{side}.width[{stage + 1}]"
+            if coder.depth[stage] and 4 * width % deeper:
+                raise fields.FieldError(name, deeper, f"a divisor of 4 times the width before it, {width}")
+            if side == "encoder" and coder.resample == "pixel" and deeper % 4:
+                raise fields.FieldError(name, deeper, "a multiple of 4, for pixel-unshuffling")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,14 +119,20 @@ class TransformerConfig:
     class_dropout_prob: float = 0.1
 
     def __post_init__(self):
+        fields.whole("in_channels", self.in_channels, 1, WIDEST)
+        fields.whole("input_size", self.input_size, 1, LARGEST_LATENT)
+        fields.whole("depth", self.depth, 1, DEEPEST)
+        fields.whole("hidden_size", self.hidden_size, 1, WIDEST)
+        fields.whole("num_heads", self.num_heads, 1, WIDEST)
+        fields.whole("patch_size", self.patch_size, 1, LARGEST_LATENT)
+        fields.whole("num_classes", self.num_classes, 1, MOST_CLASSES)
+        fields.number("class_dropout_prob", self.class_dropout_prob, 0, 1)
         if self.input_size % self.patch_size:
-            raise ValueError(f"input_size={self.input_size} is not a multiple of patch_size={self.patch_size}")
+            raise fields.FieldError("input_size", self.input_size, f"a multiple of patch_size={self.patch_size}")
         if self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}")
+            raise fields.FieldError("hidden_size", self.hidden_size, f"a multiple of num_heads={self.num_heads}")
         if self.hidden_size % 4:
-            raise ValueError(f"hidden_size={self.hidden_size} is not a multiple of 4, as sines and cosines need")
-        if not 0 <= self.class_dropout_prob <= 1:
-            raise ValueError(f"class_dropout_prob={self.class_dropout_prob} is not in [0, 1]")
+            raise fields.FieldError("hidden_size", self.hidden_size, "a multiple of 4, as sines and cosines need")
 
     @property
     def tokens(self) -> int:
@@ -92,8 +148,9 @@ class UViTConfig(TransformerConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        fields.flag("adaptive", self.adaptive)
         if self.depth % 2:
-            raise ValueError(f"depth={self.depth} is odd; every block before the middle needs one after it")
+            raise fields.FieldError("depth", self.depth, "an even number: a block after the middle for each before it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,3 +158,7 @@ class DiTConfig(TransformerConfig):
     """learn_sigma: whether C further output channels tell the variance of the reverse process (DiT), or not (SiT)."""
 
     learn_sigma: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        fields.flag("learn_sigma", self.learn_sigma)

@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from .config import ACTIVATIONS, CoderConfig, DCAEConfig
+from . import fields
+from .config import ACTIVATIONS, HEAD_DIM, CoderConfig, DCAEConfig
 
 if TYPE_CHECKING:
     from .weights import State
@@ -99,11 +100,41 @@ BLOCKS = {
     "EViTGLU": ("EfficientViTBlock", ()),
     "EViTS5GLU": ("EfficientViTBlock", (5,)),
 }
-# What configurations of the original may also say, and must say then.
+SAME_ACTIVATIONS = {act: act for act in ACTIVATIONS}
+# What configurations of the original may also say, and must say then; and what they say of where weights come from.
 ORIGINAL_DEFAULTS = {
+    "": {"use_quant_conv": False},
     "encoder": {"downsample_match_channel": True, "double_latent": False},
     "decoder": {"upsample_match_channel": True},
 }
+ORIGINAL_SOURCES = ("pretrained_path", "pretrained_source", "pretrained_ema")
+# A field of CoderConfig: its name in the original's configuration, and in diffusers'.
+ORIGINAL_NAMES = {
+    side: {"width": "width_list", "depth": "depth_list", "block": "block_type", "shortcut": shortcut}
+    for side, shortcut in (("encoder", "out_shortcut"), ("decoder", "in_shortcut"))
+}
+DIFFUSERS_NAMES = {
+    side: {
+        "width": f"{side}_block_out_channels",
+        "depth": f"{side}_layers_per_block",
+        "block": f"{side}_block_types",
+        "norm": f"{side}_norm_types",
+        "act": f"{side}_act_fns",
+        "shortcut": shortcut,
+        "head_act": "decoder_conv_act_fn",
+    }
+    for side, shortcut in (("encoder", "encoder_out_shortcut"), ("decoder", "decoder_in_shortcut"))
+}
+DIFFUSERS_FIELDS = (
+    *("in_channels", "latent_channels", "attention_head_dim", "scaling_factor"),
+    *("downsample_block_type", "upsample_block_type", "decoder_norm_types", "decoder_act_fns"),
+    *("encoder_out_shortcut", "decoder_in_shortcut", "decoder_conv_act_fn"),
+    *(
+        f"{side}_{name}"
+        for side in ("encoder", "decoder")
+        for name in ("block_types", "block_out_channels", "layers_per_block", "qkv_multiscales")
+    ),
+)
 
 
 def config_to_original(config: DCAEConfig) -> dict:
@@ -135,50 +166,54 @@ def _coder_to_original(coder: CoderConfig) -> dict:
     return {
         "width_list": list(coder.width),
         "depth_list": list(coder.depth),
-        "block_type": _once(list(coder.block)),
-        "norm": _once([NORMS[norm][0] for norm in coder.norm]),
-        "act": _once(list(coder.act)),
+        "block_type": fields.once(list(coder.block)),
+        "norm": fields.once([NORMS[norm][0] for norm in coder.norm]),
+        "act": fields.once(list(coder.act)),
     }
 
 
 def config_from_original(given: Mapping) -> DCAEConfig:
-    """The reverse of `config_to_original`: KeyError for an absent key, ValueError for what these models do not have."""
-    encoder, decoder = given["encoder"], given["decoder"]
-    config = DCAEConfig(
-        latent_channels=given["latent_channels"],
-        encoder=_coder_from_original(
-            encoder,
-            resample=_find(RESAMPLES["encoder"], encoder["downsample_block_type"]),
-            shortcut=encoder["out_shortcut"] is not None,
-        ),
-        decoder=_coder_from_original(
-            decoder,
-            resample=_find(RESAMPLES["decoder"], decoder["upsample_block_type"]),
-            shortcut=decoder["in_shortcut"] is not None,
-            head_act=_known(ACTIVATIONS, decoder["out_act"]),
-        ),
-        adaptive=encoder["out_block_type"] == "AdaptiveOutputConvLayer",
-        scaling_factor=given.get("scaling_factor"),
-    )
+    """The reverse of `config_to_original`: ValueError, which names the field, for what these models do not have."""
+    whole = fields.Section(given)
+    encoder, decoder = (fields.Section(whole[side], f"{side}.") for side in ("encoder", "decoder"))
+    with fields.renamed(_in_whole(ORIGINAL_NAMES, "{side}.{name}")):
+        config = DCAEConfig(
+            latent_channels=whole["latent_channels"],
+            encoder=_coder_from_original(
+                encoder,
+                "encoder",
+                resample=encoder.word("downsample_block_type", _by_word(RESAMPLES["encoder"])),
+                shortcut=encoder["out_shortcut"] is not None,
+            ),
+            decoder=_coder_from_original(
+                decoder,
+                "decoder",
+                resample=decoder.word("upsample_block_type", _by_word(RESAMPLES["decoder"])),
+                shortcut=decoder["in_shortcut"] is not None,
+                head_act=decoder.word("out_act", SAME_ACTIVATIONS),
+            ),
+            adaptive=encoder["out_block_type"] == "AdaptiveOutputConvLayer",
+            scaling_factor=whole.get("scaling_factor", None),
+        )
     written = config_to_original(config)
-    for side, defaults in ORIGINAL_DEFAULTS.items():
-        for key, value in given[side].items():
-            expected = (written[side] | defaults).get(key)
-            if _once(value) != _once(expected):
-                raise ValueError(f"{side}.{key} = {value!r} is not supported; expected {expected!r}")
+    sides = {side: written.pop(side) for side in ("encoder", "decoder")}
+    whole.only([*written, *sides, *ORIGINAL_DEFAULTS[""], *ORIGINAL_SOURCES])
+    whole.same(written | ORIGINAL_DEFAULTS[""])
+    for side, section in (("encoder", encoder), ("decoder", decoder)):
+        expected = sides[side] | ORIGINAL_DEFAULTS[side]
+        section.only(expected)
+        section.same(expected)
     return config
 
 
-def _coder_from_original(given: Mapping, **options) -> CoderConfig:
-    stages = len(given["width_list"])
-    return CoderConfig(
-        width=tuple(given["width_list"]),
-        depth=tuple(given["depth_list"]),
-        block=tuple(_known(BLOCKS, block) for block in _spread(given["block_type"], stages)),
-        norm=tuple(_find(NORMS, norm) for norm in _spread(given["norm"], stages)),
-        act=tuple(_known(ACTIVATIONS, act) for act in _spread(given["act"], stages)),
-        **options,
-    )
+def _coder_from_original(given: fields.Section, side: str, **options) -> CoderConfig:
+    width = given.values("width_list")
+    stages = len(width) if isinstance(width, tuple) else 1
+    block = given.words("block_type", {block: block for block in BLOCKS}, stages)
+    norm = given.words("norm", _by_word(NORMS), stages)
+    act = given.words("act", SAME_ACTIVATIONS, stages)
+    with fields.renamed(ORIGINAL_NAMES[side], f"{side}."):
+        return CoderConfig(width, given.values("depth_list"), block, norm, act, **options)
 
 
 def config_to_diffusers(config: DCAEConfig) -> dict:
@@ -195,7 +230,7 @@ def config_to_diffusers(config: DCAEConfig) -> dict:
     given = {
         "in_channels": 3,
         "latent_channels": config.latent_channels,
-        "attention_head_dim": 32,
+        "attention_head_dim": HEAD_DIM,
         "downsample_block_type": RESAMPLES["encoder"][encoder.resample][1],
         "upsample_block_type": RESAMPLES["decoder"][decoder.resample][1],
         "decoder_norm_types": [NORMS[norm][1] for norm in decoder.norm],
@@ -213,66 +248,61 @@ def config_to_diffusers(config: DCAEConfig) -> dict:
 
 
 def config_from_diffusers(given: Mapping) -> DCAEConfig:
-    """The reverse of `config_to_diffusers`: KeyError for an absent key, ValueError for what these models do not have.
+    """The reverse of `config_to_diffusers`: ValueError, which names the field, for what these models do not have.
 
     The two shortcuts and the head's activation may be absent, as in configurations older than these keys.
     """
-    if given["in_channels"] != 3 or given["attention_head_dim"] != 32:
-        raise ValueError("only in_channels = 3 and attention_head_dim = 32 are supported")
-    stages = len(given["decoder_block_out_channels"])
-    return DCAEConfig(
-        latent_channels=given["latent_channels"],
-        encoder=_coder_from_diffusers(
-            given,
-            "encoder",
-            norm=("rms",) * len(given["encoder_block_out_channels"]),
-            act=("silu",) * len(given["encoder_block_out_channels"]),
-            resample="pixel" if given["downsample_block_type"] == "pixel_unshuffle" else "conv",
-            shortcut=given.get("encoder_out_shortcut", True),
-        ),
-        decoder=_coder_from_diffusers(
-            given,
-            "decoder",
-            norm=tuple(_find(NORMS, norm) for norm in _spread(given["decoder_norm_types"], stages)),
-            act=tuple(_known(ACTIVATIONS, act) for act in _spread(given["decoder_act_fns"], stages)),
-            resample="interpolate" if given["upsample_block_type"] == "interpolate" else "pixel",
-            shortcut=given.get("decoder_in_shortcut", True),
-            head_act=_known(ACTIVATIONS, given.get("decoder_conv_act_fn", "relu")),
-        ),
-        scaling_factor=given.get("scaling_factor"),
-    )
+    whole = fields.Section(given)
+    whole.only(DIFFUSERS_FIELDS)
+    whole.same({"in_channels": 3, "attention_head_dim": HEAD_DIM})
+    with fields.renamed(_in_whole(DIFFUSERS_NAMES, "{name}")):
+        return DCAEConfig(
+            latent_channels=whole["latent_channels"],
+            encoder=_coder_from_diffusers(
+                whole,
+                "encoder",
+                resample=whole.word("downsample_block_type", _by_word(RESAMPLES["encoder"])),
+                shortcut=whole.get("encoder_out_shortcut", True),
+            ),
+            decoder=_coder_from_diffusers(
+                whole,
+                "decoder",
+                resample=whole.word("upsample_block_type", _by_word(RESAMPLES["decoder"])),
+                shortcut=whole.get("decoder_in_shortcut", True),
+                head_act=whole.word("decoder_conv_act_fn", SAME_ACTIVATIONS, default="relu"),
+            ),
+            scaling_factor=whole.get("scaling_factor", None),
+        )
 
 
-def _coder_from_diffusers(given: Mapping, side: str, **options) -> CoderConfig:
-    width = tuple(given[f"{side}_block_out_channels"])
-    kinds = _spread(given[f"{side}_block_types"], len(width))
-    names = {name: block for block, name in BLOCKS.items()}
-    blocks = []
-    for kind, scales in zip(kinds, given[f"{side}_qkv_multiscales"], strict=True):
-        name = (kind, () if kind == "ResBlock" else tuple(scales))
-        if name not in names:
-            raise ValueError(f"{kind} with scales {list(scales)} is not supported")
-        blocks.append(names[name])
-    return CoderConfig(width=width, depth=tuple(given[f"{side}_layers_per_block"]), block=tuple(blocks), **options)
+def _coder_from_diffusers(given: fields.Section, side: str, **options) -> CoderConfig:
+    width = given.values(f"{side}_block_out_channels")
+    stages = len(width) if isinstance(width, tuple) else 1
+    kinds = given.words(f"{side}_block_types", {kind: kind for kind, _ in BLOCKS.values()}, stages)
+    scales, blocks = f"{side}_qkv_multiscales", []
+    for kind, (name, value) in zip(kinds, fields.entries(scales, given[scales], len(kinds)), strict=True):
+        value = () if kind == "ResBlock" else tuple(each for _, each in fields.entries(name, value))
+        block = {known: block for block, known in BLOCKS.items()}.get((kind, value))
+        if block is None:
+            raise fields.FieldError(name, list(value), "[] or [5]")
+        blocks.append(block)
+    norm, act = ("rms",) * stages, ("silu",) * stages
+    if side == "decoder":
+        norm = given.words("decoder_norm_types", _by_word(NORMS), stages)
+        act = given.words("decoder_act_fns", SAME_ACTIVATIONS, stages)
+    with fields.renamed(DIFFUSERS_NAMES[side]):
+        return CoderConfig(width, given.values(f"{side}_layers_per_block"), tuple(blocks), norm, act, **options)
 
 
-def _once(values):
-    """A list of equal values as that value; anything else as it is."""
-    return values[0] if isinstance(values, list) and values and values.count(values[0]) == len(values) else values
+def _by_word(table: Mapping[str, tuple[str, str]]) -> dict[str, str]:
+    """This package's word by the original's and by diffusers'."""
+    return {word: ours for ours, words in table.items() for word in words}
 
 
-def _spread(value, stages: int) -> tuple:
-    return tuple(value) if isinstance(value, list | tuple) else (value,) * stages
-
-
-def _known(known: Iterable[str], value: str) -> str:
-    if value not in known:
-        raise ValueError(f"{value!r} is not supported; expected one of {', '.join(known)}")
-    return value
-
-
-def _find(table: Mapping[str, tuple[str, str]], value: str) -> str:
-    for key, names in table.items():
-        if value in names:
-            return key
-    raise ValueError(f"{value!r} is not supported; expected one of {', '.join(sum(table.values(), ()))}")
+def _in_whole(names: Mapping[str, Mapping[str, str]], form: str) -> dict[str, str]:
+    """The names of the coders' fields as `DCAEConfig` has them: a file's name by "encoder.width" and the like."""
+    return {
+        f"{side}.{ours}": form.format(side=side, name=name)
+        for side, of_side in names.items()
+        for ours, name in of_side.items()
+    }

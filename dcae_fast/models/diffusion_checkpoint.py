@@ -51,8 +51,12 @@ def load(
     file = file or weights.find_first(find, FILES, source)
     state = _without_prefix(weights.read_weights(file, find, partial(_unwrap, ema=ema)))
     config = config or _infer_config(state, file)
-    state, expected = _with_positions(state, config), _empty_state(config)
+    expected = _empty_state(config)
+    state = _with_positions(state, config, expected)
     weights.check(state, expected, file)
+    if state["pos_embed"].is_meta:
+        network = config.network
+        state["pos_embed"] = position_table(network.hidden_size, network.input_size // network.patch_size)
     state = {name: state[name].to(tensor.dtype) for name, tensor in expected.items()}
     return config, weights.assemble(config.build, state), _load_autoencoder(find, source, config, autoencoder, cache)
 
@@ -99,20 +103,15 @@ def _without_prefix(state: weights.State) -> weights.State:
     return state
 
 
-def _with_positions(state: weights.State, config: DiffusionConfig) -> weights.State:
-    """With DiT's position table, which is not trained, and therefore not in the trainer's files."""
-    network = config.network
-    if not isinstance(network, DiTConfig):
-        return state
-    return {"pos_embed": position_table(network.hidden_size, network.input_size // network.patch_size)} | state
+def _with_positions(state: weights.State, config: DiffusionConfig, expected: weights.State) -> weights.State:
+    """With a place, on the meta device, for DiT's position table: not trained, and so not in the trainer's files."""
+    return {"pos_embed": expected["pos_embed"]} | state if isinstance(config.network, DiTConfig) else state
 
 
 def _parse_config(given: Mapping[str, Any], path: Path) -> DiffusionConfig:
     try:
         return diffusion_zoo.config_from_json(given)
-    except KeyError as error:
-        raise CheckpointError(f"{path}: not the configuration of a diffusion model, {error} is absent") from error
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{path}: not the configuration of a diffusion model: {error}") from error
 
 
@@ -121,7 +120,8 @@ def _infer_config(state: weights.State, path: Path) -> DiffusionConfig:
     fits = []
     for name in diffusion_zoo.DIFFUSION_MODELS:
         config = diffusion_zoo.diffusion_config(name)
-        have, expected = _with_positions(state, config), _empty_state(config)
+        expected = _empty_state(config)
+        have = _with_positions(state, config, expected)
         if {k: v.shape for k, v in have.items()} == {k: v.shape for k, v in expected.items()}:
             fits.append(config)
     if not fits:

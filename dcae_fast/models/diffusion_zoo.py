@@ -10,14 +10,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import zoo
-from .config import DiTConfig, UViTConfig
+from . import fields, zoo
+from .config import SCALES, DiTConfig, UViTConfig
 
 if TYPE_CHECKING:
     from .dit import DiT
     from .uvit import UViT
 
 RESOLUTION = 512
+MOST_STEPS = 100_000  # of a sampler
 NETWORKS = {"uvit": UViTConfig, "dit": DiTConfig}
 SAMPLERS_AFTER = {  # by the training, the samplers that fit it
     "DPM_Solver": ("DPM_Solver",),
@@ -45,9 +46,13 @@ class DiffusionConfig:
     name: str | None = field(default=None, compare=False)
 
     def __post_init__(self):
-        if self.train_scheduler not in SAMPLERS_AFTER:
-            raise ValueError(f"train_scheduler={self.train_scheduler!r}; expected one of {', '.join(SAMPLERS_AFTER)}")
-        self.check_sampler(self.eval_scheduler)
+        if not isinstance(self.network, UViTConfig | DiTConfig):
+            raise fields.FieldError("network", self.network, "a UViTConfig or a DiTConfig")
+        fields.text("autoencoder", self.autoencoder)
+        fields.number("scaling_factor", self.scaling_factor, *SCALES)
+        fields.word("train_scheduler", self.train_scheduler, SAMPLERS_AFTER)
+        fields.word("eval_scheduler", self.eval_scheduler, SAMPLERS_AFTER[self.train_scheduler])
+        fields.whole("num_inference_steps", self.num_inference_steps, 1, MOST_STEPS)
 
     def check_sampler(self, sampler: str) -> None:
         """ValueError unless the sampler fits the training."""
@@ -73,11 +78,14 @@ def config_to_json(config: DiffusionConfig) -> dict[str, Any]:
 
 
 def config_from_json(given: Mapping[str, Any]) -> DiffusionConfig:
-    """The inverse of `config_to_json`; KeyError, TypeError or ValueError for anything else."""
+    """The inverse of `config_to_json`; ValueError that names the field for anything else."""
     if "model_name" in given:
-        return diffusion_config(given["model_name"])
-    options = {key: value for key, value in given.items() if key not in ("model", "network")}
-    return DiffusionConfig(network=NETWORKS[given["model"]](**given["network"]), **options)
+        return diffusion_config(zoo.only_name(given, DiffusionConfig.__annotations__))
+    section = fields.Section(given)
+    fields.word("model", section["model"], NETWORKS)
+    network = fields.Section(section["network"], "network.").build(NETWORKS[given["model"]])
+    options = {key: value for key, value in given.items() if key != "model"}
+    return fields.Section(options | {"network": network}).build(DiffusionConfig)
 
 
 SIZES = {

@@ -77,8 +77,8 @@ def find_first(find: Finder, files: list[str], source: str | os.PathLike) -> Pat
 
 def read_json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable JSON: {error}") from error
     if not isinstance(content, dict) or not content:
         raise CheckpointError(f"{path}: expected a JSON object with at least one entry")

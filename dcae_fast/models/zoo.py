@@ -5,11 +5,13 @@ diffusers repositories; a scaling factor that none of them gives is None.
 """
 
 import json
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
-from . import convert
+from . import convert, fields
 from .config import CoderConfig, DCAEConfig
 
 WIDTH = (128, 256, 512, 512, 1024, 1024, 2048, 2048)
@@ -93,6 +95,15 @@ def autoencoder_hub_id(name: str) -> str | None:
     if name in BUNDLED:
         return None
     return f"dc-ai/{name}" if name.endswith("-1.5") else f"mit-han-lab/{name}"
+
+
+def only_name(given: Mapping[str, Any], others: Collection[str]) -> str:
+    """The model_name of a config.json; FieldError where one of the other fields, which it decides, stands beside it."""
+    for name in others:
+        if name in given:
+            raise fields.FieldError(name, given[name], f"nothing beside model_name={given['model_name']!r}")
+    fields.text("model_name", given["model_name"])
+    return given["model_name"]
 
 
 def unknown(name: str) -> str:

@@ -97,7 +97,7 @@ def test_given_config_comes_first(folder):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_config_decides_which_layout_of_a_folder(layout, tmp_path):
-    for number, saved in enumerate([*(set(LAYOUTS) - {layout}), layout]):
+    for number, saved in enumerate([*(set(LAYOUTS) - {layout}), layout], 1):
         model = build(replace(CONFIG, scaling_factor=float(number)))
         model.decoder.project_in.main.conv.bias.data += number
         model.save_pretrained(tmp_path, saved)
@@ -305,9 +305,9 @@ def test_no_tensors_at_all(folder):
         ("{}", "expected a JSON object"),
         ('{"model_name": "dc-ae-f9"}', "unknown autoencoder 'dc-ae-f9'"),
         ('{"model_name": ["dc-ae"]}', "not the configuration of a DC-AE"),
-        ('{"model_type": "bert"}', "not the configuration of a DC-AE autoencoder, 'encoder' is absent"),
+        ('{"model_type": "bert"}', "not the configuration of a DC-AE autoencoder: 'encoder' is absent"),
         ('{"encoder": 1, "decoder": 2}', "not the configuration of a DC-AE"),
-        ('{"_class_name": "AutoencoderDC"}', "'in_channels' is absent"),
+        ('{"_class_name": "AutoencoderDC"}', "'latent_channels' is absent"),
     ],
 )
 def test_config_that_is_none(folder, content, message):
@@ -319,16 +319,16 @@ def test_config_that_is_none(folder, content, message):
 @pytest.mark.parametrize(
     "side, key, value, message",
     [
-        ("encoder", "norm", "ln2d", "'ln2d' is not supported; expected one of trms2d"),
-        ("encoder", "block_type", "ViTGLU", "'ViTGLU' is not supported"),
-        ("decoder", "norm", "bn2d", "attention blocks have RMS norm alone"),
-        ("decoder", "out_act", "gelu", "'gelu' is not supported"),
-        ("encoder", "depth_list", [1, 1, 1], "one entry for each stage"),
-        ("encoder", "double_latent", True, "encoder.double_latent = True is not supported"),
-        ("encoder", "upsampling", "cubic", "encoder.upsampling = 'cubic' is not supported"),
-        ("decoder", "in_channels", 4, "decoder.in_channels = 4 is not supported"),
+        ("encoder", "norm", "ln2d", r"encoder.norm='ln2d'; expected one of trms2d"),
+        ("encoder", "block_type", "ViTGLU", "encoder.block_type='ViTGLU'; expected one of ResBlock"),
+        ("decoder", "norm", "bn2d", r"decoder.norm\[1\]='batch'; expected rms"),
+        ("decoder", "out_act", "gelu", "decoder.out_act='gelu'; expected one of relu, silu"),
+        ("encoder", "depth_list", [1, 1, 1], r"encoder.depth_list=\(1, 1, 1\); expected 2 entries"),
+        ("encoder", "double_latent", True, "encoder.double_latent=True; expected False"),
+        ("encoder", "upsampling", "cubic", "encoder.upsampling='cubic'; expected no field but"),
+        ("decoder", "in_channels", 4, "decoder.in_channels=4; expected 3"),
         ("decoder", "in_block_type", "AdaptiveInputConvLayer", "decoder.in_block_type"),
-        ("encoder", "out_block_type", "AdaptiveOutputConvLayer", "adaptive autoencoders have no shortcut"),
+        ("encoder", "out_block_type", "AdaptiveOutputConvLayer", "encoder.out_shortcut=True; expected false"),
     ],
 )
 def test_original_config_with_unknown_options(folder, side, key, value, message):
@@ -342,10 +342,10 @@ def test_original_config_with_unknown_options(folder, side, key, value, message)
 @pytest.mark.parametrize(
     "key, value, message",
     [
-        ("in_channels", 4, "only in_channels = 3"),
-        ("encoder_qkv_multiscales", [[], [3]], r"EfficientViTBlock with scales \[3\] is not supported"),
-        ("decoder_norm_types", "layer_norm", "'layer_norm' is not supported"),
-        ("decoder_act_fns", "gelu", "'gelu' is not supported"),
+        ("in_channels", 4, "in_channels=4; expected 3"),
+        ("encoder_qkv_multiscales", [[], [3]], r"encoder_qkv_multiscales\[1\]=\[3\]; expected"),
+        ("decoder_norm_types", "layer_norm", "decoder_norm_types='layer_norm'; expected one of trms2d, rms_norm"),
+        ("decoder_act_fns", "gelu", "decoder_act_fns='gelu'; expected one of relu"),
     ],
 )
 def test_diffusers_config_with_unknown_options(key, value, message):

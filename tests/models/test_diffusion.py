@@ -266,11 +266,11 @@ def test_partial_latents_out_of_range():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"patch_size": 3}, "input_size=4 is not a multiple of patch_size=3"),
-        ({"num_heads": 5}, "hidden_size=32 is not a multiple of num_heads=5"),
-        ({"hidden_size": 6}, "hidden_size=6 is not a multiple of 4"),
-        ({"class_dropout_prob": 10}, r"class_dropout_prob=10 is not in \[0, 1\]"),
-        ({"depth": 3}, "depth=3 is odd"),
+        ({"patch_size": 3}, "input_size=4; expected a multiple of patch_size=3"),
+        ({"num_heads": 5}, "hidden_size=32; expected a multiple of num_heads=5"),
+        ({"hidden_size": 6}, "hidden_size=6; expected a multiple of 4"),
+        ({"class_dropout_prob": 10}, "class_dropout_prob=10; expected a number from 0 to 1"),
+        ({"depth": 3}, "depth=3; expected an even number"),
     ],
 )
 def test_configurations_that_do_not_fit(changes, message):

@@ -245,12 +245,12 @@ def edited(**changes) -> str:
         ("{", "not readable JSON"),
         ('{"model_name": "dc-ae-f9-uvit"}', "unknown diffusion model 'dc-ae-f9-uvit'"),
         ('{"model_name": ["dc-ae"]}', "not the configuration of a diffusion model"),
-        ('{"encoder": 1, "decoder": 2}', "not the configuration of a diffusion model, 'model' is absent"),
-        (edited(model="mmdit"), "'mmdit' is absent"),
-        (edited(network={"depth": 3}), "missing 4 required"),
-        (edited(unknown=1), "unexpected keyword argument 'unknown'"),
+        ('{"encoder": 1, "decoder": 2}', "not the configuration of a diffusion model: 'model' is absent"),
+        (edited(model="mmdit"), "model='mmdit'; expected one of uvit, dit"),
+        (edited(network={"depth": 3}), "'network.in_channels' is absent"),
+        (edited(unknown=1), "unknown=1; expected no field but network, autoencoder"),
         (edited(train_scheduler="DDIM"), "train_scheduler='DDIM'; expected one of DPM_Solver"),
-        (edited(eval_scheduler="SDE"), "sampler 'SDE'; the model was trained for DPM_Solver"),
+        (edited(eval_scheduler="SDE"), "eval_scheduler='SDE'; expected one of DPM_Solver"),
     ],
 )
 def test_config_that_is_none(content, message, folder):
