@@ -1,6 +1,5 @@
 """The command line: dcae-fast with one of the `commands` of `main`."""
 
-import contextlib
 import io
 import shlex
 import sys
@@ -30,7 +29,7 @@ from .commands.eval_diffusion import eval_diffusion
 from .commands.option_files import with_files
 from .commands.reference_stats import reference_stats
 from .commands.train_diffusion import train_diffusion
-from .errors import CheckpointError, DeviceError, NotFiniteError
+from .errors import CheckpointError, DeviceError, NotFiniteError, OtherKindError
 from .models import diffusion_zoo
 from .models.zoo import AUTOENCODERS
 
@@ -308,11 +307,8 @@ def _of_either_kind(source: str) -> "DCAE | DCAEDiffusion":
 
     try:
         return DCAE.from_pretrained(source)
-    except CheckpointError:
-        with contextlib.suppress(CheckpointError):
-            if Path(source).is_dir():
-                return DCAEDiffusion.from_pretrained(source)
-        raise
+    except OtherKindError:
+        return DCAEDiffusion.from_pretrained(source)
 
 
 def _some(paths: Sequence[Path]) -> Sequence[Path]:

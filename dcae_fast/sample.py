@@ -1,4 +1,4 @@
-"""Pictures by label: sampled, decoded, and their latents kept in a file; and where the weights for it come from."""
+"""Pictures by label: sampled, decoded, and their latents kept in a file."""
 
 import math
 from collections.abc import Callable
@@ -15,8 +15,6 @@ from .diffusion import DCAEDiffusion
 from .files import written_atomically
 from .finite import check_finite
 from .images import to_uint8
-from .models.diffusion_zoo import diffusion_config, diffusion_hub_id
-from .models.zoo import autoencoder_hub_id
 from .reconstruction import choose_device
 
 DEMO_LABELS = (279, 333, 979, 936, 933, 145, 497, 1, 248, 360, 793, 12, 387, 437, 938, 978)  # the original's, ImageNet
@@ -114,21 +112,3 @@ def save_latents(latents: torch.Tensor, request: Request, model: str, path: Path
     facts = {name: str(fact) for name, fact in asdict(request).items() if name != "labels"}
     with written_atomically(path) as temporary:
         save_file(tensors, temporary, {"model": model, "scaled": "true", **facts})
-
-
-def how_to_get(name: str) -> str:
-    """What to do where a released model cannot be downloaded."""
-    autoencoder = diffusion_config(name).autoencoder
-    return f"""Its weights are downloaded when they are first used. On a machine with a connection that is
-
-    hf download {diffusion_hub_id(name)} --local-dir {name}
-    hf download {autoencoder_hub_id(autoencoder)} --local-dir {name}/autoencoder
-
-and the folder can be taken anywhere: --model ./{name}. It holds
-
-    config.json                     {{"model_name": "{name}"}}
-    model.safetensors               the transformer's weights, names after "diffusion_model."
-    autoencoder/config.json         {{"model_name": "{autoencoder}"}}
-    autoencoder/model.safetensors   the autoencoder's weights
-
-Instead of model.safetensors it may hold checkpoint.pt, as the original's trainer writes it."""

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import dcae_fast
-from dcae_fast.errors import CheckpointError
-from dcae_fast.models.diffusion_zoo import DIFFUSION_MODELS
 
 if TYPE_CHECKING:
     from dcae_fast.diffusion import DCAEDiffusion
@@ -116,12 +114,7 @@ class Compute:
     def load_diffusion(self, model: str) -> "DCAEDiffusion":
         from dcae_fast import sample
 
-        try:
-            return sample.load(model, self.device, self.dtype, self.patch, self.max_bytes)
-        except CheckpointError as error:
-            if model in DIFFUSION_MODELS:
-                raise UsageError(f"{error}\n{sample.how_to_get(model)}") from error
-            raise
+        return sample.load(model, self.device, self.dtype, self.patch, self.max_bytes)
 
 
 LISTED = 20  # unreadable pictures, in the terminal

@@ -14,9 +14,12 @@ from typing import Any
 
 import torch
 
-from . import convert, weights, zoo
+from dcae_fast.errors import NotDownloadedError, OtherKindError
+
+from . import convert, fields, finder, kinds, weights, zoo
 from .autoencoder import DCAE, DCAEConfig
-from .weights import CheckpointError
+from .finder import Names
+from .weights import CheckpointError, State
 
 WEIGHTS = {
     "original": ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"],
@@ -28,31 +31,43 @@ WEIGHTS = {
 }
 
 
-def load(source: str | os.PathLike, *, config: DCAEConfig | None, **hub: Any) -> tuple[DCAEConfig, weights.State]:
+def load(source: str | os.PathLike, *, config: DCAEConfig | None, **hub: Any) -> tuple[DCAEConfig, State]:
     """The configuration and the complete, checked state dict (original layout, float32) of a checkpoint.
 
     For the arguments see `DCAE.from_pretrained`. Raises CheckpointError.
     """
+    try:
+        return load_available(source, config=config, **hub)
+    except NotDownloadedError as error:
+        raise CheckpointError(f"{error}\n{zoo.how_to_get(os.fspath(source))}") from error
+
+
+def load_available(source: str | os.PathLike, *, config: DCAEConfig | None, **hub: Any) -> tuple[DCAEConfig, State]:
+    """The same, but NotDownloadedError where files are neither here nor to be downloaded."""
     file = Path(source) if os.path.isfile(source) else None
     hub_ids = {name: zoo.autoencoder_hub_id(name) for name in zoo.AUTOENCODERS}
-    names = weights.Names("autoencoder", zoo.BUNDLED, hub_ids)
-    find = weights.finder(source if file is None else file.parent, names, **hub)
+    names = Names(kinds.AUTOENCODER, zoo.BUNDLED, hub_ids)
+    find = finder.finder(source if file is None else file.parent, names, **hub)
     return load_found(find, source, file, config)
 
 
 def load_found(
-    find: weights.Finder, source: str | os.PathLike, file: Path | None, config: DCAEConfig | None
-) -> tuple[DCAEConfig, weights.State]:
+    find: finder.Finder, source: str | os.PathLike, file: Path | None, config: DCAEConfig | None
+) -> tuple[DCAEConfig, State]:
     """The same from files that `find` finds in `source`, or from a weight file beside them."""
-    config_file = find(weights.CONFIG)
+    config_file = find(finder.CONFIG)
     given = weights.read_json(config_file) if config_file else {}
     if config is None and given:
+        if kinds.of_config(given) == kinds.DIFFUSION_MODEL:
+            raise OtherKindError(f"{config_file}: of {kinds.TAKEN_BY[kinds.DIFFUSION_MODEL]}")
         config = _parse_config(given, config_file)
     if file is None:
         # of the layout that config.json is of, or of either layout where there is no config.json
         layouts = ["diffusers" if _is_diffusers(given) else "original"] if given else list(WEIGHTS)
-        file = weights.find_first(find, [name for layout in layouts for name in WEIGHTS[layout]], source)
+        file = finder.find_first(find, [name for layout in layouts for name in WEIGHTS[layout]], source)
     state = weights.read_weights(file, find)
+    if kinds.of_weights(state) == kinds.DIFFUSION_MODEL:
+        raise OtherKindError(f"{file}: the weights of {kinds.TAKEN_BY[kinds.DIFFUSION_MODEL]}")
     try:
         layout = convert.state_dict_layout(state)
     except ValueError as error:
@@ -87,6 +102,7 @@ def _is_diffusers(config: Mapping) -> bool:
 
 def _parse_config(given: Mapping, path: Path) -> DCAEConfig:
     try:
+        fields.Section(given).same({"_class_name": "AutoencoderDC"})  # of diffusers' models
         if _is_diffusers(given):
             return convert.config_from_diffusers(given)
         if "model_name" in given:

@@ -43,8 +43,6 @@ def state_dict_layout(names: Iterable[str]) -> str:
     for layout, pattern in LAYOUTS.items():
         if any(re.match(pattern, name) for name in names):
             return layout
-    if any(name.startswith("diffusion_model.") for name in names):
-        raise ValueError("these are the weights of a diffusion model; its autoencoder is a checkpoint of its own")
     raise ValueError(f"not the weights of a DC-AE autoencoder; found {', '.join(names[:5]) or 'nothing'}")
 
 

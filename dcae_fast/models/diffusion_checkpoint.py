@@ -15,10 +15,13 @@ from typing import Any
 
 import torch
 
-from . import checkpoint, diffusion_zoo, weights
+from dcae_fast.errors import NotDownloadedError, OtherKindError
+
+from . import checkpoint, diffusion_zoo, finder, kinds, weights, zoo
 from .autoencoder import DCAE
 from .diffusion_zoo import DiffusionConfig
 from .dit import DiT, DiTConfig, position_table
+from .finder import Names
 from .uvit import UViT
 from .weights import CheckpointError
 
@@ -41,14 +44,28 @@ def load(
 
     For the arguments see `DCAEDiffusion.from_pretrained`. Raises CheckpointError.
     """
+    try:
+        return _load(source, config, autoencoder, ema, revision, cache)
+    except NotDownloadedError as error:
+        raise CheckpointError(f"{error}\n{diffusion_zoo.how_to_get(os.fspath(source))}") from error
+
+
+def _load(
+    source: str | os.PathLike,
+    config: DiffusionConfig | None,
+    autoencoder: str | os.PathLike | None,
+    ema: bool,
+    revision: str | None,
+    cache: dict[str, Any],
+) -> tuple[DiffusionConfig, UViT | DiT, DCAE]:
     file = Path(source) if os.path.isfile(source) else None
     hub_ids = {name: diffusion_zoo.diffusion_hub_id(name) for name in diffusion_zoo.DIFFUSION_MODELS}
-    names = weights.Names("diffusion model", diffusion_zoo.BUNDLED, hub_ids)
-    find = weights.finder(source if file is None else file.parent, names, revision=revision, **cache)
-    config_file = find(weights.CONFIG)
+    names = Names(kinds.DIFFUSION_MODEL, diffusion_zoo.BUNDLED, hub_ids)
+    find = finder.finder(source if file is None else file.parent, names, revision=revision, **cache)
+    config_file = find(finder.CONFIG)
     if config is None and config_file:
         config = _parse_config(weights.read_json(config_file), config_file)
-    file = file or weights.find_first(find, FILES, source)
+    file = file or finder.find_first(find, FILES, source)
     state = _without_prefix(weights.read_weights(file, find, partial(_unwrap, ema=ema)))
     config = config or _infer_config(state, file)
     expected = _empty_state(config)
@@ -73,17 +90,31 @@ def save_state(config: DiffusionConfig, state: weights.State, folder: str | os.P
 
 
 def _load_autoencoder(
-    find: weights.Finder,
+    find: finder.Finder,
     source: str | os.PathLike,
     config: DiffusionConfig,
     given: str | os.PathLike | None,
     cache: dict[str, Any],
 ) -> DCAE:
     """The autoencoder asked for, else the checkpoint's own, else the one that the configuration names."""
-    if given is None and find(f"{AUTOENCODER}/{weights.CONFIG}"):
+    if given is not None:
+        return DCAE.from_pretrained(given, **cache)
+    try:
+        is_inside = find(f"{AUTOENCODER}/{finder.CONFIG}") is not None
+    except NotDownloadedError:
+        is_inside = False
+    if is_inside:
         own = checkpoint.load_found(lambda file: find(f"{AUTOENCODER}/{file}"), f"{source}/{AUTOENCODER}", None, None)
-        return weights.assemble(partial(DCAE, own[0]), own[1])
-    return DCAE.from_pretrained(given or config.autoencoder, **cache)
+    else:
+        try:
+            own = checkpoint.load_available(config.autoencoder, config=None, **cache)
+        except NotDownloadedError as error:
+            if not os.path.exists(source):
+                raise
+            folder = Path(source) if os.path.isdir(source) else Path(source).parent
+            how = zoo.how_to_get(config.autoencoder, folder / AUTOENCODER)
+            raise CheckpointError(f"{error}\n{how}") from error
+    return weights.assemble(partial(DCAE, own[0]), own[1])
 
 
 def _unwrap(content: Any, ema: bool) -> Any:
@@ -109,6 +140,8 @@ def _with_positions(state: weights.State, config: DiffusionConfig, expected: wei
 
 
 def _parse_config(given: Mapping[str, Any], path: Path) -> DiffusionConfig:
+    if kinds.of_config(given) == kinds.AUTOENCODER:
+        raise OtherKindError(f"{path}: of {kinds.TAKEN_BY[kinds.AUTOENCODER]}")
     try:
         return diffusion_zoo.config_from_json(given)
     except ValueError as error:
@@ -124,6 +157,8 @@ def _infer_config(state: weights.State, path: Path) -> DiffusionConfig:
         have = _with_positions(state, config, expected)
         if {k: v.shape for k, v in have.items()} == {k: v.shape for k, v in expected.items()}:
             fits.append(config)
+    if not fits and kinds.of_weights(state) == kinds.AUTOENCODER:
+        raise OtherKindError(f"{path}: the weights of {kinds.TAKEN_BY[kinds.AUTOENCODER]}")
     if not fits:
         raise CheckpointError(f"{path}: no config.json beside it, and of the shape of no known model; give config=")
     if len(set(fits)) > 1:

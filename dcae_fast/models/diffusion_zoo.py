@@ -4,13 +4,12 @@ All released ones make pictures of 512 pixels and 1000 classes. Schedulers and s
 (DC-Gen).
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import fields, zoo
+from . import fields, kinds, zoo
 from .config import SCALES, DiTConfig, UViTConfig
 
 if TYPE_CHECKING:
@@ -159,12 +158,33 @@ def diffusion_names() -> list[str]:
 def diffusion_config(name: str) -> DiffusionConfig:
     """The configuration of a diffusion model of the zoo; ValueError with the known names for any other."""
     if name in BUNDLED:
-        return config_from_json(json.loads((BUNDLED[name] / "config.json").read_text()))
+        return config_from_json(zoo.bundled_config(BUNDLED[name]))
     if name not in DIFFUSION_MODELS:
-        raise ValueError(zoo.unknown_name("diffusion model", name, diffusion_names()))
+        raise ValueError(kinds.unknown_name(kinds.DIFFUSION_MODEL, name, diffusion_names()))
     return replace(DIFFUSION_MODELS[name], name=name)
 
 
 def diffusion_hub_id(name: str) -> str:
     """The Hugging Face repository with the original weights of one of `DIFFUSION_MODELS`."""
     return f"mit-han-lab/{name}"
+
+
+def how_to_get(source: str) -> str:
+    """What to do where a diffusion model, of the zoo or of a repository, cannot be downloaded."""
+    folder = source.split("/")[-1]
+    repository, autoencoder = source, "AUTOENCODER"  # the one that its config.json names
+    if source in DIFFUSION_MODELS:
+        repository, autoencoder = diffusion_hub_id(source), zoo.autoencoder_hub_id(diffusion_config(source).autoencoder)
+    return f"""Its weights are downloaded when they are first used. On a machine with a connection that is
+
+    hf download {repository} --local-dir {folder}
+    hf download {autoencoder} --local-dir {folder}/autoencoder
+
+and the folder can be taken anywhere; name ./{folder} in place of {source}. It holds
+
+    config.json                     the model's name, or its configuration, which names its AUTOENCODER
+    model.safetensors               the transformer's weights, names after "diffusion_model."
+    autoencoder/config.json         the same of the autoencoder
+    autoencoder/model.safetensors   its weights
+
+Instead of model.safetensors it may hold checkpoint.pt, as the original's trainer writes it."""

@@ -1,78 +1,25 @@
-"""Files of checkpoints: found in a folder or a Hugging Face repository, read, checked against a model, and written."""
+"""Files of checkpoints: read, checked against a model, and written; `finder` finds them."""
 
 import json
-import os
+import re
+import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dcae_fast.errors import CheckpointError
 from dcae_fast.files import written_atomically
 
-from . import zoo
+from .finder import CONFIG, PICKLES, Finder
 
-CONFIG = "config.json"
-PICKLES = (".pt", ".pth", ".ckpt", ".bin")
+INDEX = ".index.json"
 LISTED = 10  # names of each kind in an error
 
 State = dict[str, torch.Tensor]
-Finder = Callable[[str], Path | None]
-
-
-@dataclass(frozen=True)
-class Names:
-    """Models that have a name. kind: what they are; bundled: name → folder; hub_ids: name → Hugging Face repository."""
-
-    kind: str
-    bundled: Mapping[str, Path]
-    hub_ids: Mapping[str, str]
-
-
-def finder(source: str | os.PathLike, names: Names, **hub: Any) -> Finder:
-    """A function from a file name to its path in the source, or None where the source has no such file.
-
-    source: a folder, a name, or a Hugging Face repository; the first of these that it can be. hub: revision, cache_dir
-    and local_files_only, as in `hf_hub_download`. Raises CheckpointError here or at the first call.
-    """
-    name = os.fspath(source)
-    folder = names.bundled.get(name, Path(name)) if not os.path.isdir(name) else Path(name)
-    if folder.is_dir():
-        return lambda file: folder / file if (folder / file).is_file() else None
-    if name in names.hub_ids:
-        name = names.hub_ids[name]
-    elif os.path.isabs(name) or name.startswith(".") or name.endswith((".safetensors", ".json", *PICKLES)):
-        raise CheckpointError(f"no such file or folder: {name}")
-    elif name.count("/") != 1:
-        unknown = zoo.unknown_name(names.kind, name, [*names.hub_ids, *names.bundled])
-        raise CheckpointError(f"no such file or folder, nor a Hugging Face repository: {unknown}")
-
-    def find(file: str) -> Path | None:
-        try:
-            return Path(hf_hub_download(name, file, **hub))
-        except EntryNotFoundError as error:
-            if isinstance(error, LocalEntryNotFoundError) and file == CONFIG:  # no connection, and never downloaded
-                raise CheckpointError(f"{name}: not in the local cache, and not to be downloaded: {error}") from error
-            return None
-        except (OSError, ValueError) as error:  # no such repository or revision, no access, not a repository's name
-            raise CheckpointError(f"{name} is no local folder, and as a Hugging Face repository: {error}") from error
-
-    return find
-
-
-def find_first(find: Finder, files: list[str], source: str | os.PathLike) -> Path:
-    """The first of the files that the source has."""
-    for path in map(find, files):
-        if path is not None:
-            return path
-    raise CheckpointError(f"{os.fspath(source)}: no weights; looked for {', '.join(files)}")
 
 
 def read_json(path: Path) -> dict:
@@ -96,29 +43,66 @@ def read_weights(path: Path, find: Finder, unwrap: Callable[[Any], Any] = under_
 
     unwrap: from what a pickle holds to the state dict in it. Pickles may hold weights and plain values alone.
     """
-    if path.name.endswith(".index.json"):
+    if path.name.endswith(INDEX):
         return _read_shards(path, find, unwrap)
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: not a readable safetensors file (truncated?): {error}") from error
+        except Exception as error:  # a broken or hostile file may raise anything
+            raise CheckpointError(f"{path}: not a readable safetensors file: {_what_is_there(path, error)}") from error
     if path.suffix not in PICKLES:
         raise CheckpointError(f"{path}: unknown kind of file; expected .safetensors, {', '.join(PICKLES)}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken or hostile pickle may raise anything
-        raise CheckpointError(f"{path}: not a readable file of weights alone: {_first_line(error)}") from error
-    content = unwrap(content)
+    content = unwrap(_read_pickle(path))
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}; expected a state dict")
-    others = [str(name) for name, value in content.items() if not isinstance(value, torch.Tensor)]
+    others = [str(name) for name, value in content.items() if not (isinstance(name, str) and _is_plain(value))]
     if others:
         raise CheckpointError(
-            f"{path}: no state dict where one is expected; no tensors at {_listed(others)} "
+            f"{path}: no state dict where one is expected; no plain tensors at {_listed(others)} "
             f"of the keys {_listed(list(map(str, content)))}"
         )
     return content
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether this is a tensor with data of its own, neither sparse, nested nor quantised."""
+    strange = not isinstance(value, torch.Tensor) or value.is_meta or value.is_nested or value.is_quantized
+    return not strange and value.layout == torch.strided
+
+
+def _read_pickle(path: Path) -> Any:
+    """What torch.save wrote, if it is tensors and plain values. PyTorch's own errors advise to load without safeguards,
+    and are not passed on.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about protocols and TorchScript, before an error of ours
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a broken or hostile pickle may raise anything
+        if "TorchScript" in str(error):
+            raise CheckpointError(f"{path}: a TorchScript program; expected the file of a state dict") from error
+        name = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if name:
+            raise CheckpointError(
+                f"{path}: refused, because to read it would run code: it holds {name[1]}, and may hold tensors and "
+                "plain values alone. Ask for the weights as .safetensors"
+            ) from error
+        raise CheckpointError(f"{path}: not a readable file of weights: {_what_is_there(path, error)}") from error
+
+
+def _what_is_there(path: Path, error: Exception) -> str:
+    """What is found in place of weights, in words for the user."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    with path.open("rb") as file:
+        start = file.read(64)
+    if not start:
+        return "it is empty"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS; `git lfs pull` brings the file itself"
+    if start.lstrip().startswith(b"<"):
+        return "it is a web page, perhaps an error of the download"
+    return f"its {path.stat().st_size} bytes are cut short, damaged or something else; get the file again"
 
 
 def _read_shards(path: Path, find: Finder, unwrap: Callable[[Any], Any]) -> State:
@@ -127,6 +111,8 @@ def _read_shards(path: Path, find: Finder, unwrap: Callable[[Any], Any]) -> Stat
         raise CheckpointError(f"{path}: expected a weight_map from names to files beside it")
     state = {}
     for shard in sorted(set(shards.values())):
+        if not shard.endswith((".safetensors", *PICKLES)):  # an index, perhaps this one
+            raise CheckpointError(f"{path}: names {shard!r} as a shard; expected .safetensors or {', '.join(PICKLES)}")
         found = find(shard)
         if found is None:
             raise CheckpointError(f"{path}: the shard {shard} is missing")
@@ -137,18 +123,25 @@ def _read_shards(path: Path, find: Finder, unwrap: Callable[[Any], Any]) -> Stat
 def check(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], path: Path) -> None:
     """CheckpointError with all that is missing, unexpected, or of another shape or kind."""
     missing = [name for name in expected if name not in state]
-    unexpected = [name for name in state if name not in expected]
+    unexpected = [str(name) for name in state if name not in expected]
     misfits = []
     for name, want in expected.items():
         have = state.get(name, want)
         if have.shape != want.shape:
             misfits.append(f"{name} {list(have.shape)} instead of {list(want.shape)}")
-        elif have.is_floating_point() != want.is_floating_point():
+        elif not _can_become(have.dtype, want.dtype):
             misfits.append(f"{name} {have.dtype} instead of {want.dtype}")
     problems = {"missing": missing, "unexpected": unexpected, "unfit": misfits}
     found = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in problems.items() if names]
     if found:
         raise CheckpointError("\n  ".join([f"{path} does not fit the model:", *found]))
+
+
+def _can_become(have: torch.dtype, want: torch.dtype) -> bool:
+    """Whether a tensor may be cast on loading, as by PyTorch: any real one to integers, as a batch norm's counter that
+    was cast with its weights; to floating point only the like, as integers would be weights without their scale.
+    """
+    return not have.is_complex and (have.is_floating_point or not want.is_floating_point)
 
 
 def assemble(build: Callable[[], nn.Module], state: State) -> nn.Module:
@@ -167,11 +160,6 @@ def write(folder: Path, state: Mapping[str, torch.Tensor], files: list[str], con
     (folder / files[1]).unlink(missing_ok=True)
     with written_atomically(folder / CONFIG) as path:
         path.write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _first_line(error: Exception) -> str:
-    """torch.load goes on to advise to load the file without its safeguards."""
-    return str(error).partition("\n")[0].partition(" This file can still be loaded")[0]
 
 
 def _listed(names: list[str]) -> str:

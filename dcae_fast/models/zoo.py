@@ -7,11 +7,12 @@ diffusers repositories; a scaling factor that none of them gives is None.
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from . import convert, fields
+from dcae_fast.errors import CheckpointError
+
+from . import convert, fields, kinds
 from .config import CoderConfig, DCAEConfig
 
 WIDTH = (128, 256, 512, 512, 1024, 1024, 2048, 2048)
@@ -85,7 +86,7 @@ def autoencoder_config(name: str) -> DCAEConfig:
     """The configuration of an autoencoder of the zoo; ValueError with the known names for any other."""
     _check(name)
     if name in BUNDLED:
-        return convert.config_from_original(json.loads((BUNDLED[name] / "config.json").read_text()))
+        return convert.config_from_original(bundled_config(BUNDLED[name]))
     return replace(AUTOENCODERS[name], name=name)
 
 
@@ -97,6 +98,17 @@ def autoencoder_hub_id(name: str) -> str | None:
     return f"dc-ai/{name}" if name.endswith("-1.5") else f"mit-han-lab/{name}"
 
 
+def bundled_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model that comes with this package. CheckpointError where it is not there."""
+    path = folder / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: this file of dcae_fast is missing or damaged; install the package again"
+        ) from error
+
+
 def only_name(given: Mapping[str, Any], others: Collection[str]) -> str:
     """The model_name of a config.json; FieldError where one of the other fields, which it decides, stands beside it."""
     for name in others:
@@ -106,18 +118,17 @@ def only_name(given: Mapping[str, Any], others: Collection[str]) -> str:
     return given["model_name"]
 
 
-def unknown(name: str) -> str:
-    """The words for a name that is not in the zoo."""
-    return unknown_name("autoencoder", name, autoencoder_names())
+def how_to_get(source: str, place: Path | None = None) -> str:
+    """What to do where an autoencoder, of the zoo or a repository, cannot be downloaded; place: where it is sought."""
+    repository, folder = (autoencoder_hub_id(source) if source in AUTOENCODERS else source), source.split("/")[-1]
+    what = f"name ./{folder} in place of {source}" if place is None else f"it is sought in {place}"
+    return f"""Its weights are downloaded when they are first used. On a machine with a connection that is
 
+    hf download {repository} --local-dir {folder}
 
-def unknown_name(kind: str, name: str, names: list[str]) -> str:
-    """The words for a name that is none of these; kind: what they are names of."""
-    close = get_close_matches(name, names, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"unknown {kind} {name!r}; {hint}Known: {', '.join(names)}"
+and the folder, which holds config.json and model.safetensors, can be taken anywhere; {what}."""
 
 
 def _check(name: str) -> None:
     if name not in autoencoder_names():
-        raise ValueError(unknown(name))
+        raise ValueError(kinds.unknown_name(kinds.AUTOENCODER, name, autoencoder_names()))

@@ -180,8 +180,17 @@ def test_repository_with_its_own_autoencoder(folder, hub):
 
 def test_autoencoder_not_in_the_cache(hub):
     shutil.rmtree(hub / "models--someone--small")
-    with pytest.raises(CheckpointError, match="someone/small: not in the local cache"):
+    with pytest.raises(CheckpointError, match="someone/small: not in the local cache") as error:
         load("someone/model", cache_dir=hub, local_files_only=True)
+    assert "hf download someone/model --local-dir model\n" in str(error.value)
+
+
+def test_autoencoder_of_a_folder_not_in_the_cache(hub, folder):
+    shutil.rmtree(folder / "autoencoder")
+    shutil.rmtree(hub / "models--someone--small")
+    with pytest.raises(CheckpointError, match="someone/small: not in the local cache") as error:
+        load(folder, cache_dir=hub, local_files_only=True)
+    assert "hf download someone/small" in str(error.value) and str(folder / "autoencoder") in str(error.value)
 
 
 @pytest.mark.parametrize("name", diffusion_zoo.DIFFUSION_MODELS)
@@ -199,6 +208,16 @@ def test_released_models_and_their_repositories(name, reference, tmp_path):
 def test_unknown_name():
     with pytest.raises(CheckpointError, match="unknown diffusion model 'dc-ae-f32c32-in-1.0-uvit-x'; did you mean"):
         load("dc-ae-f32c32-in-1.0-uvit-x")
+
+
+def test_an_autoencoder_in_place_of_a_diffusion_model(folder):
+    words = "an autoencoder: DCAE.from_pretrained takes it, and dcae-fast reconstruct"
+    for source in ("dc-ae-tiny", "mit-han-lab/dc-ae-f32c32-in-1.0", folder / "autoencoder"):
+        with pytest.raises(CheckpointError, match=words):
+            load(source)
+    (folder / "autoencoder" / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=f"model.safetensors: the weights of {words}"):
+        load(folder / "autoencoder" / "model.safetensors")
 
 
 def test_all_misfits_are_named(folder):
@@ -225,8 +244,8 @@ def test_weights_of_something_else(folder):
     "content, message",
     [
         ([1], "holds a list; expected a state dict"),
-        ({"model_state_dict": {}, "ema": {0.9999: {"step": 3}}}, "no tensors at step"),
-        ({"optimizer": {}, "step": 3}, "no tensors at optimizer, step"),
+        ({"model_state_dict": {}, "ema": {0.9999: {"step": 3}}}, "no plain tensors at step"),
+        ({"optimizer": {}, "step": 3}, "no plain tensors at optimizer, step"),
     ],
 )
 def test_pickle_of_something_else(content, message, folder):
@@ -245,7 +264,7 @@ def edited(**changes) -> str:
         ("{", "not readable JSON"),
         ('{"model_name": "dc-ae-f9-uvit"}', "unknown diffusion model 'dc-ae-f9-uvit'"),
         ('{"model_name": ["dc-ae"]}', "not the configuration of a diffusion model"),
-        ('{"encoder": 1, "decoder": 2}', "not the configuration of a diffusion model: 'model' is absent"),
+        ('{"model": 1, "decoder": 2}', "not the configuration of a diffusion model: model=1; expected one of uvit"),
         (edited(model="mmdit"), "model='mmdit'; expected one of uvit, dit"),
         (edited(network={"depth": 3}), "'network.in_channels' is absent"),
         (edited(unknown=1), "unknown=1; expected no field but network, autoencoder"),

@@ -1,0 +1,157 @@
+"""Files of a checkpoint: found in a folder, in this package, or in a Hugging Face repository."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import (
+    _CACHED_NO_EXIST,
+    constants,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+
+from dcae_fast.errors import CheckpointError, NotDownloadedError, OtherKindError
+
+from . import kinds
+
+CONFIG = "config.json"
+PICKLES = (".pt", ".pth", ".ckpt", ".bin")
+
+Finder = Callable[[str], Path | None]
+
+
+@dataclass(frozen=True)
+class Names:
+    """Models that have a name. kind: what they are; bundled: name → folder; hub_ids: name → Hugging Face repository."""
+
+    kind: str
+    bundled: Mapping[str, Path]
+    hub_ids: Mapping[str, str]
+
+
+def finder(source: str | os.PathLike, names: Names, **hub: Any) -> Finder:
+    """A function from a file name to its path in the source, or None where the source has no such file.
+
+    source: a folder, a name, or a Hugging Face repository; the first of these that it can be. hub: revision, cache_dir
+    and local_files_only, as in `hf_hub_download`. Raises CheckpointError here or when called: NotDownloadedError for
+    what is neither in the local cache nor to be downloaded.
+    """
+    name = os.fspath(source)
+    if os.path.isdir(name):
+        return _in_folder(Path(name))
+    if name in names.bundled:
+        folder = names.bundled[name]
+        if not (folder / CONFIG).is_file():
+            raise CheckpointError(f"{folder / CONFIG}: this file of dcae_fast is missing; install the package again")
+        return _in_folder(folder)
+    if name in names.hub_ids:
+        return _in_repository(names.hub_ids[name], **hub)
+    other = kinds.of_other_kind(names.kind, name)
+    if other:
+        raise OtherKindError(other)
+    if os.path.isabs(name) or name.startswith(".") or name.endswith((".safetensors", ".json", *PICKLES)):
+        raise CheckpointError(f"no such file or folder: {name}")
+    if name.count("/") != 1:
+        unknown = kinds.unknown_name(names.kind, name, [*names.hub_ids, *names.bundled])
+        raise CheckpointError(f"no such file or folder, nor a Hugging Face repository: {unknown}")
+    return _in_repository(name, **hub)
+
+
+def find_first(find: Finder, files: list[str], source: str | os.PathLike) -> Path:
+    """The first of the files that the source has."""
+    not_downloaded = []
+    for file in files:
+        try:
+            path = find(file)
+        except NotDownloadedError as error:  # which does not say whether the repository has that file
+            not_downloaded.append(error)
+        else:
+            if path is not None:
+                return path
+    if not_downloaded:
+        raise not_downloaded[0]
+    raise CheckpointError(f"{os.fspath(source)}: no weights; looked for {', '.join(files)}")
+
+
+def _in_folder(folder: Path) -> Finder:
+    return lambda file: folder / file if (folder / file).is_file() else None
+
+
+def _in_repository(name: str, revision: str | None = None, **cache: Any) -> Finder:
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise CheckpointError(f"{name}: no such file or folder, nor a name that a repository can have") from error
+    unreachable = _reachability(name, revision)
+
+    def find(file: str) -> Path | None:
+        there = try_to_load_from_cache(name, file, cache.get("cache_dir"), revision)
+        why = None if isinstance(there, str) else _why_not_online(cache) or unreachable()
+        if why and there is _CACHED_NO_EXIST:
+            return None
+        # without a connection huggingface_hub would try six times, for half a minute
+        options = cache | ({"local_files_only": True} if why else {})
+        try:
+            return Path(hf_hub_download(name, file, revision=revision, **options))
+        except LocalEntryNotFoundError as error:
+            why = why or "the connection was lost"
+            what = f"{name}: not in the local cache, and not to be downloaded: {why}"
+            raise NotDownloadedError(f"{what}; needed is {file}") from error
+        except EntryNotFoundError:
+            return None
+        except Exception as error:  # of any of the libraries by which huggingface_hub has spoken HTTP
+            raise CheckpointError(f"{name}: {_failure(file, revision, error)}") from error
+
+    return find
+
+
+def _why_not_online(cache: Mapping[str, Any]) -> str | None:
+    if cache.get("local_files_only"):
+        return "local_files_only is set"
+    return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else None
+
+
+def _reachability(name: str, revision: str | None) -> Callable[[], str | None]:
+    """A function that tells why the server cannot be reached, if so; it asks the server once, and does not retry."""
+
+    @cache
+    def unreachable() -> str | None:
+        try:
+            get_hf_file_metadata(hf_hub_url(name, CONFIG, revision=revision))
+        except HfHubHTTPError:  # an answer
+            return None
+        except Exception as error:
+            return f"{constants.ENDPOINT} cannot be reached ({_first_line(error)})"
+        return None
+
+    return unreachable
+
+
+def _failure(file: str, revision: str | None, error: Exception) -> str:
+    if isinstance(error, GatedRepoError):
+        return "a gated repository: accept its terms on its page, and log in with `hf auth login`"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"no local folder, and no repository at {constants.ENDPOINT}, or a private one: `hf auth login`"
+    if isinstance(error, RevisionNotFoundError):
+        return f"the repository has no revision {revision!r}"
+    return f"{file} cannot be downloaded: {_first_line(error)}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
