@@ -36,6 +36,7 @@ def load(source: str | os.PathLike, *, config: DCAEConfig | None, **hub: Any) ->
 
     For the arguments see `DCAE.from_pretrained`. Raises CheckpointError.
     """
+    finder.check_arguments(source, config, DCAEConfig)
     try:
         return load_available(source, config=config, **hub)
     except NotDownloadedError as error:

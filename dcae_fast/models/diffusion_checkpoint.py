@@ -44,6 +44,7 @@ def load(
 
     For the arguments see `DCAEDiffusion.from_pretrained`. Raises CheckpointError.
     """
+    finder.check_arguments(source, config, DiffusionConfig)
     try:
         return _load(source, config, autoencoder, ema, revision, cache)
     except NotDownloadedError as error:

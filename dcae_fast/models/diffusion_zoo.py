@@ -157,10 +157,9 @@ def diffusion_names() -> list[str]:
 
 def diffusion_config(name: str) -> DiffusionConfig:
     """The configuration of a diffusion model of the zoo; ValueError with the known names for any other."""
+    kinds.check_name(kinds.DIFFUSION_MODEL, name, diffusion_names())
     if name in BUNDLED:
         return config_from_json(zoo.bundled_config(BUNDLED[name]))
-    if name not in DIFFUSION_MODELS:
-        raise ValueError(kinds.unknown_name(kinds.DIFFUSION_MODEL, name, diffusion_names()))
     return replace(DIFFUSION_MODELS[name], name=name)
 
 

@@ -40,7 +40,7 @@ def whole(field: str, value: Any, least: int, most: int) -> None:
 
 def number(field: str, value: Any, least: float, most: float) -> None:
     if isinstance(value, bool) or not isinstance(value, Real) or not least <= value <= most:
-        raise FieldError(field, value, f"a number from {least} to {most}")
+        raise FieldError(field, value, f"a number from {least:g} to {most:g}")
 
 
 def flag(field: str, value: Any) -> None:

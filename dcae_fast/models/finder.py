@@ -73,6 +73,14 @@ def finder(source: str | os.PathLike, names: Names, **hub: Any) -> Finder:
     return _in_repository(name, **hub)
 
 
+def check_arguments(source: Any, config: Any, kind: type) -> None:
+    """TypeError unless these are what from_pretrained takes; kind: of the configuration."""
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(f"source={source!r}; expected a name, a path or a repository")
+    if not isinstance(config, kind | None):
+        raise TypeError(f"config is {type(config).__name__}; expected {kind.__name__}")
+
+
 def find_first(find: Finder, files: list[str], source: str | os.PathLike) -> Path:
     """The first of the files that the source has."""
     not_downloaded = []

@@ -42,6 +42,14 @@ def of_other_kind(wanted: str, name: str) -> str | None:
     return None if kind in (None, wanted) else f"{name!r} is {TAKEN_BY[kind]}"
 
 
+def check_name(kind: str, name: Any, names: list[str]) -> None:
+    """TypeError or ValueError unless the name is one of these."""
+    if not isinstance(name, str):
+        raise TypeError(f"name={name!r}; expected the name of {'an' if kind == AUTOENCODER else 'a'} {kind}")
+    if name not in names:
+        raise ValueError(unknown_name(kind, name, names))
+
+
 def unknown_name(kind: str, name: str, names: list[str]) -> str:
     """What to say of a name that is none of these; kind: what they are names of."""
     other = of_other_kind(kind, name)

@@ -24,8 +24,14 @@ State = dict[str, torch.Tensor]
 
 def read_json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: not readable: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: not readable JSON: it is no text in UTF-8") from error
+    except RecursionError as error:
+        raise CheckpointError(f"{path}: not readable JSON: it is nested too deeply") from error
+    except ValueError as error:  # which says at which line and column
         raise CheckpointError(f"{path}: not readable JSON: {error}") from error
     if not isinstance(content, dict) or not content:
         raise CheckpointError(f"{path}: expected a JSON object with at least one entry")

@@ -84,7 +84,7 @@ def autoencoder_names() -> list[str]:
 
 def autoencoder_config(name: str) -> DCAEConfig:
     """The configuration of an autoencoder of the zoo; ValueError with the known names for any other."""
-    _check(name)
+    kinds.check_name(kinds.AUTOENCODER, name, autoencoder_names())
     if name in BUNDLED:
         return convert.config_from_original(bundled_config(BUNDLED[name]))
     return replace(AUTOENCODERS[name], name=name)
@@ -92,7 +92,7 @@ def autoencoder_config(name: str) -> DCAEConfig:
 
 def autoencoder_hub_id(name: str) -> str | None:
     """The Hugging Face repository with the original weights; None if bundled, ValueError for an unknown name."""
-    _check(name)
+    kinds.check_name(kinds.AUTOENCODER, name, autoencoder_names())
     if name in BUNDLED:
         return None
     return f"dc-ai/{name}" if name.endswith("-1.5") else f"mit-han-lab/{name}"
@@ -127,8 +127,3 @@ def how_to_get(source: str, place: Path | None = None) -> str:
     hf download {repository} --local-dir {folder}
 
 and the folder, which holds config.json and model.safetensors, can be taken anywhere; {what}."""
-
-
-def _check(name: str) -> None:
-    if name not in autoencoder_names():
-        raise ValueError(kinds.unknown_name(kinds.AUTOENCODER, name, autoencoder_names()))

@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
 )
 from safetensors.torch import load_file, save_file
 
+from dcae_fast.diffusion import DCAEDiffusion
 from dcae_fast.models import checkpoint, convert, weights, zoo
 from dcae_fast.models.autoencoder import DCAE, CoderConfig, DCAEConfig
 from dcae_fast.models.checkpoint import CheckpointError
@@ -334,6 +335,22 @@ def test_answers_of_the_hub(error, words, tmp_path, monkeypatch):
 def test_no_such_source(source, message):
     with pytest.raises(CheckpointError, match=message):
         DCAE.from_pretrained(source)
+
+
+@pytest.mark.parametrize("load", [DCAE.from_pretrained, DCAEDiffusion.from_pretrained])
+def test_arguments_of_another_type(load, folder):
+    for source in (None, 3, b"model", ["model"]):
+        with pytest.raises(TypeError, match="source=.*; expected a name, a path or a repository"):
+            load(source)
+    with pytest.raises(TypeError, match="config is dict; expected D.*Config"):
+        load(folder, config={})
+
+
+@pytest.mark.parametrize("load", [DCAE.from_name, DCAEDiffusion.from_name])
+@pytest.mark.parametrize("name", [None, 3, ["dc-ae-tiny"], Path("dc-ae-tiny")])
+def test_names_of_another_type(load, name):
+    with pytest.raises(TypeError, match="name=.*; expected the name of"):
+        load(name)
 
 
 def test_all_misfits_are_named(folder):
