@@ -2,6 +2,7 @@
 
 import io
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache, partial, wraps
@@ -29,7 +30,8 @@ from .commands.eval_diffusion import eval_diffusion
 from .commands.option_files import with_files
 from .commands.reference_stats import reference_stats
 from .commands.train_diffusion import train_diffusion
-from .errors import CheckpointError, DeviceError, NotFiniteError, OtherKindError
+from .errors import CheckpointError, DeviceError, NotFiniteError, OtherKindError, print_failure, report_failure
+from .interruption import sigterm_interrupts
 from .models import diffusion_zoo
 from .models.zoo import AUTOENCODERS
 
@@ -387,23 +389,23 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; the exit status is 0, 1 if some files failed, 2 if the request could not be met at all, or 130
-    after Ctrl-C.
+    """Runs a command; the exit status is 0, 1 if some files failed, 2 if the request could not be met at all, 130
+    after Ctrl-C, or 143 after SIGTERM.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
-        return _parse(sys.argv[1:] if argv is None else argv)()
+        with sigterm_interrupts():
+            return _parse(sys.argv[1:] if argv is None else argv)()
     except NotFiniteError as error:
         return _failed(error, 1)
     except (UsageError, DeviceError, CheckpointError) as error:
         return _failed(error, 2)
     except OSError as error:
         return _failed(f"{error.filename}: {error.strerror}" if error.filename else error, 2)
-    except KeyboardInterrupt:
-        print("dcae-fast: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        return _failed(str(error) or "interrupted", 128 + getattr(error, "signum", signal.SIGINT))
 
 
 def _parse(arguments: Sequence[str]) -> Callable[[], int]:
@@ -430,11 +432,11 @@ def _parse(arguments: Sequence[str]) -> Callable[[], int]:
         files = [argument for argument in arguments if argument.startswith("@")]
         if error.code and files:
             print(f"dcae-fast: with {', '.join(files)} the arguments are: {shlex.join(expanded)}", file=sys.stderr)
+        if error.code:
+            report_failure("dcae-fast: the options cannot be read; the reason stands above, once for each rank")
         raise
 
 
 def _failed(reason: object, status: int) -> int:
-    from . import distributed
-
-    distributed.print_failure(f"dcae-fast: {reason}")
+    print_failure(f"dcae-fast: {reason}")
     return status

@@ -1,18 +1,16 @@
 """The processes that torchrun started, or this one alone: a thin layer over torch.distributed."""
 
-import json
 import os
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+T = TypeVar("T")
 PATIENCE = timedelta(hours=2)  # for a rank that has more to do than the others
 
 
@@ -89,20 +87,57 @@ def broadcast(value: Any) -> Any:
     return values[0]
 
 
+def on_main(work: Callable[[], T]) -> T:
+    """The result of `work` in the main process, or its error, for all ranks. Called by all."""
+    result, error = None, None
+    if is_main():
+        try:
+            result = work()
+        except Exception as caught:
+            if not is_distributed():
+                raise
+            error = caught
+    result, error = broadcast((result, error))
+    if error is not None:
+        raise error
+    return result
+
+
+class LateMaximum:
+    """The largest of the ranks' numbers, one call late, so that no rank waits for the work that it has just begun."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.before = device, None
+
+    def __call__(self, number: int) -> int:
+        """Called by all ranks as often: the largest number of the call before this one; without ranks, `number`."""
+        if not is_distributed():
+            return number
+        largest = torch.full((), number, device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        before, self.before = self.before, _copied_to_cpu(largest)
+        return before() if before else 0
+
+
+def _copied_to_cpu(x: torch.Tensor) -> Callable[[], int]:
+    """Begins to copy an integer to the CPU; the function returned waits for it."""
+    if not x.is_cuda:
+        return x.item
+    copy, done = torch.empty_like(x, device="cpu", pin_memory=True), torch.cuda.Event()
+    copy.copy_(x, non_blocking=True)
+    done.record()
+
+    def wait() -> int:
+        done.synchronize()
+        return copy.item()
+
+    return wait
+
+
 def print_main(*values: Any, error: bool = False) -> None:
     """print in the main process alone; to stderr if it is about an error."""
     if is_main():
         print(*values, file=sys.stderr if error else sys.stdout, flush=True)
-
-
-def print_failure(message: str) -> None:
-    """Prints to stderr why this process ends; under torchrun once, and torchrun's own report shows it for each rank."""
-    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if report:
-        with suppress(OSError):
-            Path(report).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
-    if not report or os.environ.get("RANK") == "0":
-        print(message, file=sys.stderr, flush=True)
 
 
 def share(items: int) -> range:

@@ -59,16 +59,31 @@ def written_atomically(path: Path) -> Iterator[Path]:
                 temporary.unlink(missing_ok=True)
 
 
+def append_line(path: Path, line: str) -> None:
+    """Adds a line to a file; where it cannot be written, the file is as before. Raises WriteError."""
+    with writing(path), path.open("ab") as file:
+        end = file.tell()
+        try:
+            file.write(f"{line}\n".encode())
+            file.flush()
+        except OSError:
+            with suppress(OSError):
+                file.close()  # which tries to write the rest
+            os.truncate(path, end)
+            raise
+
+
 def leftovers(folder: Path) -> list[Path]:
     """Files under a folder that killed processes left half written."""
     return [path for path in folder.rglob(".*") if TEMPORARY.fullmatch(path.name) and path.is_file()]
 
 
 def fsync(*paths: Path) -> None:
-    """Returns when these files, and the names in these folders, would survive a loss of power."""
+    """Returns when these files, and the names in these folders, would survive a loss of power. Raises WriteError."""
     for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with writing(path):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)

@@ -208,3 +208,13 @@ def save_png(image: Image.Image, path: Path) -> None:
     """Writes a PNG that is either whole or absent."""
     with written_atomically(path) as temporary:
         image.save(temporary, format="PNG")
+
+
+def is_whole_png(path: Path) -> bool:
+    """Whether there is a PNG file whose checksums are right."""
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            picture.verify()
+    except (OSError, SyntaxError, ValueError):  # SyntaxError is Pillow's
+        return False
+    return True

@@ -28,19 +28,11 @@ def locked(folder: Path) -> Iterator[None]:
     The main process holds the lock. The operating system drops it when that process ends, however it ends, and forked
     processes do not inherit it. A file system without locks gets a warning. Raises LockedError or WriteError.
     """
-    descriptor, error = None, None
-    if distributed.is_main():
-        try:
-            descriptor = _acquire(folder)
-        except OSError as caught:
-            error = caught
-    error = distributed.broadcast(error)
-    if error is not None:
-        raise error
+    descriptor = distributed.on_main(lambda: _acquire(folder))
     try:
         yield
     finally:
-        if descriptor is not None:
+        if distributed.is_main():
             with suppress(OSError):
                 (folder / FILE).unlink()  # before it is closed: nobody else may hold the lock yet
             os.close(descriptor)
@@ -94,6 +86,7 @@ def _is_file(descriptor: int, path: Path) -> bool:
 
 
 def _holder() -> str:
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    program = Path(sys.argv[0])
+    command = shlex.join([program.parent.name if program.name == "__main__.py" else program.name, *sys.argv[1:]])
     began = time.strftime("%Y-%m-%d %H:%M:%S")
     return f"process {os.getpid()} on {socket.gethostname()} since {began}: {command}\n"

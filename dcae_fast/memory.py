@@ -1,9 +1,7 @@
-"""What libraries raise where memory does not suffice, on any device."""
+"""What libraries raise where memory does not suffice, on any device. PyTorch is not imported."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-import torch
 
 SIGNS = (
     "out of memory",  # CUDA, its drivers, NCCL, Triton
@@ -16,7 +14,7 @@ SIGNS = (
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that there is not enough memory, on a GPU or of the machine."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
 

@@ -4,9 +4,12 @@ The reference is a folder of fixtures computed with the original implementation.
 DCAE_FAST_REFERENCE, else at ../shared/reference beside the repository; tests that need it are skipped without it.
 """
 
+import contextlib
 import json
 import math
 import os
+import resource
+import signal
 from collections import defaultdict
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -143,6 +146,43 @@ def compare_gradients(compare):
         assert total == pytest.approx(case.meta["total_grad_l2"], rel=limit)
 
     return check
+
+
+@pytest.fixture
+def full_disk():
+    """No file can grow beyond 4 KiB."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture
+def lock_holder(tmp_path):
+    """lock_holder(folder) starts a process that holds the folder's lock and has a child; returns its number."""
+    from dcae_fast.lock import locked
+
+    processes = []
+
+    def hold(folder: Path) -> int:
+        read, write = os.pipe()
+        process = os.fork()
+        if not process:
+            with locked(folder):
+                child = os.fork()
+                if child:
+                    os.write(write, f"{child}\n".encode())
+                signal.pause()
+        processes.extend((process, int(os.read(read, 20))))
+        return process
+
+    yield hold
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    for process in processes[::2]:
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(process, 0)
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -1,6 +1,5 @@
 """Files are whole or absent, and one that cannot be written is named, whichever library writes it."""
 
-import resource
 import subprocess
 import sys
 
@@ -20,15 +19,6 @@ WRITERS = {
     "pillow": lambda path: Image.fromarray((LARGE * 255).byte().numpy()).save(path, format="PNG"),
     "python": lambda path: path.write_bytes(LARGE.numpy().tobytes()),
 }
-
-
-@pytest.fixture
-def full_disk():
-    """No file can grow beyond 4 KiB."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("writer", WRITERS)

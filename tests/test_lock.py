@@ -3,48 +3,25 @@
 import errno
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 
 from dcae_fast.files import WriteError
 from dcae_fast.lock import LockedError, is_unused, locked
 
-HOLDER = """
-import os, sys, time
-from pathlib import Path
-from dcae_fast.lock import locked
-with locked(Path(sys.argv[1])):
-    if not os.fork():
-        time.sleep(60)  # as a worker that outlives its parent
-        os._exit(0)
-    print("held", flush=True)
-    time.sleep(60)
-"""
 
-
-@pytest.fixture
-def holder(tmp_path):
-    """A process that holds the lock of a folder, and has a child."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    assert process.stdout.readline() == "held\n"
-    yield process
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def test_a_second_process_is_told_who_works_there(holder, tmp_path):
-    with pytest.raises(LockedError, match=rf"/run is in use by process {holder.pid} on .* since .*: -c .*/run; wait"):
+def test_a_second_process_is_told_who_works_there(lock_holder, tmp_path):
+    holder = lock_holder(tmp_path / "run")
+    with pytest.raises(LockedError, match=rf"/run is in use by process {holder} on .* since .*: .*pytest.*; wait"):
         with locked(tmp_path / "run"):
             raise AssertionError
 
 
-def test_a_killed_process_locks_nobody_out(holder, tmp_path):
-    holder.kill()
-    holder.wait()
+def test_a_killed_process_locks_nobody_out(lock_holder, tmp_path):
+    """Although a child of it lives."""
+    holder = lock_holder(tmp_path / "run")
+    os.kill(holder, signal.SIGKILL)
+    os.waitpid(holder, 0)
     assert is_unused(tmp_path / "run") and list((tmp_path / "run").iterdir())
     with locked(tmp_path / "run"):
         assert str(os.getpid()) in (tmp_path / "run" / ".lock").read_text()

@@ -9,6 +9,7 @@ import tyro
 
 import dcae_fast
 from dcae_fast.files import written_atomically
+from dcae_fast.memory import out_of_memory_as
 from dcae_fast.workers import default_workers
 
 from .common import Compute, UsageError, check_integer, check_workers, make_folder, report_problems
@@ -49,7 +50,6 @@ def eval_autoencoder(
         batch: pictures at once
         workers: processes of each rank that read pictures; by default its share of the cores
     """
-    import torch
 
     from dcae_fast import distributed
     from dcae_fast import images as pictures
@@ -66,7 +66,8 @@ def eval_autoencoder(
     if against == "eager" and not compute.patch:
         raise UsageError("--against eager --no-patch: would compare the model with itself")
     place, dtype = choose_device(compute.device, compute.dtype)
-    with distributed.process_group(place) as device:
+    too_large = UsageError(f"--batch {batch}: does not fit in memory")
+    with out_of_memory_as(too_large), distributed.process_group(place) as device:
         try:
             moments = None if reference is None else Moments.load(reference)
             models = _load(model, against, compute, device, dtype)
@@ -80,8 +81,6 @@ def eval_autoencoder(
             results = autoencoder.evaluate(batches, models, found, moments)
         except DataError as error:
             raise UsageError(str(error)) from error
-        except torch.OutOfMemoryError as error:
-            raise UsageError(f"--batch {batch}: does not fit in the device's memory") from error
         failed = [each for part in distributed.all_gather(batches.failed) for each in part]
         if not results:
             distributed.print_main("no picture could be measured; results.json is not written", error=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from dcae_fast.files import written_atomically
+from dcae_fast.memory import out_of_memory_as
 
 from .common import Compute, UsageError, check_cfg, check_integer, check_seed, report_problems
 
@@ -63,11 +64,10 @@ def eval_diffusion(
         cmmd: .npy file of reference-stats, for CMMD
         save: keep the pictures too, as PNG files or in samples.npz
     """
-    import torch
-
     from dcae_fast import distributed
     from dcae_fast.evaluation import networks
     from dcae_fast.evaluation.generation import References, SampleFolder, generate
+    from dcae_fast.lock import locked
     from dcae_fast.reconstruction import choose_device
 
     check_integer("--samples", samples, least=1, most=10**8)
@@ -77,7 +77,8 @@ def eval_diffusion(
     check_seed("--seed", seed)
     check_seed("--class-seed", class_seed)
     place, _ = choose_device(compute.device, compute.dtype)
-    with distributed.process_group(place) as device:
+    too_large = UsageError(f"--batch {batch}: does not fit in memory")
+    with out_of_memory_as(too_large), distributed.process_group(place) as device:
         try:
             references = References.load(fid, precision_recall, cmmd)
             network = replace(compute, device=str(device)).load_diffusion(model)
@@ -90,11 +91,10 @@ def eval_diffusion(
                 distributed.print_main("nothing to measure samples with: none are drawn", error=True)
                 return report_problems([], missing)
             references.check(found, device, samples)
-            kept = generate(network, folder, found)
-            if distributed.is_main():
-                print(_results(folder, references, set(found), device, kept))
-        except torch.OutOfMemoryError as error:
-            raise UsageError(f"--batch {batch}: does not fit in the device's memory") from error
+            with locked(out):
+                kept = generate(network, folder, found)
+                results = distributed.on_main(lambda: _results(folder, references, set(found), device, kept))
+            distributed.print_main(results)
         except (ImportError, ValueError) as error:  # without torchdiffeq; settings or references that do not fit
             raise UsageError(str(error)) from error
         return report_problems([], missing)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import tyro
 
+from dcae_fast.memory import out_of_memory_as
 from dcae_fast.workers import default_workers
 
 from .common import UsageError, check_integer, check_workers, make_place, report_problems
@@ -55,7 +56,8 @@ def reference_stats(
     for option, (path, _) in files.items():
         if path is not None:
             make_place(path, option)
-    with distributed.process_group(choose_device(device, "float32")[0]) as place:
+    too_large = UsageError(f"--batch {batch}: does not fit in memory")
+    with out_of_memory_as(too_large), distributed.process_group(choose_device(device, "float32")[0]) as place:
         try:
             if images.suffix == ".npz":
                 batches = NpzBatches(images, batch)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
+from dcae_fast.memory import out_of_memory_as
 from dcae_fast.training.config import DESCRIPTIONS, RECIPES, Run, TrainingError
 
 from .common import UsageError
@@ -46,8 +47,9 @@ class Compared:
 def train_diffusion(recipe: Named, run: Run, compared: Compared, *, dry_run: bool = False) -> int:
     """Train a diffusion transformer on cached latents by one of the original's recipes; under torchrun on several GPUs.
 
-    A run that was ended goes on where it was. All options may also stand in a YAML, TOML or JSON file, which is named
-    with an @ among them: `train-diffusion uvit-h-f64 @my.yaml --lr 1e-4`; the later of two counts.
+    SIGTERM and Ctrl-C end a run after the step, with a checkpoint; the same command resumes it. All options may also
+    stand in a YAML, TOML or JSON file, which is named with an @ among them: `train-diffusion uvit-h-f64 @my.yaml
+    --lr 1e-4`; the later of two counts.
 
     Args:
         dry_run: print the network's size, the cost of a step, the memory needed and the data found, and train nothing
@@ -61,9 +63,11 @@ def train_diffusion(recipe: Named, run: Run, compared: Compared, *, dry_run: boo
     from dcae_fast.training.estimate import describe
     from dcae_fast.training.loop import train
 
+    advice = "try --accumulate, --checkpoint-activations or, on several GPUs, --parallel fsdp"
+    too_large = UsageError(f"a part of the batch does not fit in memory; {advice}")
     try:
         place, _ = choose_device(run.device, recipe.precision)
-        with distributed.process_group(place) as device:
+        with out_of_memory_as(too_large), distributed.process_group(place) as device:
             if dry_run:
                 distributed.print_main(describe(recipe, run, LatentDataset(run.data), distributed.world_size()))
                 return 0
@@ -71,9 +75,6 @@ def train_diffusion(recipe: Named, run: Run, compared: Compared, *, dry_run: boo
             warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # whose result nobody changes in place
             model = train(recipe, run, device, compared.comparison(run, device))
             distributed.print_main(f"The model is in {model.resolve()}")
-    except torch.OutOfMemoryError as error:
-        reason = "try --accumulate, --checkpoint-activations or, on several GPUs, --parallel fsdp"
-        raise UsageError(f"a part of the batch does not fit in the device's memory; {reason}") from error
     except (DataError, TrainingError, ValueError) as error:
         raise UsageError(str(error)) from error
     return 0

@@ -19,10 +19,11 @@ from tqdm import tqdm
 
 from dcae_fast import distributed, images
 from dcae_fast import sample as sampling
-from dcae_fast.data.manifest import DataError
+from dcae_fast.data.manifest import DataError, tensors_hash
 from dcae_fast.diffusion import DCAEDiffusion
 from dcae_fast.errors import NotFiniteError
-from dcae_fast.files import written_atomically
+from dcae_fast.files import leftovers, writing, written_atomically
+from dcae_fast.lock import is_unused
 
 from .labels import class_labels
 from .metrics import NEIGHBOURS, SPLITS, frechet_distance, inception_score, maximum_mean_discrepancy, precision_recall
@@ -31,6 +32,7 @@ from .networks import Network
 from .references import load_features
 
 MANIFEST = "samples.json"
+HASH = "sha256"
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,8 @@ class References:
 class SampleFolder:
     """The samples' features, labels and, for an .npz file, pixels, one safetensors file for each batch; PNG files.
 
-    Every file is whole or absent. save: keep the pictures as PNG files, in samples.npz, or not.
+    Every file is whole or absent; a batch's has a hash of its content. save: keep the pictures as PNG files, in
+    samples.npz, or not.
     """
 
     def __init__(self, folder: Path, settings: Settings, classes: int, save: Literal["png", "npz", "none"]):
@@ -117,38 +120,50 @@ class SampleFolder:
         self.batches = -(-settings.samples // settings.batch)
 
     def prepare(self) -> None:
-        """Makes the folder, or checks that what is there has the same settings: else DataError."""
+        """Makes the folder, or checks that what is there has the same settings: else DataError.
+
+        What killed processes left half written is removed.
+        """
         path, settings = self.folder / MANIFEST, asdict(self.settings)
         if path.exists():
             try:
                 before = json.loads(path.read_text())
             except ValueError as error:
                 raise DataError(f"{path}: not a manifest of samples: {error}") from error
+            if not isinstance(before, dict):
+                raise DataError(f"{path}: not a manifest of samples: {before!r}")
             if before != settings:
                 names = [name for name in settings if before.get(name) != settings[name]]
                 changes = ", ".join(f"{name} {before.get(name)}, now {settings[name]}" for name in names)
                 raise DataError(f"{self.folder} has samples with {changes}; take another folder")
-        elif self.folder.exists() and any(self.folder.iterdir()):
+        elif not is_unused(self.folder):
             raise DataError(f"{self.folder} is not empty and has no {MANIFEST}; take another folder")
-        for name in ("batches", *(["samples"] if self.save == "png" else [])):
-            (self.folder / name).mkdir(parents=True, exist_ok=True)
-        with written_atomically(path) as temporary:
-            temporary.write_text(json.dumps(settings, indent=2) + "\n")
+        for leftover in leftovers(self.folder):
+            leftover.unlink()
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with written_atomically(path) as temporary:
+                temporary.write_text(json.dumps(settings, indent=2) + "\n")
+            for name in ("batches", *(["samples"] if self.save == "png" else [])):
+                (self.folder / name).mkdir(exist_ok=True)
 
     def indices(self, number: int) -> range:
         first = number * self.settings.batch
         return range(first, min(first + self.settings.batch, self.settings.samples))
 
     def is_whole(self, number: int, networks: dict[str, Network]) -> bool:
-        """Whether a batch has what the networks make of it, and its pictures."""
+        """Whether a batch has what the networks make of it, and its pictures, all as they were written."""
         try:
             with safe_open(self._path(number), framework="pt") as file:
-                names = set(file.keys())
+                names, written = set(file.keys()), (file.metadata() or {}).get(HASH)
+                tensors = {name: file.get_tensor(name) for name in names} if written else {}
         except (OSError, SafetensorError):
             return False
         if not names.issuperset(networks) or (self.save == "npz" and "pictures" not in names):
             return False
-        return self.save != "png" or all(self._png(index).exists() for index in self.indices(number))
+        if written and written != tensors_hash(tensors):  # files of earlier versions have none
+            return False
+        return self.save != "png" or all(images.is_whole_png(self._png(index)) for index in self.indices(number))
 
     def write(self, number: int, pictures: torch.Tensor, features: dict[str, torch.Tensor]) -> None:
         """A batch: pictures uint8 [n, 3, H, W] on the CPU, and features by the networks' names."""
@@ -161,7 +176,7 @@ class SampleFolder:
             tensors["pictures"] = pictures.permute(0, 2, 3, 1).contiguous()
         tensors["labels"] = self.labels[indices.start : indices.stop]
         with written_atomically(self._path(number)) as temporary:
-            save_file(tensors, temporary)
+            save_file(tensors, temporary, {HASH: tensors_hash(tensors)})
 
     def read(self, name: str) -> Iterator[torch.Tensor]:
         """A tensor of all batches, in their order."""
@@ -196,10 +211,10 @@ def generate(model: DCAEDiffusion, folder: SampleFolder, networks: dict[str, Net
 
     Raises NotFiniteError on all ranks, after the other batches, if a batch is not finite; it is not written.
     """
-    if distributed.is_main():
-        folder.prepare()
-        missing = [number for number in range(folder.batches) if not folder.is_whole(number, networks)]
-    missing = distributed.broadcast(missing if distributed.is_main() else None)
+    distributed.on_main(folder.prepare)
+    mine = distributed.share(folder.batches)
+    torn = [number for number in mine if not folder.is_whole(number, networks)]
+    missing = [number for part in distributed.all_gather(torn) for number in part]
     settings, device = folder.settings, next(model.diffusion_model.parameters()).device
     bad = []
     with tqdm(unit="image", disable=None if distributed.is_main() else True) as bar:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from dcae_fast import distributed
 from dcae_fast.data.manifest import DataError
 from dcae_fast.data.pictures import CropDataset, Crops, Pictures, collate
+from dcae_fast.interruption import ignore_interruptions
 
 
 def share_of_batches(count: int, batch: int) -> range:
@@ -36,8 +37,9 @@ class FolderBatches:
     def __iter__(self) -> Iterator[Crops]:
         dataset = self.crops(share_of_batches(self.count, self.batch))
         workers = min(self.workers, -(-len(dataset) // self.batch))
-        pin = torch.cuda.is_available()
-        for crops in DataLoader(dataset, self.batch, num_workers=workers, collate_fn=collate, pin_memory=pin):
+        options = {"collate_fn": collate, "pin_memory": torch.cuda.is_available()}
+        options |= {"num_workers": workers, "worker_init_fn": ignore_interruptions}
+        for crops in DataLoader(dataset, self.batch, **options):
             self.failed += [(self.pictures.items[index].name, reason) for index, reason in crops.failed]
             if crops.indices:
                 yield crops

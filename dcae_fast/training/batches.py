@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dcae_fast.data.manifest import DataError
 from dcae_fast.data.sampler import rank_indices
+from dcae_fast.interruption import ignore_interruptions
 from dcae_fast.models.diffusion_zoo import DiffusionConfig
 from dcae_fast.sampling import OBJECTIVES
 
@@ -62,6 +63,7 @@ def load_batches(
         num_workers=workers,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
+        worker_init_fn=ignore_interruptions,
     )
     try:
         yield from loader

@@ -5,6 +5,7 @@
         progress.json         the step, and the state of the gradient scaler
         state/                weights and optimizer, by torch.distributed.checkpoint
         ema/                  the moving average as `DCAEDiffusion.from_pretrained` reads it, float32
+        hashes.json           of these files
 
 The learning rate, the order of the data and all random draws are functions of the seed and the step.
 """
@@ -19,21 +20,22 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 
 from dcae_fast import distributed
-from dcae_fast.files import fsync, written_atomically
+from dcae_fast.files import fsync, writing, written_atomically
+from dcae_fast.memory import is_out_of_memory
 from dcae_fast.models import diffusion_checkpoint
 from dcae_fast.models.diffusion_zoo import DiffusionConfig
 
 from .config import TrainingError
+from .hashes import FILE as HASHES
+from .hashes import find_damage, save_hashes
 from .state import State
 
 LATEST = "latest.txt"
-BROKEN = (CheckpointException, SafetensorError)  # what the two kinds of files raise
 
 
 class Checkpoints:
@@ -42,40 +44,57 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int):
         self.folder, self.keep = folder, keep
 
-    def latest(self) -> Path | None:
+    def newest_first(self) -> list[Path]:
+        """All checkpoints; first the one that latest.txt names, which may be an earlier one by the user's will."""
+        steps = sorted(self.folder.glob("step-*"), reverse=True)
+        named = [step for step in steps if step.name == self._latest()]
+        return named + [step for step in steps if step not in named]
+
+    def _latest(self) -> str | None:
+        """What latest.txt says."""
         file = self.folder / LATEST
-        if not file.is_file():
-            return None
-        folder = self.folder / file.read_text().strip()
-        if not folder.is_dir():
-            raise TrainingError(f"{file} names {folder.name}, which is not there; name another checkpoint in it")
+        return file.read_text(errors="replace").strip() if file.is_file() else None
+
+    def save(self, state: State) -> Path:
+        """Called by all ranks. Until latest.txt is replaced, the former checkpoint is the one to go on from.
+
+        Raises WriteError, and leaves the former checkpoints as they were.
+        """
+        folder = self._path(state.step)
+        part = folder.with_name(f".{folder.name}.part")
+        distributed.on_main(lambda: self._begin(part, state))
+        try:
+            with writing(folder), _first_failure(), _alone_or_not() as alone:
+                dcp.save(_tensors(state), checkpoint_id=part / "state", no_dist=alone)
+            if state.average is not None:
+                export(state.config, state.average.average, part / "ema")
+            save_hashes(part)
+            distributed.on_main(lambda: self._finish(part, folder))
+        except BaseException:
+            if distributed.is_main():
+                shutil.rmtree(part, ignore_errors=True)
+            raise
         return folder
 
-    def save(self, state: State) -> None:
-        """Called by all ranks. Until latest.txt is replaced, the former checkpoint is the one to go on from."""
-        folder = self.folder / f"step-{state.step:09d}"
-        part = folder.with_name(f".{folder.name}.part")
-        if distributed.is_main():
-            for leftover in self.folder.glob(".step-*.part"):
-                shutil.rmtree(leftover)
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:09d}"
+
+    def _begin(self, part: Path, state: State) -> None:
+        for leftover in self.folder.glob(".step-*.part"):
+            shutil.rmtree(leftover)
+        with writing(part):
             part.mkdir(parents=True)
             progress = {"step": state.step, "scaler": state.scaler.state_dict()}
             (part / "progress.json").write_text(json.dumps(progress, indent=2) + "\n")
-        distributed.barrier()
-        with _alone_or_not() as alone:
-            dcp.save(_tensors(state), checkpoint_id=part / "state", no_dist=alone)
-        if state.average is not None:
-            export(state.config, state.average.average, part / "ema")
-        distributed.barrier()
-        if distributed.is_main():
-            fsync(*part.rglob("*"), part)
-            _remove(folder)
-            part.rename(folder)
-            with written_atomically(self.folder / LATEST) as temporary:
-                temporary.write_text(folder.name + "\n")
-            fsync(self.folder / LATEST, self.folder)
-            self._remove_others(folder)
-        distributed.barrier()
+
+    def _finish(self, part: Path, folder: Path) -> None:
+        fsync(*part.rglob("*"), part)
+        _remove(folder)
+        part.rename(folder)
+        with written_atomically(self.folder / LATEST) as temporary:
+            temporary.write_text(folder.name + "\n")
+        fsync(self.folder / LATEST, self.folder)
+        self._remove_others(folder)
 
     def _remove_others(self, newest: Path) -> None:
         """All but the last few up to this one; later ones are of a run that was taken back to an earlier step."""
@@ -84,12 +103,41 @@ class Checkpoints:
         for folder in set(steps) - set(up_to[-self.keep :]):
             _remove(folder)
 
+    def load_newest(self, state: State) -> Path | None:
+        """The state becomes what `save` was given for the newest whole checkpoint, which is returned; None without any.
+
+        Called by all ranks. Damaged checkpoints are named and passed over. TrainingError if none is whole.
+        """
+        candidates, latest = distributed.on_main(lambda: (self.newest_first(), self._latest()))
+        if candidates and candidates[0].name != latest:
+            there = "is not there" if latest is None else f"names {latest[:80]!r}, which is not there"
+            distributed.print_main(f"{self.folder / LATEST} {there}; looking for the newest checkpoint", error=True)
+        for folder in candidates:
+            problem = find_damage(folder) or self._try_to_load(folder, state)
+            if problem is None:
+                return folder
+            distributed.print_main(f"{folder} is damaged and is not used: {problem}", error=True)
+        if candidates:
+            raise TrainingError(f"{self.folder} has no whole checkpoint; take another folder, or remove this one")
+        return None
+
+    def _try_to_load(self, folder: Path, state: State) -> str | None:
+        """What is wrong with a checkpoint without hashes, None if nothing is. With hashes, raises TrainingError."""
+        problem = None
+        try:
+            self.load(folder, state)
+        except TrainingError as error:
+            if (folder / HASHES).exists():
+                raise
+            problem = str(error)
+        return next(filter(None, distributed.all_gather(problem)), None)
+
     def load(self, folder: Path, state: State) -> None:
         """Called by all ranks; the state becomes what `save` was given. Raises TrainingError."""
         try:
             progress = json.loads((folder / "progress.json").read_text())
             tensors = _tensors(state)
-            with _alone_or_not() as alone:
+            with _first_failure(), _alone_or_not() as alone:
                 dcp.load(tensors, checkpoint_id=folder / "state", no_dist=alone)
             state.network.load_state_dict(tensors["network"])
             set_optimizer_state_dict(state.network, state.optimizer, tensors["optimizer"])
@@ -97,8 +145,20 @@ class Checkpoints:
                 state.average.load(folder / "ema" / diffusion_checkpoint.FILES[0], diffusion_checkpoint.PREFIX)
             state.scaler.load_state_dict(progress["scaler"])
             state.step = progress["step"]
-        except (*BROKEN, OSError, ValueError, KeyError, RuntimeError) as error:
-            raise TrainingError(f"{folder}: not a checkpoint of this training: {error}") from error
+        except Exception as error:  # a damaged file can make its reader raise anything
+            if is_out_of_memory(error):
+                raise
+            reason = str(error).partition("\n")[0] or repr(error)
+            raise TrainingError(f"{folder}: not a checkpoint of this training: {reason}") from error
+
+
+@contextlib.contextmanager
+def _first_failure() -> Iterator[None]:
+    """Raises what made a part of a distributed checkpoint fail, rather than a report of all ranks' tracebacks."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from None
 
 
 def _tensors(state: State) -> dict[str, Any]:
@@ -114,8 +174,7 @@ def export(config: DiffusionConfig, tensors: dict[str, torch.Tensor], folder: Pa
         tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if distributed.is_main():
             whole[name] = tensor.cpu()
-    if distributed.is_main():
-        diffusion_checkpoint.save_state(config, whole, folder)
+    distributed.on_main(lambda: diffusion_checkpoint.save_state(config, whole, folder))
 
 
 @contextlib.contextmanager

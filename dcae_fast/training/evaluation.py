@@ -16,6 +16,7 @@ from dcae_fast.data.latents import LatentDataset
 from dcae_fast.diffusion import DCAEDiffusion
 from dcae_fast.evaluation import networks
 from dcae_fast.evaluation.generation import References, SampleFolder, Settings, figures, generate
+from dcae_fast.files import writing
 from dcae_fast.models.autoencoder import DCAE
 from dcae_fast.models.weights import CheckpointError
 
@@ -69,9 +70,13 @@ def draw_samples(model: DCAEDiffusion, cfg: float, file: Path) -> Image.Image:
     labels = sampling.default_labels(config.network.num_classes)
     request = sampling.Request(labels, cfg, 0, config.eval_scheduler, config.num_inference_steps)
     picture = images.grid(sampling.decode(model, sampling.sample(model, request)), request.columns)
-    if distributed.is_main():
-        file.parent.mkdir(exist_ok=True)
-        images.save_png(picture, file)
+
+    def save() -> None:
+        with writing(file):
+            file.parent.mkdir(exist_ok=True)
+            images.save_png(picture, file)
+
+    distributed.on_main(save)
     return picture
 
 
@@ -141,8 +146,7 @@ class Comparison:
         if distributed.is_main():
             shutil.rmtree(folder.folder, ignore_errors=True)  # of a run that was ended
         generate(model, folder, self.networks)
-        numbers = None
+        numbers = distributed.on_main(lambda: figures(folder, self.references, set(self.networks), self.device))
         if distributed.is_main():
-            numbers = figures(folder, self.references, set(self.networks), self.device)
             shutil.rmtree(folder.folder)
-        return distributed.broadcast(numbers)
+        return numbers

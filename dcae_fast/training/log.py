@@ -11,7 +11,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dcae_fast import distributed
-from dcae_fast.files import written_atomically
+from dcae_fast.files import append_line, writing, written_atomically
 
 from .config import Run, TrainingError
 
@@ -24,9 +24,10 @@ class Log:
     def __init__(self, run: Run, step: int, steps: int, settings: dict[str, Any]):
         self.closing: list[Callable[[], object]] = []
         self.backends: list[Any] = []
-        if not distributed.is_main():
-            return
         self.file = run.out / LOG
+        distributed.on_main(lambda: self._open(run, step, steps, settings))
+
+    def _open(self, run: Run, step: int, steps: int, settings: dict[str, Any]) -> None:
         _forget_after(self.file, step)
         self.bar = tqdm(total=steps, initial=step, unit="step", disable=None)
         self.closing.append(self.bar.close)
@@ -41,10 +42,11 @@ class Log:
             self.bar.update()
 
     def numbers(self, step: int, **values: float) -> None:
-        if not distributed.is_main():
-            return
-        with self.file.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        """Called by all ranks, as the rest is. Raises WriteError."""
+        distributed.on_main(lambda: self._write(step, values))
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        append_line(self.file, json.dumps({"step": step, **values}))
         text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         self.bar.set_postfix_str(text)
         if self.bar.disable:  # without a terminal
@@ -65,11 +67,11 @@ def _forget_after(file: Path, step: int) -> None:
     if not file.is_file():
         return
     kept = []
-    for line in file.read_text().splitlines():
+    for line in file.read_text(errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except ValueError:  # torn, by the end of the former run
+        except (ValueError, KeyError, TypeError):  # torn, by the end of the former run
             continue
     with written_atomically(file) as temporary:
         temporary.write_text("".join(kept))
@@ -81,15 +83,22 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise TrainingError("tensorboard is not installed: pip install 'dcae_fast[log]'") from error
-        self.writer = SummaryWriter(folder, purge_step=step + 1)
-        self.close = self.writer.close
+        self.folder = folder
+        with writing(folder):
+            self.writer = SummaryWriter(folder, purge_step=step + 1)
 
     def numbers(self, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
+        with writing(self.folder):
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
 
     def picture(self, step: int, name: str, picture: Image.Image) -> None:
-        self.writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
+        with writing(self.folder):
+            self.writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
+
+    def close(self) -> None:
+        with writing(self.folder):
+            self.writer.close()
 
 
 class Wandb:

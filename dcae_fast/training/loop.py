@@ -11,6 +11,8 @@ from dcae_fast import distributed
 from dcae_fast.data.latents import LatentDataset
 from dcae_fast.diffusion import DCAEDiffusion
 from dcae_fast.errors import NotFiniteError
+from dcae_fast.interruption import Interrupted, Interruption
+from dcae_fast.lock import locked
 
 from .batches import BatchOrder, Draws, draw, load_batches
 from .checkpoint import Checkpoints, export
@@ -31,16 +33,17 @@ def train(recipe: Recipe, run: Run, device: torch.device, evaluate: Evaluate | N
     the model, which has the average for weights, and the step; the numbers that it returns are logged. Ranks may call
     the network as often as they like, with FSDP too: each has all weights then. `evaluation.Comparison` is such a one.
 
-    Raises DataError, TrainingError or ValueError.
+    SIGTERM and Ctrl-C raise Interrupted, a KeyboardInterrupt, after the step and a checkpoint. Another process that
+    trains in the folder raises LockedError, a full disk WriteError; else DataError, TrainingError or ValueError.
     """
-    training = Training(recipe, run, device, evaluate)
-    try:
-        training.run_all()
-    finally:
-        training.log.close()
-    state, out = training.state, run.out / "model"
-    export(state.config, state.network.state_dict() if state.average is None else state.average.average, out)
-    distributed.barrier()
+    with locked(run.out):
+        training = Training(recipe, run, device, evaluate)
+        try:
+            training.run_all()
+        finally:
+            training.log.close()
+        state, out = training.state, run.out / "model"
+        export(state.config, state.network.state_dict() if state.average is None else state.average.average, out)
     return out
 
 
@@ -54,8 +57,8 @@ class Training:
         self.data = LatentDataset(run.data)
         config = recipe.diffusion_config(self.data)
         self.checkpoints = Checkpoints(run.out / "checkpoints", run.keep)
-        newest = distributed.broadcast(self.checkpoints.latest() if distributed.is_main() else None)
-        shards = shards_of(run.out, recipe, self.data, has_begun=newest is not None)
+        has_begun = distributed.on_main(lambda: bool(self.checkpoints.newest_first()))
+        shards = shards_of(run.out, recipe, self.data, has_begun)
         if 0 < len(self.data.classes) < recipe.network.num_classes:
             distributed.print_main(
                 f"The latents have {len(self.data.classes)} classes, the network has {recipe.network.num_classes}, and "
@@ -63,9 +66,11 @@ class Training:
                 error=True,
             )
         self.state = initial_state(config, recipe, run, device)
+        newest = self.checkpoints.load_newest(self.state)
         if newest is not None:
-            self.checkpoints.load(newest, self.state)
             distributed.print_main(f"Going on after step {self.state.step}, from {newest}")
+        if self.state.step > recipe.steps:
+            raise TrainingError(f"steps={recipe.steps}; expected at least {self.state.step}, which {run.out} has taken")
         steps = range(self.state.step, recipe.steps)
         self.order = BatchOrder(len(self.data), recipe.batch, shards, recipe.seed, steps, rank, ranks)
         self.model = build_model(self.state, recipe, run) if run.sample_steps or evaluate else None
@@ -73,20 +78,30 @@ class Training:
         self.log = Log(run, self.state.step, recipe.steps, asdict(recipe))
         self.watch = Stopwatch(device)
         self.losses: list[torch.Tensor] = []
+        self.asked_to_end = distributed.LateMaximum(device)
 
     def run_all(self) -> None:
-        for z, labels in load_batches(self.data, self.order, self.run.workers, self.state.device):
-            self.watch.mark()
-            logged = self._due(self.run.log_steps, self.state.step + 1)
-            loss, norm = take_step(self.state, self.recipe, self._parts(z, labels), want_norm=logged)
-            self.watch.mark()
-            self.losses.append(loss)
-            self.log.step_taken()
-            if logged:
-                self._report(norm)
-            if any(map(self._due, (self.run.save_steps, self.run.sample_steps, self.run.eval_steps))):
-                with self.watch.paused():
-                    self._pause()
+        """Takes the steps that are left. SIGTERM and Ctrl-C raise Interrupted after a checkpoint."""
+        message = "Finishing the step, then saving; once more ends at once." if distributed.is_main() else ""
+        with Interruption(message) as interruption:
+            for z, labels in load_batches(self.data, self.order, self.run.workers, self.state.device):
+                self._take_step(z, labels)
+                signum = self.asked_to_end(interruption.signum)
+                if signum and self.state.step < self.recipe.steps:
+                    self._end(signum)
+                if any(map(self._due, (self.run.save_steps, self.run.sample_steps, self.run.eval_steps))):
+                    with self.watch.paused():
+                        self._pause()
+
+    def _take_step(self, z: torch.Tensor, labels: torch.Tensor) -> None:
+        self.watch.mark()
+        logged = self._due(self.run.log_steps, self.state.step + 1)
+        loss, norm = take_step(self.state, self.recipe, self._parts(z, labels), want_norm=logged)
+        self.watch.mark()
+        self.losses.append(loss)
+        self.log.step_taken()
+        if logged:
+            self._report(norm)
 
     def _due(self, every: int, step: int | None = None) -> bool:
         """Whether something is done after the step, this one by default: every so many, 0 for never, and at the end."""
@@ -131,9 +146,17 @@ class Training:
             with averaged(self.state):
                 self._look()
         if self._due(self.run.save_steps):
-            if self.losses:  # before a checkpoint of no use takes the place of another
-                self._check(self._loss())
-            self.checkpoints.save(self.state)
+            self._save()
+
+    def _save(self) -> Path:
+        if self.losses:  # before a checkpoint of no use takes the place of another
+            self._check(self._loss())
+        return self.checkpoints.save(self.state)
+
+    def _end(self, signum: int) -> None:
+        """Saves, and leaves out what else is due, which may take longer than one is given."""
+        folder = self._save()
+        raise Interrupted(signum, f"ended after step {self.state.step} of {self.recipe.steps}; saved in {folder}")
 
     def _look(self) -> None:
         state, run, numbers = self.state, self.run, {}

@@ -9,6 +9,7 @@ from typing import Any
 from dcae_fast import distributed
 from dcae_fast.data.latents import LatentDataset
 from dcae_fast.files import written_atomically
+from dcae_fast.lock import is_unused
 
 from .config import Recipe, TrainingError
 
@@ -23,10 +24,7 @@ def shards_of(folder: Path, recipe: Recipe, data: LatentDataset, has_begun: bool
     data, or of something else.
     """
     facts = json.loads(json.dumps(facts_of(data) | {"recipe": asdict(recipe)}))
-    result = distributed.broadcast(_settle(folder / FILE, facts, has_begun) if distributed.is_main() else None)
-    if isinstance(result, TrainingError):
-        raise result
-    return result
+    return distributed.on_main(lambda: _settle(folder / FILE, facts, has_begun))
 
 
 def facts_of(data: LatentDataset) -> dict[str, Any]:
@@ -37,21 +35,21 @@ def facts_of(data: LatentDataset) -> dict[str, Any]:
     return {"items": len(data), "shape": data.shape, "classes": names} | made
 
 
-def _settle(file: Path, facts: dict[str, Any], has_begun: bool) -> int | TrainingError:
+def _settle(file: Path, facts: dict[str, Any], has_begun: bool) -> int:
     if not file.is_file():
-        if file.parent.is_dir() and any(file.parent.iterdir()):
-            return TrainingError(f"{file.parent} is not empty and has no {FILE}; take another folder")
+        if not is_unused(file.parent):
+            raise TrainingError(f"{file.parent} is not empty and has no {FILE}; take another folder")
         return _begin(file, facts)
     try:
         there = json.loads(file.read_text())
-        shards, before, now = there.pop("shards"), _flat(there), _flat(facts)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        return TrainingError(f"{file}: not the settings of a training: {error!r}")
+        shards, before, now = int(there.pop("shards")), _flat(there), _flat(facts)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TrainingError(f"{file}: not the settings of a training: {error!r}") from error
     for name in sorted((before.keys() | now.keys()) - MAY_CHANGE):
         if before.get(name) != now.get(name):
             if not has_begun:  # another attempt
                 return _begin(file, facts)
-            return TrainingError(
+            raise TrainingError(
                 f"{file.parent} holds a training with {name.split('.')[-1]} {before.get(name)}, not {now.get(name)}; "
                 "go on with the same, or take another folder"
             )

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from small_diffusion import DIT, UVIT, build
 from stand_ins import embeddings, features, logits, real_pictures, run_ranks, save_references
 
@@ -132,6 +133,51 @@ def test_killed_and_continued(models, references, tmp_path, stand_ins, capsys, m
     capsys.readouterr()
     assert cli.main(run) == 0
     assert "6 of 6 batches were there already" in capsys.readouterr().out
+
+
+def test_damaged_samples_are_drawn_again(models, references, tmp_path, stand_ins, capsys):
+    """A bit of a batch, and pictures that are cut or changed; what a killed process left half written is removed."""
+    run = command(models["uvit"], tmp_path, "--save", "png", *references)
+    assert cli.main(run) == 0
+    whole = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    batch, cut, changed = tmp_path / "batches" / "000003.safetensors", *sorted((tmp_path / "samples").iterdir())[:3:2]
+    for path in (batch, changed):
+        content = bytearray(whole[path])
+        content[-20] ^= 1
+        path.write_bytes(content)
+    os.truncate(cut, 60)
+    for name in ("batches/.000003.safetensors.0123.part", "samples/.000001_2.png.0123.part", "batches/.tmpA1b2C3"):
+        (tmp_path / name).touch()
+    capsys.readouterr()
+    assert cli.main(run) == 0
+    assert "3 of 6 batches were there already" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == whole
+
+
+def test_batches_of_earlier_versions_count(models, tmp_path, stand_ins, capsys):
+    """They have no hash."""
+    assert cli.main(command(models["uvit"], tmp_path)) == 0
+    for path in (tmp_path / "batches").iterdir():
+        save_file(load_file(path), path)
+    capsys.readouterr()
+    assert cli.main(command(models["uvit"], tmp_path)) == 0
+    assert "6 of 6 batches were there already" in capsys.readouterr().out
+
+
+def test_two_evaluations_in_one_folder(models, tmp_path, stand_ins, capsys, lock_holder):
+    holder = lock_holder(tmp_path / "out")
+    assert cli.main(command(models["uvit"], tmp_path / "out")) == 2
+    assert f"out is in use by process {holder} " in capsys.readouterr().err
+    os.kill(holder, signal.SIGKILL)
+    os.waitpid(holder, 0)
+    assert cli.main(command(models["uvit"], tmp_path / "out")) == 0
+
+
+def test_a_full_disk(models, references, tmp_path, stand_ins, capsys, full_disk):
+    """The file is named and nothing is torn."""
+    assert cli.main(command(models["uvit"], tmp_path, "--save", "npz", "--samples", 48, *references)) == 2
+    assert f"dcae-fast: {tmp_path}/samples.npz: not written: File too large" in capsys.readouterr().err
+    assert not list(tmp_path.rglob(".*")) and not (tmp_path / "samples.npz").exists()
 
 
 def test_other_settings_need_another_folder(models, tmp_path, stand_ins, capsys):

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,8 +17,10 @@ from stand_ins import eval_diffusion, save_references, use
 from dcae_fast import distributed
 from dcae_fast.evaluation import networks
 from dcae_fast.evaluation.generation import References
+from dcae_fast.interruption import Interrupted
+from dcae_fast.training.config import Run
 from dcae_fast.training.evaluation import Comparison
-from dcae_fast.training.loop import train
+from dcae_fast.training.loop import Training, train
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch.distributed is not built")
 RANKS = 2
@@ -42,6 +45,7 @@ def trainings(rank: int, folder: Path) -> None:
         shutil.copytree(folder / "fsdp-ended", folder / "fsdp-then-one")
     distributed.barrier()
     train(RECIPE, run_in(folder / "fsdp-ended", parallel="fsdp"), CPU)
+    interrupted(rank, run_in(folder / "interrupted"))
     for parallel in ("ddp", "fsdp"):
         run = run_in(folder / f"{parallel}-evaluated", parallel=parallel, eval_steps=5)
         train(RECIPE, run, CPU, Comparison(references, SAMPLES, run, CPU))
@@ -55,6 +59,26 @@ def trainings(rank: int, folder: Path) -> None:
         )
     dist.barrier()
     os._exit(0)  # destroying a gloo group of DDP's may wait forever for a thread that needs the interpreter's lock
+
+
+def interrupted(rank: int, run: Run) -> None:
+    """One of the ranks gets SIGTERM; both save after the same step, and go on."""
+    training = Training(RECIPE, run, CPU)
+    step_taken, taken = training.log.step_taken, iter(range(1, 100))
+
+    def signalled():
+        step_taken()
+        if next(taken) == 5 and rank == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    training.log.step_taken = signalled
+    try:
+        training.run_all()
+    except Interrupted as error:
+        assert error.signum == signal.SIGTERM
+    training.log.close()
+    assert training.state.step == 6
+    train(RECIPE, run, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +113,11 @@ def test_as_one_process(folder, name, recipe, compare):
 
 def test_going_on_is_exact(folder):
     assert_equal(weights(folder / "fsdp-ended"), weights(folder / "fsdp"))
+
+
+def test_interrupted(folder):
+    assert_equal(weights(folder / "interrupted"), weights(folder / "ddp-alone"))
+    assert (folder / "interrupted" / "checkpoints" / "latest.txt").read_text() == "step-000000012\n"
 
 
 @pytest.mark.parametrize("parallel, same", [("ddp", "ddp-alone"), ("fsdp", "fsdp")])

@@ -1,0 +1,51 @@
+"""SIGTERM and Ctrl-C: once to end when it suits, twice to end at once, and nothing half written."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from dcae_fast import interruption
+from dcae_fast.files import written_atomically
+from dcae_fast.interruption import Interrupted, Interruption, sigterm_interrupts
+
+
+@pytest.mark.parametrize("signum", interruption.SIGNALS)
+def test_the_first_signal_is_noted(signum, capfd):
+    before = signal.getsignal(signum)
+    with Interruption("saving") as asked:
+        assert asked.signum == 0
+        os.kill(os.getpid(), signum)
+        os.kill(os.getpid(), signum)  # which torchrun passes on at the same time
+        assert asked.signum == signum
+    assert capfd.readouterr().err == "\nsaving\n" and signal.getsignal(signum) == before
+
+
+def test_the_second_signal_ends_at_once(monkeypatch):
+    monkeypatch.setattr(interruption, "SAME_REQUEST", 0.0)
+    with pytest.raises(Interrupted) as caught, Interruption():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+    assert caught.value.signum == signal.SIGINT
+
+
+def test_sigterm_leaves_nothing_half_written(tmp_path, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(Interrupted) as caught, sigterm_interrupts(), written_atomically(tmp_path / "result") as part:
+        part.write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert caught.value.signum == signal.SIGTERM and not list(tmp_path.iterdir())
+
+
+def test_other_threads_change_nothing():
+    handlers = []
+
+    def work():
+        with Interruption(), sigterm_interrupts():
+            handlers.extend(map(signal.getsignal, interruption.SIGNALS))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert handlers == list(map(signal.getsignal, interruption.SIGNALS))

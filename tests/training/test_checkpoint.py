@@ -1,0 +1,131 @@
+"""Checkpoints that are damaged are named and passed over; a full disk leaves the former ones."""
+
+import os
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from small_training import CPU, RECIPE, assert_equal, run_in, weights
+
+from dcae_fast.data.latents import LatentDataset
+from dcae_fast.files import WriteError
+from dcae_fast.models import diffusion_checkpoint
+from dcae_fast.training.checkpoint import Checkpoints
+from dcae_fast.training.config import TrainingError
+from dcae_fast.training.loop import train
+from dcae_fast.training.state import initial_state
+
+STATE = "state/__0_0.distcp"
+
+
+@pytest.fixture(scope="module")
+def state(shared):
+    """Of a training that has not begun; tests load into it."""
+    config = RECIPE.diffusion_config(LatentDataset(shared / "latents"))
+    return initial_state(config, RECIPE, run_in(shared / "unused"), CPU)
+
+
+@pytest.fixture
+def folder(shared, tmp_path):
+    """With checkpoints after 8 and 12 steps."""
+    return shutil.copytree(shared / "whole" / "checkpoints", tmp_path / "checkpoints")
+
+
+def cut(file):
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def empty(file):
+    file.write_bytes(b"")
+
+
+def remove(file):
+    file.unlink()
+
+
+@pytest.mark.parametrize("damage", [cut, flip, empty, remove])
+@pytest.mark.parametrize(
+    "file", [STATE, "state/.metadata", "progress.json", "ema/model.safetensors", "ema/config.json"]
+)
+def test_a_damaged_file(state, folder, capsys, file, damage):
+    damage(folder / "step-000000012" / file)
+    assert Checkpoints(folder, 2).load_newest(state) == folder / "step-000000008" and state.step == 8
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{folder}/step-000000012 is damaged and is not used: {file} ")
+
+
+@pytest.mark.parametrize("damage", [cut, empty])
+@pytest.mark.parametrize("file", [STATE, "state/.metadata", "progress.json", "ema/model.safetensors"])
+def test_a_damaged_file_of_an_earlier_version(state, folder, capsys, file, damage):
+    """Which wrote no hashes."""
+    for step in folder.glob("step-*"):
+        (step / "hashes.json").unlink()
+    damage(folder / "step-000000012" / file)
+    assert Checkpoints(folder, 2).load_newest(state) == folder / "step-000000008" and state.step == 8
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{folder}/step-000000012 is damaged")
+
+
+def test_damaged_hashes(state, folder, capsys):
+    cut(folder / "step-000000012" / "hashes.json")
+    assert Checkpoints(folder, 2).load_newest(state) == folder / "step-000000008"
+    assert "hashes.json is unreadable" in capsys.readouterr().err
+
+
+def test_what_is_loaded_is_what_was_saved(state, folder, shared):
+    for step in (12, 8):
+        (folder / "latest.txt").write_text(f"step-{step:09d}\n")
+        assert Checkpoints(folder, 2).load_newest(state) == folder / f"step-{step:09d}" and state.step == step
+        average = {diffusion_checkpoint.PREFIX + name: x for name, x in state.average.average.items()}
+        if step == 12:
+            assert_equal(average, weights(shared / "whole"))
+        else:
+            assert any(not torch.equal(x, weights(shared / "whole")[name]) for name, x in average.items())
+
+
+@pytest.mark.parametrize("content", ["step-000000007\n", "", "\0\0", "../checkpoints", None])
+def test_latest_that_names_no_checkpoint(state, folder, capsys, content):
+    latest = folder / "latest.txt"
+    latest.unlink() if content is None else latest.write_text(content)
+    assert Checkpoints(folder, 2).load_newest(state) == folder / "step-000000012"
+    assert f"{latest} " in capsys.readouterr().err
+
+
+def test_none_is_whole(shared, folder, capsys):
+    run = run_in(folder.parent / "run")
+    shutil.copytree(shared / "whole", run.out)
+    for step in (8, 12):
+        flip(run.out / "checkpoints" / f"step-{step:09d}" / STATE)
+    with pytest.raises(TrainingError, match="checkpoints has no whole checkpoint"):
+        train(RECIPE, replace(run, data=shared / "latents"), CPU)
+    errors = capsys.readouterr().err
+    assert all(f"step-{step:09d} is damaged and is not used: {STATE}" in errors for step in (8, 12))
+
+
+def test_training_resumes_from_the_whole_one(shared, tmp_path):
+    run = replace(run_in(tmp_path / "run"), data=shared / "latents")
+    shutil.copytree(shared / "whole", run.out)
+    flip(run.out / "checkpoints" / "step-000000012" / STATE)
+    train(RECIPE, run, CPU)
+    assert_equal(weights(run.out), weights(shared / "whole"))
+    assert {path.name for path in run.out.glob("checkpoints/*")} == {"latest.txt", "step-000000008", "step-000000012"}
+
+
+def test_no_checkpoint(state, tmp_path):
+    assert Checkpoints(tmp_path / "absent", 2).load_newest(state) is None
+
+
+def test_a_full_disk(state, folder, full_disk):
+    """A checkpoint that does not fit leaves nothing behind, and the former ones."""
+    before = sorted(folder.rglob("*"))
+    state.step = 13
+    with pytest.raises(WriteError, match="/checkpoints/step-000000013.*: not written: "):
+        Checkpoints(folder, 2).save(state)
+    assert sorted(folder.rglob("*")) == before and (folder / "latest.txt").read_text() == "step-000000012\n"
