@@ -205,8 +205,9 @@ class Run:
 def _check_least(settings: Architecture | Recipe | Run, least: dict[str, int]) -> None:
     for name, bound in least.items():
         value = getattr(settings, name)
-        if not bound <= value < 2**63:
-            raise ValueError(f"{name}={value}; expected {'less than 2**63' if value > bound else f'at least {bound}'}")
+        most, told = (2**63, "less than 2**63") if isinstance(value, int) else (math.inf, "a finite number")
+        if not bound <= value < most:
+            raise ValueError(f"{name}={value}; expected {told if value > bound else f'at least {bound}'}")
 
 
 def _recipe(kind: Literal["uvit", "dit"], schedulers: dict[str, Any], autoencoder: str, **options: Any) -> Recipe:
