@@ -3,13 +3,13 @@
 import functools
 import os
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-LEAST_SHARED_MEMORY = 64 * 1024  # bytes, of the GPUs that Triton compiles for: Turing's
 LEAST_SIDE = 16  # of a tile in a product
 
 
@@ -89,31 +89,45 @@ def persistent_splits(x: torch.Tensor, tiles: int, independent: int = 1, per_pro
     return min(tiles, max(1, programs // max(independent, 1)))
 
 
-def shared_memory(x: torch.Tensor) -> int:
-    """Bytes that a program on x's device can have; without a GPU what it can have on all of them."""
-    return _shared_memory(x.get_device()) if x.is_cuda else LEAST_SHARED_MEMORY
+class Chip(NamedTuple):
+    """What limits the tiles of a product, in bytes.
+
+    shared_memory: what a program can have; half, single: what an operand's element takes there by its precision.
+    """
+
+    shared_memory: int
+    half: int
+    single: int
+
+
+TURING = Chip(64 * 1024, half=4, single=4)  # Triton computes its products in float32
+ADA = Chip(99 * 1024, half=2, single=8)  # and those of later GPUs in tf32x3, which splits a float32
+
+
+def chips(x: torch.Tensor) -> tuple[Chip, ...]:
+    """That of x's GPU; without one, those with the least memory, so that tiles fit into all."""
+    return _chips(x.get_device()) if x.is_cuda else (TURING, ADA)
 
 
 @functools.cache
-def _shared_memory(index: int) -> int:
-    return torch.cuda.get_device_properties(index).shared_memory_per_block_optin
+def _chips(index: int) -> tuple[Chip, ...]:
+    limit = torch.cuda.get_device_properties(index).shared_memory_per_block_optin
+    kind = TURING if limit <= TURING.shared_memory else ADA
+    return (kind._replace(shared_memory=limit),)
 
 
-def operand_bytes(x: torch.Tensor, itemsize: int) -> int:
-    """Of shared memory, for an element of a product's operand that has so many itself.
+def fitting(
+    x: torch.Tensor, itemsize: int, sides: tuple[int, ...], needed: Callable[..., int]
+) -> tuple[int, ...] | None:
+    """The sides of a product's tiles, the longest halved until they fit into shared memory; None if they never do.
 
-    A float32 is split into two numbers (tf32x3). On Turing Triton computes all products in float32.
+    itemsize: of the operands. needed(size, *sides): bytes of shared memory where an operand's element takes `size`.
     """
-    return 4 if shared_memory(x) <= LEAST_SHARED_MEMORY else 2 if itemsize == 2 else 8
 
+    def fits(chip: Chip) -> bool:
+        return needed(chip.half if itemsize == 2 else chip.single, *sides) <= chip.shared_memory
 
-def fitting(x: torch.Tensor, sides: tuple[int, ...], needed: Callable[..., int]) -> tuple[int, ...] | None:
-    """The sides of a product's tiles, the longest halved until needed(*sides) bytes of shared memory are there.
-
-    None if they never are.
-    """
-    limit = shared_memory(x)
-    while needed(*sides) > limit:
+    while not all(map(fits, chips(x))):
         longest = max(range(len(sides)), key=sides.__getitem__)
         if sides[longest] <= LEAST_SIDE:
             return None

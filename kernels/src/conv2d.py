@@ -7,7 +7,7 @@ A row of the R × S window is S · C elements that lie side by side, in the imag
 import triton
 import triton.language as tl
 
-from .common import activate, dot, fitting, like_channels_last, operand_bytes, persistent_splits
+from .common import activate, dot, fitting, like_channels_last, persistent_splits
 from .launch import Kernel
 
 # of a tile, where it fits: positions, filters in half and in single precision; warps; programs on a multiprocessor
@@ -75,12 +75,12 @@ def _conv2d_kernel(
 
 def _sides(x, block_k, rows, block_t):
     """Positions and filters of a tile: all rows of the window stay on chip, those of x twice, and the result."""
-    itemsize, size = x.element_size(), operand_bytes(x, x.element_size())
+    itemsize = x.element_size()
 
-    def needed(p, k):
+    def needed(size, p, k):
         return rows * block_t * (2 * itemsize * p + size * k) + 4 * p * max(k, block_t)
 
-    return fitting(x, (POSITIONS, block_k), needed)
+    return fitting(x, itemsize, (POSITIONS, block_k), needed)
 
 
 def _launch(x, weight, bias, act, size, filters, window, stride, top, left, unshuffle):

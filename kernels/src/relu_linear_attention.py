@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import fitting, like_channels_last, operand_bytes, persistent_splits, relu
+from .common import fitting, like_channels_last, persistent_splits, relu
 from .launch import Kernel
 
 
@@ -156,8 +156,7 @@ def launch_relu_linear_attention(qkvs, head_dim, eps):
 
 def launch_relu_linear_attention_backward(dout, qkvs, head_dim, eps):
     dqkvs, start = [], 0
-    size = operand_bytes(dout, 4)
-    (block_n,) = fitting(dout, (64,), lambda n: 2 * size * head_dim * (n + head_dim))
+    (block_n,) = fitting(dout, 4, (64,), lambda size, n: 2 * size * head_dim * (n + head_dim))
     for qkv in qkvs:
         dqkv = like_channels_last(qkv)
         positions, heads, pairs, blocks, splits = _sizes(qkv, head_dim, block_n)

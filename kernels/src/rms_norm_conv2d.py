@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .common import activate, dot, fitting, like_channels_last, operand_bytes, persistent_splits, rows_of
+from .common import activate, dot, fitting, like_channels_last, persistent_splits, rows_of
 from .launch import Kernel
 from .rms_norm import launch_rms_norm
 
@@ -73,8 +73,7 @@ def _taps(x, norm_weight, norm_bias, eps, act, weight):
     columns = triton.cdiv(9 * filters, 8) * 8
     block_c = triton.next_power_of_2(max(16, channels))
     sides = ELEMENTS // block_c, max(16, min(triton.next_power_of_2(columns), WEIGHTS // block_c))
-    size = operand_bytes(x, x.element_size())
-    sides = fitting(x, sides, lambda p, t: size * (p + t) * block_c)
+    sides = fitting(x, x.element_size(), sides, lambda size, p, t: size * (p + t) * block_c)
     if sides is None:
         return None
     block_rows, block_t = sides

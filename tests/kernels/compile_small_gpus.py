@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import JITFunction
 
-GPUS = {75: 64 * 1024, 89: 99 * 1024}  # compute capability: bytes of shared memory that a program can have
+GPUS = {75: common.TURING, 89: common.ADA}  # by compute capability
 LARGEST = ("_conv2d_kernel", "_relu_linear_attention_query_backward_kernel", "_rms_norm_conv2d_taps_kernel")
 make_llir = CUDABackend.make_llir
 
@@ -54,10 +54,10 @@ def launch(capability):
     launch_rms_norm_conv2d(x, torch.empty(128), torch.empty(128), 1e-5, "silu", weight, torch.empty(3))
 
 
-for capability, limit in GPUS.items():
+for capability, chip in GPUS.items():
     with (
         mock.patch.object(CUDABackend, "make_llir", stop_after_llir),
         mock.patch.object(JITFunction, "run", compile_instead(capability)),
-        mock.patch.object(common, "shared_memory", lambda x, limit=limit: limit),
+        mock.patch.object(common, "chips", lambda x, chip=chip: (chip,)),
     ):
         launch(capability)

@@ -20,7 +20,8 @@ from dcae_fast.ops.rms_norm import rms_norm_reference
 from dcae_fast.ops.rms_norm_conv2d import rms_norm_conv2d_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TURING, ADA, HOPPER = 64 * 1024, 99 * 1024, 227 * 1024
+TURING, ADA = common.TURING, common.ADA
+HOPPER = ADA._replace(shared_memory=227 * 1024)
 
 
 def random(*shape, seed=0):
@@ -36,28 +37,30 @@ def assert_as_accurate(got, reference, *args):
         assert (tensor.double() - exactly).norm() <= 2 * (eager.double() - exactly).norm()
 
 
-@pytest.mark.parametrize("limit", [TURING, ADA, HOPPER])
-def test_tiles_are_halved_until_they_fit(limit, monkeypatch):
-    monkeypatch.setattr(common, "shared_memory", lambda x: limit)
-    x = torch.empty(1)
-    sides = common.fitting(x, (128, 32), lambda a, b: 4 * 250 * (a + b))
-    assert sides == {TURING: (32, 32), ADA: (64, 32), HOPPER: (128, 32)}[limit]
-    assert common.fitting(x, (128, 32), lambda a, b: limit) == (128, 32)
-    assert common.fitting(x, (128, 32), lambda a, b: limit + a * b - 16 * 16) == (16, 16)
-    assert common.fitting(x, (128, 32), lambda a, b: limit + 1) is None
-    sizes = [common.operand_bytes(x, itemsize) for itemsize in (2, 4)]
-    assert sizes == ([4, 4] if limit == TURING else [2, 8])
+@pytest.mark.parametrize("chip, sides", [(TURING, (32, 32)), (ADA, (64, 32)), (HOPPER, (128, 32))])
+def test_tiles_are_halved_until_they_fit(chip, sides, monkeypatch):
+    monkeypatch.setattr(common, "chips", lambda x: (chip,))
+    x, limit = torch.empty(1), chip.shared_memory
+    assert common.fitting(x, 2, (128, 32), lambda size, a, b: 1000 * (a + b)) == sides
+    assert common.fitting(x, 2, (128, 32), lambda size, a, b: limit) == (128, 32)
+    assert common.fitting(x, 2, (128, 32), lambda size, a, b: limit + a * b - 16 * 16) == (16, 16)
+    assert common.fitting(x, 2, (128, 32), lambda size, a, b: limit + 1) is None
+    for itemsize, element in ((2, chip.half), (4, chip.single)):
+        assert common.fitting(x, itemsize, (16,), lambda size, a, element=element: limit + size - element) == (16,)
 
 
 def test_without_a_gpu_tiles_fit_into_every_gpu():
-    assert common.shared_memory(torch.empty(1)) == TURING
+    """Whichever takes more: on Turing it is half precision, on later ones single."""
+    x = torch.empty(1)
+    assert common.fitting(x, 2, (128,), lambda size, a: 512 * size * a) == (32,)
+    assert common.fitting(x, 4, (128,), lambda size, a: 512 * size * a) == (16,)
 
 
-@pytest.mark.parametrize("limit", [16, 40 * 1024, HOPPER])
+@pytest.mark.parametrize("chip", [TURING._replace(shared_memory=16), TURING._replace(shared_memory=40_000), HOPPER])
 @pytest.mark.parametrize("channels", [24, 72])
 @torch.no_grad()
-def test_norm_and_convolution_with_little_shared_memory(channels, limit, monkeypatch):
-    monkeypatch.setattr(common, "shared_memory", lambda x: limit)
+def test_norm_and_convolution_with_little_shared_memory(channels, chip, monkeypatch):
+    monkeypatch.setattr(common, "chips", lambda x: (chip,))
     x, weight, bias = (t.half() for t in (random(1, channels, 3, 5), random(3, channels, 3, 3) / 20, random(3)))
     args = x, random(channels, seed=1), random(channels, seed=2), 1e-5, "silu", weight, bias
     got = ops.rms_norm_conv2d(*args[:3], weight, bias, act="silu")
@@ -67,14 +70,15 @@ def test_norm_and_convolution_with_little_shared_memory(channels, limit, monkeyp
 
 @torch.no_grad()
 def test_wide_window_with_little_shared_memory(monkeypatch):
-    monkeypatch.setattr(common, "shared_memory", lambda x: TURING)
+    monkeypatch.setattr(common, "chips", lambda x: (TURING,))
     x, weight, bias = random(1, 3, 9, 10), random(40, 3, 7, 7, seed=1) / 12, random(40, seed=2)
     got = ops.conv2d(x, weight, bias, "silu", stride=2, padding=3)
     assert_as_accurate(got, conv2d_reference, x, weight, bias, "silu", None, None, None, 0.0, None, 2, [3] * 4)
 
 
 def test_gradient_of_attention_with_little_shared_memory(monkeypatch):
-    monkeypatch.setattr(common, "shared_memory", lambda x: 8 * 1024)  # for half of the positions of a tile
+    chip = TURING._replace(shared_memory=8 * 1024)  # for half of the positions of a tile
+    monkeypatch.setattr(common, "chips", lambda x: (chip,))
     qkv, dout = random(1, 48, 5, 8).requires_grad_(), random(1, 16, 5, 8, seed=1)
     ops.relu_linear_attention([qkv], 16).backward(dout)
     assert_as_accurate([qkv.grad], relu_linear_attention_backward_reference, dout, [qkv.detach()], 16, 1e-15)
