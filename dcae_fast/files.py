@@ -6,6 +6,11 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
 
 TEMPORARY = re.compile(r"(?s)\..*\.part|\.tmp\w{6}")  # `written_atomically`'s, and safetensors' own
 
@@ -57,6 +62,18 @@ def written_atomically(path: Path) -> Iterator[Path]:
         finally:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def save_npy(path: Path, array: "np.ndarray") -> None:
+    """Writes an .npy file that is either whole or absent. Raises WriteError.
+
+    numpy writes to one of Python's files through C's buffer, and overlooks an error when that is emptied at the end. To
+    any other object it writes through Python.
+    """
+    import numpy as np
+
+    with written_atomically(path) as temporary, temporary.open("wb") as file:
+        np.save(SimpleNamespace(write=file.write), array)
 
 
 def append_line(path: Path, line: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from dcae_fast.files import written_atomically
+from dcae_fast.files import save_npy, written_atomically
 
 from .folders import list_files
 from .latents import SHARDS, load_npy
@@ -74,8 +74,7 @@ class NpyStore:
         for index, latent in zip(indices, latents.numpy(), strict=True):
             path = self._path(self.pictures[index].key)
             path.parent.mkdir(parents=True, exist_ok=True)
-            with written_atomically(path) as temporary, open(temporary, "wb") as file:
-                np.save(file, latent)
+            save_npy(path, latent)
 
     def close(self) -> None:
         """After the last write."""

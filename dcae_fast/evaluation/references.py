@@ -8,7 +8,7 @@ import torch
 
 from dcae_fast import distributed
 from dcae_fast.data.manifest import DataError
-from dcae_fast.files import written_atomically
+from dcae_fast.files import save_npy
 
 from .moments import MomentSums
 from .networks import Network
@@ -72,8 +72,7 @@ def _save_features(mine: list[np.ndarray], path: Path) -> None:
         raise DataError("no pictures could be read")
     if distributed.is_main():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with written_atomically(path) as temporary, open(temporary, "wb") as file:
-            np.save(file, np.concatenate(parts))
+        save_npy(path, np.concatenate(parts))
 
 
 def load_features(path: Path) -> torch.Tensor:
