@@ -172,8 +172,8 @@ def test_forwards_replaced_while_patched(parts, wrap, same_step):
     check(fast)
     dcae_fast.unpatch(model)
     check(original)
-    report = dcae_fast.patch(model)
-    assert {reason for *_, reason in report.skipped} == {"its forward was replaced on the instance"}
+    left = set(dcae_fast.patch(model).skipped) - set(report.skipped)
+    assert left and all(reason.endswith("its forward was replaced on the instance") for *_, reason in left)
     same_step(step(model, x), expected)
 
 
