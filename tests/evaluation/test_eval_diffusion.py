@@ -20,7 +20,6 @@ from dcae_fast.evaluation import metrics, networks
 from dcae_fast.evaluation.labels import class_labels
 from dcae_fast.evaluation.moments import Moments
 from dcae_fast.models.diffusion_zoo import DIFFUSION_MODELS
-from dcae_fast.models.weights import CheckpointError
 
 
 @pytest.fixture(scope="module")
@@ -211,14 +210,12 @@ def test_a_missing_network_that_comes_later(models, references, tmp_path, stand_
 
 
 def test_a_released_model_without_a_connection(tmp_path, stand_ins, monkeypatch, capsys):
-    def absent(*args, **options):
-        raise CheckpointError("no connection")
-
-    monkeypatch.setattr(DCAEDiffusion, "from_pretrained", absent)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     name = next(iter(DIFFUSION_MODELS))
     assert cli.main(command(name, tmp_path)) == 2
     error = capsys.readouterr().err
-    assert "no connection" in error and "hf download" in error
+    assert "HF_HUB_OFFLINE is set" in error and f"hf download mit-han-lab/{name} --local-dir" in error
 
 
 def test_nothing_is_sampled_for_nothing(models, tmp_path, stand_ins, capsys):
