@@ -81,9 +81,7 @@ def reconstruct(
             line += "; patched against plain: largest difference {:.1e}, relative {:.1e}".format(*result.difference)
         return line
 
-    failed = _for_each(files, one, out)
-    print(f"Reconstructions and comparisons are in {out.resolve()}")
-    return failed
+    return _for_each(files, one, out, "Reconstructions and comparisons")
 
 
 def _save_pictures(result: "Reconstruction", path: Path, stem: Path, model: str) -> None:
@@ -132,9 +130,7 @@ def encode(
         save_latent(Latent(z, model, network.scaling_factor, size, fit), out / f"{stem}.safetensors")
         return f"{path} -> {stem}.safetensors: {list(z.shape)}"
 
-    failed = _for_each(files, one, out)
-    print(f"Latents are in {out.resolve()}")
-    return failed
+    return _for_each(files, one, out, "Latents")
 
 
 def decode(latents: Paths, *, model: str | None = None, out: Path = Path("outputs"), compute: Compute) -> int:
@@ -182,9 +178,7 @@ def decode(latents: Paths, *, model: str | None = None, out: Path = Path("output
         images.save_png(picture, out / f"{stem}-decoded.png")
         return f"{path} -> {stem}-decoded.png: {picture.width}x{picture.height}"
 
-    failed = _for_each(list(loads), one, out)
-    print(f"Pictures are in {out.resolve()}")
-    return failed
+    return _for_each(list(loads), one, out, "Pictures")
 
 
 def sample(
@@ -345,8 +339,11 @@ def _stems(files: Sequence[Path]) -> list[str]:
     return list(stems)
 
 
-def _for_each(files: Sequence[Path], work: Callable[[Path, str], str], out: Path) -> int:
-    """Prints work(file, name for its output) for every file; 1 if any failed, which is named on stderr, else 0."""
+def _for_each(files: Sequence[Path], work: Callable[[Path, str], str], out: Path, results: str) -> int:
+    """Prints work(file, name for its output) for every file, and where the results are.
+
+    Returns 1 if any file failed, which is named on stderr, else 0.
+    """
     from .data.manifest import DataError
     from .images import PhotographError
     from .latent_files import LatentError
@@ -358,15 +355,17 @@ def _for_each(files: Sequence[Path], work: Callable[[Path, str], str], out: Path
         try:
             tqdm.write(work(path, stem))
         except (PhotographError, LatentError, DataError, CheckpointError, NotFiniteError) as error:
-            failed = 1  # CheckpointError: latents name a model of their own
+            failed += 1  # CheckpointError: latents name a model of their own
             named = f"{path}: " if isinstance(error, (CheckpointError, NotFiniteError)) else ""
             tqdm.write(f"failed: {named}{error}", file=sys.stderr)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            failed = 1
+            failed += 1
             tqdm.write(f"failed: {path}: does not fit in memory", file=sys.stderr)
-    return failed
+    if failed < len(files):
+        print(f"{results} are in {out.resolve()}")
+    return 1 if failed else 0
 
 
 COMMANDS = {

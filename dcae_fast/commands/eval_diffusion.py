@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from dcae_fast.files import written_atomically
 from dcae_fast.memory import out_of_memory_as
 
-from .common import Compute, UsageError, check_cfg, check_integer, check_seed, report_problems
+from .common import Compute, UsageError, check_cfg, check_integer, check_seed, make_folder, report_problems
 
 if TYPE_CHECKING:
     import torch
@@ -91,6 +91,7 @@ def eval_diffusion(
                 distributed.print_main("nothing to measure samples with: none are drawn", error=True)
                 return report_problems([], missing)
             references.check(found, device, samples)
+            make_folder(out)
             with locked(out):
                 kept = generate(network, folder, found)
                 results = distributed.on_main(lambda: _results(folder, references, set(found), device, kept))

@@ -10,7 +10,7 @@ import tyro
 from dcae_fast.memory import out_of_memory_as
 from dcae_fast.training.config import DESCRIPTIONS, RECIPES, Run, TrainingError
 
-from .common import UsageError
+from .common import UsageError, make_folder
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +71,7 @@ def train_diffusion(recipe: Named, run: Run, compared: Compared, *, dry_run: boo
             if dry_run:
                 distributed.print_main(describe(recipe, run, LatentDataset(run.data), distributed.world_size()))
                 return 0
+            make_folder(run.out)
             torch.set_float32_matmul_precision("high")  # as the original: TF32 for what autocast leaves
             warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # whose result nobody changes in place
             model = train(recipe, run, device, compared.comparison(run, device))

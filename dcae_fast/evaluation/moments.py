@@ -42,6 +42,8 @@ class Moments:
             raise DataError(f"{path}: expected an .npz file with mu and sigma: {reason}") from error
         if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
             raise DataError(f"{path}: mu {mu.shape} and sigma {sigma.shape}; expected (F,) and (F, F)")
+        if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+            raise DataError(f"{path}: NaN or infinity in mu or sigma; make it anew with reference-stats")
         return cls(mu, sigma)
 
 

@@ -84,4 +84,6 @@ def load_features(path: Path) -> torch.Tensor:
         raise DataError(f"{path}: expected an .npy file of features: {reason}") from error
     if not isinstance(features, np.ndarray) or features.ndim != 2 or features.dtype.kind != "f":
         raise DataError(f"{path}: expected floating-point features [N, F]")
+    if not np.isfinite(features).all():
+        raise DataError(f"{path}: NaN or infinity in the features; make it anew with reference-stats")
     return torch.from_numpy(features.astype(np.float32))

@@ -196,6 +196,8 @@ class Run:
     def __post_init__(self):
         least = {"accumulate": 1, "log_steps": 1, "save_steps": 1, "keep": 1, "eval_steps": 1}
         _check_least(self, least | {"workers": 0, "sample_steps": 0})
+        if self.workers > 4096:
+            raise ValueError(f"workers={self.workers}; expected at most 4096")
         if not math.isfinite(self.sample_cfg):
             raise ValueError(f"sample_cfg={self.sample_cfg}; expected a finite number")
         if self.cuda_graphs and (not self.compile or self.accumulate > 1):

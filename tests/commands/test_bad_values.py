@@ -54,10 +54,11 @@ CASES = [
     ("train-diffusion", "--depth 0", "depth=0; expected at least 1"),
     ("train-diffusion", "--workers -1", "workers=-1; expected at least 0"),
     ("train-diffusion", f"--steps {HUGE}", f"steps={HUGE}; expected less than"),
-    ("train-diffusion", "--lr inf", "lr=inf; expected less than"),
+    ("train-diffusion", "--lr inf", "lr=inf; expected a finite number"),
     ("train-diffusion", "--betas 2 0.9", "betas=(2.0, 0.9)"),
     ("train-diffusion", "--sample-cfg nan", "sample_cfg=nan; expected a finite number"),
     ("train-diffusion", "--data file", "file: no such folder"),
+    ("train-diffusion", "--out file --no-dry-run", "--out: cannot make the folder file: it is a file"),
     ("reference-stats", "", "--fid, --precision-recall or --cmmd"),
     ("reference-stats", "--fid x.txt", "--fid x.txt: expected a name that ends in .npz"),
     ("reference-stats", "--cmmd file/x.npy", "--cmmd: cannot make the folder file"),
@@ -65,6 +66,7 @@ CASES = [
     ("eval-autoencoder", f"--resolution {HUGE}", f"--resolution {HUGE}: expected at most"),
     ("eval-autoencoder", "--resolution 7", "--resolution 7: expected a multiple of 2"),
     ("eval-autoencoder", "--reference file", "file: expected an .npz file with mu and sigma"),
+    ("eval-autoencoder", "--reference nan.npz", "nan.npz: NaN or infinity in mu or sigma"),
     ("eval-autoencoder", "--reference pictures", "pictures: expected an .npz file with mu and sigma: Is a directory"),
     ("eval-autoencoder", "--out file --resolution 8", "--out: cannot make the folder file: it is a file"),
     ("eval-diffusion", f"--samples {HUGE}", f"--samples {HUGE}: expected at most"),
@@ -72,8 +74,9 @@ CASES = [
     ("eval-diffusion", "--cfg nan", "--cfg nan: expected a finite number"),
     ("eval-diffusion", "--steps 0", "--steps 0: expected at least 1"),
     ("eval-diffusion", "--sampler SDE", "sampler 'SDE'; the model was trained for DPM_Solver"),
-    ("eval-diffusion", "--out file", "file"),
+    ("eval-diffusion", "--out file", "--out: cannot make the folder file: it is a file"),
     ("eval-diffusion", "--cmmd file", "file: expected an .npy file of features"),
+    ("eval-diffusion", "--cmmd nan.npy", "nan.npy: NaN or infinity in the features"),
     ("convert", "file --layout diffusers", "destination: cannot make the folder file: it is a file"),
     ("convert", "there --layout none", "--layout"),
 ]
@@ -87,6 +90,8 @@ def folder(tmp_path_factory):
     Image.new("RGB", (8, 8)).save(folder / "pictures" / "a.png")
     np.save(folder / "latents" / "a.npy", np.zeros((8, 4, 4), np.float32))
     (folder / "file").write_text("text")
+    np.save(folder / "nan.npy", np.full((5, 4), np.nan, np.float32))
+    np.savez(folder / "nan.npz", mu=np.zeros(4), sigma=np.full((4, 4), np.inf))
     DCAE(AUTOENCODER).save_pretrained(folder / "ae")
     build().save_pretrained(folder / "diffusion")
     return folder
