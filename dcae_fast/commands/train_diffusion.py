@@ -71,10 +71,11 @@ def train_diffusion(recipe: Named, run: Run, compared: Compared, *, dry_run: boo
             if dry_run:
                 distributed.print_main(describe(recipe, run, LatentDataset(run.data), distributed.world_size()))
                 return 0
-            make_folder(run.out)
             torch.set_float32_matmul_precision("high")  # as the original: TF32 for what autocast leaves
             warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # whose result nobody changes in place
-            model = train(recipe, run, device, compared.comparison(run, device))
+            comparison = compared.comparison(run, device)
+            make_folder(run.out)
+            model = train(recipe, run, device, comparison)
             distributed.print_main(f"The model is in {model.resolve()}")
     except (DataError, TrainingError, ValueError) as error:
         raise UsageError(str(error)) from error
