@@ -123,7 +123,7 @@ def _copied_to_cpu(x: torch.Tensor) -> Callable[[], int]:
     """Begins to copy an integer to the CPU; the function returned waits for it."""
     if not x.is_cuda:
         return x.item
-    copy, done = torch.empty_like(x, device="cpu", pin_memory=True), torch.cuda.Event()
+    copy, done = torch.empty(x.shape, dtype=x.dtype, pin_memory=True), torch.cuda.Event()
     copy.copy_(x, non_blocking=True)
     done.record()
 

@@ -141,6 +141,16 @@ def test_requests_that_cannot_be_met(shared, tmp_path, capsys, monkeypatch, argv
     assert words in capsys.readouterr().err
 
 
+def test_too_little_memory(shared, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "options.json"
+    file.write_text(json.dumps(OPTIONS))
+    monkeypatch.setattr(
+        "dcae_fast.training.loop.take_step", lambda *_, **options: torch.empty(2**60, dtype=torch.uint8)
+    )
+    assert run("uvit-h-f64", f"@{file}", "--data", shared / "latents", "--out", tmp_path / "run") == 2
+    assert "a part of the batch does not fit in memory; try --accumulate" in capsys.readouterr().err
+
+
 def test_evaluation(shared, tmp_path, monkeypatch):
     """Every eval_steps and at the end, as eval-diffusion does it; no bit of the weights differs."""
     monkeypatch.setattr(networks, "LOADERS", use())
