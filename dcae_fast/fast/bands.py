@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from .layers import Layer
+from .layout import layout_of
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Bands:
         for k, (layer, halo) in enumerate(zip(self.layers, self.halos, strict=True)):
             if k == 0 or layer.up != layer.down:
                 start, end = max(0, top - halo), min(rows, bottom + halo)
-                x, first = x[:, :, (start - first) * scale : (end - first) * scale], start
+                x, first = layout_of(x[:, :, (start - first) * scale : (end - first) * scale], x), start
             x = layer.run(x)
             scale = scale * layer.up // layer.down
         return x[:, :, (top - first) * scale : (bottom - first) * scale]

@@ -10,14 +10,13 @@ from dcae_fast import ops
 
 from . import plan as planning
 from .bands import Plan
-from .fusion import channels_last, layout_of
 from .graphs import Graphs, Result
 from .layers import Layer, Survey, UnknownModule
-from .module import FastModule, in_transform, plain
+from .layout import ImageModule, layout_of
+from .module import plain
 
 SHARE = 0.9  # of the memory, which layers may fill; the rest is for what convolutions need besides, and for gaps
 SMALL = 512 * 512  # pixels of pictures that are not worth asking how much memory there is
-INPUTS = ("x", "z", "hidden_states")  # what libraries call the first parameter
 CHANNELS, BYTES = 2**9, 2**14  # more than the largest tensor, and than all that are alive, have for a pixel
 
 
@@ -32,7 +31,7 @@ class Options:
     max_memory: int | None = None
 
 
-class Coder(FastModule):
+class Coder(ImageModule):
     """Encoder or decoder: a replayed graph if there is one, else in parts if memory is short, else its forward.
 
     A library's encoder and decoder say what they are made of: `layers` and what comes before and after those, `start`
@@ -42,9 +41,7 @@ class Coder(FastModule):
     fast_options = Options()
 
     def dispatch(self, *args, **kwargs) -> Result:
-        if not args and len(named := [name for name in INPUTS if name in kwargs]) == 1:  # known by its place
-            args = (kwargs.pop(named[0]),)
-        if torch.compiler.is_compiling() or not args or type(args[0]) is not torch.Tensor or in_transform():
+        if torch.compiler.is_compiling() or not args or type(args[0]) is not torch.Tensor or ops.in_transform():
             return super().dispatch(*args, **kwargs)
         graphs = None if getattr(self, "_is_replica", False) else self.fast_options.graphs
         result = None if graphs is None else graphs.replay(self, args, kwargs)
@@ -83,8 +80,7 @@ class Coder(FastModule):
             return None
 
     def _in_parts(self, plan: Plan, x: torch.Tensor, *args, **kwargs) -> Result:
-        out = self.finish(plan(self.start(x)), *args, **kwargs)
-        return layout_of(out, x) if isinstance(out, torch.Tensor) else [layout_of(part, x) for part in out]
+        return layout_of(self.finish(plan(self.start(x)), *args, **kwargs), x)
 
     def enlargement(self) -> int:
         """Pixels of the picture for a position of the input, along each side."""
@@ -97,15 +93,16 @@ class Coder(FastModule):
     def layers(self, survey: Survey) -> list[Layer]:
         raise NotImplementedError
 
+    def as_layers_see(self, x: torch.Tensor) -> torch.Tensor:
+        """x in the memory format that goes through the layers."""
+        inside = self.inside(x) if ops.has_kernels(x) else None
+        return x if inside is None else inside
+
     def start(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
     def finish(self, x: torch.Tensor) -> Result:
         return x
-
-
-def channels_last_for_kernels(x: torch.Tensor) -> torch.Tensor:
-    return channels_last(x) if ops.has_kernels(x) else x
 
 
 def configure(module: nn.Module, graphs: Graphs | None, max_memory: int | None) -> None:

@@ -5,19 +5,18 @@ from torch import nn
 
 from dcae_fast import ops
 
-from .coder import Coder, channels_last_for_kernels
+from .coder import Coder
 from .fusion import (
     activation_name,
     can_fuse_norm,
     can_fuse_unshuffle,
-    channels_last,
     conv_norm_act,
     conv_without_bias,
     is_depthwise3x3,
     is_divisible,
-    layout_of,
     multiscale_qkv,
     norm_act_conv,
+    rms_norm,
     unknown_activation,
     unknown_norm,
     upsample,
@@ -25,7 +24,8 @@ from .fusion import (
 )
 from .graphs import Result
 from .layers import Layer, Survey, UnknownModule
-from .module import Part, kind, member, plain
+from .layout import Part
+from .module import kind, member, plain
 
 IDENTITIES = ("Identity", "IdentityLayer")
 AVERAGING = ("PixelUnshuffleChannelAveragingDownSampleLayer",)
@@ -34,25 +34,15 @@ DUPLICATING = ("ChannelDuplicatingPixelShuffleUpSampleLayer", "ChannelDuplicatin
 SHORTCUTS = {*IDENTITIES, *AVERAGING, *DUPLICATING}
 
 
-class Stages(Coder):
-    """Encoder or decoder: channels-last inside, the caller's memory format outside."""
-
+class Encoder(Coder):
     attributes = ("project_in", "stages", "project_out")
 
-    def fast_forward(self, x: torch.Tensor, *args, **kwargs) -> Result:
-        out = self.eager(channels_last(x), *args, **kwargs)
-        if isinstance(out, torch.Tensor):
-            return layout_of(out, x)
-        return [layout_of(part, x) for part in out]
-
-
-class Encoder(Stages):
     def has_layers(self, *args, **kwargs) -> bool:
         return _all_none(args, kwargs) or hasattr(self, "partial_latents")
 
     def layers(self, survey: Survey) -> list[Layer]:
         def stem(x: torch.Tensor) -> torch.Tensor:
-            return self.project_in(channels_last_for_kernels(x))
+            return self.project_in(self.as_layers_see(x))
 
         return [survey.sampler(self.project_in, self.project_in, stem), *survey.blocks(self.stages)]
 
@@ -64,12 +54,15 @@ def _all_none(args: tuple, kwargs: dict) -> bool:
     return all(value is None for value in (*args, *kwargs.values()))
 
 
-class Decoder(Stages):
+class Decoder(Coder):
+    def dispatch(self, z: torch.Tensor | list[torch.Tensor]) -> Result:
+        return [self.dispatch(part) for part in z] if isinstance(z, list) else super().dispatch(z)
+
     def enlargement(self) -> int:
         return 2 ** (len(self.stages) - 1)
 
     def start(self, x: torch.Tensor) -> torch.Tensor:
-        return self.project_in(channels_last_for_kernels(x))
+        return self.project_in(self.as_layers_see(x))
 
     def layers(self, survey: Survey) -> list[Layer]:
         head = self.project_out
@@ -89,7 +82,7 @@ class RMSNorm2d(Part):
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.reason_not_fast(self):
             return self.eager(x)
-        return ops.rms_norm(x, self.weight, self.bias, self.eps)
+        return rms_norm(self, x)
 
 
 class ConvLayer(Part):
@@ -147,7 +140,7 @@ class OpSequential(Part):
                 x = op(x)
                 continue
             y = self._norm_act_conv(op, act, rest[1], x) if len(rest) > 1 else None
-            x, rest = (y, rest[2:]) if y is not None else (ops.rms_norm(x, op.weight, op.bias, op.eps, act), rest[1:])
+            x, rest = (y, rest[2:]) if y is not None else (rms_norm(op, x, act), rest[1:])
         return x
 
     def _norm_act_conv(self, norm: nn.Module, act: str, head: nn.Module, x: torch.Tensor) -> torch.Tensor | None:

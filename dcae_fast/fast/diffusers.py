@@ -4,37 +4,30 @@ import torch
 from torch import nn
 
 from dcae_fast import ops
-from dcae_fast.ops._library import HALVES
 
-from .coder import Coder, channels_last_for_kernels
+from .coder import Coder
 from .fusion import (
     activation_name,
     can_fuse_conv,
     can_fuse_norm,
     can_fuse_unshuffle,
     channels_last,
+    compute_dtype,
     conv_norm_act,
     conv_without_bias,
     is_depthwise3x3,
     is_divisible,
-    layout_of,
     multiscale_qkv,
     norm_act_conv,
+    norm_dtype,
+    rms_norm,
     unknown_activation,
     unknown_norm,
     upsample_conv_without_bias,
 )
 from .layers import Layer, Survey
-from .module import Part, kind, plain
-
-
-def _norm_dtype(norm: nn.Module) -> torch.dtype | None:
-    """diffusers' RMS norm returns its weight's type where that is wider than its input's (autocast)."""
-    return None if norm.weight.dtype in HALVES else torch.float32
-
-
-def _conv_norm_add(conv: nn.Module, norm: nn.Module, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-    return conv_norm_act(conv, norm, "none", x, residual, _norm_dtype(norm))
+from .layout import Part
+from .module import kind, plain
 
 
 def _stem(conv: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -49,14 +42,14 @@ class Encoder(Coder):
     attributes = ("conv_in", "down_blocks", "conv_out", "out_shortcut")
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = _stem(self.conv_in, channels_last(x))
+        x = _stem(self.conv_in, x)
         for block in self.down_blocks:
-            y = block(y)
-        return layout_of(self.finish(y), x)
+            x = block(x)
+        return self.finish(x)
 
     def layers(self, survey: Survey) -> list[Layer]:
         def stem(x: torch.Tensor) -> torch.Tensor:
-            return _stem(self.conv_in, channels_last_for_kernels(x))
+            return _stem(self.conv_in, self.as_layers_see(x))
 
         return [survey.sampler(self.conv_in, self.conv_in, stem), *survey.blocks(self.down_blocks)]
 
@@ -76,13 +69,13 @@ class Decoder(Coder):
         x = self.start(z)
         for block in reversed(self.up_blocks):
             x = block(x)
-        return layout_of(self.head(x), z)
+        return self.head(x)
 
     def enlargement(self) -> int:
         return 2 ** (len(self.up_blocks) - 1)
 
     def start(self, z: torch.Tensor) -> torch.Tensor:
-        x = channels_last_for_kernels(z)
+        x = self.as_layers_see(z)
         if self.in_shortcut:
             return ops.duplicate_shuffle_add(x, *conv_without_bias(self.conv_in, x), factor=1)
         return self.conv_in(x)
@@ -101,11 +94,11 @@ class Decoder(Coder):
 def _norm_act_head(norm: nn.Module, act: str, head: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """head(act(norm(x))); head: the decoder's last convolution, or an up-sampling block."""
     shuffled = isinstance(head, DCUpBlock2d) and plain(head) and not head.interpolate and not head.shortcut
-    if _norm_dtype(norm) in (None, x.dtype):
+    if norm_dtype(norm, x) == x.dtype:
         y = norm_act_conv(norm, act, head.conv if shuffled else head, x)
         if y is not None:
             return ops.duplicate_shuffle_add(None, y, None, head.factor) if shuffled else y
-    return head(ops.rms_norm(x, norm.weight, norm.bias, norm.eps, act, dtype=_norm_dtype(norm)))
+    return head(rms_norm(norm, x, act))
 
 
 def missing_norm(norm: nn.Module | None) -> str:
@@ -125,7 +118,7 @@ class ResBlock(Part):
         act = activation_name(self.nonlinearity)
         if act is None or self.reason_not_fast(self) or not can_fuse_norm(self.norm):
             return self.eager(x)
-        return _conv_norm_add(self.conv2, self.norm, conv_norm_act(self.conv1, None, act, x), x)
+        return conv_norm_act(self.conv2, self.norm, "none", conv_norm_act(self.conv1, None, act, x), x)
 
 
 class GLUMBConv(Part):
@@ -144,10 +137,12 @@ class GLUMBConv(Part):
             return self.eager(x)
         y = conv_norm_act(self.conv_inverted, None, act, x)
         y = ops.depthwise_glu(y, depth.weight, depth.bias)
-        return _conv_norm_add(self.conv_point, self.norm, y, x if self.residual_connection else None)
+        return conv_norm_act(self.conv_point, self.norm, "none", y, x if self.residual_connection else None)
 
 
 class SanaMultiscaleLinearAttention(Part):
+    """Channels-last in diffusers too, from its first linear layers to its result."""
+
     operators = ("multiscale_qkv", "relu_linear_attention", "rms_norm")
     attributes = ("to_q", "to_k", "to_v", "to_qkv_multiscale", "nonlinearity", "to_out", "norm_out", "processor")
 
@@ -160,23 +155,26 @@ class SanaMultiscaleLinearAttention(Part):
         norm = attention.norm_out
         return unknown_norm(norm) if kind(norm) == "RMSNorm" else f"its norm is {type(norm).__name__}"
 
+    def inside(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.reason_not_fast(self) or not can_fuse_norm(self.norm_out) or not plain(self.nonlinearity):
+        known = type(self.to_out) is nn.Linear and plain(self.to_out, self.nonlinearity)
+        if self.reason_not_fast(self) or not known or not can_fuse_norm(self.norm_out):
             return self.eager(x)
-        qkv = self._qkv(channels_last(x).movedim(1, -1)).movedim(-1, 1)
+        qkv = self._qkv(x).movedim(-1, 1)
         scales = [multiscale_qkv(scale, scale.proj_in, scale.proj_out, qkv) for scale in self.to_qkv_multiscale]
         y = ops.relu_linear_attention([qkv, *scales], self.attention_head_dim, self.eps)
         y = self.to_out(y.movedim(1, -1)).movedim(-1, 1)
-        norm, residual = self.norm_out, x if self.residual_connection else None
-        return ops.rms_norm(y, norm.weight, norm.bias, norm.eps, residual=residual, dtype=_norm_dtype(norm))
+        return rms_norm(self.norm_out, y, residual=x if self.residual_connection else None)
 
     def _qkv(self, x: torch.Tensor) -> torch.Tensor:
-        """One product for the three projections, whose outputs are thirds of the packed channels."""
+        """[B, H, W, C]: one product for the three projections, whose outputs are thirds of the packed channels."""
         parts = (self.to_q, self.to_k, self.to_v)
-        linear = all(type(part) is nn.Linear and part.bias is None for part in parts)
-        if linear and all(type(part.weight) in (nn.Parameter, torch.Tensor) for part in parts) and plain(*parts):
-            return nn.functional.linear(x, torch.cat([part.weight for part in parts]))
-        return torch.cat([part(x) for part in parts], dim=-1)
+        linear = all(type(part) is nn.Linear and part.bias is None for part in parts) and plain(*parts)
+        if linear and all(part.weight.dtype in (torch.float32, compute_dtype(x)) for part in parts):
+            return nn.functional.linear(channels_last(x).movedim(1, -1), torch.cat([part.weight for part in parts]))
+        return torch.cat([part(x.movedim(1, -1)) for part in parts], dim=-1)
 
 
 class DCDownBlock2d(Part):

@@ -19,12 +19,6 @@ def channels_last(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def layout_of(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """x in the memory format of `like`: contiguous unless `like` is channels-last alone."""
-    keep = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
-    return x if keep else x.contiguous()
-
-
 def is_divisible(x: torch.Tensor, factor: int) -> bool:
     """Whether x can be made smaller by a factor; the modules' own forwards say so if not."""
     return x.shape[2] % factor == x.shape[3] % factor == 0
@@ -62,9 +56,32 @@ def is_batch_norm(norm: nn.Module | None) -> bool:
     return type(norm) is nn.BatchNorm2d
 
 
+def rms_norm(norm: nn.Module, x: torch.Tensor, act: str = "none", residual: torch.Tensor | None = None) -> torch.Tensor:
+    """act(norm(x)) + residual; norm: an RMS norm that satisfies `can_fuse_norm`."""
+    return ops.rms_norm(x, norm.weight, norm.bias, norm.eps, act, residual, norm_dtype(norm, x))
+
+
+def norm_dtype(norm: nn.Module, x: torch.Tensor) -> torch.dtype:
+    """Of norm(x). This project's RMS norm and the original's in Triton return x's type. The original's in PyTorch
+    promotes, from float32 under CUDA's autocast, which takes powers there; diffusers' has the type of its weight.
+    """
+    weights = torch.promote_types(norm.weight.dtype, norm.bias.dtype)
+    match kind(norm):
+        case "RMSNorm":
+            return weights if norm.weight.dtype in HALVES else torch.promote_types(weights, torch.float32)
+        case "RMSNorm2d" if isinstance(norm, nn.LayerNorm):
+            return torch.promote_types(weights, torch.float32 if x.is_cuda and autocasts(x) else x.dtype)
+    return x.dtype
+
+
 def autocasts(x: torch.Tensor) -> bool:
     """Whether autocast is on for x's device; the meta device has none."""
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """Of products with x: autocast's, or x's, which the weights must have then."""
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
 
 
 def can_fuse_conv(conv: nn.Module | None, x: torch.Tensor, residual: torch.Tensor | None = None) -> bool:
@@ -132,12 +149,8 @@ def conv_norm_act(
     act: str,
     x: torch.Tensor,
     residual: torch.Tensor | None = None,
-    norm_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """act(norm(conv(x))) + residual, in one or two passes. norm must satisfy `can_fuse_norm`.
-
-    norm_dtype: type of an RMS norm's result, where the original's is not its input's.
-    """
+    """act(norm(conv(x))) + residual, in one or two passes. norm must satisfy `can_fuse_norm`."""
     fused = can_fuse_conv(conv, x, residual)
     if norm is None:
         if fused:
@@ -153,7 +166,7 @@ def conv_norm_act(
             return _fused(conv, x, norm.bias, act, residual, *statistics)
         return ops.bias_act(conv(x), norm.bias, act, residual, *statistics)
     y = _fused(conv, x, conv.bias) if fused else conv(x)
-    return ops.rms_norm(y, norm.weight, norm.bias, norm.eps, act, residual, norm_dtype)
+    return rms_norm(norm, y, act, residual)
 
 
 def multiscale_qkv(scale: nn.Module, depthwise: nn.Module, grouped: nn.Module, qkv: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from torch.utils._device import DeviceContext
 from dcae_fast import ops
 
 from .casts import Casts, without_cache
-from .fusion import layout_of
+from .layout import is_indifferent, layout_of
 from .module import plain
 from .watch import Watch
 
@@ -61,10 +61,10 @@ class Graphs:
     whatever writes to them in place is seen: optimizers, load_state_dict, `.data`. Anything else that could change a
     result, as far as `Watch` sees it, drops the graphs. Copies and pickles of a module start with none.
 
-    These are an encoder's or decoder's: channels-last, and none under autocast.
+    These are an encoder's or decoder's: channels-last if nothing in it minds, and none under autocast.
     """
 
-    channels_last = True
+    of_network = False
     under_autocast = False
 
     def __init__(self):
@@ -114,7 +114,7 @@ class Graphs:
             _free_dropped()
 
     def key(self, args: tuple, kwargs: dict[str, Any], name: Hashable = ()) -> Hashable | None:
-        key = call_key(args, kwargs, not self.channels_last, self.under_autocast)
+        key = call_key(args, kwargs, self.of_network, self.under_autocast)
         return None if key is None else (name, *key)
 
     def replay(
@@ -173,7 +173,7 @@ class Graphs:
         if self._pool is None:
             self._pool, self._casts = Pool(args[0].device), Casts(module)
         try:
-            graph = Captured(self._pool, self._casts, self.channels_last, function, args, kwargs)
+            graph = Captured(self._pool, self._casts, self._layout(module), function, args, kwargs)
         except Exception as error:
             watch, failed = self._watch, self._failed | {key}
             self.clear()
@@ -188,6 +188,12 @@ class Graphs:
         self._graphs[key] = graph
         return graph
 
+    def _layout(self, module: nn.Module) -> torch.memory_format:
+        """Of the graph's own inputs."""
+        if self.of_network:
+            return torch.preserve_format
+        return torch.channels_last if is_indifferent(module) else torch.contiguous_format
+
 
 def _free_dropped() -> None:
     with contextlib.suppress(IndexError):  # other threads may do the same
@@ -200,7 +206,7 @@ def _free_dropped() -> None:
 class NetworkGraphs(Graphs):
     """A diffusion transformer's: its inputs lie as they were given, and it may run under autocast."""
 
-    channels_last = False
+    of_network = True
     under_autocast = True
 
 
@@ -226,22 +232,21 @@ class Pool:
 class Captured:
     """A call as a CUDA graph with inputs and an output of its own. Raises what the call or its capture raises.
 
-    channels_last: whether it is so computed, and the result in x's memory format; otherwise everything lies as it did.
+    layout: memory format of the inputs. Unless it is preserved, the result gets the memory format of x.
     """
 
     def __init__(
         self,
         pool: Pool,
         casts: Casts,
-        channels_last: bool,
+        layout: torch.memory_format,
         function: Callable,
         args: tuple,
         kwargs: dict[str, Any],
     ):
-        device, self._channels_last = args[0].device, channels_last
+        device, self._layout = args[0].device, layout
         self._pool, self._casts, self._graph = pool, casts, torch.cuda.CUDAGraph()
         current, grad = torch.cuda.current_stream(device), torch.is_grad_enabled()
-        layout = torch.channels_last if channels_last else torch.preserve_format
         pool.stream.wait_stream(current)
         with _CAPTURING, torch.inference_mode(False), torch.set_grad_enabled(grad), torch.cuda.stream(pool.stream):
             own = [torch.empty_like(x, memory_format=layout).copy_(x) if is_tensor(x) else x for x in args]
@@ -275,7 +280,7 @@ class Captured:
         return results[0] if single else results
 
     def _copy(self, out: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        y = layout_of(out, like) if self._channels_last else out
+        y = out if self._layout is torch.preserve_format else layout_of(out, like)
         return y.clone() if y is out else y
 
 

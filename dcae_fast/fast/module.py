@@ -1,11 +1,12 @@
 """How a module becomes fast: its class is swapped for a subclass made of a mixin and its own class."""
 
 import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from dcae_fast import ops
@@ -42,19 +43,31 @@ class FastModule:
     def forward(self, *args, **kwargs):
         if not isinstance(self, FastModule):  # a wrapper kept this forward, and the module is patched no more
             return type(self).forward(self, *args, **kwargs)
+        if kwargs:
+            args, kwargs = by_position(super().forward, args, kwargs)
         return self.dispatch(*args, **kwargs)
 
     def dispatch(self, *args, **kwargs):
         """Takes the fast way, or the module's own."""
-        if (
-            not args
-            or not isinstance(args[0], torch.Tensor)
-            or args[0].dim() != self.dims
-            or not ops.has_kernels(args[0])
-            or in_transform()
-        ):
+        if kwargs or not args or not self.takes(*args):
             return self.eager(*args, **kwargs)
-        return self.fast_forward(*args, **kwargs)
+        return self.fast_call(*args)
+
+    def takes(self, x: torch.Tensor, *others) -> bool:
+        """Whether these inputs, and the module's own weights, are for `fast_call`. With tensors of a subclass
+        (distributed or quantised, for example) the module's own forward does what they mean.
+        """
+        return (
+            type(x) in ops.ORDINARY
+            and x.dim() == self.dims
+            and ops.has_kernels(x)
+            and has_ordinary_weights(self)
+            and all(type(other) in ops.ORDINARY or not isinstance(other, torch.Tensor) for other in others)
+            and not ops.in_transform()
+        )
+
+    def fast_call(self, *args):
+        return self.fast_forward(*args)
 
     def eager(self, *args, **kwargs):
         return super().forward(*args, **kwargs)
@@ -65,10 +78,6 @@ class FastModule:
         if not _is_fast_class(type(self)):  # another library has derived a class from it
             return reduced
         return _new, type(self).__bases__, *reduced[2:]
-
-
-class Part(FastModule):
-    """A part of an encoder or decoder, fast on the channels-last tensors that these hand on."""
 
 
 @functools.cache
@@ -149,29 +158,51 @@ def member(module: nn.Module, name: str) -> Any:
     return module._modules[name] if name in module._modules else module.__dict__.get(name)
 
 
-def in_transform() -> bool:
-    """Whether torch.func or forward-mode AD is at work, which custom operators take no part in."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+def by_position(forward: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Arguments of `forward` that were given by name, at their places as far as no place before them is free."""
+    for name in parameter_names(forward)[len(args) :]:
+        if name not in kwargs:
+            break
+        args, kwargs = (*args, kwargs[name]), {other: value for other, value in kwargs.items() if other != name}
+    return args, kwargs
 
 
-# What torch.compiler.assume_constant_result does, without the second that it takes to import Dynamo. Dynamo compiles
-# anew for another stack of transforms or level of forward-mode AD.
-in_transform._dynamo_marked_constant = True
+def parameter_names(forward: Callable) -> tuple[str, ...]:
+    """Of those that can be given by position."""
+    parameters = inspect.signature(forward).parameters.values()
+    return tuple(parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD)
 
 
-def plain(*modules: nn.Module | None) -> bool:
-    """Whether nobody would notice if these modules were computed without being called: no hooks, no forward of their
-    own, not compiled in place.
-    """
-    if _has_any_global_hook():
-        return False
-    return not any(
+def is_observed(module: nn.Module) -> bool:
+    """Whether a module has hooks, or a forward of its own on the instance."""
+    return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
-        or module._compiled_call_impl is not None
-        for module in modules
-        if module is not None
     )
+
+
+def has_ordinary_weights(module: nn.Module) -> bool:
+    """Whether a module's own parameters and buffers are of no subclass of PyTorch's tensors."""
+    return _WEIGHTS.issuperset(map(type, module._parameters.values())) and _WEIGHTS.issuperset(
+        map(type, module._buffers.values())
+    )
+
+
+_WEIGHTS = ops.ORDINARY | {type(None)}
+
+
+def unobserved(*modules: nn.Module | None) -> bool:
+    """Whether nobody would notice if these modules were computed without being called: no hooks, no forward of their
+    own, not compiled in place.
+    """
+    return not _has_any_global_hook() and not any(
+        module is not None and (is_observed(module) or module._compiled_call_impl is not None) for module in modules
+    )
+
+
+def plain(*modules: nn.Module | None) -> bool:
+    """`unobserved`, and their weights are ordinary tensors, which operators can read."""
+    return unobserved(*modules) and all(module is None or has_ordinary_weights(module) for module in modules)

@@ -3,11 +3,11 @@
 import torch
 from torch import nn
 
+from dcae_fast import ops
+
 from .coder import Options
 from .graphs import Graphs
-from .module import FastModule, in_transform, plain
-
-ARGUMENTS = ("x", "t", "y")
+from .module import FastModule, plain
 
 
 class Network(FastModule):
@@ -16,9 +16,7 @@ class Network(FastModule):
     fast_options = Options()
 
     def dispatch(self, *args, **kwargs) -> torch.Tensor:
-        if kwargs and kwargs.keys() == {*ARGUMENTS[len(args) :]}:  # inputs of a graph are known by their places
-            args, kwargs = (*args, *(kwargs[name] for name in ARGUMENTS[len(args) :])), {}
-        if torch.compiler.is_compiling() or not args or type(args[0]) is not torch.Tensor or in_transform():
+        if torch.compiler.is_compiling() or not args or type(args[0]) is not torch.Tensor or ops.in_transform():
             return super().dispatch(*args, **kwargs)
         graphs = None if getattr(self, "_is_replica", False) else self.fast_options.graphs
         if graphs is None or graphs.inside:

@@ -11,7 +11,8 @@ from torch.nn.utils import parametrize
 
 from .coder import Coder, configure, release
 from .graphs import Graphs, NetworkGraphs
-from .module import FastModule, Part, change_class, class_in_use, fast_class, is_fast, original_class
+from .layout import Part
+from .module import FastModule, change_class, class_in_use, fast_class, is_fast, original_class
 from .names import register_root
 from .network import Network
 from .registry import is_of_known_module, mixin_of, resemblance, unlike

@@ -15,8 +15,8 @@ from dcae_fast import ops
 from dcae_fast.models.transformer import check_inputs, unpatchify
 
 from .casts import cast
-from .fusion import autocasts
-from .module import FastModule, kind, plain
+from .fusion import autocasts, compute_dtype
+from .module import FastModule, has_ordinary_weights, kind, plain, unobserved
 from .network import Network
 
 GELU = {"none": "gelu", "tanh": "gelu_tanh"}  # what the operators call the forms that PyTorch knows
@@ -35,7 +35,7 @@ class PatchEmbed(FastModule):
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         proj = self._modules["proj"]
-        if not is_ordinary(x) or self.reason_not_fast(self) or not plain(proj) or not has_dtype(proj, x):
+        if self.reason_not_fast(self) or not plain(proj) or not has_dtype(proj, x):
             return self.eager(x)
         weight, bias = operands_of(proj, compute_dtype(x))
         patches = F.pixel_unshuffle(x, proj.kernel_size[0]).flatten(2).transpose(1, 2)  # as the weight's [C, p, p]
@@ -62,7 +62,7 @@ class Block(TransformerBlock):
     def fast_forward(self, x: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
         modules = self._modules
         norm1, norm2, skip_linear = modules["norm1"], modules["norm2"], modules.get("skip_linear")
-        if not is_ordinary(x) or self.reason_not_fast(self) or not may_fuse(self) or not plain(skip_linear):
+        if self.reason_not_fast(self) or not may_fuse(self) or not unobserved(skip_linear):
             return self.eager(x, skip)
         if skip_linear is not None:
             x = long_skip(skip_linear, x, skip)
@@ -83,13 +83,13 @@ class DiTBlock(TransformerBlock):
         return unknown_block(block) or ("a norm has weights" if any(norm.elementwise_affine for norm in norms) else "")
 
     def fast_forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        if not self.fuses(x):
+        if not self.fuses():
             return self.eager(x, condition)
         x, branch, gate = self.run(x, None, None, condition)
         return x + gate[:, None] * branch
 
-    def fuses(self, x: torch.Tensor) -> bool:
-        return is_ordinary(x) and not self.reason_not_fast(self) and may_fuse(self)
+    def fuses(self) -> bool:
+        return not self.reason_not_fast(self) and may_fuse(self)
 
     def run(self, x, branch, gate, condition) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The block on x + gate · branch, or on x; its result in the same form."""
@@ -112,11 +112,11 @@ class FinalLayer(TransformerBlock):
         return "" if known else "its norm is not a LayerNorm without weights"
 
     def fast_forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        return self.run(x, None, None, condition) if self.fuses(x) else self.eager(x, condition)
+        return self.run(x, None, None, condition) if self.fuses() else self.eager(x, condition)
 
-    def fuses(self, x: torch.Tensor) -> bool:
+    def fuses(self) -> bool:
         modules = self._modules
-        return is_ordinary(x) and not self.reason_not_fast(self) and plain(modules["norm_final"], modules["linear"])
+        return not self.reason_not_fast(self) and unobserved(modules["norm_final"], modules["linear"])
 
     def run(self, x, branch, gate, condition) -> torch.Tensor:
         """The layer on x + gate · branch, or on x."""
@@ -134,8 +134,8 @@ class DiT(Network):
     def fast_forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         check_inputs(self.config, x, t, y, fewest_channels=self.config.in_channels)
         table, layers = self.pos_embed, (*self.blocks, self.final_layer)
-        if not is_ordinary(x) or not all(
-            isinstance(layer, DiTBlock | FinalLayer) and plain(layer) and layer.fuses(table) for layer in layers
+        if not is_ordinary(table) or not all(
+            isinstance(layer, DiTBlock | FinalLayer) and plain(layer) and layer.fuses() for layer in layers
         ):
             return self.eager(x, t, y)
         tokens = self.x_embedder(x) + table
@@ -156,11 +156,6 @@ class OriginalNetwork(FastModule):
         return "only its blocks are fast; for cuda_graphs, DCAEDiffusion.from_pretrained loads its checkpoint"
 
 
-def compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """Of the products: autocast's, or x's, which the weights must have then."""
-    return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
-
-
 def input_dtype(layer: nn.Module, x: torch.Tensor) -> torch.dtype:
     """In which a norm of x is handed to a layer; to one that is called, as the plain norm hands it over."""
     if is_linear(layer, x):
@@ -170,7 +165,7 @@ def input_dtype(layer: nn.Module, x: torch.Tensor) -> torch.dtype:
 
 def is_ordinary(tensor: torch.Tensor | None) -> bool:
     """Whether this is a tensor of no subclass: of one that is distributed or quantised, for example."""
-    return type(tensor) in (nn.Parameter, torch.Tensor)
+    return type(tensor) in ops.ORDINARY
 
 
 def unknown_block(block: nn.Module) -> str:
@@ -195,7 +190,7 @@ def may_fuse(block: nn.Module) -> bool:
     attn, feed, *norms = map(block._modules.get, ("attn", "mlp", "norm1", "norm2"))
     inner = *attn._modules.values(), *feed._modules.values()
     dropout = (each for each in inner if type(each) is nn.Dropout)
-    return plain(attn, feed, *norms, *inner) and not any(each.training and each.p for each in dropout)
+    return unobserved(attn, feed, *norms, *inner) and not any(each.training and each.p for each in dropout)
 
 
 def is_linear(layer: nn.Module, x: torch.Tensor) -> bool:
@@ -205,8 +200,8 @@ def is_linear(layer: nn.Module, x: torch.Tensor) -> bool:
 
 def has_dtype(layer: nn.Module, x: torch.Tensor) -> bool:
     """Whether the weight is the layer's own, and in the dtype of x, or of any where autocast is on."""
-    weight = layer._parameters.get("weight")
-    return is_ordinary(weight) and (weight.dtype == x.dtype or autocasts(x))
+    weight = layer._parameters.get("weight")  # None of one that is computed
+    return weight is not None and has_ordinary_weights(layer) and (weight.dtype == x.dtype or autocasts(x))
 
 
 def are_linear(first: nn.Module, second: nn.Module, x: torch.Tensor) -> bool:
@@ -215,7 +210,7 @@ def are_linear(first: nn.Module, second: nn.Module, x: torch.Tensor) -> bool:
 
 def is_affine(norm: nn.Module) -> bool:
     """Whether this is a layer norm with weight and bias."""
-    return type(norm) is nn.LayerNorm and all(each is not None for each in parameters_of(norm))
+    return type(norm) is nn.LayerNorm and all(map(is_ordinary, parameters_of(norm)))
 
 
 def has_no_more(module: nn.Module, *names: str) -> bool:

@@ -65,7 +65,8 @@ def unshuffle_average(x: torch.Tensor, out_channels: int, factor: int) -> torch.
     g = factor² * C / out_channels. x: [B, C, H, W]; returns [B, out_channels, H / factor, W / factor].
     """
     u = pixel_unshuffle(x, factor)
-    return u.unflatten(1, (out_channels, u.shape[1] // out_channels)).mean(dim=2)
+    batch, channels, height, width = u.shape
+    return u.reshape(batch, out_channels, channels // out_channels, height, width).mean(dim=2)
 
 
 def duplicate_shuffle(x: torch.Tensor, out_channels: int, factor: int) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Operators: a plain PyTorch reference, a Triton kernel for CUDA, a gradient, all registered with torch.library."""
 
-from ._library import has_kernels
+from ._library import ORDINARY, has_kernels, in_transform
 from .bias_act import bias_act
 from .block_halves import norm_attention, norm_mlp
 from .concatenate import concatenate
@@ -19,6 +19,7 @@ from .shuffle import duplicate_shuffle_add, unshuffle_average_add
 from .upsample_conv2d import upsample_conv2d
 
 __all__ = [
+    "ORDINARY",
     "bias_act",
     "concatenate",
     "conv2d",
@@ -26,6 +27,7 @@ __all__ = [
     "depthwise_glu",
     "duplicate_shuffle_add",
     "has_kernels",
+    "in_transform",
     "is_for_few_tokens",
     "layer_norm",
     "linear",

@@ -8,12 +8,14 @@ are always channels-last.
 import functools
 import importlib
 import importlib.util
+import operator
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 NAMESPACE = "dcae_fast"
@@ -25,14 +27,17 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 DESCRIBES_ARGUMENTS = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)  # Inductor; see below
 EXTENSION_IS_BUILT = importlib.util.find_spec(f"{NAMESPACE}._C") is not None
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
+ORDINARY = frozenset({torch.Tensor, torch.nn.Parameter})  # types of tensors that are of no subclass
 _KEY, _KEYS = torch._C.DispatchKey, torch._C.DispatchKeySet
+_VMAP_OF_GRADIENTS = torch._C._parse_dispatch_key("VmapMode")
 _AUTOCAST = _KEYS(_KEY.AutocastCPU) | _KEYS(_KEY.AutocastCUDA)
 
 
 def has_kernels(x: torch.Tensor) -> bool:
     """Whether operators run as kernels for tensors of x's device and type, or as plain PyTorch."""
-    on_gpu = HAS_TRITON and x.is_cuda and capability(x.device) >= LEAST_CAPABILITY
-    return x.dtype in KERNEL_DTYPES and (INTERPRETED or on_gpu)
+    if INTERPRETED:
+        return x.dtype in KERNEL_DTYPES and not x.is_meta
+    return x.dtype in KERNEL_DTYPES and HAS_TRITON and x.is_cuda and capability(x.device) >= LEAST_CAPABILITY
 
 
 @functools.cache
@@ -107,22 +112,33 @@ def as_x_or_float32(x: torch.Tensor, *others: torch.Tensor) -> bool:
 
 class Operator:
     """A registered operator. Calls on plain CUDA tensors go past torch's dispatcher, which takes longer than most
-    kernels: to the kernel, or to `function`, the operator's autograd.Function, where there is one.
+    kernels: to the kernel, or to `function`, the operator's autograd.Function, where there is one. In a transform
+    (torch.func, forward-mode AD, vmap of gradients) the operator is its reference: PyTorch knows how to transform that.
 
     dense_kernel: the kernel for arguments that are dense, as `_channels_last` makes them, on the current device; for
     operators that are made of others.
     """
 
-    def __init__(self, overload: torch._ops.OpOverload, kernel: Callable, dense_kernel: Callable):
-        self.overload, self.kernel, self.dense_kernel = overload, kernel, dense_kernel
+    def __init__(self, overload: torch._ops.OpOverload, reference: Callable, kernel: Callable, dense_kernel: Callable):
+        self.overload, self.reference, self.kernel, self.dense_kernel = overload, reference, kernel, dense_kernel
         self.function: type[torch.autograd.Function] | None = None
 
     def __call__(self, *args):
-        if not _dispatcher_is_idle() or not all(map(_is_plain, tensors := _tensors(args))):
-            return self.overload(*args)
+        if not _dispatcher_is_idle() or not _are_plain(tensors := _tensors(args)):
+            return self._dispatch(args)
         if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
             return self.kernel(*args)
         return self.overload(*args) if self.function is None else self.function.apply(*args)
+
+    def _dispatch(self, args):
+        if torch.compiler.is_compiling():
+            return self.overload(*args)
+        if in_transform():
+            return self.reference(*args)
+        devices = {str(tensor.device) for tensor in _tensors(args)}
+        if len(devices) > 1:
+            raise RuntimeError(f"{self.overload.name()} got tensors on {sorted(devices)}; expected one device")
+        return self.overload(*args)
 
 
 def define(
@@ -176,7 +192,7 @@ def define(
         return plain(*args)
 
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
-    return Operator(overload, kernel, dense_kernel)
+    return Operator(overload, reference, kernel, dense_kernel)
 
 
 def _make_known_to_inductor(overload: torch._ops.OpOverload) -> None:
@@ -251,13 +267,37 @@ def _channels_last(value):
 
 def _is_weight(value: torch.Tensor) -> bool:
     """Whether a 4-D tensor has the form of a convolution's weight, which torch is slow to bring to channels-last."""
-    on_gpu = HAS_TRITON and value.is_cuda and _is_plain(value)
+    on_gpu = HAS_TRITON and value.is_cuda and type(value) in ORDINARY
     return on_gpu and value.is_contiguous() and 1 < value.shape[2] * value.shape[3] <= 16
 
 
-def _is_plain(value: torch.Tensor) -> bool:
-    """Where kernels run, and of no subclass that computes otherwise."""
-    return (value.is_cuda or INTERPRETED) and type(value) in (torch.Tensor, torch.nn.Parameter)
+def _are_plain(tensors: list[torch.Tensor]) -> bool:
+    """Whether kernels can read these as they lie in memory: tensors of no subclass, where kernels run, whose values are
+    neither negated nor zero by a mark alone. This is asked before every kernel, so the loops are not Python's.
+    """
+    return (
+        ORDINARY.issuperset(map(type, tensors))
+        and (not any(map(_IS_META, tensors)) if INTERPRETED else all(map(_IS_CUDA, tensors)))
+        and not any(map(torch.Tensor.is_neg, tensors))
+        and not any(map(torch.Tensor._is_zerotensor, tensors))
+    )
+
+
+_IS_CUDA, _IS_META = operator.attrgetter("is_cuda"), operator.attrgetter("is_meta")
+
+
+def in_transform() -> bool:
+    """Whether torch.func, forward-mode AD or a vmap of gradients is at work, which custom operators take no part in."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_OF_GRADIENTS)
+    )
+
+
+# What torch.compiler.assume_constant_result does, without the second that it takes to import Dynamo. Dynamo compiles
+# anew for another stack of transforms or level of forward-mode AD.
+in_transform._dynamo_marked_constant = True
 
 
 def _dispatcher_is_idle() -> bool:
@@ -266,7 +306,7 @@ def _dispatcher_is_idle() -> bool:
         HAS_TRITON
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not in_transform()
         and not torch.jit.is_tracing()
     )
 

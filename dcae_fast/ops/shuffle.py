@@ -22,7 +22,9 @@ from ._library import KERNEL_DTYPES, define, differentiable
 
 def to_planes(y: torch.Tensor) -> torch.Tensor:
     """[B, C, 2 H, 2 W] → [4 B, C, H, W]: y[:, :, i::2, j::2] for (i, j) = (0, 0), (0, 1), (1, 0), (1, 1)."""
-    return y.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).permute(3, 5, 0, 1, 2, 4).flatten(0, 2)
+    batch, channels, height, width = y.shape
+    y = y.reshape(batch, channels, height // 2, 2, width // 2, 2).permute(3, 5, 0, 1, 2, 4)
+    return y.reshape(4 * batch, channels, height // 2, width // 2)
 
 
 def _from_planes(planes):

@@ -10,7 +10,7 @@ class Tape:
 
     captures = replays = casts = 0
 
-    def __init__(self, pool, casts, channels_last, function, args, kwargs):
+    def __init__(self, pool, casts, layout, function, args, kwargs):
         Tape.captures += 1
         self.copies, self.device, self.function, self.kwargs = casts, args[0].device, function, kwargs
         with casts.once(self.device):

@@ -1,0 +1,161 @@
+"""Modules that stay plain inside a patched model see images and gradients as they would in a model that is not."""
+
+import copy
+
+import pytest
+import torch
+from small_models import DEVICE, build, image, step
+from test_original_classes import CODERS, as_original  # noqa: F401
+from torch import nn
+
+import dcae_fast
+from dcae_fast.fast import layout
+from dcae_fast.fast.module import is_fast
+from dcae_fast.fast.patch import OPERATORS
+from dcae_fast.models import blocks
+
+IMAGE_OPERATORS = sorted(set(OPERATORS) - {"concatenate", "layer_norm", "linear", "mlp", "packed_attention"})
+FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
+
+
+class _ByOffset(torch.autograd.Function):
+    """The identity for contiguous images and gradients; reads memory as if all were, as the original's norm does."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return torch.as_strided(x, x.shape, torch.empty(x.shape, device="meta").stride()).clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return torch.as_strided(dy, dy.shape, torch.empty(dy.shape, device="meta").stride()).clone()
+
+
+def read_by_offset(model: nn.Module) -> None:
+    """Put `_ByOffset` before and after every module of a DC-AE that is not fast."""
+    for module in model.modules():
+        if not is_fast(module) and type(module).__module__.split(".")[0] in ("dcae_fast", "diffusers", *CODERS):
+            own = module.forward
+            module.forward = lambda x, *args, own=own: _out(own(_ByOffset.apply(x) if x.dim() == 4 else x, *args))
+
+
+def _out(y):
+    return _ByOffset.apply(y) if isinstance(y, torch.Tensor) and y.dim() == 4 else y
+
+
+def seen_by_plain_modules(model: nn.Module, x: torch.Tensor, names: set[str]) -> dict[str, list]:
+    """Type and strides of what these modules get, and of the gradients of their results, by name, in order."""
+    seen = {name: [] for name in names}
+
+    def watch(name, module):
+        own = module.forward
+
+        def forward(x, *args):
+            seen[name].append(("x", x.dtype, x.stride()))
+            y = own(x, *args)
+            y.register_hook(lambda dy: seen[name].append(("dy", dy.dtype, dy.stride())))
+            return y
+
+        module.forward = forward
+
+    for name, module in model.named_modules():
+        if name in names:
+            watch(name, module)
+    step(model, x)
+    return seen
+
+
+def disabled(model: nn.Module, operator: str) -> set[str]:
+    """Modules inside the coders that stay plain without an operator, but would be fast."""
+    fast = {name for name, module in model.named_modules() if is_fast(module)} - {"encoder", "decoder"}
+    dcae_fast.patch(model, disable=operator)
+    return fast - {name for name, module in model.named_modules() if is_fast(module)}
+
+
+@pytest.mark.parametrize("name", ["strided", "diffusers-shuffled"])
+@pytest.mark.parametrize("operator", IMAGE_OPERATORS)
+def test_plain_modules_see_what_they_would(name, operator):
+    model = build(name)
+    fast = copy.deepcopy(model)
+    dcae_fast.patch(fast)
+    names, x = disabled(fast, operator), image(1, 3, 4, 8)
+    assert seen_by_plain_modules(fast, x, names) == seen_by_plain_modules(model, x, names)
+
+
+@pytest.mark.parametrize("operator", IMAGE_OPERATORS)
+def test_modules_that_read_memory_by_offset(operator, as_original, same_step):  # noqa: F811
+    """In the original's classes, for each operator that can be disabled."""
+    model, x = as_original(build("shuffled")), image(1, 3, 4, 8)
+    expected = step(model, x)
+    dcae_fast.patch(model, disable=operator)
+    read_by_offset(model)
+    same_step(step(model, x), expected)
+
+
+class Foreign(nn.Module):
+    def forward(self, x):
+        return _ByOffset.apply(x).sin()
+
+
+@pytest.mark.parametrize("path", ["main.conv1.act", "main.conv2.norm", "main.conv2"])
+def test_modules_of_others(path, same_step):
+    """Whoever is put into a patched coder, or watches a module in it."""
+    model, x = build("strided"), image(1, 3, 4, 8)
+    fast = copy.deepcopy(model)
+    dcae_fast.patch(fast)
+    for each in (model, fast):
+        parent, _, attribute = f"encoder.stages.0.op_list.0.{path}".rpartition(".")
+        setattr(each.get_submodule(parent), attribute, Foreign())
+    same_step(step(fast, x), step(model, x))
+
+
+def test_hooks_see_contiguous_images():
+    model, seen = build("strided"), []
+    dcae_fast.patch(model)
+    norm = model.decoder.project_out.op_list[0]
+    norm.register_forward_hook(lambda module, args, out: seen.append((args[0].is_contiguous(), out.is_contiguous())))
+    norm.register_full_backward_hook(lambda module, dx, dy: seen.append((dx[0].is_contiguous(), dy[0].is_contiguous())))
+    step(model, image(1, 3, 4, 8))
+    assert seen == [(True, True)] * 2
+
+
+@pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("name", ["ConvLayer", "RMSNorm2d"])
+def test_blocks_by_themselves(name, memory_format):
+    """Result and gradient lie as the input does."""
+    block = {"ConvLayer": blocks.ConvLayer(8, 8, norm="rms"), "RMSNorm2d": blocks.RMSNorm2d(8)}[name].to(DEVICE)
+    dcae_fast.patch(block)
+    x = image(2, 8, 4, 4).to(memory_format=memory_format).requires_grad_()
+    y = block(x * 1)
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert y.is_contiguous(memory_format=memory_format) and dx.is_contiguous(memory_format=memory_format)
+
+
+@torch.no_grad()
+def test_no_copies_between_fast_modules(monkeypatch):
+    """A patched coder brings its input to channels-last, and its result back, and copies nothing else."""
+    model, copies = build("strided"), []
+    dcae_fast.patch(model)
+    for function in ("to_channels_last", "layout_of"):
+        run = getattr(layout, function)
+        monkeypatch.setattr(layout, function, lambda *args, run=run: copies.append(args[0].shape) or run(*args))
+    model.decoder(image(1, 8, 1, 1))
+    model.decoder(image(1, 8, 2, 2))
+    assert len(copies) == 4
+    model.decoder(image(1, 8, 2, 2).to(memory_format=torch.channels_last))
+    assert len(copies) == 4
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.empty(2, 3, 4, 4),
+        torch.empty(2, 3, 1, 1),
+        torch.empty(2, 3, 1, 1).to(memory_format=torch.channels_last),
+        torch.empty(2, 5, 6, 6).to(memory_format=torch.channels_last)[:, :3, :4, :4],
+        torch.empty(2, 3, 4, 4).to(memory_format=torch.channels_last).mT,
+        torch.empty(2, 1, 4, 4).expand(2, 3, 4, 4),
+        torch.empty(2, 3, 4, 8)[..., ::2],
+    ],
+)
+def test_is_channels_last_as_pytorch_sees_it(x):
+    assert layout.is_channels_last(x) == (x.to(memory_format=torch.channels_last) is x)
