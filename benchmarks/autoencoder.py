@@ -13,7 +13,7 @@ from dcae_fast.models.autoencoder import DCAE
 
 from . import contenders
 from .ceilings import Ceilings
-from .timing import measure, with_peak_memory
+from .timing import measure, seconds, with_peak_memory
 from .workloads import Workload
 
 FP32_ERROR = 1e-4  # a limit below which no contender is wrong, whatever eager's own error
@@ -49,7 +49,8 @@ def benchmark(
 def trial(
     name: str, workload: Workload, device: torch.device, exact: torch.Tensor | None, limit: float
 ) -> tuple[dict, Callable[[], torch.Tensor] | None]:
-    """Error and peak memory of one call of a contender, and the call; a failure is the reason not to time it.
+    """Error, peak memory and the first call's seconds of a contender, and a call of it; a failure is the reason not to
+    time it.
 
     A call on another input goes before, so that one which replays what it computed then is found out. Where there is
     no exact result the error is None: not checked.
@@ -57,11 +58,11 @@ def trial(
     run = None
     try:
         half, x = contenders.prepared(name, workload, device)
-        run = contenders.caller(half, x)
-        contenders.caller(half, -x)()
+        run = contenders.caller(name, half, x)
+        first_s = seconds(contenders.caller(name, half, -x))
         out, peak = with_peak_memory(run)
         error = None if exact is None else relative_error(out, exact)
-        row = {"error": error, "peak_gib": peak}
+        row = {"error": error, "peak_gib": peak, "first_s": first_s}
         if error is not None and not error <= limit:
             row["failure"] = "wrong"
     except Exception as failure:

@@ -24,6 +24,10 @@ def compiled(half: nn.Module, workload: Workload) -> None:
     half.compile(dynamic=False)
 
 
+def compiled_with_graphs(half: nn.Module, workload: Workload) -> None:
+    half.compile(dynamic=False, mode="reduce-overhead")
+
+
 def patched(half: nn.Module, workload: Workload) -> None:
     dcae_fast.patch(half)
 
@@ -45,18 +49,21 @@ def patched_and_bounded(half: nn.Module, workload: Workload) -> None:
 class Contender:
     """prepare: what is done to a copy of the encoder or decoder; channels_last: its weights and its input.
 
-    diffusers: the same weights in diffusers' AutoencoderDC.
+    diffusers: the same weights in diffusers' AutoencoderDC. times_cudnn: with torch.backends.cudnn.benchmark, under
+    which PyTorch times cuDNN's algorithms in the first call with a shape, as a patched model does without it.
     """
 
     prepare: Callable[[nn.Module, Workload], None]
     channels_last: bool = False
     diffusers: bool = False
+    times_cudnn: bool = False
 
 
 CONTENDERS = {
-    "eager": Contender(leave),
-    "eager channels-last": Contender(leave, channels_last=True),
-    "torch.compile": Contender(compiled, channels_last=True),
+    "eager": Contender(leave, times_cudnn=True),
+    "eager channels-last": Contender(leave, channels_last=True, times_cudnn=True),
+    "torch.compile": Contender(compiled, channels_last=True, times_cudnn=True),
+    "torch.compile, reduce-overhead": Contender(compiled_with_graphs, channels_last=True, times_cudnn=True),
     "patched": Contender(patched),
     "patched channels-last": Contender(patched, channels_last=True),
     "patched + CUDA graphs": Contender(patched_with_graphs, channels_last=True),
@@ -123,11 +130,13 @@ def prepared(name: str, workload: Workload, device: torch.device) -> tuple[nn.Mo
     return half, example(workload, reference, device).to(dtype, memory_format=layout)
 
 
-def caller(half: nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """half(x) in inference mode, as a function without arguments."""
+def caller(name: str, half: nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """half(x) in inference mode, with the contender's flag of cuDNN, as a function without arguments."""
+    times_cudnn = CONTENDERS[name].times_cudnn
 
     @torch.inference_mode()
     def run() -> torch.Tensor:
-        return half(x)
+        with torch.backends.cudnn.flags(enabled=True, benchmark=times_cudnn):
+            return half(x)
 
     return run

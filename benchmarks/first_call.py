@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from . import contenders
+from .timing import seconds
 from .workloads import Workload, parse
 
 ROOT = Path(__file__).parents[1]
@@ -60,11 +60,7 @@ def first_call(workload: Workload, contender: str, device: torch.device) -> floa
     """Seconds of the first call. The model is on the device before, and the libraries are loaded."""
     half, x = contenders.prepared(contender, workload, device)
     load_libraries(x)
-    start = time.perf_counter()
-    contenders.caller(half, x)()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return seconds(contenders.caller(contender, half, x))
 
 
 def load_libraries(like: torch.Tensor) -> None:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 
 PAIR = ("eager", "patched")
-COMPILED = ("eager", "torch.compile", "patched")
-TRAINED = ("eager", "torch.compile", "patched", "patched + torch.compile")
+COMPILED = ("eager", "torch.compile", "plain + torch.compile", "patched")
+AUTOTUNED = (*COMPILED, "plain + torch.compile, max-autotune")
+TRAINED = (*COMPILED, "patched + torch.compile")
 SAMPLED = ("eager", "patched", "patched + CUDA graphs")
 ALL = (*TRAINED, "patched + CUDA graphs")
 
@@ -38,10 +39,10 @@ def _each(names: str, work: str, batch: int, contenders: tuple[str, ...], **opti
 NETWORK_WORKLOADS: dict[str, list[NetworkWorkload]] = {  # by part
     "transformer": [
         NetworkWorkload("uvit-h-f8p2", "forward", 128, SAMPLED),
-        NetworkWorkload("uvit-h-f32", "forward", 512, COMPILED),
-        NetworkWorkload("uvit-h-f64", "forward", 2048, ALL),
+        NetworkWorkload("uvit-h-f32", "forward", 512, AUTOTUNED),
+        NetworkWorkload("uvit-h-f64", "forward", 2048, (*ALL, AUTOTUNED[-1])),
         NetworkWorkload("dit-xl-f8p2", "forward", 128),
-        NetworkWorkload("dit-xl-f32", "forward", 512, ALL),
+        NetworkWorkload("dit-xl-f32", "forward", 512, (*ALL, AUTOTUNED[-1])),
         NetworkWorkload("dit-xl-f64", "forward", 2048),
         NetworkWorkload("uvit-2b-f8p2", "forward", 32),
         NetworkWorkload("uvit-2b-f32", "forward", 128),

@@ -4,6 +4,7 @@ Every contender computes under autocast to bf16 over fp32 weights, as the origin
 their weights where nothing changes them.
 """
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterator
@@ -61,12 +62,16 @@ def blocks_of(model: UViT | DiT) -> Iterator[tuple[nn.ModuleList, int]]:
         yield from ((blocks, index) for index in range(len(blocks)))
 
 
-def compiled(model: UViT | DiT, workload: NetworkWorkload) -> None:
+def compiled(model: UViT | DiT, workload: NetworkWorkload, mode: str = "default") -> None:
     """Block by block: alike blocks share their code, which takes seconds instead of minutes to compile."""
     for blocks, index in blocks_of(model):
-        blocks[index].compile(dynamic=False)
+        blocks[index].compile(dynamic=False, mode=mode)
     if isinstance(model, UViT):
-        model.mid_block.compile(dynamic=False)
+        model.mid_block.compile(dynamic=False, mode=mode)
+
+
+def autotuned(model: UViT | DiT, workload: NetworkWorkload) -> None:
+    compiled(model, workload, "max-autotune-no-cudagraphs")
 
 
 def patched_and_compiled(model: UViT | DiT, workload: NetworkWorkload) -> None:
@@ -76,7 +81,10 @@ def patched_and_compiled(model: UViT | DiT, workload: NetworkWorkload) -> None:
 
 @dataclass(frozen=True)
 class Contender:
-    """prepare: what is done to a copy of the network. original: with attention as the original computes it."""
+    """prepare: what is done to a copy of the network. original: with attention as the original computes it.
+
+    plain is this project's own network, which leaves q, k and v in the dtype of the autocast.
+    """
 
     prepare: Callable[[nn.Module, NetworkWorkload], None]
     original: bool = False
@@ -85,6 +93,8 @@ class Contender:
 CONTENDERS = {
     "eager": Contender(contenders.leave, original=True),
     "torch.compile": Contender(compiled, original=True),
+    "plain + torch.compile": Contender(compiled),
+    "plain + torch.compile, max-autotune": Contender(autotuned),
     "patched": Contender(contenders.patched),
     "patched + torch.compile": Contender(patched_and_compiled),
     "patched + CUDA graphs": Contender(contenders.patched_with_graphs),
@@ -148,8 +158,11 @@ def inputs_of(workload: NetworkWorkload, device: torch.device) -> Inputs:
     return x, t, torch.randint(0, config.num_classes, (batch,), generator=generator, device=device)
 
 
-def autocast(device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16)
+@contextlib.contextmanager
+def autocast(device: torch.device) -> Iterator[None]:
+    """Autocast to bf16. PyTorch times cuDNN's algorithms for the one convolution, the patch embedding."""
+    with torch.autocast(device.type, torch.bfloat16), torch.backends.cudnn.flags(enabled=True, benchmark=True):
+        yield
 
 
 def flops_of(network: str, batch: int) -> int:

@@ -15,6 +15,8 @@ except ImportError as error:
 COLOURS = {
     "eager": "#b8bec6",
     "torch.compile": "#7d93b2",
+    "plain + torch.compile": "#5b7fa6",
+    "plain + torch.compile, max-autotune": "#3c5f86",
     "patched": "#e08e45",
     "patched channels-last": "#e08e45",
     "patched + CUDA graphs": "#b4432f",
@@ -130,7 +132,7 @@ def networks(records: list[dict], path: Path) -> None:
     axes.axvline(1, color="black", linewidth=0.8, label="ceiling")
     axes.tick_params(axis="y", length=0)
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles))
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=min(4, len(handles)))
     save(figure, path)
 
 

@@ -70,7 +70,7 @@ def kernels_of(run, device: torch.device) -> tuple[list[dict], float]:
 def call_of(workload: Workload | NetworkWorkload, contender: str, device: torch.device) -> Callable[[], object]:
     """What is profiled, as a function without arguments."""
     if isinstance(workload, Workload):
-        return contenders.caller(*contenders.prepared(contender, workload, device))
+        return contenders.caller(contender, *contenders.prepared(contender, workload, device))
     inputs = networks.inputs_of(workload, device)
     model = networks.prepared(contender, workload, training.fresh(workload, device))
     if workload.checkpointed:

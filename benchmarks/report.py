@@ -39,14 +39,17 @@ SECTIONS = {  # heading → part, table
 }
 EXPLANATION = """bf16, random weights; a large matrix product runs at {rate} TFLOP/s. """
 AUTOENCODER_EXPLANATION = """Milliseconds of one call, medians over calls in which the contenders take turns. eager
-is the model as loaded; torch.compile and patched have channels-last weights and input. The floor is the plain model's
-arithmetic at the rate of a large matrix product in the same run. The last two columns are for the faster of the patched
-ones."""
+is the model as loaded; torch.compile and patched have channels-last weights and input. eager and torch.compile run with
+torch.backends.cudnn.benchmark. The floor is the plain model's arithmetic at the rate of a large matrix product in the
+same run. The last two columns compare the faster patched contender with the fastest form of eager and of torch.compile
+that was measured, whatever the memory format and the mode."""
 PAGE_EXPLANATION = """An error is the relative L2 error against fp32 (TF32 under Memory). Peak GiB is what one call
 allocates at the most; weights and the memory that a captured graph keeps do not count. "of ceiling" is the share of the
-measured copy's bandwidth, for convolutions of the matrix product's rate. A first call is that of a fresh process."""
+measured copy's bandwidth, for convolutions of the matrix product's rate. Under First calls every call is the first of a
+fresh process; in the other tables a first call compiles and chooses what no contender before it did."""
 NETWORK_EXPLANATION = """Diffusion transformers run under autocast to bf16 over random fp32 weights. eager is as the
-original runs them, which casts q, k and v up and down again; torch.compile is that, compiled block by block. MFU is
+original runs them, which casts q, k and v up and down again; torch.compile is that, compiled block by block; plain is
+this project's network without these casts. "over eager" and "over compile" compare with the fastest of each. MFU is
 the plain network's arithmetic in the time of a call, three times the forward's for a training step, as a share of the
 measured ceiling. Errors are relative to fp32: of the result, for a training step of its gradients. Peak GiB of a
 training step counts everything, weights and optimizer included. In training one contender has the memory to itself,

@@ -1,6 +1,6 @@
 """Markdown tables of results, and one line for each record while a run goes on."""
 
-from .targets import GRAPHS, NOMINAL, PATCHED, TARGETS, Outcome, Target, evaluate, headline
+from .targets import GRAPHS, NOMINAL, PATCHED, TARGETS, Outcome, Target, evaluate, fastest, forms, headline
 
 MAIN = {  # columns of the README's table: heading → contender
     "eager": "eager",
@@ -10,7 +10,10 @@ MAIN = {  # columns of the README's table: heading → contender
 }
 
 
-UNITS = {"ms": "ms", "images_per_s": "images/s", "peak_gib": "GiB", "cold_s": "s cold", "warm_s": "s warm"}
+UNITS = {
+    "ms": "ms", "images_per_s": "images/s", "peak_gib": "GiB", "first_s": "s first", "cold_s": "s cold",
+    "warm_s": "s warm",
+}  # fmt: skip
 QUANTITIES = {
     "ms": "time", "peak_gib": "peak memory", "error": "error", "cold_s": "first call", "warm_s": "first call",
     "mfu": "share of the ceiling", "ratio": "images/s over eager's on f8, patch 2",
@@ -44,14 +47,9 @@ def rows_of(records: list[dict], contender: str) -> list[dict]:
 
 
 def ratio(rows: dict[str, dict], other: str) -> str:
-    """How many times faster than another contender the fastest patched one is."""
-    ours = [
-        row["ms"]
-        for name in ("patched channels-last", "patched + CUDA graphs")
-        if (row := rows.get(name, {})).get("ms")
-    ]
-    theirs = rows.get(other, {}).get("ms")
-    return f"{theirs / min(ours):.2f}×" if ours and theirs else "–"
+    """How many times faster the fastest patched contender is than the fastest form of another one."""
+    ours, theirs = fastest(rows, (PATCHED, GRAPHS)), fastest(rows, forms(rows, other))
+    return f"{theirs / ours:.2f}×" if ours and theirs else "–"
 
 
 def speed_table(records: list[dict]) -> str:
@@ -67,7 +65,7 @@ def speed_table(records: list[dict]) -> str:
 
 def contender_table(records: list[dict]) -> str:
     """A row for each workload and contender: everything that was measured."""
-    rows = [["workload", "contender", "ms", "10–90 %", "TFLOP/s", "of floor", "error", "peak GiB"]]
+    rows = [["workload", "contender", "ms", "10–90 %", "TFLOP/s", "of floor", "error", "peak GiB", "first call, s"]]
     for record in records:
         for name, row in record["contenders"].items():
             cells = [cell(row), "–", "–", "–"]
@@ -79,7 +77,8 @@ def contender_table(records: list[dict]) -> str:
                 ]
             error = row.get("error")
             checked = "not checked" if "peak_gib" in row and error is None else "–" if error is None else f"{error:.1e}"
-            rows.append([label(record), name, *cells, checked, number(row.get("peak_gib"))])
+            rest = number(row.get("peak_gib")), number(row.get("first_s"), 1)
+            rows.append([label(record), name, *cells, checked, *rest])
     return table(rows)
 
 
@@ -141,20 +140,23 @@ def kernel_table(record: dict) -> str:
 
 def network_table(records: list[dict]) -> str:
     """A row for each workload of a transformer and contender."""
-    rows = [["workload", "contender", "ms", "10–90 %", "images/s", "MFU", "over eager", "error", "peak GiB"]]
+    heading = ["workload", "contender", "ms", "10–90 %", "images/s", "MFU", "over eager", "over compile", "error"]
+    rows = [[*heading, "peak GiB", "first call, s"]]
     for record in records:
-        eager = record["contenders"].get("eager", {}).get("ms")
-        for name, row in record["contenders"].items():
-            cells = [cell(row), "–", "–", "–", "–"]
+        found = record["contenders"]
+        others = [fastest(found, forms(found, other)) for other in ("eager", "torch.compile")]
+        for name, row in found.items():
+            cells = [cell(row), "–", "–", "–", "–", "–"]
             if "ms" in row:
                 cells[1:4] = [
                     f"{row['ms_low']:.2f}–{row['ms_high']:.2f}",
                     f"{row['images_per_s']:.0f}",
                     f"{row['mfu']:.0%}",
                 ]
-                cells[4] = f"{eager / row['ms']:.2f}×" if eager else "–"
+                cells[4:] = [f"{other / row['ms']:.2f}×" if other else "–" for other in others]
             error = "–" if row.get("error") is None else f"{row['error']:.1e}"
-            rows.append([record["workload"], name, *cells, error, number(row.get("peak_gib"))])
+            rest = number(row.get("peak_gib")), number(row.get("first_s"), 1)
+            rows.append([record["workload"], name, *cells, error, *rest])
     return table(rows)
 
 
@@ -209,7 +211,7 @@ def sentence(target: Target) -> str:
         unit = f" s{caches}" if caches else ""
         return f"{QUANTITIES[target.quantity]} {'≥' if target.faster else '≤'} {target.bound:g}{unit}"
     if target.faster:
-        return f"≥ {target.bound:.2f}× as fast as {target.against}"
+        return f"≥ {target.bound:.2f}× as fast as the fastest {target.against}"
     against = f"the floor at {NOMINAL} TFLOP/s" if target.against == "floor" else f"{target.against}'s"
     return f"{QUANTITIES[target.quantity]} ≤ {target.bound:.2f} × {against}"
 

@@ -1,5 +1,6 @@
 """What the project aims at on one H200, as data, and whether results meet it."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 
@@ -14,9 +15,10 @@ PATCHED, GRAPHS, BOUNDED = "patched channels-last", "patched + CUDA graphs", "pa
 class Target:
     """A bound on a quantity of a contender, as a ratio to that of `against`, both from one run.
 
-    part, workload: which record; workload None stands for all of the part, of which the worst counts. against: another
-    contender, "floor" (the arithmetic at the nominal rate) or None, for the quantity itself. faster: the bound is on
-    against / contender, from below; otherwise on contender / against, from above.
+    part, workload: which record; workload None stands for all of the part, of which the worst counts. against: a
+    contender, for times the fastest of its `forms`; "floor" (the arithmetic at the nominal rate); or None, for the
+    quantity itself. faster: the bound is on against / contender, from below; otherwise on contender / against, from
+    above.
     """
 
     part: str
@@ -36,6 +38,8 @@ class Target:
             return own[self.quantity]
         if self.against == "floor":
             other = record["flops"] / (NOMINAL * 1e9)
+        elif self.quantity == "ms":
+            other = fastest(record["contenders"], forms(record["contenders"], self.against))
         else:
             other = record["contenders"].get(self.against, {}).get(self.quantity)
         if not other:
@@ -47,6 +51,16 @@ class Target:
 
     def met(self, value: float) -> bool:
         return value >= self.bound if self.faster else value <= self.bound
+
+
+def forms(rows: dict[str, dict], contender: str) -> list[str]:
+    """The contenders that are eager or torch.compile, whatever the memory format or mode, without a patch."""
+    return [name for name in rows if contender in name and "patched" not in name]
+
+
+def fastest(rows: dict[str, dict], names: Iterable[str]) -> float | None:
+    """Milliseconds of the fastest of these contenders; None if none has a time."""
+    return min((ms for name in names if (ms := rows.get(name, {}).get("ms"))), default=None)
 
 
 def faster(workload: str, contender: str, against: str, bound: float, part: str = "autoencoder") -> Target:

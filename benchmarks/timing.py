@@ -48,6 +48,15 @@ def alone(run: Callable[[], object], calls: int = 2) -> Timing:
     return _summary(_times(run, calls))
 
 
+def seconds(run: Callable[[], object]) -> float:
+    """The time of one call, on the clock: of a first one, in which code is compiled and kernels are chosen."""
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
 def graphed(run: Callable[[], object], calls: int = 10) -> Callable[[], object]:
     """`calls` calls in one: on a GPU the replay of a captured graph, so that launches do not count."""
     run()

@@ -13,7 +13,7 @@ from . import networks
 from .autoencoder import FP32_ERROR, reason, relative_error, release
 from .ceilings import Ceilings
 from .network_workloads import NetworkWorkload
-from .timing import Timing, measure, with_peak_memory
+from .timing import Timing, measure, seconds, with_peak_memory
 
 CHECKED = 4  # samples
 Run = Callable[[], torch.Tensor]
@@ -61,9 +61,10 @@ def interleaved(
     for name in workload.contenders:
         try:
             other, run = prepare(name)
-            other()
+            first_s = seconds(other)
             out, peak = with_peak_memory(run)
-            rows[name] = {"error": relative_error(out[: len(exact)].float(), exact), "peak_gib": peak}
+            error = relative_error(out[: len(exact)].float(), exact)
+            rows[name] = {"error": error, "peak_gib": peak, "first_s": first_s}
             del out
             if not rows[name]["error"] <= limit:
                 rows[name]["failure"] = "wrong"

@@ -12,6 +12,7 @@ DIRECTIONS = ("encode", "decode")
 UNCOMPILED = ("eager", "eager channels-last", "patched channels-last", "patched + CUDA graphs")
 COMPILED = (*UNCOMPILED, "torch.compile")
 ALL = (*COMPILED, "patched", "patched + torch.compile", "diffusers patched")
+SMALL = (*ALL, "torch.compile, reduce-overhead")
 BOUNDED = ("eager", "patched", "patched, bounded memory")
 FIRST_CALL = ("patched", "torch.compile")
 
@@ -42,7 +43,7 @@ def _both(model: str, batch: int, size: int, contenders: tuple[str, ...]) -> lis
 
 WORKLOADS: dict[str, list[Workload]] = {  # by part
     "autoencoder": [
-        *_both(F32, 1, 512, ALL),
+        *_both(F32, 1, 512, SMALL),
         *_both(F32, 8, 512, ALL),
         *_both(F32, 1, 1024, UNCOMPILED),
         *_both(F32, 4, 1024, UNCOMPILED),

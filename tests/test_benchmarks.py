@@ -87,6 +87,22 @@ def test_a_contender_that_fails_does_not_stop_the_others(contend, error, failure
     assert contend(fail) == {"failure": failure}
 
 
+@pytest.mark.parametrize("name", contenders.CONTENDERS)
+def test_what_is_not_patched_runs_with_the_timed_algorithms_of_cudnn(name):
+    flags = []
+    contenders.caller(name, lambda x: flags.append(torch.backends.cudnn.benchmark), torch.zeros(1))()
+    assert flags == ["patched" not in name] and not torch.backends.cudnn.benchmark
+
+
+def test_ratios_are_over_the_fastest_form_of_the_others():
+    times = {"eager": 4.0, "eager channels-last": 3.0, "torch.compile": 2.5, "torch.compile, reduce-overhead": 2.0}
+    rows = {name: {"ms": ms} for name, ms in times.items()} | {"patched + torch.compile": {"ms": 0.5}}
+    rows["patched channels-last"] = {"ms": 1.0}
+    assert tables.ratio(rows, "eager") == "3.00×" and tables.ratio(rows, "torch.compile") == "2.00×"
+    target = targets.faster("small", "patched channels-last", "torch.compile", 2.1)
+    assert target.value({"contenders": rows}) == 2.0 and not target.met(2.0)
+
+
 def test_diffusers_twin_is_the_same_model():
     pytest.importorskip("diffusers")
     record = measured(Workload("small", "decode", 1, 8, ("eager", "diffusers patched")))
