@@ -403,6 +403,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(error, 2)
     except OSError as error:
         return _failed(f"{error.filename}: {error.strerror}" if error.filename else error, 2)
+    except (RuntimeError, MemoryError) as error:
+        from .memory import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        return _failed("there is not enough memory for the model", 2)
     except KeyboardInterrupt as error:
         return _failed(str(error) or "interrupted", 128 + getattr(error, "signum", signal.SIGINT))
 

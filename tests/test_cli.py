@@ -149,6 +149,16 @@ def test_a_photograph_that_does_not_fit_in_memory(model, photo, tmp_path, monkey
     assert (tmp_path / "out" / "photo.safetensors").is_file()
 
 
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_a_model_that_does_not_fit_in_memory(photo, tmp_path, monkeypatch, capsys, error):
+    def large(*args, **options):
+        raise error
+
+    monkeypatch.setattr(DCAE, "from_pretrained", large)
+    assert run("encode", photo, "--out", tmp_path / "out") == 2
+    assert capsys.readouterr().err == "dcae-fast: there is not enough memory for the model\n"
+
+
 def test_folders_and_equal_names(model, photo, tmp_path, capsys):
     folder = tmp_path / "folder"
     folder.mkdir()

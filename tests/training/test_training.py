@@ -11,7 +11,9 @@ from small_training import CPU, RECIPE, assert_equal, run_in, train_until, weigh
 
 from dcae_fast.data.manifest import DataError
 from dcae_fast.diffusion import DCAEDiffusion
+from dcae_fast.errors import NotFiniteError
 from dcae_fast.sampling import OBJECTIVES
+from dcae_fast.training import loop
 from dcae_fast.training.batches import draw, load_batches
 from dcae_fast.training.config import Architecture, TrainingError
 from dcae_fast.training.loop import Training, train
@@ -242,6 +244,19 @@ def test_samples_and_evaluation(shared, tmp_path):
     assert [line["step"] for line in evaluations] == [8, 12] and len(seen) == 2
     assert 0 < evaluations[1]["held_out_loss"] < evaluations[0]["held_out_loss"] < 1.2
     assert same_numbers([line for line in log(run.out) if "loss" in line], log(shared / "whole"))
+
+
+def test_samples_that_are_not_finite(shared, monkeypatch, capsys):
+    """Are not written, and the training goes on."""
+
+    def overflows(*args):
+        raise NotFiniteError("NaN or infinity in latent 1")
+
+    monkeypatch.setattr(loop, "draw_samples", overflows)
+    run = run_in(shared / "overflowing", sample_steps=2)
+    train(replace(RECIPE, steps=2), run, CPU)
+    assert "The samples after step 2 hold NaN or infinity" in capsys.readouterr().err
+    assert (run.out / "model").is_dir() and not (run.out / "samples").exists()
 
 
 def test_ended_in_an_evaluation(shared):
