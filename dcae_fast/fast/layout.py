@@ -59,7 +59,7 @@ def is_channels_last(x: torch.Tensor) -> bool:
 
 def to_channels_last(x: torch.Tensor) -> torch.Tensor:
     """A channels-last copy of an x that is not; the gradient of x is contiguous, as PyTorch's layers would make it."""
-    if torch.is_grad_enabled() and x.requires_grad:
+    if torch.is_grad_enabled() and x.requires_grad and not torch.jit.is_tracing():  # which records no Python
         return _ToChannelsLast.apply(x)
     return x.to(memory_format=torch.channels_last)
 

@@ -102,7 +102,9 @@ class Decoder(nn.Module):
         head = blocks.ConvLayer(width, 3) if coder.depth[0] > 0 else UP_SAMPLERS[coder.resample](width, 3)
         self.project_out = blocks.OpSequential([blocks.RMSNorm2d(width), blocks.ACTIVATIONS[coder.head_act](), head])
 
-    def forward(self, z: torch.Tensor) -> torch.Tensor:
+    def forward(self, z: torch.Tensor | list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
+        if isinstance(z, list):
+            return [self.forward(latent) for latent in z]
         z = self.project_in(z)
         for stage in reversed(self.stages):
             z = stage(z)
@@ -187,13 +189,15 @@ class DCAE(nn.Module):
             self._check_latent_channels(asked)
         return self.encoder(x, latent_channels)
 
-    def decode(self, z: torch.Tensor) -> torch.Tensor:
+    def decode(self, z: torch.Tensor | list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
         """Latent [B, c, h, w] → image [B, 3, h * f, w * f]; adaptive models take fewer channels than c too.
 
-        Raises TypeError unless z is floating point, ValueError unless it has that shape.
+        z: one latent, or a list of them as `encode` returns for a list of channels; the images are a list then, too.
+        Raises TypeError unless each is floating point, ValueError unless each has that shape.
         """
         most = self.config.latent_channels
-        self._check(z, "z", channels=(1 if self.config.adaptive else most, most))
+        for latent in z if isinstance(z, list) else [z]:
+            self._check(latent, "z", channels=(1 if self.config.adaptive else most, most))
         return self.decoder(z)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
