@@ -18,7 +18,7 @@ demo: $(VENV)/.demo
 	@echo "The picture is in outputs/demo."
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

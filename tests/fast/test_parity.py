@@ -19,7 +19,7 @@ def patched_model_of(case) -> DCAE:
     return model.eval().to(DEVICE)
 
 
-@pytest.mark.cases("ae_*_f32", "small")
+@pytest.mark.cases("ae_*_f32" if DEVICE == "cuda" else "ae_[1s]*_f32", "small")  # the interpreter is slow on large ones
 @torch.no_grad()
 def test_original_evaluation(case, compare):
     model, tensors = patched_model_of(case), case.tensors(case.name)
@@ -78,7 +78,7 @@ def test_half_precision(name, dtype):
     def output_and_gradients(model, dtype):
         outputs, gradients = [], []
         for seed in range(2):
-            tensors = step(model, image(seed=seed).to(dtype))
+            tensors = step(model, image(1, 3, 8, 8, seed=seed).to(dtype))
             outputs.append(tensors["output"].flatten())
             gradients += [tensor.flatten() for name, tensor in tensors.items() if name.startswith("gradient")]
         return torch.cat(outputs), torch.cat(gradients)
