@@ -56,14 +56,16 @@ def narrow(model: nn.Module) -> nn.Module:
     return model
 
 
-def build(name: str) -> nn.Module:
-    """This project's model of CONFIGS or, after "diffusers-", that library's."""
+def build(name: str, wide: bool = False) -> nn.Module:
+    """This project's model of CONFIGS or, after "diffusers-", that library's. wide: with gates as the configuration has
+    them, which takes twice the time."""
     library, _, name = name.rpartition("-")
     torch.manual_seed(0)
-    model = as_if_trained(narrow(DCAE(CONFIGS[name])))
+    fit = narrow if not wide else lambda model: model
+    model = as_if_trained(fit(DCAE(CONFIGS[name])))
     if not library:
         return model
-    twin = narrow(pytest.importorskip("diffusers").AutoencoderDC(**convert.config_to_diffusers(model.config)))
+    twin = fit(pytest.importorskip("diffusers").AutoencoderDC(**convert.config_to_diffusers(model.config)))
     twin.load_state_dict(convert.state_dict_to_diffusers(model.state_dict()))
     return twin.eval().to(DEVICE)
 

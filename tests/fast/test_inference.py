@@ -35,7 +35,7 @@ def assert_as_accurate(fast: nn.Module, eager: nn.Module, x: torch.Tensor, what:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_models(name, dtype):
-    eager, x = build(name).to(dtype), image().to(dtype)
+    eager, x = build(name, wide=True).to(dtype), image(1, 3, 16, 12).to(dtype)
     fast = copy.deepcopy(eager)
     dcae_fast.patch(fast)
     assert_as_accurate(fast, eager, x)

@@ -78,12 +78,12 @@ def test_half_precision(name, dtype):
     def output_and_gradients(model, dtype):
         outputs, gradients = [], []
         for seed in range(2):
-            tensors = step(model, image(1, 3, 8, 8, seed=seed).to(dtype))
+            tensors = step(model, image(1, 3, 16, 12, seed=seed).to(dtype))
             outputs.append(tensors["output"].flatten())
             gradients += [tensor.flatten() for name, tensor in tensors.items() if name.startswith("gradient")]
         return torch.cat(outputs), torch.cat(gradients)
 
-    model = build(name).to(dtype)
+    model = build(name, wide=True).to(dtype)
     exact = output_and_gradients(copy.deepcopy(model).double(), torch.float64)
     eager = output_and_gradients(model, dtype)
     dcae_fast.patch(model)

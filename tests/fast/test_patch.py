@@ -291,7 +291,7 @@ def test_values_that_are_no_tensors(model, value):
 
 @pytest.mark.parametrize("name", ["adaptive", "diffusers-strided"])
 def test_save_and_load(name, tmp_path):
-    model = build(name)
+    model = build(name, wide=True)
     dcae_fast.patch(model)
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)

@@ -20,7 +20,7 @@ TWO = pytest.mark.parametrize("name", ["shuffled", "diffusers-shuffled"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(name, dtype):
     """Same type as without `patch`, and at most twice the error against float32."""
-    model, x = build(name), image(1, 3, 8, 8)
+    model, x = build(name, wide=True), image(1, 3, 8, 8)
     exact = step(model, x)
 
     def output_and_gradients(model):
