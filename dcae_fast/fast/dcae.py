@@ -55,6 +55,8 @@ def _all_none(args: tuple, kwargs: dict) -> bool:
 
 
 class Decoder(Coder):
+    attributes = ("project_in", "stages", "project_out")
+
     def dispatch(self, z: torch.Tensor | list[torch.Tensor]) -> Result:
         return [self.dispatch(part) for part in z] if isinstance(z, list) else super().dispatch(z)
 

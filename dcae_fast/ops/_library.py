@@ -37,7 +37,7 @@ def has_kernels(x: torch.Tensor) -> bool:
     """Whether operators run as kernels for tensors of x's device and type, or as plain PyTorch."""
     if INTERPRETED:
         return x.dtype in KERNEL_DTYPES and not x.is_meta
-    return x.dtype in KERNEL_DTYPES and HAS_TRITON and x.is_cuda and capability(x.device) >= LEAST_CAPABILITY
+    return x.dtype in KERNEL_DTYPES and HAS_TRITON and x.is_cuda and is_supported(x.device)
 
 
 @functools.cache
@@ -87,12 +87,19 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 
 _CAPABILITIES: dict[torch.device, tuple[int, int]] = {}  # PyTorch takes longer to tell than some kernels take
-capability._dynamo_marked_constant = True  # what torch.compiler.assume_constant_result does
+
+
+def is_supported(device: torch.device) -> bool:
+    """Whether this is a GPU that kernels are compiled for."""
+    return capability(device) >= LEAST_CAPABILITY
 
 
 def is_hopper(device: torch.device) -> bool:
     """Whether this is a GPU of compute capability 9."""
     return capability(device)[0] == 9
+
+
+is_supported._dynamo_marked_constant = is_hopper._dynamo_marked_constant = True  # as assume_constant_result does
 
 
 def are_aligned(tensors: Iterable[torch.Tensor], *dtypes: torch.dtype) -> bool:
@@ -131,7 +138,7 @@ class Operator:
         return self.overload(*args) if self.function is None else self.function.apply(*args)
 
     def _dispatch(self, args):
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # a trace has tensors in place of integers
             return self.overload(*args)
         if in_transform():
             return self.reference(*args)

@@ -75,7 +75,7 @@ def test_transforms(name):
     want, pull = torch.func.vjp(op, *tensors)
     got, push = torch.func.jvp(op, tuple(tensors), tuple(map(torch.ones_like, tensors)))
     torch.testing.assert_close(got, want)
-    dy = torch.randn(want.shape, generator=torch.Generator().manual_seed(1), dtype=want.dtype)
+    dy = torch.randn(want.shape, generator=torch.Generator().manual_seed(1)).to(want)
     torch.testing.assert_close((push * dy).sum(), sum(gradient.sum() for gradient in pull(dy)))
     twice = torch.func.vmap(op)(*[torch.stack([tensor, tensor]) for tensor in tensors])
     torch.testing.assert_close(twice, torch.stack([want, want]))

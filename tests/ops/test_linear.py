@@ -84,10 +84,11 @@ def run(function, tensors, act):
     return [y, *torch.autograd.grad(y, [tensor for tensor in tensors if tensor is not None], dy)]
 
 
-def check_errors(got, eager, exact):
-    """On a GPU the products are kernels of ours, on a CPU PyTorch's own."""
+def check_errors(got, eager, exact, ceiling):
+    """On a GPU the products are kernels, and keep below the ceiling; on a CPU they are as exact as PyTorch's."""
     for mine, theirs, want in zip(got, eager, exact, strict=True):
-        assert relative_error(mine, want) <= allowed(relative_error(theirs, want), mine.dtype, DEVICE == "cuda")
+        limit = ceiling if DEVICE == "cuda" else allowed(relative_error(theirs, want), mine.dtype, by_kernel=False)
+        assert relative_error(mine, want) <= limit
 
 
 def double(tensors):
@@ -155,7 +156,8 @@ def test_a_residual_of_higher_precision(name):
     assert y.dtype == torch.float32
     present = [tensor for tensor in tensors if tensor is not None]
     assert [gradient.dtype for gradient in gradients] == [tensor.dtype for tensor in present]
-    check_errors([y, *gradients], run(plain, tensors, act), run(plain, double(tensors), act))
+    exact = run(plain, double(tensors), act)
+    check_errors([y, *gradients], run(plain, tensors, act), exact, CEILING[torch.bfloat16])
 
 
 def test_biases_of_higher_precision():
@@ -179,7 +181,8 @@ def test_weights_of_higher_precision(name):
     present = [tensor for tensor in tensors if tensor is not None]
     assert [gradient.dtype for gradient in gradients] == [tensor.dtype for tensor in present]
     rounded = [None if t is None else t.detach().to(torch.bfloat16).requires_grad_() for t in tensors]
-    check_errors([y, *gradients], run(plain, rounded, act), run(plain, double(tensors), act))
+    exact = run(plain, double(tensors), act)
+    check_errors([y, *gradients], run(plain, rounded, act), exact, CEILING[torch.bfloat16])
     with torch.no_grad():
         assert torch.equal(function(*tensors, act=act), function(*rounded, act=act))
 
@@ -196,7 +199,7 @@ def test_their_gradients_are_not_rounded(shapes):
     dy = torch.randn_like(y := ops.linear(x, weight, bias))
     (got,) = torch.autograd.grad(y, weight, dy)
     exact, eager = (dy.to(dtype).T @ x.to(dtype) for dtype in (torch.float64, torch.float32))
-    check_errors([got], [eager], [exact])
+    check_errors([got], [eager], [exact], 1e-5)
 
 
 @pytest.mark.parametrize("act", APPROXIMATION)
@@ -223,7 +226,7 @@ def check_sum(got, summed):
     """As exact as a sum in float32."""
     assert got.dtype == torch.float32
     rows = summed.flatten(0, 1)
-    check_errors([got], [rows.float().sum(0)], [rows.double().sum(0)])
+    check_errors([got], [rows.float().sum(0)], [rows.double().sum(0)], 1e-6)
 
 
 def test_autocast_changes_nothing():
