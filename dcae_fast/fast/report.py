@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dcae_fast.ops._library import EXTENSION_IS_BUILT, HAS_TRITON, INTERPRETED, cuda_extension
+from dcae_fast.ops._library import EXTENSION_IS_BUILT, HAS_TRITON, INTERPRETED, cuda_extension, is_hopper
 
 
 @dataclass
@@ -50,9 +50,18 @@ def missing() -> str:
         return "Triton is not installed: the modules' own forwards run."
     if torch.cuda.is_available() and cuda_extension() is None:
         state = "does not load" if EXTENSION_IS_BUILT else "is not built"
-        return f"dcae_fast._C {state}: convolutions, linear layers and attention are torch's, all else runs in Triton."
+        return f"dcae_fast._C {state}: convolutions, linear layers and attention are torch's{_how_to_build()}."
     libraries = {"Convolution": "cuDNN: convolutions are torch's", "Product": "cuBLASLt: linear layers are torch's"}
     absent = [words for name, words in libraries.items() if not hasattr(cuda_extension(), name)]
     if torch.cuda.is_available() and absent:
         return f"dcae_fast._C is built without {'; without '.join(absent)}."
     return ""
+
+
+def _how_to_build() -> str:
+    """What brings the extension, on a GPU that it is for. PyPI has no nvcc of CUDA 12."""
+    if not is_hopper(torch.device("cuda", torch.cuda.current_device())):
+        return ""
+    if torch.version.cuda.startswith("12."):
+        return "; pip install -e . in the source folder builds it, with nvcc 12.5 or newer from a CUDA 12 toolkit"
+    return "; pip install -e '.[cuda]' in the source folder builds it"

@@ -120,7 +120,20 @@ def test_report_without_the_extension(monkeypatch, built, extension, note):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("dcae_fast.fast.report.EXTENSION_IS_BUILT", built)
     monkeypatch.setattr("dcae_fast.fast.report.cuda_extension", lambda: extension)
+    monkeypatch.setattr("dcae_fast.fast.report.is_hopper", lambda device: False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     assert note in dcae_fast.patch(build("adaptive")).note
+
+
+@pytest.mark.parametrize("cuda, brings", [("13.0", "pip install -e '.[cuda]'"), ("12.6", "from a CUDA 12 toolkit")])
+def test_report_says_what_brings_the_extension(monkeypatch, cuda, brings):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr("dcae_fast.fast.report.cuda_extension", lambda: None)
+    monkeypatch.setattr("dcae_fast.fast.report.is_hopper", lambda device: True)
+    (line,) = dcae_fast.patch(build("adaptive")).note.splitlines()
+    assert "dcae_fast._C" in line and brings in line
 
 
 def test_report_of_what_was_left_out():
