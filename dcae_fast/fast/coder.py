@@ -94,7 +94,7 @@ class Coder(ImageModule):
         raise NotImplementedError
 
     def as_layers_see(self, x: torch.Tensor) -> torch.Tensor:
-        """x in the memory format that goes through the layers."""
+        """x in the memory format that goes through the layers; not every convolution of PyTorch's keeps to it."""
         inside = self.inside(x) if ops.has_kernels(x) else None
         return x if inside is None else inside
 

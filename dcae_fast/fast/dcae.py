@@ -64,7 +64,7 @@ class Decoder(Coder):
         return 2 ** (len(self.stages) - 1)
 
     def start(self, x: torch.Tensor) -> torch.Tensor:
-        return self.project_in(self.as_layers_see(x))
+        return self.as_layers_see(self.project_in(self.as_layers_see(x)))
 
     def layers(self, survey: Survey) -> list[Layer]:
         head = self.project_out

@@ -78,7 +78,7 @@ class Decoder(Coder):
         x = self.as_layers_see(z)
         if self.in_shortcut:
             return ops.duplicate_shuffle_add(x, *conv_without_bias(self.conv_in, x), factor=1)
-        return self.conv_in(x)
+        return self.as_layers_see(self.conv_in(x))
 
     def layers(self, survey: Survey) -> list[Layer]:
         head = survey.head(self.head, self, self.norm_out, self.conv_act, self.conv_out)

@@ -88,10 +88,18 @@ def is_indifferent(module: nn.Module) -> bool:
     return not _has_any_global_hook() and all(map(_is_indifferent, module._modules.values()))
 
 
+def _is_of_torch(module: nn.Module) -> bool:
+    """Whether a module is made of PyTorch's functions and its children."""
+    if type(module).__module__.startswith(TORCH) or kind(module) in KINDS:
+        return True
+    # left as it is where none of its operations are fast
+    return kind(module) == "OpSequential" and not any(isinstance(op, FastModule) for op in module.modules())
+
+
 def _is_indifferent(module: nn.Module | None) -> bool:
     return module is None or (
-        (isinstance(module, FastModule) or type(module).__module__.startswith(TORCH) or kind(module) in KINDS)
+        (isinstance(module, FastModule) or _is_of_torch(module))
         and not is_observed(module)
         and has_ordinary_weights(module)
-        and all(map(_is_indifferent, module._modules.values()))
+        and (not module._modules or all(map(_is_indifferent, module._modules.values())))
     )

@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,7 +43,7 @@ class FastModule:
         if not isinstance(self, FastModule):  # a wrapper kept this forward, and the module is patched no more
             return type(self).forward(self, *args, **kwargs)
         if kwargs:
-            args, kwargs = by_position(super().forward, args, kwargs)
+            args, kwargs = by_position(parameter_names(type(self)), args, kwargs)
         return self.dispatch(*args, **kwargs)
 
     def dispatch(self, *args, **kwargs):
@@ -158,19 +157,27 @@ def member(module: nn.Module, name: str) -> Any:
     return module._modules[name] if name in module._modules else module.__dict__.get(name)
 
 
-def by_position(forward: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Arguments of `forward` that were given by name, at their places as far as no place before them is free."""
-    for name in parameter_names(forward)[len(args) :]:
+def by_position(names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Arguments that were given by name, at their places as far as no place before them is free."""
+    for name in names[len(args) :]:
         if name not in kwargs:
             break
         args, kwargs = (*args, kwargs[name]), {other: value for other, value in kwargs.items() if other != name}
     return args, kwargs
 
 
-def parameter_names(forward: Callable) -> tuple[str, ...]:
-    """Of those that can be given by position."""
-    parameters = inspect.signature(forward).parameters.values()
-    return tuple(parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD)
+def parameter_names(cls: type[FastModule]) -> tuple[str, ...]:
+    """Of the forward that the modules of a fast class have of their own; those that can be given by position."""
+    if cls not in _NAMES:
+        behind = cls.__mro__[cls.__mro__.index(FastModule) + 1 :]
+        own = next(base for base in behind if "forward" in vars(base))
+        _, *parameters = inspect.signature(own.forward).parameters.values()
+        _NAMES[cls] = tuple(each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD)
+    return _NAMES[cls]
+
+
+_NAMES: dict[type[FastModule], tuple[str, ...]] = {}
+parameter_names._dynamo_marked_constant = True  # what torch.compiler.assume_constant_result does
 
 
 def is_observed(module: nn.Module) -> bool:
@@ -186,8 +193,9 @@ def is_observed(module: nn.Module) -> bool:
 
 def has_ordinary_weights(module: nn.Module) -> bool:
     """Whether a module's own parameters and buffers are of no subclass of PyTorch's tensors."""
-    return _WEIGHTS.issuperset(map(type, module._parameters.values())) and _WEIGHTS.issuperset(
-        map(type, module._buffers.values())
+    parameters, buffers = module._parameters, module._buffers
+    return (not parameters or _WEIGHTS.issuperset(map(type, parameters.values()))) and (
+        not buffers or _WEIGHTS.issuperset(map(type, buffers.values()))
     )
 
 
@@ -198,11 +206,17 @@ def unobserved(*modules: nn.Module | None) -> bool:
     """Whether nobody would notice if these modules were computed without being called: no hooks, no forward of their
     own, not compiled in place.
     """
-    return not _has_any_global_hook() and not any(
-        module is not None and (is_observed(module) or module._compiled_call_impl is not None) for module in modules
-    )
+    if _has_any_global_hook():
+        return False
+    for module in modules:  # a loop, since this is asked several times in every call
+        if module is not None and (is_observed(module) or module._compiled_call_impl is not None):
+            return False
+    return True
 
 
 def plain(*modules: nn.Module | None) -> bool:
     """`unobserved`, and their weights are ordinary tensors, which operators can read."""
-    return unobserved(*modules) and all(module is None or has_ordinary_weights(module) for module in modules)
+    for module in modules:
+        if module is not None and not has_ordinary_weights(module):
+            return False
+    return unobserved(*modules)

@@ -31,7 +31,7 @@ def relu_linear_attention(qkv: torch.Tensor, head_dim: int, eps: float) -> torch
     """
     batch, channels, height, width = qkv.shape
     positions = height * width
-    with torch.autocast(qkv.device.type, enabled=False):
+    with torch.autocast("cpu" if qkv.is_meta else qkv.device.type, enabled=False):  # the meta device has none
         q, k, v = qkv.reshape(batch, channels // (3 * head_dim), 3, head_dim, positions).unbind(2)
         q, k = F.relu(q), F.relu(k)
         if positions > head_dim:

@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
-from small_models import DEVICE, build, image, step
+from small_models import DEVICE, OUTPUT, build, image, step
 from test_original_classes import CODERS, as_original  # noqa: F401
 from torch import nn
 
 import dcae_fast
 from dcae_fast.fast import layout
+from dcae_fast.fast.bands import Bands
 from dcae_fast.fast.module import is_fast
 from dcae_fast.fast.patch import OPERATORS
 from dcae_fast.models import blocks
@@ -89,6 +90,20 @@ def test_modules_that_read_memory_by_offset(operator, as_original, same_step):  
     dcae_fast.patch(model, disable=operator)
     read_by_offset(model)
     same_step(step(model, x), expected)
+
+
+@torch.no_grad()
+def test_norms_that_read_memory_by_offset_in_bands(as_original, compare):  # noqa: F811
+    model, x = as_original(build("shuffled")), image(1, 3, 128, 4)
+    latent = model.encoder(x)
+    expected = model.decoder(latent)
+    norm = type(model.decoder.project_out.op_list[0])
+    own = norm.forward
+    norm.forward = lambda self, x: own(self, _ByOffset.apply(x))
+    dcae_fast.patch(model, disable="rms_norm", max_memory=1)
+    for coder, value, want in ((model.encoder, x, latent), (model.decoder, latent, expected)):
+        assert any(isinstance(step, Bands) for step in coder.plan(value).steps)
+        compare("whole", coder(value), want, OUTPUT)
 
 
 class Foreign(nn.Module):

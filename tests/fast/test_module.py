@@ -204,6 +204,39 @@ def test_traced_by_jit(gradient):
     torch.testing.assert_close(traced(z), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_keywords_in_a_compiled_call():
+    model, z = build("adaptive"), image(1, 8, 1, 2).requires_grad_()
+    dcae_fast.patch(model)
+    want = model.decoder(z)
+    torch._dynamo.reset()
+    got = torch.compile(lambda z: model.decoder(z=z), fullgraph=True, backend="aot_eager")(z)
+    for value, expected in ((got, want), *zip(*(torch.autograd.grad(y.sum(), z) for y in (got, want)), strict=True)):
+        torch.testing.assert_close(value, expected)
+        assert value.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("mark", [torch._neg_view, lambda z: torch._efficientzerotensor(z.shape)], ids=["-", "0"])
+@torch.no_grad()
+def test_marked_tensors(mark):
+    """Negated or zero by a mark alone: the input, and then each weight."""
+    model, z = build("adaptive"), image(1, 8, 1, 2)
+    fast = copy.deepcopy(model)
+    dcae_fast.patch(fast)
+    torch.testing.assert_close(fast.decoder(mark(z).to(DEVICE)), model.decoder(mark(z).to(DEVICE)))
+    for each in (model, fast):
+        for parameter in each.parameters():
+            parameter.data = torch._neg_view(parameter.data)
+    torch.testing.assert_close(fast.decoder(z), model.decoder(z))
+
+
+@torch.no_grad()
+def test_on_the_meta_device():
+    model, x = build("strided").to("meta"), image().to("meta")
+    expected = model(x)
+    dcae_fast.patch(model)
+    assert model(x).is_meta and model(x).shape == expected.shape
+
+
 @torch.no_grad()
 def test_a_list_of_latents():
     """What `encode` returns for a list of channels, decoded by the plain model and the patched one."""
