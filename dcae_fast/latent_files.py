@@ -10,9 +10,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .data.folders import list_files, suffix_of
-from .data.latents import Shards, check_finite, load_npy
+from .data.latents import Shards, load_finite_npy
 from .data.manifest import MANIFEST, DataError, Manifest, load_manifest
 from .files import written_atomically
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class LatentError(ValueError):
@@ -69,21 +71,29 @@ def load_latent(path: Path) -> Latent:
     """The inverse of `save_latent`; raises LatentError."""
     try:
         with safe_open(path, framework="pt") as file:
-            z, metadata = file.get_tensor("latent"), file.metadata()
-        factor = metadata["scaling_factor"]
+            z, metadata = file.get_tensor("latent"), file.metadata() or {}
+        if z.dtype not in DTYPES or z.ndim != 4 or len(z) != 1 or z.numel() == 0:
+            dtype = str(z.dtype).removeprefix("torch.")
+            raise ValueError(f"its latent is {dtype} {list(z.shape)}; expected floats [1, c, h, w]")
         if not z.isfinite().all():
             raise ValueError("NaN or infinity in the latent")
-        return Latent(
-            z,
-            metadata["model"],
-            None if factor == "None" else float(factor),
-            (int(metadata["height"]), int(metadata["width"])),
-            metadata["fit"],
-        )
+        return _with_metadata(z, metadata)
     except (OSError, SafetensorError) as error:
         raise LatentError(f"{path}: not a readable safetensors file: {error}") from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise LatentError(f"{path}: not a latent written by dcae-fast encode: {error!r}") from error
+    except KeyError as error:
+        raise LatentError(f"{path}: not a latent written by dcae-fast encode: no {error} in its metadata") from error
+    except ValueError as error:
+        raise LatentError(f"{path}: not a latent written by dcae-fast encode: {error}") from error
+
+
+def _with_metadata(z: torch.Tensor, metadata: dict[str, str]) -> Latent:
+    """Raises KeyError or ValueError for metadata that `save_latent` does not write."""
+    factor, size = metadata["scaling_factor"], (int(metadata["height"]), int(metadata["width"]))
+    if min(size) < 1:
+        raise ValueError(f"height {size[0]} and width {size[1]} in its metadata; expected at least 1")
+    if metadata.get("scaled", "false") != "false":
+        raise ValueError(f"scaled is {metadata['scaled']!r} in its metadata; expected 'false'")
+    return Latent(z, metadata["model"], None if factor == "None" else float(factor), size, metadata["fit"])
 
 
 def find_latents(path: Path) -> dict[Path, Callable[[], Latent]]:
@@ -113,7 +123,7 @@ def _manifest_of(path: Path) -> Manifest | None:
 
 def _in_file(path: Path, manifest: Callable[[], Manifest | None]) -> dict[Path, Callable[[], Latent]]:
     if suffix_of(path.name) == ".npy":
-        return {path: lambda: _cached(_read_npy(path), manifest())}
+        return {path: lambda: _cached(load_finite_npy(path), manifest())}
     try:
         with safe_open(path, framework="pt") as file:
             is_shard = "latents" in file.keys()  # noqa: SIM118
@@ -126,12 +136,6 @@ def _in_file(path: Path, manifest: Callable[[], Manifest | None]) -> dict[Path, 
     except DataError as error:
         return {path: partial(_fail, error)}
     return {shard.path(row): partial(_load_row, shard, row, manifest) for row in range(len(shard))}
-
-
-def _read_npy(path: Path) -> torch.Tensor:
-    z = torch.from_numpy(load_npy(path).astype("float32"))
-    check_finite(z, path)
-    return z
 
 
 def _load_row(shard: Shards, row: int, manifest: Callable[[], Manifest | None]) -> Latent:

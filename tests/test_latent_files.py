@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dcae_fast import cli
@@ -134,6 +135,47 @@ def test_round_trip(tmp_path):
     read = load_latent(tmp_path / "a.safetensors")
     assert torch.equal(read.z, latent.z) and read.unscaled(3.0) is read.z
     assert (read.model, read.scaling_factor, read.size, read.fit) == ("m", None, (15, 16), "pad")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda z: z[0], r"its latent is float32 \[8, 2, 2\]; expected floats \[1, c, h, w\]"),
+        (lambda z: z[:0], r"float32 \[0, 8, 2, 2\]"),
+        (lambda z: z.expand(2, -1, -1, -1), r"float32 \[2, 8, 2, 2\]"),
+        (lambda z: z[:, :, :0], r"float32 \[1, 8, 0, 2\]"),
+        (lambda z: z.int(), "int32"),
+        (lambda z: z.to(torch.complex64), "complex64"),
+        (lambda z: z.to(torch.float8_e4m3fn), "float8_e4m3fn"),
+        ({"height": "0"}, "height 0 and width 16 in its metadata; expected at least 1"),
+        ({"width": "-3"}, "height 16 and width -3"),
+        ({"width": "wide"}, "wide"),
+        ({"scaled": "true"}, "scaled is 'true' in its metadata"),
+        ({"model": None}, "no 'model' in its metadata"),
+    ],
+)
+def test_what_encode_does_not_write_is_named(tmp_path, change, message):
+    path = tmp_path / "a.safetensors"
+    save_latent(Latent(torch.randn(1, 8, 2, 2), "m", None, (16, 16), "crop"), path)
+    with safe_open(path, framework="pt") as file:
+        z, metadata = file.get_tensor("latent"), file.metadata()
+    if callable(change):
+        z = change(z)
+    else:
+        metadata = {name: value for name, value in (metadata | change).items() if value is not None}
+    save_file({"latent": z.contiguous()}, path, metadata)
+    ((_, load),) = find_latents(path).items()
+    with pytest.raises(LatentError, match=f"{path}: not a latent written by dcae-fast encode: .*{message}"):
+        load()
+
+
+def test_cached_latents_without_pixels(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((8, 0, 2), np.float32))
+    tensors = {"latents": torch.zeros(1, 8, 0, 2), "classes": torch.zeros(1, dtype=torch.int64)}
+    save_file(tensors, tmp_path / "b.safetensors")
+    for path, load in find_latents(tmp_path).items():
+        with pytest.raises(DataError, match=rf"{path}: .*8, 0, 2\]; expected floats"):
+            load()
 
 
 def test_unscaled(tmp_path):

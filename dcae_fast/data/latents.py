@@ -84,15 +84,13 @@ class NpyTree:
         return self.folder / self.names[index]
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        name, latent = self.names[index], load_npy(self.path(index))
+        name, latent = self.names[index], load_finite_npy(self.path(index))
         if self._shape is None:
             self._shape = load_npy(self.path(0)).shape
         if latent.shape != self._shape:
             like = self.names[0] if self._is_first else MANIFEST
             shapes = f"{list(latent.shape)}; expected {list(self._shape)}, as in {like}"
             raise DataError(f"{self.path(index)}: a latent of shape {shapes}")
-        latent = torch.from_numpy(latent.astype(np.float32))
-        check_finite(latent, self.path(index))
         return latent, self._number[name.split("/")[0]] if self.classes else 0
 
 
@@ -143,8 +141,8 @@ class Shards:
 
     def _check(self, path: Path, shape: list[int], dtype: str, classes: list[int], names: Any) -> None:
         expected = [len(classes), *(shape[1:] if self._shape is None else self._shape)]
-        if shape != expected or dtype not in ("F64", "F32", "F16", "BF16"):
-            raise DataError(f"{path}: latents are {dtype} {shape}; expected floats {expected}")
+        if shape != expected or 0 in shape[1:] or dtype not in ("F64", "F32", "F16", "BF16"):
+            raise DataError(f"{path}: latents are {dtype} {shape}; expected floats {expected}, each at least 1")
         if names is not None and (not isinstance(names, list) or len(names) != len(classes)):
             raise DataError(f"{path}: has {len(classes)} latents, but not a name for each")
         most = math.inf if self.classes is None else max(1, len(self.classes))
@@ -171,6 +169,14 @@ def load_npy(path: Path) -> np.ndarray:
         pickled = "allow_pickle" in str(error)
         reason = "holds pickled objects, not numbers" if pickled else getattr(error, "strerror", None) or str(error)
         raise DataError(f"{path}: not a readable .npy file: {reason}") from error
-    if latent.ndim != 3 or latent.dtype.kind != "f":
+    if latent.ndim != 3 or latent.dtype.kind != "f" or latent.size == 0:
         raise DataError(f"{path}: {latent.dtype} {list(latent.shape)}; expected floats [c, h, w]")
+    return latent
+
+
+def load_finite_npy(path: Path) -> torch.Tensor:
+    """A latent [c, h, w] in float32; raises DataError also where it is not finite, or too large for float32."""
+    with np.errstate(over="ignore"):  # `check_finite` says it
+        latent = torch.from_numpy(load_npy(path).astype(np.float32))
+    check_finite(latent, path)
     return latent
