@@ -1,6 +1,7 @@
 """The command line: dcae-fast with one of the `commands` of `main`."""
 
 import io
+import os
 import shlex
 import signal
 import sys
@@ -328,13 +329,19 @@ def _files(paths: Sequence[Path], suffixes: frozenset[str]) -> list[Path]:
 
 
 def _stems(files: Sequence[Path]) -> list[str]:
-    """A name for the output of each file: its own without the suffix, with -2, -3, ... where that is taken."""
+    """A name for the output of each file: its own without the suffix, with -2, -3, ... where that is taken.
+
+    It is cut to 200 bytes, so that an ending can follow where names have 255 at most.
+    """
     stems: dict[str, None] = {}
     for path in files:
-        stem, number = path.stem, 1
+        own = path.stem
+        while len(os.fsencode(own)) > 200:
+            own = own[:-1]
+        stem, number = own, 1
         while stem in stems:
             number += 1
-            stem = f"{path.stem}-{number}"
+            stem = f"{own}-{number}"
         stems[stem] = None
     return list(stems)
 

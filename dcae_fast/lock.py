@@ -54,7 +54,7 @@ def _acquire(folder: Path) -> int:
         try:
             _lock(descriptor, folder)
             if _is_file(descriptor, path):  # and not one that its holder removed in the meantime
-                with writing(path):
+                with suppress(OSError):  # on a full disk the lock has no name; it holds all the same
                     os.truncate(descriptor, 0)
                     os.write(descriptor, _holder().encode())
                 return descriptor

@@ -171,6 +171,13 @@ def test_folders_and_equal_names(model, photo, tmp_path, capsys):
     assert "photo-3.safetensors" in capsys.readouterr().out
 
 
+def test_long_names(model, photo, tmp_path):
+    long = [shutil.copy(photo, tmp_path / f"{'ä' * 120}{end}.png") for end in ("a", "b")]  # 245 bytes
+    assert run("encode", *long, *cpu(model), "--out", tmp_path / "out") == 0
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == [f"{'ä' * 100}-2.safetensors", f"{'ä' * 100}.safetensors"]
+
+
 def test_an_empty_folder(model, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert run("reconstruct", tmp_path / "empty", *cpu(model)) == 2

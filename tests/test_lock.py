@@ -43,6 +43,16 @@ def test_a_folder_that_cannot_be_made(tmp_path):
         raise AssertionError
 
 
+def test_a_full_disk_leaves_no_lock(tmp_path, monkeypatch):
+    def write(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("dcae_fast.lock.os.write", write)
+    with locked(tmp_path):
+        assert (tmp_path / ".lock").exists()
+    assert not list(tmp_path.iterdir())
+
+
 def test_unused(tmp_path):
     assert is_unused(tmp_path / "absent") and is_unused(tmp_path)
     (tmp_path / "picture.png").touch()

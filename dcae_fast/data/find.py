@@ -1,5 +1,6 @@
 """Finding pictures: in class folders, in one folder, or in WebDataset's tar shards."""
 
+import os
 import stat
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,8 @@ from .folders import list_files, suffix_of
 from .manifest import DataError
 from .pictures import Picture, Pictures
 from .shards import read_shards
+
+LONGEST = 255  # bytes of a file's name, in most file systems
 
 
 def find_pictures(source: Path, member: str | None = None) -> Pictures:
@@ -65,10 +68,13 @@ def _in_folders(root: Path, names: Sequence[str]) -> Pictures:
 
 
 def _sort(pictures: Pictures) -> None:
-    """Into the order of their latents' files, without those whose latents would have one name."""
+    """Into the order of their latents' files, without those whose latents would have one name, or one too long."""
     groups: dict[str, list[Picture]] = {}
     for picture in sorted(pictures.items, key=lambda picture: f"{picture.key}.npy".split("/")):
-        groups.setdefault(picture.key, []).append(picture)
+        if max(len(os.fsencode(part)) for part in f"{picture.key}.npy".split("/")) > LONGEST:
+            pictures.failed.append((picture.name, f"its latent would have a name of more than {LONGEST} bytes"))
+        else:
+            groups.setdefault(picture.key, []).append(picture)
     pictures.items = [group[0] for group in groups.values() if len(group) == 1]
     for key, group in groups.items():
         names = ", ".join(picture.name for picture in group)

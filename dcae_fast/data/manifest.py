@@ -91,7 +91,9 @@ def load_manifest(folder: Path) -> Manifest | None:
 
 
 def _check(content: dict[str, Any], expected: dict[str, tuple[str, Callable[[Any], bool]]]) -> None:
-    """Raises ValueError for a value that is not what the manifest has under its name."""
+    """Raises ValueError for a value that is not what the manifest has under its name, and for other names."""
+    for name in content.keys() - expected.keys():
+        raise ValueError(f"{name} is not known; it may be of a later version")
     for name, (words, holds) in expected.items():
         if not holds(content.get(name)):
             raise ValueError(f"{name} is {str(content.get(name))[:100]!r}; expected {words}")

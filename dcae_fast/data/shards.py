@@ -48,7 +48,8 @@ def read_shards(root: Path, shards: Sequence[str], member: str | None) -> Pictur
         try:
             samples = _samples(root, shard, member, ignored, failed)
         except (tarfile.TarError, OSError, ValueError) as error:  # ValueError: numbers in headers
-            pictures.failed.append((shard, f"not a readable, uncompressed tar file: {error}"))
+            reason = getattr(error, "strerror", None) or error
+            pictures.failed.append((shard, f"not a readable, uncompressed tar file: {reason}"))
             continue
         pictures.ignored += ignored
         pictures.failed += failed
@@ -122,8 +123,12 @@ def _one_each(samples: dict[str, Sample], pictures: Pictures) -> Iterator[tuple[
         if not names:
             pictures.ignored += [(name, "the class of no picture") for name, _ in sample.classes]
         elif len(names) > 1:
-            options = " or ".join(f"--member {extension}" for extension, _ in sample.pictures)
-            reason = f"its sample {key} has {len(names)} pictures; name the one to take with {options}"
+            extensions = dict.fromkeys(extension for extension, _ in sample.pictures)
+            reason = f"its sample {key} has {len(names)} pictures; "
+            if len(extensions) < len(names):
+                reason += "some have the same extension, and it is not clear which is meant"
+            else:
+                reason += "name the one to take with " + " or ".join(f"--member {each}" for each in extensions)
             pictures.failed += [(name, reason) for name in names]
         else:
             try:

@@ -155,7 +155,8 @@ def load(name: str, device: torch.device) -> Network:
         raise MissingNetwork(f"{name}: no package {package}: pip install 'dcae_fast[eval]'") from error
     except (OSError, RuntimeError) as error:  # URLError is an OSError; RuntimeError: a broken download
         reason = str(error).partition("\n")[0]
-        raise MissingNetwork(f"{name}: its weights cannot be loaded: {reason}\n  {_where(name)}") from error
+        what = f"its weights cannot be loaded: {reason}\n  {_where(name)}" if name in WEIGHTS else reason
+        raise MissingNetwork(f"{name}: {what}") from error
 
 
 @contextmanager

@@ -79,7 +79,7 @@ def load_features(path: Path) -> torch.Tensor:
     """Features [N, F] of an .npy file, float32. Raises DataError."""
     try:
         features = np.load(path)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # numpy raises anything for a broken file
         reason = getattr(error, "strerror", None) or "this is none"  # numpy's reason advises to unpickle the file
         raise DataError(f"{path}: expected an .npy file of features: {reason}") from error
     if not isinstance(features, np.ndarray) or features.ndim != 2 or features.dtype.kind != "f":

@@ -124,7 +124,7 @@ def _infer_config(state: Mapping[str, torch.Tensor], layout: str, path: Path) ->
         if shapes == {name: tensor.shape for name, tensor in expected.items()}:
             fits.append(zoo.autoencoder_config(name))
     if not fits:
-        raise CheckpointError(f"{path}: no config.json beside it, and of the shape of no known model; give config=")
+        raise weights.without_config(path, "no known model")
     if len(fits) == 1:
         return fits[0]
     factors = {config.scaling_factor for config in fits}

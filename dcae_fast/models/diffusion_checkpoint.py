@@ -161,10 +161,10 @@ def _infer_config(state: weights.State, path: Path) -> DiffusionConfig:
     if not fits and kinds.of_weights(state) == kinds.AUTOENCODER:
         raise OtherKindError(f"{path}: the weights of {kinds.TAKEN_BY[kinds.AUTOENCODER]}")
     if not fits:
-        raise CheckpointError(f"{path}: no config.json beside it, and of the shape of no known model; give config=")
+        raise weights.without_config(path, "no known model")
     if len(set(fits)) > 1:
         names = ", ".join(config.name for config in fits)
-        raise CheckpointError(f"{path}: no config.json beside it, and of the shape of {names}; give config=")
+        raise weights.without_config(path, names)
     return fits[0]
 
 

@@ -150,6 +150,12 @@ def _can_become(have: torch.dtype, want: torch.dtype) -> bool:
     return not have.is_complex and (have.is_floating_point or not want.is_floating_point)
 
 
+def without_config(path: Path, shape: str) -> CheckpointError:
+    """The error about weights without a configuration; shape: the models of whose shape they are."""
+    advice = "put its config.json there, or in Python give config="
+    return CheckpointError(f"{path}: no config.json beside it, and of the shape of {shape}; {advice}")
+
+
 def assemble(build: Callable[[], nn.Module], state: State) -> nn.Module:
     """The module that `build` makes with these tensors as they are, no copies, in evaluation mode."""
     with torch.device("meta"):

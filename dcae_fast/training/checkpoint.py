@@ -144,12 +144,19 @@ class Checkpoints:
             if state.average is not None:
                 state.average.load(folder / "ema" / diffusion_checkpoint.FILES[0], diffusion_checkpoint.PREFIX)
             state.scaler.load_state_dict(progress["scaler"])
-            state.step = progress["step"]
+            state.step = _step(progress)
         except Exception as error:  # a damaged file can make its reader raise anything
             if is_out_of_memory(error):
                 raise
             reason = str(error).partition("\n")[0] or repr(error)
             raise TrainingError(f"{folder}: not a checkpoint of this training: {reason}") from error
+
+
+def _step(progress: dict[str, Any]) -> int:
+    step = progress["step"]
+    if type(step) is not int or step < 0:
+        raise ValueError(f"its step is {step!r}; expected an integer of at least 0")
+    return step
 
 
 @contextlib.contextmanager

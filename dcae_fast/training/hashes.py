@@ -51,7 +51,7 @@ def _read(file: Path) -> dict[str, str] | str | None:
         hashes = json.loads(file.read_bytes())
     except (OSError, ValueError):
         hashes = None
-    return hashes if isinstance(hashes, dict) else f"{FILE} is unreadable"
+    return hashes if isinstance(hashes, dict) and hashes else f"{FILE} is unreadable"
 
 
 def _hashes(folder: Path, names: list[str]) -> dict[str, str | None]:

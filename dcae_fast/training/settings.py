@@ -44,7 +44,7 @@ def _settle(file: Path, facts: dict[str, Any], has_begun: bool) -> int:
         there = json.loads(file.read_text())
         shards, before, now = int(there.pop("shards")), _flat(there), _flat(facts)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise TrainingError(f"{file}: not the settings of a training: {error!r}") from error
+        raise TrainingError(f"{file}: cut short, damaged, or not the settings of a training") from error
     for name in sorted((before.keys() | now.keys()) - MAY_CHANGE):
         if before.get(name) != now.get(name):
             if not has_begun:  # another attempt

@@ -56,6 +56,8 @@ def test_something_else(tmp_path, text):
         (None, "latents", -1),
         (None, "latents", True),
         (None, "mean", "0"),
+        ("settings", "colour", "Lab"),
+        (None, "tokens", 3),
     ],
 )
 def test_a_wrong_value_is_named(tmp_path, where, name, value):

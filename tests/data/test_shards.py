@@ -129,6 +129,27 @@ def test_samples_of_two_pictures(tmp_path):
         }
 
 
+def test_two_members_of_one_name(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("0.png", "0.png", "1.png"):
+            info = tarfile.TarInfo(name)
+            info.size = len(png())
+            tar.addfile(info, io.BytesIO(png()))
+    for member in (None, "png"):
+        found = find_pictures(tmp_path, member)
+        assert [item.name for item in found.items] == ["a.tar/1.png"]
+        reason = "its sample a/0 has 2 pictures; some have the same extension, and it is not clear which is meant"
+        assert found.failed == [("a.tar/0.png", reason)] * 2
+
+
+def test_a_name_that_is_too_long_for_a_file(tmp_path):
+    longest = "ä" * 125 + "b.png"  # 255 bytes
+    save_shard(tmp_path / "a.tar", {longest: png(), f"a{longest}": png()})
+    found = find_pictures(tmp_path)
+    assert [item.name for item in found.items] == [f"a.tar/{longest}"]
+    assert found.failed == [(f"a.tar/a{longest}", "its latent would have a name of more than 255 bytes")]
+
+
 def test_links_and_other_members(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         file = tarfile.TarInfo("in/0.png")

@@ -1,5 +1,8 @@
 """The mathematics of the metrics on the original's values, without any network."""
 
+import zipfile
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,8 @@ from dcae_fast.data.manifest import DataError
 from dcae_fast.evaluation import metrics
 from dcae_fast.evaluation.labels import class_labels
 from dcae_fast.evaluation.moments import Moments, MomentSums
+from dcae_fast.evaluation.pictures import NpzBatches
+from dcae_fast.evaluation.references import load_features
 
 
 @pytest.fixture
@@ -106,6 +111,30 @@ def test_statistics_files(tmp_path):
     for name in ("torn", "other", "shapes", "absent"):
         with pytest.raises(DataError, match=f"{name}.npz"):
             Moments.load(tmp_path / f"{name}.npz")
+
+
+GARBLED = b"\x93NUMPY\x01\x00\x10\x00{'a':(((((((((\n      "  # for which numpy raises TokenError
+
+
+def test_damaged_files(tmp_path):
+    def refused(read, file):
+        with pytest.raises(DataError, match=f"{file}: expected an .np"):
+            read(file)
+
+    file = tmp_path / "a.npz"
+    np.savez_compressed(file, mu=np.random.default_rng(0).random(500), sigma=np.eye(500))
+    content = file.read_bytes()
+    for damaged in (b"", content[:200] + b"\xff" * 200 + content[400:]):
+        file.write_bytes(damaged)
+        refused(Moments.load, file)
+    np.savez(file, mu=np.zeros(3, complex), sigma=np.eye(3))
+    refused(Moments.load, file)
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("arr_0.npy", GARBLED)
+    refused(partial(NpzBatches, batch=1), file)
+    for content in (b"", GARBLED):
+        (tmp_path / "a.npy").write_bytes(content)
+        refused(load_features, tmp_path / "a.npy")
 
 
 def test_too_few_pictures():

@@ -1,5 +1,6 @@
 """`dcae-fast reference-stats`: what it writes, from folders and from .npz files."""
 
+import errno
 import logging
 import warnings
 
@@ -122,3 +123,12 @@ def test_wrong_requests(photographs, tmp_path, stand_ins, capsys):
     for name, reason in {"floats": "uint8", "names": "arr_0", "torn": "torn.npz", "one": "1 pictures"}.items():
         assert reason in refused(tmp_path / f"{name}.npz", "--fid", fid)
     assert not fid.exists()
+
+
+def test_a_network_without_weights_that_cannot_be_loaded(monkeypatch):
+    def no_folder(device):
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    monkeypatch.setitem(networks.LOADERS, "ssim", no_folder)
+    with pytest.raises(networks.MissingNetwork, match=r"^ssim: .*No usable temporary directory found$"):
+        networks.load("ssim", torch.device("cpu"))

@@ -145,10 +145,10 @@ def test_shapes_tell_the_config_of_a_file_alone(folder, tmp_path, monkeypatch):
     diffusion_zoo.DIFFUSION_MODELS["b"] = UVIT
     assert load(alone, autoencoder=folder / "autoencoder").config == UVIT
     diffusion_zoo.DIFFUSION_MODELS["flow"] = FLOW
-    with pytest.raises(CheckpointError, match="of the shape of a, b, flow; give config="):
+    with pytest.raises(CheckpointError, match="of the shape of a, b, flow; put its config.json there"):
         load(alone)
     diffusion_zoo.DIFFUSION_MODELS.clear()
-    with pytest.raises(CheckpointError, match="of the shape of no known model; give config="):
+    with pytest.raises(CheckpointError, match="of the shape of no known model; put its config.json there"):
         load(alone)
 
 

@@ -1,5 +1,6 @@
 """Checkpoints that are damaged are named and passed over; a full disk leaves the former ones."""
 
+import json
 import os
 import shutil
 from dataclasses import replace
@@ -73,8 +74,18 @@ def test_a_damaged_file_of_an_earlier_version(state, folder, capsys, file, damag
     assert line.startswith(f"{folder}/step-000000012 is damaged")
 
 
-def test_damaged_hashes(state, folder, capsys):
-    cut(folder / "step-000000012" / "hashes.json")
+@pytest.mark.parametrize("step", ["12", -12, 12.5, True, None])
+def test_a_wrong_step_of_an_earlier_version(state, folder, capsys, step):
+    (folder / "step-000000012" / "hashes.json").unlink()
+    progress = folder / "step-000000012" / "progress.json"
+    progress.write_text(json.dumps(json.loads(progress.read_text()) | {"step": step}))
+    assert Checkpoints(folder, 2).load_newest(state) == folder / "step-000000008" and state.step == 8
+    assert f"its step is {step!r}; expected an integer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", [cut, lambda file: file.write_text("{}")])
+def test_damaged_hashes(state, folder, capsys, damage):
+    damage(folder / "step-000000012" / "hashes.json")
     assert Checkpoints(folder, 2).load_newest(state) == folder / "step-000000008"
     assert "hashes.json is unreadable" in capsys.readouterr().err
 
