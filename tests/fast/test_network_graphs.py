@@ -244,7 +244,7 @@ def test_steps_are_captured(tape, which, sampler, steps, kinds):
     dcae_fast.patch(plain)
     dcae_fast.patch(model, cuda_graphs=True)
     options = {"sampler": sampler, "steps": steps}
-    for seed in range(3):
+    for seed in range(2):
         assert torch.equal(generate(model, seed, **options), generate(plain, seed, **options))
     assert tape.captures == len(model.diffusion_model.fast_options.graphs) == kinds
     calls, replays = [], tape.replays

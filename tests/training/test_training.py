@@ -338,7 +338,7 @@ def test_a_loss_that_is_not_finite(shared):
         ({"autoencoder": "dc-ae-f32c32-in-1.0"}, "latents of 64 channels"),
         ({"clip_grad": 0.0}, "clip_grad=0.0; expected more than 0"),
         ({"ema_decay": 1.0}, "ema_decay=1.0; expected between 0 and 1"),
-        ({"eval_scheduler": "SDE"}, "the model was trained for DPM_Solver"),
+        ({"eval_scheduler": "SDE"}, "eval_scheduler='SDE'; expected one of DPM_Solver"),
     ],
     ids=str,
 )
