@@ -417,6 +417,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _failed("there is not enough memory for the model", 2)
     except KeyboardInterrupt as error:
+        exec("")  # or `python -m` would die of a signal that came within an exec of text, as imports have them
         return _failed(str(error) or "interrupted", 128 + getattr(error, "signum", signal.SIGINT))
 
 

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -49,3 +51,16 @@ def test_other_threads_change_nothing():
     thread.start()
     thread.join()
     assert handlers == list(map(signal.getsignal, interruption.SIGNALS))
+
+
+def test_the_exit_status_of_ctrl_c_within_an_exec(tmp_path):
+    """After which `python -m` would send itself the signal."""
+    (tmp_path / "program.py").write_text(
+        "import sys\n"
+        "from dcae_fast import cli\n"
+        "cli._parse = lambda argv: lambda: exec('raise KeyboardInterrupt')\n"
+        "sys.exit(cli.main([]))\n"
+    )
+    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    done = subprocess.run([sys.executable, "-m", "program"], env=os.environ | {"PYTHONPATH": path}, capture_output=True)
+    assert (done.returncode, done.stderr) == (130, b"dcae-fast: interrupted\n")
