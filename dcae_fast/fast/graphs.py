@@ -154,11 +154,14 @@ class Graphs:
                     if graph is not None:
                         return graph.replay(args, cast=True)
                 else:
-                    self._called.append(key)
                     to_be_captured = True
         # what autocast kept of a call before the capture would lie beside the graphs' own casts until it ends
         with self._computing(), without_cache(args[0].device) if to_be_captured else contextlib.nullcontext():
-            return function(*args, **kwargs)
+            result = function(*args, **kwargs)
+        if to_be_captured:
+            with self._lock:  # the key as it is now: PyTorch chooses its order of attentions in the first of them
+                self._called.append(self.key(args, kwargs, name))
+        return result
 
     def _may_capture(self, module: nn.Module, args: tuple) -> bool:
         watch = self._watch
