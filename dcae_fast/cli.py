@@ -218,6 +218,8 @@ def sample(
     make_place(out, "--out")
     if latents is not None:
         make_place(latents, "--latents")
+        if latents.suffix.lower() != ".safetensors":
+            raise UsageError(f"--latents {latents}: expected a name that ends in .safetensors")
     network = compute.load_diffusion(model)
     config = network.config
     for label in labels:

@@ -1,6 +1,5 @@
 """dcae-fast cache-latents: a folder of pictures to a folder of latents, for training."""
 
-import math
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -9,6 +8,7 @@ import tyro
 
 import dcae_fast
 from dcae_fast.data.folders import suffix_of
+from dcae_fast.models.config import SCALES
 
 from .common import Compute, UsageError, check_integer, check_workers, make_folder, pixel_limit
 
@@ -68,8 +68,8 @@ def cache_latents(
     from dcae_fast.models.autoencoder import DCAE
     from dcae_fast.reconstruction import choose_device
 
-    if scale is not None and not 0 < scale < math.inf:
-        raise UsageError(f"--scale {scale}: expected a positive number")
+    if scale is not None and not SCALES[0] <= scale <= SCALES[1]:
+        raise UsageError(f"--scale {scale}: expected a positive number, from {SCALES[0]:g} to {SCALES[1]:g}")
     check_integer("--resolution", resolution, least=1)
     check_integer("--batch", None if batch == "auto" else batch, least=1)
     check_workers(workers)

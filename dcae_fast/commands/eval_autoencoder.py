@@ -12,7 +12,7 @@ from dcae_fast.files import written_atomically
 from dcae_fast.memory import out_of_memory_as
 from dcae_fast.workers import default_workers
 
-from .common import Compute, UsageError, check_integer, check_workers, make_folder, report_problems
+from .common import Compute, UsageError, check_integer, check_workers, make_folder, pixel_limit, report_problems
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +33,7 @@ def eval_autoencoder(
     reference: Path | None = None,
     batch: int = 16,
     workers: int | None = None,
+    max_pixels: int | None = None,
     compute: Compute,
 ) -> int:
     """Measure reconstructions of pictures and the latents, into results.json and examples.png; under torchrun too.
@@ -49,6 +50,7 @@ def eval_autoencoder(
         reference: .npz file of reference-stats for rFID; by default the statistics of these pictures
         batch: pictures at once
         workers: processes of each rank that read pictures; by default its share of the cores
+        max_pixels: pictures with more pixels are named and left out; by default Pillow's limit, 178956970
     """
 
     from dcae_fast import distributed
@@ -63,6 +65,7 @@ def eval_autoencoder(
     check_integer("--resolution", resolution, least=1)
     check_integer("--batch", batch, least=1)
     check_workers(workers)
+    limit = pixel_limit(max_pixels)
     if against == "eager" and not compute.patch:
         raise UsageError("--against eager --no-patch: would compare the model with itself")
     place, dtype = choose_device(compute.device, compute.dtype)
@@ -74,7 +77,7 @@ def eval_autoencoder(
             _check_resolution(resolution, models)
             found_pictures = distributed.broadcast(find_pictures(images) if distributed.is_main() else None)
             workers = default_workers() if workers is None else workers
-            batches = FolderBatches(found_pictures, resolution, batch, workers)
+            batches = FolderBatches(found_pictures, resolution, batch, workers, limit)
             if distributed.is_main():
                 make_folder(out)
             found, missing = networks.load_all(autoencoder.NETWORKS, device)

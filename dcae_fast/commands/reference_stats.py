@@ -7,7 +7,7 @@ import tyro
 from dcae_fast.memory import out_of_memory_as
 from dcae_fast.workers import default_workers
 
-from .common import UsageError, check_integer, check_workers, make_place, report_problems
+from .common import UsageError, check_integer, check_workers, make_place, pixel_limit, report_problems
 
 
 def reference_stats(
@@ -19,6 +19,7 @@ def reference_stats(
     resolution: int = 512,
     batch: int = 32,
     workers: int | None = None,
+    max_pixels: int | None = None,
     device: str | None = None,
 ) -> int:
     """Write statistics and features of real pictures, for eval-diffusion and eval-autoencoder; under torchrun too.
@@ -33,6 +34,7 @@ def reference_stats(
         resolution: of the centre crops of a folder's pictures, in pixels; those of an .npz file are taken as they are
         batch: pictures at once
         workers: processes of each rank that read pictures; by default its share of the cores
+        max_pixels: pictures with more pixels are named and left out; by default Pillow's limit, 178956970
         device: a PyTorch device; by default CUDA if there is any, else the CPU
     """
     from dcae_fast import distributed
@@ -53,6 +55,7 @@ def reference_stats(
     check_integer("--resolution", resolution, least=1)
     check_integer("--batch", batch, least=1)
     check_workers(workers)
+    limit = pixel_limit(max_pixels)
     for option, (path, _) in files.items():
         if path is not None:
             make_place(path, option)
@@ -63,7 +66,8 @@ def reference_stats(
                 batches = NpzBatches(images, batch)
             else:
                 pictures = distributed.broadcast(find_pictures(images) if distributed.is_main() else None)
-                batches = FolderBatches(pictures, resolution, batch, default_workers() if workers is None else workers)
+                workers = default_workers() if workers is None else workers
+                batches = FolderBatches(pictures, resolution, batch, workers, limit)
             found, missing = networks.load_all(wanted.networks, place)
             written = write_references(batches, wanted, found, place)
         except DataError as error:

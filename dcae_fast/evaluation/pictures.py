@@ -15,6 +15,7 @@ from tqdm import tqdm
 from dcae_fast import distributed
 from dcae_fast.data.manifest import DataError
 from dcae_fast.data.pictures import CropDataset, Crops, Pictures, collate
+from dcae_fast.images import MAX_PIXELS
 from dcae_fast.interruption import ignore_interruptions
 
 
@@ -28,10 +29,13 @@ def share_of_batches(count: int, batch: int) -> range:
 
 
 class FolderBatches:
-    """Centre crops of a folder's pictures, this rank's; failed: (name, reason) of those that could not be read."""
+    """Centre crops of a folder's pictures, this rank's; failed: (name, reason) of those that could not be read, or
+    have more than `max_pixels` pixels.
+    """
 
-    def __init__(self, pictures: Pictures, resolution: int, batch: int, workers: int):
+    def __init__(self, pictures: Pictures, resolution: int, batch: int, workers: int, max_pixels: int = MAX_PIXELS):
         self.pictures, self.resolution, self.batch, self.workers = pictures, resolution, batch, workers
+        self.max_pixels = max_pixels
         self.count, self.failed = len(pictures.items), list(pictures.failed) if distributed.is_main() else []
 
     def __iter__(self) -> Iterator[Crops]:
@@ -45,7 +49,7 @@ class FolderBatches:
                 yield crops
 
     def crops(self, indices: range | list[int]) -> CropDataset:
-        return CropDataset(self.pictures, indices, self.resolution)
+        return CropDataset(self.pictures, indices, self.resolution, max_pixels=self.max_pixels)
 
 
 class NpzBatches:

@@ -172,6 +172,14 @@ def test_no_picture_can_be_read(tmp_path, stand_ins, capsys):
     assert "no picture could be measured" in errors and "failed: a.png" in errors
 
 
+def test_the_largest_picture(photographs, tmp_path, stand_ins, capsys):
+    assert cli.main(command(photographs, tmp_path, "--max-pixels", "10000")) == 1
+    whole, b = sorted(line for line in capsys.readouterr().err.splitlines() if line.startswith("failed: "))[::-1]
+    assert whole == "failed: whole.png: has more than 10000 pixels; --max-pixels raises the limit"
+    assert b.startswith("failed: b.png")
+    assert json.loads((tmp_path / "results.json").read_text())["settings"]["images"] == 4
+
+
 def test_wrong_requests(photographs, tmp_path, stand_ins, capsys):
     Moments.of(torch.rand(5, 3)).save(tmp_path / "short.npz")
     assert cli.main(command(photographs, tmp_path / "short", "--reference", tmp_path / "short.npz")) == 2
