@@ -46,7 +46,7 @@ def eval_diffusion(
 ) -> int:
     """Sample pictures of random classes and compare them with real ones, into results.json; under torchrun too.
 
-    A run that was ended goes on where it was; all ranks see the same folder. The samples do not depend on the number
+    Resumes a run that was ended; all ranks see the same folder. The samples do not depend on the number
     of ranks, but on the batch. The exit status is 1 if a metric lacked its network.
 
     Args:

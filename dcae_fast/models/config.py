@@ -20,7 +20,7 @@ class CoderConfig:
     """One half of the autoencoder; every tuple has one entry per stage, stage 0 at full resolution.
 
     width, depth: channels and number of blocks. block: "ResBlock", "EViTGLU" (linear attention + gated convolution) or
-    "EViTS5GLU" (the same with a 5×5 scale). norm: "rms" or "batch"; act: "relu" or "silu" (both of ResBlocks alone).
+    "EViTS5GLU" (the same with a 5×5 scale). norm: "rms" or "batch"; act: "relu" or "silu" (both only of ResBlocks).
     resample: "pixel" (pixel-shuffle), "conv" (stride-2 convolution, encoder) or "interpolate" (decoder).
     shortcut: whether the encoder's head or the decoder's stem has one. head_act: before the decoder's last convolution.
     """

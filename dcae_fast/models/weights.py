@@ -47,7 +47,7 @@ def under_state_dict(content: Any) -> Any:
 def read_weights(path: Path, find: Finder, unwrap: Callable[[Any], Any] = under_state_dict) -> State:
     """A file's tensors by name; of shards, the ones that its index names, as `find` finds them.
 
-    unwrap: from what a pickle holds to the state dict in it. Pickles may hold weights and plain values alone.
+    unwrap: from what a pickle holds to the state dict in it. Pickles may hold only weights and plain values.
     """
     if path.name.endswith(INDEX):
         return _read_shards(path, find, unwrap)

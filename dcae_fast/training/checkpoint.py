@@ -56,7 +56,7 @@ class Checkpoints:
         return file.read_text(errors="replace").strip() if file.is_file() else None
 
     def save(self, state: State) -> Path:
-        """Called by all ranks. Until latest.txt is replaced, the former checkpoint is the one to go on from.
+        """Called by all ranks. Until latest.txt is replaced, a run resumes from the former checkpoint.
 
         Raises WriteError, and leaves the former checkpoints as they were.
         """

@@ -30,11 +30,11 @@ class Architecture:
     hidden_size: int = SIZES["h"]["hidden_size"]
     """width of a token"""
     num_heads: int = SIZES["h"]["num_heads"]
-    """of the attention"""
+    """number of attention heads"""
     patch_size: int = 1
     """side of a token, in latent pixels"""
     num_classes: int = 1000
-    """without the one for no class"""
+    """number of classes, without the one for no class"""
     class_dropout_prob: float = 0.1
     """share of the training labels that become no class"""
 
@@ -48,7 +48,7 @@ class Architecture:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What decides the weights. A run goes on with the same recipe alone, but for `steps`."""
+    """What decides the weights. A run is resumed only with the same recipe, apart from `steps`."""
 
     network: Architecture
     train_scheduler: Literal["DPM_Solver", "SiTSampler", "GaussianDiffusion"]
@@ -56,13 +56,13 @@ class Recipe:
     eval_scheduler: Literal["DPM_Solver", "ODE_dopri5", "ODE_heun2", "SDE", "GaussianDiffusion"]
     """the sampler that the model will have, one that fits the objective"""
     num_inference_steps: int
-    """of that sampler"""
+    """steps of that sampler"""
     autoencoder: str
     """whose latents these are, where the folder has no manifest.json that says so"""
     batch: int = 1024
     """latents of a step, over all ranks and accumulated parts"""
     steps: int = 500_000
-    """at which to stop; the one field that may change when a run goes on"""
+    """at which to stop; the only field that may change when a run is resumed"""
     lr: float = 1e-4
     """learning rate of AdamW"""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -152,12 +152,12 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Where and how a recipe is computed; all of it may change when a run goes on, `out` aside."""
+    """Where and how a recipe is computed; all of it may change when a run is resumed, `out` aside."""
 
     data: Path
     """folder of latents, of `dcae-fast cache-latents` or the original"""
     out: Path
-    """folder of the run, which goes on where it was if there is one"""
+    """output folder; resumes the run it contains, if any"""
     device: str | None = None
     """a PyTorch device; by default CUDA if there is any, else the CPU. Under torchrun each rank takes its own"""
     parallel: Literal["ddp", "fsdp"] = "ddp"

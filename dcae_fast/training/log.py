@@ -1,4 +1,4 @@
-"""What a training tells: a progress bar, log.jsonl, and TensorBoard or Weights & Biases. The main process alone."""
+"""Log of a training, by the main process only: a progress bar, log.jsonl, and TensorBoard or Weights & Biases."""
 
 import hashlib
 import json

@@ -48,7 +48,7 @@ def train(recipe: Recipe, run: Run, device: torch.device, evaluate: Evaluate | N
 
 
 class Training:
-    """A training that is ready to go on after `state.step`."""
+    """A training that is ready to continue after `state.step`."""
 
     def __init__(self, recipe: Recipe, run: Run, device: torch.device, evaluate: Evaluate | None = None):
         self.recipe, self.run, self.evaluate = recipe, run, evaluate

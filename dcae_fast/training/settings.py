@@ -1,4 +1,4 @@
-"""training.json: what a run's folder was begun with, and what must be the same when it goes on."""
+"""training.json: what a run was begun with, and what must be the same when it is resumed."""
 
 import hashlib
 import json
@@ -20,15 +20,15 @@ MAY_CHANGE = {"recipe.steps"}
 def shards_of(folder: Path, recipe: Recipe, data: LatentDataset, has_begun: bool) -> int:
     """How many ranks the run in this folder began with, these ones if it begins now. Called by all ranks.
 
-    has_begun: whether there is something to go on from. TrainingError if the folder is that of another recipe or other
-    data, or of something else.
+    has_begun: whether there is a checkpoint to resume from. TrainingError if the folder belongs to another recipe,
+    other data, or something else.
     """
     facts = json.loads(json.dumps(facts_of(data) | {"recipe": asdict(recipe)}))
     return distributed.on_main(lambda: _settle(folder / FILE, facts, has_begun))
 
 
 def facts_of(data: LatentDataset) -> dict[str, Any]:
-    """By which latents are known again."""
+    """Facts by which the same latents are recognised."""
     names = hashlib.sha256("\n".join(data.classes).encode()).hexdigest()
     settings = None if data.manifest is None else data.manifest.settings
     made = {} if settings is None else {"scaling_factor": settings.scaling_factor, "weights": settings.weights}
