@@ -30,6 +30,7 @@ INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 ORDINARY = frozenset({torch.Tensor, torch.nn.Parameter})  # types of tensors that are of no subclass
 _KEY, _KEYS = torch._C.DispatchKey, torch._C.DispatchKeySet
 _VMAP_OF_GRADIENTS = torch._C._parse_dispatch_key("VmapMode")
+_VIEWS = _KEYS(_KEY.ADInplaceOrView)
 _AUTOCAST = _KEYS(_KEY.AutocastCPU) | _KEYS(_KEY.AutocastCUDA)
 
 
@@ -217,7 +218,8 @@ def differentiable(op: Operator, backward: Callable, setup_context: Callable) ->
     torch.library.register_autograd(op.overload.name(), backward, setup_context=setup_context, lib=LIBRARY)
 
     def forward(ctx, *args):
-        output = op.kernel(*args)
+        with torch._C._ExcludeDispatchKeyGuard(_VIEWS):  # as below the dispatcher: results can be changed in place
+            output = op.kernel(*args)
         setup_context(ctx, args, output)
         return output
 

@@ -48,6 +48,15 @@ def test_marked_tensors(name, mark):
     torch.testing.assert_close(got, want)
 
 
+@every_operator
+def test_results_can_be_changed_in_place(name):
+    op, shapes = CASES[name]
+    tensors = make(shapes, torch.float32)
+    want = torch.autograd.grad((2 * op(*tensors)).sum(), tensors)
+    got = torch.autograd.grad(op(*tensors).mul_(2).sum(), tensors)
+    torch.testing.assert_close(got, want)
+
+
 def test_tensors_on_two_devices():
     x, bias = torch.randn(1, 8, 3, 3, device=DEVICE), torch.zeros(8, device="meta")
     with pytest.raises(RuntimeError, match=rf"dcae_fast::bias_act got tensors on \['{DEVICE}.*', 'meta'\]"):

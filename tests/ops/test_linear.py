@@ -116,6 +116,14 @@ def test_strides_do_not_matter(function, plain, shapes, act):
 
 
 @every_case
+def test_results_can_be_changed_in_place(function, plain, shapes, act):
+    tensors = make(shapes, torch.float32)
+    present = [tensor for tensor in tensors if tensor is not None]
+    want = torch.autograd.grad((2 * function(*tensors, act=act)).sum(), present)
+    assert_close(torch.autograd.grad(function(*tensors, act=act).mul_(2).sum(), present), want)
+
+
+@every_case
 def test_gradients_of_gradients(function, plain, shapes, act):
     tensors = make(shapes, torch.float64, device="cpu")
     present = [tensor for tensor in tensors if tensor is not None]
