@@ -85,21 +85,36 @@ def is_indifferent(module: nn.Module) -> bool:
     """Whether nothing inside a module could tell in which memory format images go through it: modules that are fast or
     known, with weights of their own, and nobody who looks on.
     """
-    return not _has_any_global_hook() and all(map(_is_indifferent, module._modules.values()))
+    if _has_any_global_hook():
+        return False
+    parents = [module]
+    for parent in parents:  # the list grows meanwhile: a loop takes a fraction of a recursion's time
+        for child in parent._modules.values():
+            if child is None:
+                continue
+            if not (isinstance(child, FastModule) or _is_of_torch(type(child)) or _is_of_known_kind(child)):
+                return False
+            if is_observed(child):
+                return False
+            if (child._parameters or child._buffers) and not has_ordinary_weights(child):
+                return False
+            if child._modules:
+                parents.append(child)
+    return True
 
 
-def _is_of_torch(module: nn.Module) -> bool:
-    """Whether a module is made of PyTorch's functions and its children."""
-    if type(module).__module__.startswith(TORCH) or kind(module) in KINDS:
-        return True
-    # left as it is where none of its operations are fast
-    return kind(module) == "OpSequential" and not any(isinstance(op, FastModule) for op in module.modules())
+def _is_of_torch(cls: type[nn.Module]) -> bool:
+    if cls not in _OF_TORCH:
+        _OF_TORCH[cls] = cls.__module__.startswith(TORCH)
+    return _OF_TORCH[cls]
 
 
-def _is_indifferent(module: nn.Module | None) -> bool:
-    return module is None or (
-        (isinstance(module, FastModule) or _is_of_torch(module))
-        and not is_observed(module)
-        and has_ordinary_weights(module)
-        and (not module._modules or all(map(_is_indifferent, module._modules.values())))
-    )
+_OF_TORCH: dict[type[nn.Module], bool] = {}
+_is_of_torch._dynamo_marked_constant = True  # what torch.compiler.assume_constant_result does
+
+
+def _is_of_known_kind(module: nn.Module) -> bool:
+    """Whether a module that is not fast is made of PyTorch's functions and its children."""
+    name = kind(module)
+    # the latter is left as it is where none of its operations are fast
+    return name in KINDS or (name == "OpSequential" and not any(isinstance(op, FastModule) for op in module.modules()))
