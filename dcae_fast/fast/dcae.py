@@ -57,8 +57,10 @@ def _all_none(args: tuple, kwargs: dict) -> bool:
 class Decoder(Coder):
     attributes = ("project_in", "stages", "project_out")
 
-    def dispatch(self, z: torch.Tensor | list[torch.Tensor]) -> Result:
-        return [self.dispatch(part) for part in z] if isinstance(z, list) else super().dispatch(z)
+    def dispatch(self, *args, **kwargs) -> Result:
+        if len(args) == 1 and not kwargs and isinstance(args[0], list):
+            return [self.dispatch(z) for z in args[0]]
+        return super().dispatch(*args, **kwargs)
 
     def enlargement(self) -> int:
         return 2 ** (len(self.stages) - 1)

@@ -39,13 +39,6 @@ class FastModule:
         """Submodules of which one at least must be patched, or else this one has nothing to gain. Empty: none."""
         return {}
 
-    def forward(self, *args, **kwargs):
-        if not isinstance(self, FastModule):  # a wrapper kept this forward, and the module is patched no more
-            return type(self).forward(self, *args, **kwargs)
-        if kwargs:
-            args, kwargs = by_position(parameter_names(type(self)), args, kwargs)
-        return self.dispatch(*args, **kwargs)
-
     def dispatch(self, *args, **kwargs):
         """Takes the fast way, or the module's own."""
         if kwargs or not args or not self.takes(*args):
@@ -81,8 +74,20 @@ class FastModule:
 
 @functools.cache
 def fast_class(mixin: type[FastModule], base: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of `base` that runs `mixin`'s forward."""
-    return type("Fast" + base.__name__, (mixin, base), {"__module__": mixin.__module__})
+    """The subclass of `base` that runs `mixin`'s forward, with the signature of its own."""
+    signature = inspect.signature(base.forward)
+    parameters = list(signature.parameters.values())[1:]
+    names = tuple(each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD)
+
+    def forward(self, *args, **kwargs):
+        if not isinstance(self, FastModule):  # a wrapper kept this forward, and the module is patched no more
+            return type(self).forward(self, *args, **kwargs)
+        if kwargs:
+            args, kwargs = by_position(names, args, kwargs)
+        return self.dispatch(*args, **kwargs)
+
+    forward.__signature__ = signature  # torch.export, for one, finds dynamic shapes by it
+    return type("Fast" + base.__name__, (mixin, base), {"__module__": mixin.__module__, "forward": forward})
 
 
 def _new(mixin: type[FastModule], base: type[nn.Module]) -> nn.Module:
@@ -164,20 +169,6 @@ def by_position(names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> 
             break
         args, kwargs = (*args, kwargs[name]), {other: value for other, value in kwargs.items() if other != name}
     return args, kwargs
-
-
-def parameter_names(cls: type[FastModule]) -> tuple[str, ...]:
-    """Of the forward that the modules of a fast class have of their own; those that can be given by position."""
-    if cls not in _NAMES:
-        behind = cls.__mro__[cls.__mro__.index(FastModule) + 1 :]
-        own = next(base for base in behind if "forward" in vars(base))
-        _, *parameters = inspect.signature(own.forward).parameters.values()
-        _NAMES[cls] = tuple(each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD)
-    return _NAMES[cls]
-
-
-_NAMES: dict[type[FastModule], tuple[str, ...]] = {}
-parameter_names._dynamo_marked_constant = True  # what torch.compiler.assume_constant_result does
 
 
 def is_observed(module: nn.Module) -> bool:

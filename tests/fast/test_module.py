@@ -88,6 +88,7 @@ def test_arguments_by_name(name):
     by_name = dict(zip(names, inputs, strict=True))
     torch.testing.assert_close(fast(**dict(reversed(by_name.items()))), expected, rtol=0, atol=0)
     assert operators_called(lambda: fast(**by_name)) == operators_called(fast, *inputs)
+    assert inspect.signature(fast.forward) == inspect.signature(module.forward)
     with pytest.raises(TypeError):
         fast(*inputs, nonsense=1)
 
@@ -251,3 +252,5 @@ def test_a_list_of_latents():
             torch.testing.assert_close(picture, model.decode(latent), rtol=0, atol=0)
     with pytest.raises(ValueError, match=r"z has shape \[1, 9, 2, 2\]"):
         model.decode([latents[0], image(1, 9, 2, 2)])
+    with pytest.raises(TypeError, match=r"Decoder.forward\(\) got an unexpected keyword argument 'latents'"):
+        model.decoder(latents=latents)
