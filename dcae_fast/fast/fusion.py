@@ -90,6 +90,7 @@ def can_fuse_conv(conv: nn.Module | None, x: torch.Tensor, residual: torch.Tenso
         type(conv) is nn.Conv2d
         and ops.has_kernels(x)
         and x.dtype in HALVES
+        and x.shape[1] == conv.in_channels  # or else the module says what is wrong
         and all(t is None or t.dtype == x.dtype for t in (conv.weight, conv.bias, residual))
         and conv.groups == 1
         and conv.dilation == (1, 1)

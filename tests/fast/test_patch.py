@@ -274,13 +274,14 @@ def test_a_pipeline_of_diffusers():
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 9, 7), (1, 3, 8, 7), (1, 3, 1, 1), (1, 4, 8, 8), (3, 8, 8), (1, 3, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
-def test_images_of_another_shape(model, shape):
+def test_images_of_another_shape(model, dtype, shape):
     """Are refused as the plain model refuses them."""
-    errors = []
+    model, errors = model.to(dtype), []
     for _ in range(2):
         with pytest.raises(Exception) as refusal:
-            model.encode(image(*shape))
+            model.encode(image(*shape).to(dtype))
         errors.append((refusal.type, str(refusal.value)))
         dcae_fast.patch(model)
     assert errors[0] == errors[1]
