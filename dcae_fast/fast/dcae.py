@@ -228,7 +228,7 @@ class LiteMLA(Branch):
 
     def body(self, x: torch.Tensor) -> torch.Tensor:
         qkv = self.qkv(x)
-        scales = [multiscale_qkv(scale, scale[0], scale[1], qkv) for scale in self.aggreg]
+        scales = [multiscale_qkv(scale, qkv) for scale in self.aggreg]
         return ops.relu_linear_attention([qkv, *scales], self.dim, self.eps)
 
     def last_layer(self) -> nn.Module:

@@ -163,7 +163,7 @@ class SanaMultiscaleLinearAttention(Part):
         if self.reason_not_fast(self) or not known or not can_fuse_norm(self.norm_out):
             return self.eager(x)
         qkv = self._qkv(x).movedim(-1, 1)
-        scales = [multiscale_qkv(scale, scale.proj_in, scale.proj_out, qkv) for scale in self.to_qkv_multiscale]
+        scales = [multiscale_qkv(scale, qkv) for scale in self.to_qkv_multiscale]
         y = ops.relu_linear_attention([qkv, *scales], self.attention_head_dim, self.eps)
         y = self.to_out(y.movedim(1, -1)).movedim(-1, 1)
         return rms_norm(self.norm_out, y, residual=x if self.residual_connection else None)

@@ -170,10 +170,14 @@ def conv_norm_act(
     return rms_norm(norm, y, act, residual)
 
 
-def multiscale_qkv(scale: nn.Module, depthwise: nn.Module, grouped: nn.Module, qkv: torch.Tensor) -> torch.Tensor:
+def multiscale_qkv(scale: nn.Module, qkv: torch.Tensor) -> torch.Tensor:
     """scale(qkv), in one pass if it is a depthwise and a grouped 1×1 convolution as in the released models."""
-    convolutions = type(depthwise) is nn.Conv2d and type(grouped) is nn.Conv2d and plain(scale, depthwise, grouped)
-    if not (convolutions and qkv.dtype == depthwise.weight.dtype == grouped.weight.dtype):
+    parts = list(scale._modules.values())
+    one_after_the_other = type(scale) is nn.Sequential or kind(scale) == "SanaMultiscaleAttentionProjection"
+    if not (one_after_the_other and [*map(type, parts)] == [nn.Conv2d] * 2 and plain(scale, *parts)):
+        return scale(qkv)
+    depthwise, grouped = parts
+    if not qkv.dtype == depthwise.weight.dtype == grouped.weight.dtype:
         return scale(qkv)
     side, channels = depthwise.kernel_size[0], qkv.shape[1]
     known = (
