@@ -161,8 +161,8 @@ def step_errors(got: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) ->
 
 
 def assert_as_accurate(errors: tuple[float, float], eager: list[tuple[float, float]]) -> None:
-    """At most twice the plain model's `step_errors`: of the output on the same picture, eager's first; of the gradients on
-    any picture. Where a ReLU happens to cut decides on gradients in half precision, tenfold from picture to picture.
+    """At most twice the plain model's `step_errors`: of the output on the same picture, which is eager's first; of the
+    gradients on any picture, as in half precision these change tenfold with where a ReLU happens to cut.
     """
     of_output, of_gradients = errors
     assert of_output <= 2 * eager[0][0]
