@@ -72,7 +72,7 @@ def disabled(model: nn.Module, operator: str) -> set[str]:
     return fast - {name for name, module in model.named_modules() if is_fast(module)}
 
 
-# On a GPU diffusers' own memory formats depend on PyTorch's kernels: a depthwise one returns contiguous images.
+# On a GPU diffusers' own memory formats follow which of PyTorch's kernels run: a depthwise one ends in contiguous ones.
 @pytest.mark.parametrize("name", ["strided", *(["diffusers-shuffled"] if DEVICE == "cpu" else [])])
 @pytest.mark.parametrize("operator", IMAGE_OPERATORS)
 def test_plain_modules_see_what_they_would(name, operator):
