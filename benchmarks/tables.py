@@ -31,6 +31,11 @@ def label(record: dict) -> str:
     return f"{record['model'].removeprefix('dc-ae-')} {record['direction']}, {record['batch']} × {record['size']} px"
 
 
+def is_fair(record: dict) -> bool:
+    """Whether eager and torch.compile ran with torch.backends.cudnn.benchmark; older records have no first call either."""
+    return "first_s" in record["contenders"].get("eager", {})
+
+
 def number(value: float | None, digits: int = 2) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
@@ -59,7 +64,8 @@ def speed_table(records: list[dict]) -> str:
         contenders = record["contenders"]
         times = [cell(contenders.get(name)) for name in MAIN.values()]
         ratios = [ratio(contenders, name) for name in ("eager", "torch.compile")]
-        rows.append([label(record), *times, number(record["floor_ms"]), *ratios])
+        mark = "" if is_fair(record) else " †"
+        rows.append([label(record) + mark, *times, number(record["floor_ms"]), *ratios])
     return table(rows)
 
 
