@@ -132,7 +132,7 @@ def networks(records: list[dict], path: Path) -> None:
     axes.axvline(1, color="black", linewidth=0.8, label="ceiling")
     axes.tick_params(axis="y", length=0)
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=min(4, len(handles)))
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=min(5, len(handles)))
     save(figure, path)
 
 

@@ -42,7 +42,8 @@ AUTOENCODER_EXPLANATION = """Milliseconds of one call, medians over calls in whi
 is the model as loaded; torch.compile and patched have channels-last weights and input. eager and torch.compile run with
 torch.backends.cudnn.benchmark. The floor is the plain model's arithmetic at the rate of a large matrix product in the
 same run. The last two columns compare the faster patched contender with the fastest form of eager and of torch.compile
-that was measured, whatever the memory format and the mode. Rows with † are older, and without that flag."""
+that was measured, whatever the memory format and the mode."""
+UNFAIR = " Rows with † were measured earlier, without that flag."
 PAGE_EXPLANATION = """An error is the relative L2 error against fp32 (TF32 under Memory). Peak GiB is what one call
 allocates at the most; weights and the memory that a captured graph keeps do not count. "of ceiling" is the share of the
 measured copy's bandwidth, for convolutions of the matrix product's rate. Under First calls every call is the first of a
@@ -87,7 +88,9 @@ def setting(results: Results) -> str:
     rates = sorted({f"{record['ceilings']['tflops']:.0f}" for record in records})
     versions = ", ".join(f"{name} {stamps(results, name.lower())}" for name in ("torch", "cuDNN", "triton", "commit"))
     rate = " to ".join(dict.fromkeys((rates[0], rates[-1])))
-    explained = EXPLANATION.format(rate=rate) + (AUTOENCODER_EXPLANATION if results.get("autoencoder") else "")
+    explained, autoencoders = EXPLANATION.format(rate=rate), results.get("autoencoder", [])
+    explained += AUTOENCODER_EXPLANATION if autoencoders else ""
+    explained += "" if all(map(tables.is_fair, autoencoders)) else UNFAIR
     return paragraph(f"One {stamps(results, 'gpu')}, {versions}, {date}; {explained}")
 
 

@@ -32,7 +32,7 @@ def label(record: dict) -> str:
 
 
 def is_fair(record: dict) -> bool:
-    """Whether eager and torch.compile ran with torch.backends.cudnn.benchmark; older records have no first call either."""
+    """Whether eager and torch.compile ran with torch.backends.cudnn.benchmark: since first calls are recorded."""
     return "first_s" in record["contenders"].get("eager", {})
 
 
