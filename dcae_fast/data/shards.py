@@ -174,7 +174,7 @@ def _labelled(pictures: Pictures, found: list[tuple[Picture, ClassMember | None]
 
 
 def _classes(pictures: Pictures, members: Sequence[ClassMember]) -> tuple[tuple[str, ...], dict[str, int]]:
-    """The names of the classes by number, and the number for each text but those of negative numbers."""
+    """The names of the classes by number, and the number for each text that is no negative number."""
     numbers = {member.text: int(member.text) for member in members if re.fullmatch(r"-?[0-9]+", member.text)}
     names = [member for member in members if member.text not in numbers]
     if names and numbers:

@@ -1,73 +1,19 @@
-"""Loading and saving: both layouts, all kinds of sources, diffusers on the other side, and every error."""
+"""Loading and saving: both layouts, all kinds of sources, diffusers on the other side, and errors."""
 
 import json
-import os
 import shutil
-import struct
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from small_checkpoints import ADAPTIVE, CONFIG, LAYOUTS, assert_same, build, edit_weights
 
 from dcae_fast.diffusion import DCAEDiffusion
 from dcae_fast.models import checkpoint, convert, weights, zoo
-from dcae_fast.models.autoencoder import DCAE, CoderConfig, DCAEConfig
+from dcae_fast.models.autoencoder import DCAE
 from dcae_fast.models.checkpoint import CheckpointError
-
-STAGES = {"width": (32, 32), "depth": (1, 1), "norm": ("rms",) * 2, "act": ("silu",) * 2}
-CONFIG = DCAEConfig(
-    latent_channels=8,
-    encoder=CoderConfig(**STAGES, block=("ResBlock", "EViTS5GLU"), resample="conv"),
-    decoder=CoderConfig(**STAGES | {"norm": ("batch", "rms")}, block=("ResBlock", "EViTGLU"), resample="interpolate"),
-    scaling_factor=0.5,
-)
-ADAPTIVE = DCAEConfig(
-    latent_channels=8,
-    encoder=CoderConfig(**STAGES | {"depth": (0, 1)}, block=("ResBlock",) * 2, shortcut=False),
-    decoder=CoderConfig(**STAGES | {"depth": (0, 1)}, block=("ResBlock",) * 2, shortcut=False, head_act="silu"),
-    adaptive=True,
-)
-LAYOUTS = list(checkpoint.WEIGHTS)
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-def build(config: DCAEConfig = CONFIG) -> DCAE:
-    torch.manual_seed(0)
-    model = DCAE(config).eval()
-    for tensor in model.state_dict().values():  # so that no two tensors, buffers too, are the same
-        if tensor.is_floating_point():
-            tensor.copy_(torch.rand_like(tensor) * 0.1 + 0.01)
-    return model
-
-
-def assert_same(model: DCAE, expected: DCAE) -> None:
-    assert model.config == expected.config
-    torch.testing.assert_close(model.state_dict(), expected.state_dict(), atol=0, rtol=0)
-
-
-def edit_weights(path: Path, edit) -> None:
-    """Rewrites a safetensors file with what `edit` makes of its tensors."""
-    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
-    save_file(edit(tensors), path)
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    """A saved model in the original layout."""
-    build().save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
 
 # What can be loaded.
 
@@ -192,127 +138,6 @@ def test_old_and_loose_diffusers_configs():
         del given[key]
     given |= {"downsample_block_type": "Conv", "decoder_act_fns": "silu", "_diffusers_version": "0.32.0"}
     assert convert.config_from_diffusers(given) == CONFIG
-
-
-# The hub, through its cache.
-
-
-@pytest.fixture
-def hub(tmp_path, folder) -> Path:
-    """A Hugging Face cache with one repository, someone/model, at revision `main` and `v1`."""
-    repository = tmp_path / "hub" / "models--someone--model"
-    shutil.copytree(folder, repository / "snapshots" / COMMIT)
-    (repository / "refs").mkdir()
-    for revision in ("main", "v1"):
-        (repository / "refs" / revision).write_text(COMMIT)
-    return tmp_path / "hub"
-
-
-@pytest.mark.parametrize("revision", [None, "v1", COMMIT])
-def test_repository_in_the_cache(hub, revision):
-    options = {"revision": revision, "cache_dir": hub, "local_files_only": True}
-    assert_same(DCAE.from_pretrained("someone/model", **options), build())
-
-
-def test_name_of_the_zoo_in_the_cache(hub, monkeypatch):
-    monkeypatch.setitem(zoo.AUTOENCODERS, "dc-ae-test", CONFIG)
-    (hub / "models--someone--model").rename(hub / "models--mit-han-lab--dc-ae-test")
-    assert_same(DCAE.from_pretrained("dc-ae-test", cache_dir=hub, local_files_only=True), build())
-
-
-@pytest.mark.parametrize(
-    "source, revision, message",
-    [
-        ("someone/else", None, "someone/else: not in the local cache"),
-        ("someone/model", "v2", "someone/model: not in the local cache"),
-        ("dc-ae-f32c32-in-1.0", None, "mit-han-lab/dc-ae-f32c32-in-1.0: not in the local cache"),
-        ("not a/repository", None, "not a/repository: no such file or folder, nor a name that a repository can have"),
-    ],
-)
-def test_not_in_the_cache(hub, source, revision, message):
-    with pytest.raises(CheckpointError, match=message):
-        DCAE.from_pretrained(source, revision=revision, cache_dir=hub, local_files_only=True)
-
-
-def test_offline_mode(hub, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert_same(DCAE.from_pretrained("someone/model", cache_dir=hub), build())
-    with pytest.raises(CheckpointError, match="someone/else: not in the local cache"):
-        DCAE.from_pretrained("someone/else", cache_dir=hub)
-
-
-def test_repository_without_weights(hub):
-    next(hub.rglob("model.safetensors")).unlink()
-    with pytest.raises(CheckpointError, match="someone/model: not in the local cache.*needed is model.safetensors"):
-        DCAE.from_pretrained("someone/model", cache_dir=hub, local_files_only=True)
-    for file in checkpoint.WEIGHTS["original"]:  # known not to be there
-        (hub / "models--someone--model" / ".no_exist" / COMMIT).mkdir(parents=True, exist_ok=True)
-        (hub / "models--someone--model" / ".no_exist" / COMMIT / file).touch()
-    with pytest.raises(CheckpointError, match="someone/model: no weights; looked for model.safetensors"):
-        DCAE.from_pretrained("someone/model", cache_dir=hub, local_files_only=True)
-
-
-@pytest.fixture
-def answers(monkeypatch) -> list[Exception]:
-    """What the server answers when asked for a file's facts; nothing else may ask it."""
-    given: list[Exception] = []
-
-    def ask(url, **options):
-        assert len(given) == 1, "asked twice"
-        raise given.pop()
-
-    def download(name, file, **options):
-        try:
-            return hf_hub_download(name, file, **options | {"local_files_only": True})
-        except LocalEntryNotFoundError:
-            assert options["local_files_only"], "not asked first whether there is a connection"
-            raise
-
-    monkeypatch.setattr("dcae_fast.models.finder.get_hf_file_metadata", ask)
-    monkeypatch.setattr("dcae_fast.models.finder.hf_hub_download", download)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    return given
-
-
-def test_without_a_connection_nothing_is_tried_twice(hub, answers):
-    """It says how to get the weights, as a command to copy."""
-    answers.append(ConnectionError("no route to host"))
-    with pytest.raises(CheckpointError) as error:
-        DCAE.from_pretrained("dc-ae-f32c32-in-1.0", cache_dir=hub)
-    assert "huggingface.co cannot be reached (no route to host)" in str(error.value)
-    command = "hf download mit-han-lab/dc-ae-f32c32-in-1.0 --local-dir dc-ae-f32c32-in-1.0\n"
-    assert command in str(error.value) and "name ./dc-ae-f32c32-in-1.0 in place of dc-ae-f32c32-in-1.0" in str(
-        error.value
-    )
-
-
-def test_a_file_that_is_not_cached_of_a_model_that_is(hub, answers):
-    (next(hub.rglob("snapshots/*")) / "model.safetensors").unlink()
-    answers.append(TimeoutError())
-    with pytest.raises(CheckpointError, match=r"cannot be reached \(TimeoutError\); needed is model.safetensors"):
-        DCAE.from_pretrained("someone/model", cache_dir=hub)
-
-
-@pytest.mark.parametrize(
-    "error, words",
-    [
-        (GatedRepoError, "a gated repository: accept its terms"),
-        (RepositoryNotFoundError, "no repository at https://huggingface.co, or a private one: `hf auth login`"),
-        (RevisionNotFoundError, "the repository has no revision 'v9'"),
-        (ConnectionResetError, "config.json cannot be downloaded: reset"),
-    ],
-)
-def test_answers_of_the_hub(error, words, tmp_path, monkeypatch):
-    def download(*args, **options):
-        raise error("reset\nrequest 1f", **({"response": response} if issubclass(error, HfHubHTTPError) else {}))
-
-    response = Mock(headers={}, request=None)
-    monkeypatch.setattr("dcae_fast.models.finder.get_hf_file_metadata", lambda url: None)
-    monkeypatch.setattr("dcae_fast.models.finder.hf_hub_download", download)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    with pytest.raises(CheckpointError) as caught:
-        DCAE.from_pretrained("someone/model", revision="v9", cache_dir=tmp_path)
-    assert words in str(caught.value) and "request" not in str(caught.value)
 
 
 # What cannot be loaded.
@@ -468,132 +293,6 @@ def test_file_alone_of_unknown_shape(folder):
     with pytest.raises(CheckpointError, match="no config.json beside it.*give config="):
         DCAE.from_pretrained(folder / "model.safetensors")
     assert_same(DCAE.from_pretrained(folder, config=CONFIG), build())
-
-
-@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
-def test_truncated_file(folder, suffix):
-    whole = folder / "model.safetensors"
-    if suffix == ".pt":
-        torch.save(load_file(whole), folder / "whole.pt")
-        whole = folder / "whole.pt"
-    content = whole.read_bytes()
-    for length in (0, 4, len(content) // 2, len(content) - 1):
-        cut = folder / f"cut{suffix}"
-        cut.write_bytes(content[:length])
-        with pytest.raises(CheckpointError, match="not a readable"):
-            DCAE.from_pretrained(cut)
-
-
-def header(content: dict) -> bytes:
-    """The start of a safetensors file."""
-    written = json.dumps(content).encode()
-    return struct.pack("<Q", len(written)) + written
-
-
-class Hostile:
-    def __reduce__(self):
-        return os.mkdir, ("hostile",)
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        (Hostile(), r"refused, because to read it would run code: it holds \w+\.mkdir"),
-        (torch.nn.Linear(2, 2), "refused.*it holds torch.nn.modules.linear.Linear"),
-        ([torch.zeros(1)], "holds a list; expected a state dict"),
-        ({"model": {}, "ema": {}, "step": 3}, "no plain tensors at model, ema, step"),
-        ({"state_dict": {"model": {}}}, "no plain tensors at model"),
-        ({3: torch.zeros(1)}, "no plain tensors at 3"),
-        ({"a": torch.zeros(2, 2).to_sparse(), "b": torch.zeros(1, device="meta")}, "no plain tensors at a, b"),
-    ],
-)
-def test_pickle_of_something_else(content, message, folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    torch.save(content, "weights.pt")
-    with pytest.raises(CheckpointError, match=message) as error:
-        DCAE.from_pretrained("weights.pt")
-    assert not Path("hostile").exists() and "weights_only" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "name, content, words",
-    [
-        ("a.safetensors", b"", "it is empty"),
-        ("a.pt", b"", "it is empty"),
-        ("a.pt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "`git lfs pull` brings the file itself"),
-        ("a.safetensors", b"<!DOCTYPE html>", "a web page"),
-        ("a.pt", b"no pickle at all", "its 16 bytes are cut short, damaged or something else"),
-        ("a.safetensors", header({"a": {"dtype": "F32", "shape": [0, 2**63], "data_offsets": [0, 0]}}), "damaged"),
-        ("a.safetensors", header({"a": {"dtype": "F99", "shape": [0], "data_offsets": [0, 0]}}), "damaged"),
-    ],
-)
-def test_files_of_something_else(name, content, words, tmp_path):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(CheckpointError) as error:
-        DCAE.from_pretrained(tmp_path / name)
-    assert str(error.value).startswith(f"{tmp_path / name}: not a readable") and words in str(error.value)
-    assert "\n" not in str(error.value) and "long long" not in str(error.value)
-
-
-def test_torchscript(tmp_path):
-    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "program.pt")
-    with pytest.raises(CheckpointError, match="program.pt: a TorchScript program; expected the file of a state dict$"):
-        DCAE.from_pretrained(tmp_path / "program.pt")
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.int32])
-def test_counters_that_were_cast_with_the_rest(dtype, folder):
-    """As PyTorch loads them: the batch norm's number of batches is an integer again."""
-    edit_weights(folder / "model.safetensors", lambda tensors: {
-        name: tensor.to(dtype) if "num_batches" in name else tensor for name, tensor in tensors.items()
-    })  # fmt: skip
-    assert_same(DCAE.from_pretrained(folder), build())
-
-
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.int8, torch.bool])
-def test_weights_that_are_no_real_numbers(dtype, folder):
-    edit_weights(folder / "model.safetensors", lambda tensors: {k: v.to(dtype) for k, v in tensors.items()})
-    with pytest.raises(CheckpointError, match=f"unfit: encoder.project_in.conv.weight {dtype} instead of torch.fl"):
-        DCAE.from_pretrained(folder)
-
-
-def test_a_complex_counter(folder):
-    name = "decoder.stages.0.op_list.1.main.conv2.norm.num_batches_tracked"
-    edit_weights(folder / "model.safetensors", lambda tensors: tensors | {name: tensors[name].to(torch.complex64)})
-    with pytest.raises(CheckpointError, match=f"{name} torch.complex64 instead of torch.int64"):
-        DCAE.from_pretrained(folder)
-
-
-def test_a_bundled_model_without_its_config(folder, monkeypatch):
-    monkeypatch.setitem(zoo.BUNDLED, "dc-ae-tiny", folder)
-    (folder / "config.json").unlink()
-    for load in (DCAE.from_pretrained, DCAE.from_name):
-        with pytest.raises(CheckpointError, match="config.json: this file of dcae_fast is missing.*install"):
-            load("dc-ae-tiny")
-
-
-def test_unknown_kind_of_file(folder):
-    (folder / "weights.onnx").touch()
-    with pytest.raises(CheckpointError, match="unknown kind of file"):
-        DCAE.from_pretrained(folder / "weights.onnx")
-
-
-@pytest.mark.parametrize(
-    "index, message",
-    [
-        ({"weight_map": {"a": "gone.safetensors"}}, "the shard gone.safetensors is missing"),
-        ({"weight_map": {"a": "../model.safetensors"}}, "files beside it"),
-        ({"metadata": {}}, "expected a weight_map"),
-        ({"weight_map": {"a": "model.safetensors.index.json"}}, "'model.safetensors.index.json' as a shard; expected"),
-        ({"weight_map": {"a": ".."}}, "'..' as a shard; expected .safetensors or .pt"),
-        ({"weight_map": {"a": ["b"]}}, "files beside it"),
-    ],
-)
-def test_broken_index(folder, index, message):
-    (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match=message):
-        DCAE.from_pretrained(folder)
 
 
 # Saving.
