@@ -10,9 +10,10 @@ from dcae_fast.files import WriteError
 from dcae_fast.lock import LockedError, is_unused, locked
 
 
-def test_a_second_process_is_told_who_works_there(lock_holder, tmp_path):
-    holder = lock_holder(tmp_path / "run")
-    with pytest.raises(LockedError, match=rf"/run is in use by process {holder} on .* since .*: .*pytest.*; wait"):
+def test_a_second_process_is_told_who_works_there(lock_holder, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/bin/dcae-fast", "cache-latents", "my photos"])
+    holder, command = lock_holder(tmp_path / "run"), "dcae-fast cache-latents 'my photos'"
+    with pytest.raises(LockedError, match=rf"/run is in use by process {holder} on .* since .*: {command}; wait"):
         with locked(tmp_path / "run"):
             raise AssertionError
 

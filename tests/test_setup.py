@@ -3,13 +3,14 @@
 import importlib.util
 import os
 import runpy
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import setuptools
 
-SETUP = Path(__file__).parents[1] / "setup.py"
+SETUP, WHICH = Path(__file__).parents[1] / "setup.py", shutil.which
 
 
 def program(path: Path, output: str) -> None:
@@ -21,6 +22,10 @@ def program(path: Path, output: str) -> None:
 @pytest.fixture
 def decide(tmp_path, monkeypatch):
     """decide(cuda of torch, nvcc: release of one in CUDA_HOME, ...): setup.py's globals, and what setup() was given."""
+
+    def only_there(path):
+        """Not this machine's own compilers."""
+        return path if path and path.startswith(str(tmp_path)) else None
 
     def run(cuda, nvcc=None, packaged=None, gpu=None, asked="", command="egg_info"):
         program(tmp_path / "site" / "torch" / "bin" / "nothing", "")
@@ -35,6 +40,7 @@ def decide(tmp_path, monkeypatch):
         if gpu:
             program(tmp_path / "bin" / "nvidia-smi", gpu)
         monkeypatch.syspath_prepend(str(tmp_path / "site"))
+        monkeypatch.setattr(shutil, "which", lambda *args, **kwargs: only_there(WHICH(*args, **kwargs)))
         monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}/bin")
         monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
         monkeypatch.setenv("DCAE_FAST_BUILD_CUDA", asked)

@@ -85,13 +85,17 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def can_fuse_conv(conv: nn.Module | None, x: torch.Tensor, residual: torch.Tensor | None = None) -> bool:
-    """Whether `ops.conv2d` does the work of conv(x) + residual: inference in half precision of one type."""
+    """Whether `ops.conv2d` does the work of conv(x) + residual. The module itself refuses an x of other channels."""
+    return can_fuse_conv_of(conv, x, residual) and x.shape[1] == conv.in_channels
+
+
+def can_fuse_conv_of(conv: nn.Module | None, like: torch.Tensor, residual: torch.Tensor | None = None) -> bool:
+    """Whether `ops.conv2d` takes tensors like this one, but for the shape: inference in half precision of one type."""
     return (
         type(conv) is nn.Conv2d
-        and ops.has_kernels(x)
-        and x.dtype in HALVES
-        and x.shape[1] == conv.in_channels  # or else the module says what is wrong
-        and all(t is None or t.dtype == x.dtype for t in (conv.weight, conv.bias, residual))
+        and ops.has_kernels(like)
+        and like.dtype in HALVES
+        and all(t is None or t.dtype == like.dtype for t in (conv.weight, conv.bias, residual))
         and conv.groups == 1
         and conv.dilation == (1, 1)
         and conv.padding_mode == "zeros"
@@ -99,7 +103,7 @@ def can_fuse_conv(conv: nn.Module | None, x: torch.Tensor, residual: torch.Tenso
         and conv.stride[0] == conv.stride[1]
         and plain(conv)
         and not torch.is_grad_enabled()
-        and not autocasts(x)
+        and not autocasts(like)
     )
 
 
