@@ -42,7 +42,7 @@ class NpyStore:
         return [folder / name for name in list_files(folder).with_suffix(".npy")]
 
     def check_strays(self, failed: set[str]) -> None:
-        """DataError if there is a latent of another picture; those of pictures that failed, by key, are removed."""
+        """Removes the latents of failed pictures, given by key; DataError if another picture has a latent here."""
         known, removed = ({self._path(key) for key in keys} for keys in ({p.key for p in self.pictures}, failed))
         strays = [path for path in self.files(self.folder) if path not in known]
         _refuse(path for path in strays if path not in removed)

@@ -203,7 +203,7 @@ class GLUMBConv(Branch):
 
 
 def gates_in_one_pass(block: nn.Module) -> bool:
-    """Whether a GLUMBConv's depthwise convolution and gate are those of `ops.depthwise_glu`."""
+    """Whether `ops.depthwise_glu` computes a GLUMBConv's depthwise convolution and gate."""
     conv = bare_conv(block.depth_conv)
     return conv is not None and is_depthwise3x3(conv) and activation_name(block.glu_act) == "silu"
 

@@ -214,7 +214,7 @@ def is_affine(norm: nn.Module) -> bool:
 
 
 def has_no_more(module: nn.Module, *names: str) -> bool:
-    """Whether all children but those of these names are identities or dropout."""
+    """Whether all children with other names are identities or dropout."""
     others = (type(child) for name, child in module._modules.items() if name not in names)
     return {nn.Identity, nn.Dropout, type(None)}.issuperset(others)
 
