@@ -111,7 +111,7 @@ CUDA = find_cuda()
 NVCCS = find_nvccs()
 NVCC = next((nvcc for nvcc, release in NVCCS.items() if fits(release)), None)
 REASON = reason_without_cuda()
-# pip asks for what a build needs with this command alone; setuptools would fetch it itself in any other
+# pip asks with this command what a build needs; in any other command setuptools would fetch it itself
 COMPILER = missing_compiler() if "egg_info" in sys.argv else []
 if REASON and ASKED == "1" and not COMPILER:
     sys.exit(f"dcae_fast: the CUDA extension cannot be built: {REASON}")

@@ -118,7 +118,7 @@ class Shards:
         shard, row = self._place(index)
         latents, classes, _ = self._open(shard)
         latent = latents[row].float()
-        check_finite(latent, self.path(index))
+        check_latent(latent, self.path(index))
         return latent, classes[row]
 
     def _place(self, index: int) -> tuple[int, int]:
@@ -154,7 +154,7 @@ class Shards:
         return vars(self) | {"_files": {}}  # open files stay in their process
 
 
-def check_finite(latent: torch.Tensor, path: Path) -> None:
+def check_latent(latent: torch.Tensor, path: Path) -> None:
     """Raises DataError, which names the path, for a latent with NaN or infinity."""
     if not latent.isfinite().all():
         raise DataError(f"{path}: has values that are not finite; make it anew, or leave it out")
@@ -176,7 +176,7 @@ def load_npy(path: Path) -> np.ndarray:
 
 def load_finite_npy(path: Path) -> torch.Tensor:
     """A latent [c, h, w] in float32; raises DataError also where it is not finite, or too large for float32."""
-    with np.errstate(over="ignore"):  # `check_finite` says it
+    with np.errstate(over="ignore"):  # `check_latent` says it
         latent = torch.from_numpy(load_npy(path).astype(np.float32))
-    check_finite(latent, path)
+    check_latent(latent, path)
     return latent

@@ -11,7 +11,6 @@ from .fusion import (
     can_fuse_conv,
     can_fuse_norm,
     can_fuse_unshuffle,
-    channels_last,
     compute_dtype,
     conv_norm_act,
     conv_without_bias,
@@ -173,7 +172,8 @@ class SanaMultiscaleLinearAttention(Part):
         parts = (self.to_q, self.to_k, self.to_v)
         linear = all(type(part) is nn.Linear and part.bias is None for part in parts) and plain(*parts)
         if linear and all(part.weight.dtype in (torch.float32, compute_dtype(x)) for part in parts):
-            return nn.functional.linear(channels_last(x).movedim(1, -1), torch.cat([part.weight for part in parts]))
+            pixels = x.contiguous(memory_format=torch.channels_last).movedim(1, -1)
+            return nn.functional.linear(pixels, torch.cat([part.weight for part in parts]))
         return torch.cat([part(x.movedim(1, -1)) for part in parts], dim=-1)
 
 

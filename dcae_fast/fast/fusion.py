@@ -15,10 +15,6 @@ RMS_NORMS = ("RMSNorm2d", "TritonRMSNorm2d", "RMSNorm")
 ACTIVATIONS = {nn.Identity: "none", nn.ReLU: "relu", nn.SiLU: "silu"}
 
 
-def channels_last(x: torch.Tensor) -> torch.Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
-
-
 def is_divisible(x: torch.Tensor, factor: int) -> bool:
     """Whether x can be made smaller by a factor; the modules' own forwards say so if not."""
     return x.shape[2] % factor == x.shape[3] % factor == 0

@@ -4,7 +4,7 @@ dc_gen, wherever in the name dc_gen stands.
 
 # The original under its names, this project, diffusers; copies inside other packages keep one of these names.
 ROOTS = {"dc_ai", "dc_gen", "dcae_fast", "diffusers", "efficientvit"}
-PACKAGES = ("timm", "torch")  # of whose classes the fast forwards know some by their names alone
+PACKAGES = ("timm", "torch")  # whose classes the fast forwards know by their names
 
 
 def register_root(root: str) -> None:

@@ -82,7 +82,7 @@ def unlike(mixin: type[FastModule], module: nn.Module) -> str:
 
 
 def resemblance(cls: type[nn.Module], module: nn.Module) -> str:
-    """Why a module of an unknown class is left alone although it looks like one of a DC-AE; empty if it does not.
+    """Why `patch` skips a module of an unknown class that looks like one of a DC-AE; empty if it does not look so.
 
     Of classes that are defined beside known ones the code is known, and has no fast forward.
     """

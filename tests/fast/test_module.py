@@ -16,7 +16,7 @@ SIZES = {"in_channels": 8, "input_size": 4, "depth": 2, "hidden_size": 64, "num_
 
 
 class DiTBlock(dit.DiTBlock):
-    """The original's, by its name and those of its arguments."""
+    """The original's class, by its name and the names of its arguments."""
 
     __module__ = "dc_gen.c2icore.diffusioncore.models.dit"
 
