@@ -33,6 +33,9 @@ LATENTS = {  # of pictures of 512 pixels: Stable Diffusion's autoencoder with to
 SIZES = diffusion_zoo.SIZES | {"tiny": {"depth": 2, "hidden_size": 32, "num_heads": 2}}  # tiny: of the rehearsal
 TIMES = 1000
 
+# Contenders share the code of a block, and each compiles it for several types: beyond the limit it would run as it is.
+torch._dynamo.config.recompile_limit = 64
+
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # x, t, y
 
 
