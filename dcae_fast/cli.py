@@ -1,4 +1,4 @@
-"""The command line: dcae-fast with one of the `commands` of `main`."""
+"""The command line `dcae-fast`: its short commands, and `main`, which runs any command and sets the exit status."""
 
 import io
 import os
@@ -18,12 +18,13 @@ import dcae_fast
 from .commands.cache_latents import cache_latents
 from .commands.common import (
     Compute,
+    Sampler,
     UsageError,
     check_cfg,
     check_integer,
     check_seed,
     make_folder,
-    make_place,
+    make_parent_folder,
     pixel_limit,
 )
 from .commands.eval_autoencoder import eval_autoencoder
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from .reconstruction import Reconstruction
 
 Fit = Literal["crop", "pad"]
-Sampler = Literal["DPM_Solver", "ODE_dopri5", "ODE_heun2", "SDE", "GaussianDiffusion"]
 Paths = tyro.conf.Positional[tuple[Path, ...]]
 
 
@@ -55,34 +55,34 @@ def reconstruct(
     max_pixels: int | None = None,
     compute: Compute,
 ) -> int:
-    """Encode and decode photographs, and show them beside the originals.
+    """Encode and decode photographs, and save each reconstruction, also beside its original.
 
     Args:
-        photos: files or folders; the bundled photograph if there is none
-        model: a name from `dcae-fast models`, a Hugging Face repository, a folder or a weight file
-        out: folder for the pictures
-        fit: crop the centre, or pad and cut the padding away again, where a side is no multiple of the model's ratio
-        max_pixels: photographs with more pixels are named and left out; by default Pillow's limit, 178956970
+        photos: picture files or folders of pictures; without any, the bundled photograph is used
+        model: model name (see `dcae-fast models`), Hugging Face repository, folder or weight file
+        out: output folder
+        fit: crop or pad the sides to multiples of the model's compression ratio; decoded pictures lose the padding
+        max_pixels: skip and report photographs with more pixels; None means Pillow's limit, 178956970
     """
     from . import images
     from .reconstruction import reconstruct as reconstruct_photograph
 
     if not photos:
         photos = (images.demo_photograph(),)
-        print(f"No photograph given; taking the bundled one, {photos[0].name}.")
+        print(f"No photograph given; using the bundled photograph {photos[0].name}.")
     limit = pixel_limit(max_pixels)
-    files, network = _files(photos, images.picture_suffixes()), compute.load_plain(model)
+    files, network = _picture_files(photos), compute.load_unpatched(model)
 
-    def one(path: Path, stem: str) -> str:
+    def reconstruct_file(path: Path, stem: str) -> str:
         result = reconstruct_photograph(path, network, fit, compute.patch, limit, compute.max_bytes)
         _save_pictures(result, path, out / stem, model)
         height, width = result.original.shape[-2:]
         line = f"{path} -> {stem}-*.png: {width}x{height} ({fit}), PSNR {result.psnr:.2f} dB, {result.seconds:.3f} s"
         if result.difference is not None:
-            line += "; patched against plain: largest difference {:.1e}, relative {:.1e}".format(*result.difference)
+            line += "; patched vs. unpatched: largest difference {:.1e}, relative {:.1e}".format(*result.difference)
         return line
 
-    return _for_each(files, one, out, "Reconstructions and comparisons")
+    return _process_files(files, reconstruct_file, out, "Reconstructions and comparisons")
 
 
 def _save_pictures(result: "Reconstruction", path: Path, stem: Path, model: str) -> None:
@@ -104,43 +104,44 @@ def encode(
     max_pixels: int | None = None,
     compute: Compute,
 ) -> int:
-    """Encode photographs to latents, one .safetensors file each, not multiplied by the scaling factor.
+    """Encode photographs to latents, one .safetensors file per photograph.
+
+    The latents are not multiplied by the scaling factor.
 
     Args:
-        photos: files or folders
-        model: a name from `dcae-fast models`, a Hugging Face repository, a folder or a weight file
-        out: folder for the latents
-        fit: crop the centre, or pad (and `decode` cuts the padding away), where a side is no multiple of the ratio
-        max_pixels: photographs with more pixels are named and left out; by default Pillow's limit, 178956970
+        photos: picture files or folders of pictures
+        model: model name (see `dcae-fast models`), Hugging Face repository, folder or weight file
+        out: output folder
+        fit: crop or pad the sides to multiples of the model's compression ratio; `decode` removes the padding
+        max_pixels: skip and report photographs with more pixels; None means Pillow's limit, 178956970
     """
     import torch
 
-    from . import images
     from .finite import check_finite
     from .latent_files import Latent, save_latent
     from .reconstruction import load_photograph
 
     limit = pixel_limit(max_pixels)
-    files, network = _files(photos, images.picture_suffixes()), compute.load(model)
+    files, network = _picture_files(photos), compute.load(model)
 
     @torch.inference_mode()
-    def one(path: Path, stem: str) -> str:
+    def encode_file(path: Path, stem: str) -> str:
         x, size = load_photograph(path, network, fit, limit)
         z = network.encode(x)
         check_finite(z, ["the latent"], z.dtype)
         save_latent(Latent(z, model, network.scaling_factor, size, fit), out / f"{stem}.safetensors")
         return f"{path} -> {stem}.safetensors: {list(z.shape)}"
 
-    return _for_each(files, one, out, "Latents")
+    return _process_files(files, encode_file, out, "Latents")
 
 
 def decode(latents: Paths, *, model: str | None = None, out: Path = Path("outputs"), compute: Compute) -> int:
-    """Decode latents that `encode`, `cache-latents` or the original wrote to PNG pictures.
+    """Decode latents to PNG pictures. Reads latents written by `encode`, by `cache-latents` and by DC-Gen.
 
     Args:
-        latents: files or folders
-        model: in place of the one that a file or manifest.json names; needed for the original's .npy files
-        out: folder for the pictures
+        latents: latent files or folders of latents
+        model: decoding model; None means the one named in the latent file or manifest.json; DC-Gen's files name none
+        out: output folder
     """
     import torch
 
@@ -149,37 +150,36 @@ def decode(latents: Paths, *, model: str | None = None, out: Path = Path("output
     from .finite import check_finite
     from .latent_files import LatentError, find_latents
 
-    loads = {}
-    for path in _some(latents):
+    loaders = {}
+    for path in _at_least_one(latents):
         try:
-            loads |= find_latents(path)
+            loaders |= find_latents(path)
         except DataError as error:
             raise UsageError(str(error)) from error
 
-    load = cache(compute.load)
-
+    load_model = cache(compute.load)
     if model is not None:
-        load(model)
+        load_model(model)
 
     @torch.inference_mode()
-    def one(path: Path, stem: str) -> str:
-        latent = loads[path]()
+    def decode_file(path: Path, stem: str) -> str:
+        latent = loaders[path]()
         name = model or latent.model
         if name is None:
-            raise LatentError(f"{path}: no manifest.json tells which model made it; name one with --model")
-        network = load(name)
+            raise LatentError(f"{path}: found no manifest.json that names the model; name the model with --model")
+        network = load_model(name)
         weight = next(network.parameters())
         try:
             z = latent.unscaled(network.scaling_factor)
             y = network.decode(z.to(weight.device, weight.dtype, memory_format=torch.channels_last))
-        except (LatentError, TypeError, ValueError) as error:  # of another shape than the model's
+        except (LatentError, TypeError, ValueError) as error:  # the latent has another shape than the model's latents
             raise LatentError(f"{path}: {error}") from error
         check_finite(y, ["the picture"], y.dtype)
         picture = images.to_image(latent.crop(y))
         images.save_png(picture, out / f"{stem}-decoded.png")
         return f"{path} -> {stem}-decoded.png: {picture.width}x{picture.height}"
 
-    return _for_each(list(loads), one, out, "Pictures")
+    return _process_files(list(loaders), decode_file, out, "Pictures")
 
 
 def sample(
@@ -194,32 +194,32 @@ def sample(
     latents: Path | None = None,
     compute: Compute,
 ) -> int:
-    """Draw pictures of the given classes with a diffusion model, into one grid.
+    """Generate pictures of the given classes with a diffusion model, and save them as one grid.
 
     Args:
-        model: a name from `dcae-fast models`, a Hugging Face repository, a folder or a weight file
-        labels: a class for each picture; by default sixteen, the original's demonstration for ImageNet
-        cfg: scale of the classifier-free guidance; 1 is without
-        seed: of the noise; the same seed and labels give the same pictures
-        sampler: by default the model's own
-        steps: by default the model's own
-        out: PNG file for the grid
-        latents: safetensors file for the latents too
+        model: model name (see `dcae-fast models`), Hugging Face repository, folder or weight file
+        labels: a class per picture; by default 16 classes: for ImageNet those of DC-Gen's demo, else 0, 1, 2, ...
+        cfg: scale of classifier-free guidance; 1 turns guidance off
+        seed: random seed of the noise; the same seed and labels give the same pictures
+        sampler: None means the sampler named in the model's configuration
+        steps: number of sampling steps; None means the number in the model's configuration
+        out: PNG file for the grid of pictures
+        latents: .safetensors file for the latents; None saves no latents
     """
     from . import images
     from . import sample as sampling
     from .memory import out_of_memory_as
 
     if out.suffix.lower() != ".png":
-        raise UsageError(f"--out {out}: expected a name that ends in .png")
+        raise UsageError(f"--out {out}: expected a file name that ends in .png")
     check_cfg(cfg)
     check_seed("--seed", seed)
     check_integer("--steps", steps, least=1)
-    make_place(out, "--out")
+    make_parent_folder(out, "--out")
     if latents is not None:
-        make_place(latents, "--latents")
+        make_parent_folder(latents, "--latents")
         if latents.suffix.lower() != ".safetensors":
-            raise UsageError(f"--latents {latents}: expected a name that ends in .safetensors")
+            raise UsageError(f"--latents {latents}: expected a file name that ends in .safetensors")
     network = compute.load_diffusion(model)
     config = network.config
     for label in labels:
@@ -228,10 +228,11 @@ def sample(
     steps = config.num_inference_steps if steps is None else steps
     request = sampling.Request(labels, cfg, seed, sampler or config.eval_scheduler, steps)
     try:
-        with out_of_memory_as(UsageError(f"--labels: {len(labels)} pictures do not fit in memory; ask for fewer")):
+        too_many = UsageError(f"--labels: {len(labels)} pictures do not fit in memory; give fewer labels")
+        with out_of_memory_as(too_many):
             z = sampling.sample(network, request)
             pictures = sampling.decode(network, z)
-    except (ImportError, ValueError) as error:  # without torchdiffeq; another sampler's steps
+    except (ImportError, ValueError) as error:  # torchdiffeq is not installed; the sampler cannot take so many steps
         raise UsageError(str(error)) from error
     if latents is not None:
         sampling.save_latents(z, request, model, latents)
@@ -246,19 +247,19 @@ def convert(
     destination: tyro.conf.Positional[Path],
     layout: Literal["original", "diffusers"],
 ) -> int:
-    """Write a checkpoint in another layout, as float32.
+    """Convert an autoencoder checkpoint to another layout, in float32.
 
     Args:
-        source: a name from `dcae-fast models`, a Hugging Face repository, a folder or a weight file
-        destination: folder to write to
-        layout: of DC-Gen and efficientvit (original), or of diffusers' AutoencoderDC
+        source: model name (see `dcae-fast models`), Hugging Face repository, folder or weight file
+        destination: output folder
+        layout: original is the layout of DC-Gen and efficientvit; diffusers is the layout of diffusers' AutoencoderDC
     """
     from .models.autoencoder import DCAE
     from .models.checkpoint import WEIGHTS
 
-    others = {file for files in WEIGHTS.values() for file in files}.difference(WEIGHTS[layout])
-    if any((destination / file).exists() for file in others):  # whose config.json would be replaced
-        raise UsageError(f"{destination} holds a checkpoint in another layout; take another folder")
+    other_files = {file for files in WEIGHTS.values() for file in files}.difference(WEIGHTS[layout])
+    if any((destination / file).exists() for file in other_files):  # its config.json would be overwritten
+        raise UsageError(f"destination {destination}: contains a checkpoint in another layout; choose another folder")
     model = DCAE.from_pretrained(source)
     make_folder(destination, "destination")
     try:
@@ -270,7 +271,7 @@ def convert(
 
 
 def models() -> int:
-    """List the autoencoders and the diffusion models with their size and cost."""
+    """List the autoencoders and the diffusion models with their sizes and costs."""
     from . import describe
 
     print(describe.models_table(), describe.diffusion_models_table(), sep="\n\n")
@@ -278,10 +279,10 @@ def models() -> int:
 
 
 def info(model: tyro.conf.Positional[str]) -> int:
-    """Show what a model is made of, and what patching it replaces.
+    """Show the structure of a model, and the modules that patching replaces.
 
     Args:
-        model: a name from `dcae-fast models`, a Hugging Face repository, a folder or a weight file
+        model: model name (see `dcae-fast models`), Hugging Face repository, folder or weight file
     """
     import torch
 
@@ -289,18 +290,18 @@ def info(model: tyro.conf.Positional[str]) -> int:
     from .diffusion import DCAEDiffusion
     from .models.autoencoder import DCAE
 
-    if model in (*diffusion_zoo.DIFFUSION_MODELS, *AUTOENCODERS):  # the architecture is enough: nothing to download
+    if model in (*diffusion_zoo.DIFFUSION_MODELS, *AUTOENCODERS):  # only the architecture is needed: no download
         with torch.device("meta"):
             network = (DCAE if model in AUTOENCODERS else DCAEDiffusion).from_name(model)
     elif model in diffusion_zoo.BUNDLED:
         network = DCAEDiffusion.from_pretrained(model)
     else:
-        network = _of_either_kind(model)
+        network = _load_autoencoder_or_diffusion(model)
     print(describe.model_tables(network), dcae_fast.patch(network), sep="\n\n")
     return 0
 
 
-def _of_either_kind(source: str) -> "DCAE | DCAEDiffusion":
+def _load_autoencoder_or_diffusion(source: str) -> "DCAE | DCAEDiffusion":
     from .diffusion import DCAEDiffusion
     from .models.autoencoder import DCAE
 
@@ -310,48 +311,51 @@ def _of_either_kind(source: str) -> "DCAE | DCAEDiffusion":
         return DCAEDiffusion.from_pretrained(source)
 
 
-def _some(paths: Sequence[Path]) -> Sequence[Path]:
+def _at_least_one(paths: Sequence[Path]) -> Sequence[Path]:
     if not paths:
-        raise UsageError("name at least one file or folder")
+        raise UsageError("PATH: expected at least one file or folder")
     return paths
 
 
-def _files(paths: Sequence[Path], suffixes: frozenset[str]) -> list[Path]:
-    """The paths, with each folder replaced by the files in it that have one of the suffixes."""
+def _picture_files(paths: Sequence[Path]) -> list[Path]:
+    """The paths, with each folder replaced by the picture files in it. Raises UsageError for a folder without any."""
+    from .images import picture_suffixes
+
     files = []
-    for path in _some(paths):
+    for path in _at_least_one(paths):
         if path.is_dir():
-            found = sorted(child for child in path.iterdir() if child.suffix.lower() in suffixes)
+            found = sorted(child for child in path.iterdir() if child.suffix.lower() in picture_suffixes())
             if not found:
-                raise UsageError(f"{path}: nothing to read in this folder")
+                raise UsageError(f"{path}: expected pictures in this folder, found no file that Pillow can read")
             files += found
         else:
             files.append(path)
     return files
 
 
-def _stems(files: Sequence[Path]) -> list[str]:
-    """A name for the output of each file: its own without the suffix, with -2, -3, ... where that is taken.
+def _output_stems(files: Sequence[Path]) -> list[str]:
+    """A unique name for the output of each file: the file's name without its suffix, and -2, -3, ... for duplicates.
 
-    It is cut to 200 bytes, so that an ending can follow where names have 255 at most.
+    Names are cut to 200 bytes, which leaves room for an ending: file systems limit names to 255 bytes.
     """
     stems: dict[str, None] = {}
     for path in files:
-        own = path.stem
-        while len(os.fsencode(own)) > 200:
-            own = own[:-1]
-        stem, number = own, 1
+        base = path.stem
+        while len(os.fsencode(base)) > 200:
+            base = base[:-1]
+        stem, number = base, 1
         while stem in stems:
             number += 1
-            stem = f"{own}-{number}"
+            stem = f"{base}-{number}"
         stems[stem] = None
     return list(stems)
 
 
-def _for_each(files: Sequence[Path], work: Callable[[Path, str], str], out: Path, results: str) -> int:
-    """Prints work(file, name for its output) for every file, and where the results are.
+def _process_files(files: Sequence[Path], process: Callable[[Path, str], str], out: Path, results: str) -> int:
+    """Calls process(file, stem of its output) for every file, and prints the line that it returns.
 
-    Returns 1 if any file failed, which is named on stderr, else 0.
+    results: what `process` writes, for the last line, which names the output folder.
+    Returns the exit status: 1 if any file failed, else 0. Failed files and the reasons are printed to stderr.
     """
     from .data.manifest import DataError
     from .images import PhotographError
@@ -360,13 +364,13 @@ def _for_each(files: Sequence[Path], work: Callable[[Path, str], str], out: Path
 
     make_folder(out)
     failed = 0
-    for path, stem in tqdm(list(zip(files, _stems(files), strict=True)), unit="file", disable=None):
+    for path, stem in tqdm(list(zip(files, _output_stems(files), strict=True)), unit="file", disable=None):
         try:
-            tqdm.write(work(path, stem))
+            tqdm.write(process(path, stem))
         except (PhotographError, LatentError, DataError, CheckpointError, NotFiniteError) as error:
-            failed += 1  # CheckpointError: latents name a model of their own
-            named = f"{path}: " if isinstance(error, (CheckpointError, NotFiniteError)) else ""
-            tqdm.write(f"failed: {named}{error}", file=sys.stderr)
+            failed += 1  # CheckpointError: each latent file names its model
+            prefix = f"{path}: " if isinstance(error, (CheckpointError, NotFiniteError)) else ""
+            tqdm.write(f"failed: {prefix}{error}", file=sys.stderr)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -397,12 +401,13 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; the exit status is 0, 1 if some files failed, 2 if the request could not be met at all, 130
-    after Ctrl-C, or 143 after SIGTERM.
+    """Runs a command and returns the exit status.
+
+    0: success; 1: some files failed; 2: the request could not be met at all; 130: Ctrl-C; 143: SIGTERM.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names of files need not be text
+            stream.reconfigure(errors="backslashreplace")  # a file name may contain bytes that are not text
     try:
         with sigterm_interrupts():
             return _parse(sys.argv[1:] if argv is None else argv)()
@@ -417,21 +422,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         if not is_out_of_memory(error):
             raise
-        return _failed("there is not enough memory for the model", 2)
+        return _failed("not enough memory for the model", 2)
     except KeyboardInterrupt as error:
-        exec("")  # or `python -m` would die of a signal that came within an exec of text, as imports have them
+        exec("")  # else `python -m` kills itself if the signal came during an exec of text, as in some imports
         return _failed(str(error) or "interrupted", 128 + getattr(error, "signum", signal.SIGINT))
 
 
 def _parse(arguments: Sequence[str]) -> Callable[[], int]:
-    """The command with its options; UsageError or SystemExit, with a message, where they cannot be read."""
+    """Parses the arguments; returns the command with its options bound.
+
+    Raises UsageError for an invalid @file, and SystemExit, after printing the reason, for invalid options.
+    """
 
     def deferred(command: Callable[..., int]) -> Callable[..., Callable[[], int]]:
         return wraps(command)(lambda *args, **options: partial(command, *args, **options))
 
     commands = tuple(Annotated[deferred(command), tyro.conf.subcommand(name)] for name, command in COMMANDS.items())
 
-    def choose(options: Union[commands]) -> Callable[[], int]:  # noqa: UP007  tyro names `options` in its messages
+    def choose(options: Union[commands]) -> Callable[[], int]:  # noqa: UP007  tyro shows the name `options` in its messages
         return options
 
     expanded = with_files(arguments)
@@ -446,9 +454,9 @@ def _parse(arguments: Sequence[str]) -> Callable[[], int]:
     except SystemExit as error:
         files = [argument for argument in arguments if argument.startswith("@")]
         if error.code and files:
-            print(f"dcae-fast: with {', '.join(files)} the arguments are: {shlex.join(expanded)}", file=sys.stderr)
+            print(f"dcae-fast: {', '.join(files)}: the arguments become: {shlex.join(expanded)}", file=sys.stderr)
         if error.code:
-            report_failure("dcae-fast: the options cannot be read; the reason stands above, once for each rank")
+            report_failure("dcae-fast: invalid options; each rank printed the reason above")
         raise
 
 

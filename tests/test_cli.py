@@ -1,4 +1,4 @@
-"""The commands, in this process, with a small model of random weights."""
+"""The commands, run in this process with a small model of random weights."""
 
 import re
 import runpy
@@ -19,7 +19,7 @@ from dcae_fast.models.diffusion_zoo import BUNDLED
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
-    """A folder with a model of ratio 8: small enough for a CPU, with every kind of block."""
+    """A folder with a small model of ratio 8 that has every kind of block."""
     torch.manual_seed(0)
     coder = CoderConfig((8, 8, 16, 32), (0, 1, 1, 1), ("ResBlock",) * 3 + ("EViTGLU",), ("rms",) * 4, ("silu",) * 4)
     folder = tmp_path_factory.mktemp("models") / "small"
@@ -100,7 +100,7 @@ def test_encode_then_decode_is_reconstruct(model, photo, tmp_path, fit):
         assert np.array_equal(np.asarray(direct), np.asarray(decoded))
 
 
-def test_latents_whose_model_is_gone(model, photo, tmp_path, capsys):
+def test_latents_whose_model_was_deleted(model, photo, tmp_path, capsys):
     gone = shutil.copytree(model, tmp_path / "gone")
     for name, source in (("a", gone), ("b", model)):
         assert run("encode", photo, *cpu(source), "--out", tmp_path / name) == 0
@@ -111,7 +111,7 @@ def test_latents_whose_model_is_gone(model, photo, tmp_path, capsys):
     assert len(list((tmp_path / "c").glob("*.png"))) == 1
 
 
-def test_unreadable_files_are_named_and_the_rest_go_on(model, photo, tmp_path, capsys):
+def test_unreadable_files_are_reported_and_the_others_processed(model, photo, tmp_path, capsys):
     broken, tiny, missing = tmp_path / "broken.jpg", tmp_path / "tiny.png", tmp_path / "missing.png"
     broken.write_bytes(b"not a picture")
     Image.new("RGB", (4, 4)).save(tiny)
@@ -122,7 +122,7 @@ def test_unreadable_files_are_named_and_the_rest_go_on(model, photo, tmp_path, c
 
 
 @pytest.mark.parametrize("command", ["encode", "reconstruct"])
-def test_a_photograph_over_the_limit_of_pixels(model, photo, tmp_path, capsys, command):
+def test_a_photograph_with_too_many_pixels(model, photo, tmp_path, capsys, command):
     Image.new("RGB", (80, 80)).save(tmp_path / "large.png")
     files = photo, tmp_path / "large.png"
     assert run(command, *files, *cpu(model), "--out", tmp_path / "out", "--no-patch", "--max-pixels", "6399") == 1
@@ -156,7 +156,7 @@ def test_a_model_that_does_not_fit_in_memory(photo, tmp_path, monkeypatch, capsy
 
     monkeypatch.setattr(DCAE, "from_pretrained", large)
     assert run("encode", photo, "--out", tmp_path / "out") == 2
-    assert capsys.readouterr().err == "dcae-fast: there is not enough memory for the model\n"
+    assert capsys.readouterr().err == "dcae-fast: not enough memory for the model\n"
 
 
 def test_folders_and_equal_names(model, photo, tmp_path, capsys):
@@ -185,7 +185,7 @@ def test_an_empty_folder(model, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("content", [b"", b"no tensors", None], ids=["empty", "garbage", "other tensors"])
-def test_decode_names_what_is_no_latent(model, tmp_path, capsys, content):
+def test_decode_names_a_file_that_is_not_a_latent(model, tmp_path, capsys, content):
     path = tmp_path / "latent.safetensors"
     if content is None:
         save_file({"other": torch.zeros(1)}, path)
@@ -203,7 +203,7 @@ def test_convert(model, tmp_path):
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_convert_leaves_the_other_layout_alone(model, tmp_path, capsys):
+def test_convert_does_not_overwrite_the_other_layout(model, tmp_path, capsys):
     assert run("convert", model, tmp_path, "--layout", "diffusers") == 0
     config = (tmp_path / "config.json").read_bytes()
     assert run("convert", tmp_path, tmp_path, "--layout", "original") == 2
@@ -247,7 +247,7 @@ def test_info_of_a_diffusion_model(capsys):
         (["--device", "cuda:99"], "'cuda:99'"),
     ],
 )
-def test_requests_that_cannot_be_met(photo, tmp_path, capsys, argv, words):
+def test_invalid_models_and_devices(photo, tmp_path, capsys, argv, words):
     assert run("reconstruct", photo, "--out", tmp_path / "out", *argv) == 2
     errors = capsys.readouterr().err.strip()
     assert errors.startswith("dcae-fast: ") and words in errors and "\n" not in errors
@@ -260,9 +260,9 @@ def test_torchrun_gives_each_process_its_gpu(photo, tmp_path, capsys, monkeypatc
 
 
 @pytest.mark.parametrize("command", ["encode", "decode"])
-def test_nothing_to_read(command, capsys):
+def test_no_input(command, capsys):
     assert run(command) == 2
-    assert capsys.readouterr().err == "dcae-fast: name at least one file or folder\n"
+    assert capsys.readouterr().err == "dcae-fast: PATH: expected at least one file or folder\n"
 
 
 @pytest.mark.parametrize("argv", [[], ["reconstruct", "--dtype", "int8"], ["convert", "here"], ["unknown"]])

@@ -1,4 +1,4 @@
-"""What a command that fails says, alone and under torchrun."""
+"""The message of a failed command, in a single process and under torchrun."""
 
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -7,13 +7,13 @@ from dcae_fast import cli
 
 
 def report(file) -> str:
-    """What torchrun prints about a process that ended with this error file."""
+    """The text that torchrun prints for a process that ended with this error file."""
     return str(ChildFailedError("dcae-fast", {0: ProcessFailure(0, 1234, 2, str(file))}))
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_under_torchrun(tmp_path, monkeypatch, capsys, rank):
-    """The main process prints, and torchrun's own report ends with the same line rather than with advice."""
+    """Only the main process prints the message, and torchrun's report ends with the same line."""
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     monkeypatch.setenv("RANK", rank)
     assert cli.main(["decode", str(tmp_path / "absent.safetensors"), "--out", "/dev/null/out"]) == 2
@@ -29,10 +29,10 @@ def test_wrong_options_under_torchrun(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         cli.main(["sample", "--steps", "many"])
     assert "--steps" in capsys.readouterr().err
-    assert "traceback : dcae-fast: the options cannot be read" in report(tmp_path / "error.json")
+    assert "traceback : dcae-fast: invalid options; each rank" in report(tmp_path / "error.json")
 
 
-def test_alone(tmp_path, monkeypatch, capsys):
+def test_a_single_process(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
     assert cli.main(["decode", str(tmp_path / "absent.safetensors"), "--out", "/dev/null/out"]) == 2
     assert capsys.readouterr().err.startswith("dcae-fast: ")

@@ -126,7 +126,7 @@ def test_models_by_name(models, tmp_path, monkeypatch):
         (["--cfg", "nan"], "--cfg nan: expected a finite number"),
         (["--seed", "-1"], "--seed -1: expected at least 0"),
         (["--device", "cuda:99"], "'cuda:99'"),
-        (["--out", "grid.jpg"], "--out grid.jpg: expected a name that ends in .png"),
+        (["--out", "grid.jpg"], "--out grid.jpg: expected a file name that ends in .png"),
         (["--model", "dc-ae-f32c32-in-1.0-uvit-x"], "did you mean 'dc-ae-f32c32-in-1.0-uvit-"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Commands of dcae-fast that have a file of their own; cli.py names them.
+"""The long commands of dcae-fast, one file each; cli.py registers them.
 
-A command imports PyTorch and all that needs it when it runs, not before, so that `--help` answers at once.
+A command imports PyTorch, and modules that import PyTorch, only when it runs, so that `--help` answers at once.
 """

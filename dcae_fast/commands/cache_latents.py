@@ -1,4 +1,4 @@
-"""dcae-fast cache-latents: a folder of pictures to a folder of latents, for training."""
+"""dcae-fast cache-latents: encodes a folder of pictures to a folder of latents, for training."""
 
 from collections import Counter
 from pathlib import Path
@@ -10,14 +10,13 @@ import dcae_fast
 from dcae_fast.data.folders import suffix_of
 from dcae_fast.models.config import SCALES
 
-from .common import Compute, UsageError, check_integer, check_workers, make_folder, pixel_limit
+from .common import Compute, UsageError, check_integer, check_workers, make_folder, pixel_limit, print_failed
 
 if TYPE_CHECKING:
     from dcae_fast.data.cache import Report
     from dcae_fast.data.pictures import Pictures
 
-LISTED = 20  # pictures without a latent, in the terminal; the manifest has them all
-SHOWN = 8  # of the names in a line
+MAX_NAMES_PRINTED = 8  # in one line
 
 
 def cache_latents(
@@ -36,26 +35,25 @@ def cache_latents(
     max_pixels: int | None = None,
     compute: Compute,
 ) -> int:
-    """Encode pictures to latents multiplied by the scaling factor, for training; under torchrun on several GPUs.
+    """Encode pictures to latents for training, multiplied by the scaling factor. Under torchrun, uses several GPUs.
 
-    Resumes a run that was ended, and makes latents of pictures that changed anew. Photographs are turned as the camera
-    says (EXIF), and transparency is put on white. The exit status is 1 if there are pictures or shards that could not
-    be read; they are named.
+    The same command resumes an interrupted run, and encodes changed pictures again; with --format safetensors, it
+    starts an incomplete file again. Pictures are rotated as their EXIF data says, and transparency is composited on
+    white. The exit status is 1 if any picture or shard could not be read; the command prints their names.
 
     Args:
-        images: folder of pictures, of class folders, or of WebDataset's .tar shards
-        out: folder for the latents and manifest.json
-        model: a name from `dcae-fast models`, a Hugging Face repository, a folder or a weight file
-        resolution: of the centre crops, in pixels
-        scale: scaling factor; by default the model's own
-        format: a file for each picture, as the original has them (bfloat16 becomes float32), or one for 1024, and a run
-            that was ended begins the one again that was not full
-        batch: pictures encoded at once; by default what the free memory holds
-        workers: processes of each rank that read pictures; by default its share of the cores
-        member: extension, as jpg or seg.png, of the picture to take where samples of a shard have several
-        as_original: take pictures as the original does, without rotation by EXIF and with transparency left out
-        overwrite: remove the latents that are in the folder, and make all anew
-        max_pixels: pictures with more pixels are named and left out; by default Pillow's limit, 178956970
+        images: folder of pictures, of class folders, or of WebDataset .tar shards
+        out: output folder for the latents and manifest.json
+        model: model name (see `dcae-fast models`), Hugging Face repository, folder or weight file
+        resolution: side of the square centre crop of each picture, in pixels
+        scale: scaling factor; None means the model's scaling factor
+        format: npy: a file per picture, as in DC-Gen, bfloat16 stored as float32; safetensors: a file per 1024 pictures
+        batch: number of pictures encoded at once; auto means as many as the free memory holds
+        workers: picture-reading processes per rank; None means the rank's share of the CPU cores
+        member: extension, such as jpg or seg.png, of the picture to encode where a shard's samples contain several
+        as_original: read pictures as DC-Gen does: ignore EXIF rotation, and drop the transparency channel
+        overwrite: delete all latents in the output folder and encode everything again
+        max_pixels: skip and report pictures with more pixels; None means Pillow's limit, 178956970
     """
     import torch
 
@@ -63,13 +61,13 @@ def cache_latents(
     from dcae_fast.data.cache import cache_latents as cache
     from dcae_fast.data.cache import settings_of
     from dcae_fast.data.find import find_pictures
-    from dcae_fast.data.manifest import DataError
+    from dcae_fast.data.manifest import MANIFEST, DataError
     from dcae_fast.memory import out_of_memory_as
     from dcae_fast.models.autoencoder import DCAE
     from dcae_fast.reconstruction import choose_device
 
     if scale is not None and not SCALES[0] <= scale <= SCALES[1]:
-        raise UsageError(f"--scale {scale}: expected a positive number, from {SCALES[0]:g} to {SCALES[1]:g}")
+        raise UsageError(f"--scale {scale}: expected a number from {SCALES[0]:g} to {SCALES[1]:g}")
     check_integer("--resolution", resolution, least=1)
     check_integer("--batch", None if batch == "auto" else batch, least=1)
     check_workers(workers)
@@ -91,15 +89,13 @@ def cache_latents(
         except DataError as error:
             raise UsageError(str(error)) from error
         distributed.print_main(_summary(report, out))
-        for name, reason in report.skipped[:LISTED]:
-            distributed.print_main(f"failed: {pictures.root / name}: {reason}", error=True)
-        if len(report.skipped) > LISTED:
-            distributed.print_main(f"... and {len(report.skipped) - LISTED} more, in the manifest", error=True)
+        failed = [(pictures.root / name, reason) for name, reason in report.skipped]
+        print_failed(failed, f"more; all are listed in {out / MANIFEST}")
     return 1 if report.skipped else 0
 
 
 def _found(pictures: "Pictures") -> str:
-    """What was found, by suffix, what is ignored, by reason, and the classes that `.cls` members name."""
+    """Text: how many pictures each suffix has, ignored files by reason, and the class names found in `.cls` members."""
     suffixes = Counter(suffix_of(picture.name) for picture in pictures.items)
     counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(suffixes.items()))
     lines = [f"{len(pictures.items)} pictures: {counts}"]
@@ -107,16 +103,17 @@ def _found(pictures: "Pictures") -> str:
     for name, reason in pictures.ignored:
         reasons.setdefault(reason, []).append(name)
     for reason, names in reasons.items():
-        lines.append(f"ignored, {reason}: {_some(names)}")
+        lines.append(f"ignored, {reason}: {_some_of(names)}")
     if pictures.class_members:
         classes = [f"{n} {name} ({pictures.class_members[name]})" for n, name in enumerate(pictures.classes)]
-        lines.append(f"classes by name, with the first member that names each: {_some(classes)}")
+        lines.append(f"class names, each with the first member that contains it: {_some_of(classes)}")
     return "\n".join(lines)
 
 
-def _some(names: list[str]) -> str:
-    more = f", ... and {len(names) - SHOWN} more, in the manifest" if len(names) > SHOWN else ""
-    return f"{', '.join(names[:SHOWN])}{more}"
+def _some_of(names: list[str]) -> str:
+    hidden = len(names) - MAX_NAMES_PRINTED
+    more = f", ... and {hidden} more, listed in the manifest" if hidden > 0 else ""
+    return f"{', '.join(names[:MAX_NAMES_PRINTED])}{more}"
 
 
 def _summary(report: "Report", out: Path) -> str:
@@ -128,10 +125,10 @@ def _summary(report: "Report", out: Path) -> str:
             f"the device waited {100 * report.waited:.0f} % of the time"
         )
     if report.changed:
-        lines.append(f"{report.changed} pictures changed since the last run; their old latents are removed")
+        lines.append(f"{report.changed} pictures changed since the last run; their old latents were removed")
     if report.kept:
-        lines.append(f"{report.kept} latents were there already")
+        lines.append(f"{report.kept} latents existed already")
     if manifest.mean is not None:
-        lines.append(f"mean {manifest.mean:.6f}, rms {manifest.rms:.6f}, std {manifest.std:.6f}, all latents, scaled")
+        lines.append(f"mean {manifest.mean:.6f}, rms {manifest.rms:.6f}, std {manifest.std:.6f} of all scaled latents")
     lines.append(f"{manifest.latents} latents of {manifest.images} pictures are in {out.resolve()}")
     return "\n".join(lines)

@@ -1,8 +1,9 @@
-"""What the commands share: checks of options, and where and how to compute."""
+"""Shared by the commands: checks of options, the compute options, and the report of failed pictures."""
 
 import math
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -14,12 +15,15 @@ if TYPE_CHECKING:
     from dcae_fast.models.autoencoder import DCAE
 
 
+Sampler = Literal["DPM_Solver", "ODE_dopri5", "ODE_heun2", "SDE", "GaussianDiffusion"]
+
+
 class UsageError(ValueError):
-    """A request that cannot be met; the message is all that is shown."""
+    """A request that cannot be met. The command line prints only the message."""
 
 
 def check_integer(option: str, value: int | None, least: int, most: int = 2**31 - 1) -> None:
-    """UsageError unless least <= value <= most; None is an option that is not given."""
+    """Raises UsageError unless least <= value <= most or value is None (the option is not given)."""
     if value is not None and not least <= value <= most:
         raise UsageError(f"{option} {value}: expected at {f'least {least}' if value < least else f'most {most}'}")
 
@@ -29,7 +33,7 @@ def check_workers(workers: int | None) -> None:
 
 
 def pixel_limit(max_pixels: int | None) -> int:
-    """The most pixels of a picture, Pillow's limit by default. Raises UsageError."""
+    """The maximum number of pixels in a picture: `max_pixels`, or Pillow's limit for None. Raises UsageError."""
     from dcae_fast.images import MAX_PIXELS
 
     check_integer("--max-pixels", max_pixels, least=1)
@@ -46,20 +50,23 @@ def check_cfg(cfg: float) -> None:
 
 
 def make_folder(folder: Path, option: str = "--out") -> None:
-    """Makes the folder that an option names; before the work, or its results would have no place."""
+    """Makes the output folder that `option` names. Called before the work, whose results would otherwise be lost.
+
+    Raises UsageError.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         reason = "it is a file" if folder.is_file() else error.strerror
-        raise UsageError(f"{option}: cannot make the folder {folder}: {reason}") from error
+        raise UsageError(f"{option}: cannot create the folder {folder}: {reason}") from error
     if not os.access(folder, os.W_OK):
-        raise UsageError(f"{option}: the folder {folder} is not writable")
+        raise UsageError(f"{option}: no permission to write to the folder {folder}")
 
 
-def make_place(file: Path, option: str) -> None:
-    """Makes the folder of the file that an option names."""
+def make_parent_folder(file: Path, option: str) -> None:
+    """Makes the folder of the output file that `option` names. Raises UsageError."""
     if file.is_dir():
-        raise UsageError(f"{option} {file}: is a folder; expected the name of a file")
+        raise UsageError(f"{option} {file}: is a folder; expected a file name")
     make_folder(file.parent, option)
 
 
@@ -68,45 +75,47 @@ UNITS |= {f"{prefix}iB": 1024**n for n, prefix in enumerate("KMGT", 1)}
 
 
 def parse_bytes(option: str, text: str) -> int:
-    """The bytes of a number with a unit: 4GiB, 500MB, 1e9. UsageError."""
+    """The number of bytes in a size with a unit: 4GiB, 500MB, 1e9. Raises UsageError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:e\d+)?)\s*([a-z]*)\s*", text, re.IGNORECASE)
     units = {name.lower(): size for name, size in UNITS.items()}
     amount = float(match[1]) * units.get(match[2].lower(), math.nan) if match else math.nan
     if not 1 <= amount < 2**63:
-        raise UsageError(f"{option} {text}: expected a size such as 4GiB, 500MB or a number of bytes")
+        raise UsageError(f"{option} {text}: expected a size such as 4GiB or 500MB, or a number of bytes")
     return int(amount)
 
 
 @dataclass(frozen=True)
 class Compute:
-    """Where and how to compute."""
+    """Device, dtype and memory of the computation."""
 
     device: str | None = None
-    """a PyTorch device; by default CUDA if there is any, else the CPU"""
+    """PyTorch device, such as cuda:1; None means CUDA if available, else the CPU"""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """by default bfloat16 on CUDA, else float32"""
+    """dtype of the computation; None means bfloat16 on CUDA, else float32"""
     patch: bool = True
-    """use the fast operators"""
+    """patch the model to use the fast operators"""
     max_memory: str | None = None
-    """GPU memory that the autoencoder may use in a call, as 4GiB or 500MB; by default what is free. Less is slower"""
+    """GPU memory limit of an autoencoder call, such as 4GiB or 500MB; None means all free memory; lower is slower"""
 
     def __post_init__(self):
         if self.max_bytes is not None and not self.patch:
-            raise UsageError("--max-memory --no-patch: only the fast operators bound their memory")
+            raise UsageError(
+                "--max-memory --no-patch: only a patched model can limit its memory; remove one of the options"
+            )
 
     @property
     def max_bytes(self) -> int | None:
-        """`max_memory` of `dcae_fast.patch`."""
+        """`max_memory` in bytes, as `dcae_fast.patch` takes it."""
         return None if self.max_memory is None else parse_bytes("--max-memory", self.max_memory)
 
-    def load_plain(self, model: str) -> "DCAE":
+    def load_unpatched(self, model: str) -> "DCAE":
         from dcae_fast.reconstruction import load_model
 
         return load_model(model, self.device, self.dtype)
 
     def load(self, model: str) -> "DCAE":
-        """An autoencoder, patched unless that is not wanted."""
-        network = self.load_plain(model)
+        """Loads an autoencoder, and patches it if `patch` is set."""
+        network = self.load_unpatched(model)
         if self.patch:
             dcae_fast.patch(network, max_memory=self.max_bytes)
         return network
@@ -117,17 +126,27 @@ class Compute:
         return sample.load(model, self.device, self.dtype, self.patch, self.max_bytes)
 
 
-LISTED = 20  # unreadable pictures, in the terminal
+MAX_FAILURES_PRINTED = 20
 
 
-def report_problems(failed: list[tuple[str, str]], missing: dict[str, str]) -> int:
-    """Prints pictures (name, reason) that failed and why networks are missing; the exit status, 1 if there are any."""
+def print_failed(failed: Sequence[tuple[str | Path, str]], more: str = "more") -> None:
+    """Prints the first failed pictures (name, reason) to stderr; `more`: the words after the number of all others."""
     from dcae_fast import distributed
 
-    for name, reason in failed[:LISTED]:
+    for name, reason in failed[:MAX_FAILURES_PRINTED]:
         distributed.print_main(f"failed: {name}: {reason}", error=True)
-    if len(failed) > LISTED:
-        distributed.print_main(f"... and {len(failed) - LISTED} more", error=True)
+    if len(failed) > MAX_FAILURES_PRINTED:
+        distributed.print_main(f"... and {len(failed) - MAX_FAILURES_PRINTED} {more}", error=True)
+
+
+def report_problems(failed: Sequence[tuple[str, str]], missing: dict[str, str]) -> int:
+    """Prints the failed pictures (name, reason) and the reasons why networks are missing; returns the exit status.
+
+    The exit status is 1 if there is any problem, else 0.
+    """
+    from dcae_fast import distributed
+
+    print_failed(failed)
     for reason in missing.values():
         distributed.print_main(f"missing: {reason}", error=True)
     return 1 if failed or missing else 0

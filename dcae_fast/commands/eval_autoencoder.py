@@ -1,4 +1,4 @@
-"""dcae-fast eval-autoencoder: how close an autoencoder's reconstructions are to pictures."""
+"""dcae-fast eval-autoencoder: measures the reconstruction quality of an autoencoder."""
 
 import json
 import math
@@ -36,23 +36,22 @@ def eval_autoencoder(
     max_pixels: int | None = None,
     compute: Compute,
 ) -> int:
-    """Measure reconstructions of pictures and the latents, into results.json and examples.png; under torchrun too.
+    """Measure the reconstruction quality and the latents of an autoencoder. Under torchrun, uses several GPUs.
 
-    A PSNR that is infinite is null in results.json. The exit status is 1 if a metric lacked its network, or if there
-    are pictures that could not be read.
+    Writes results.json and examples.png. An infinite PSNR is written as null. The exit status is 1 if the network of a
+    metric is missing, or if any picture could not be read.
 
     Args:
-        images: folder of pictures, of class folders, or of WebDataset's .tar shards
-        model: a name from `dcae-fast models`, a Hugging Face repository, a folder or a weight file
-        against: another model to measure beside it, or "eager" for the same one without the fast operators
-        out: folder for the results
-        resolution: of the centre crops, in pixels
-        reference: .npz file of reference-stats for rFID; by default the statistics of these pictures
-        batch: pictures at once
-        workers: processes of each rank that read pictures; by default its share of the cores
-        max_pixels: pictures with more pixels are named and left out; by default Pillow's limit, 178956970
+        images: folder of pictures, of class folders, or of WebDataset .tar shards
+        model: model name (see `dcae-fast models`), Hugging Face repository, folder or weight file
+        against: a second model to measure; "eager" means the same model without the fast operators
+        out: output folder
+        resolution: side of the square centre crop of each picture, in pixels
+        reference: .npz file of `reference-stats`, for rFID; None means the statistics of the given pictures
+        batch: number of pictures per batch
+        workers: picture-reading processes per rank; None means the rank's share of the CPU cores
+        max_pixels: skip and report pictures with more pixels; None means Pillow's limit, 178956970
     """
-
     from dcae_fast import distributed
     from dcae_fast import images as pictures
     from dcae_fast.data.find import find_pictures
@@ -67,7 +66,7 @@ def eval_autoencoder(
     check_workers(workers)
     limit = pixel_limit(max_pixels)
     if against == "eager" and not compute.patch:
-        raise UsageError("--against eager --no-patch: would compare the model with itself")
+        raise UsageError("--against eager --no-patch: compares the model with itself; remove one of the options")
     place, dtype = choose_device(compute.device, compute.dtype)
     too_large = UsageError(f"--batch {batch}: does not fit in memory")
     with out_of_memory_as(too_large), distributed.process_group(place) as device:
@@ -86,7 +85,7 @@ def eval_autoencoder(
             raise UsageError(str(error)) from error
         failed = [each for part in distributed.all_gather(batches.failed) for each in part]
         if not results:
-            distributed.print_main("no picture could be measured; results.json is not written", error=True)
+            distributed.print_main("no picture could be measured; results.json was not written", error=True)
         elif distributed.is_main():
             settings = {"resolution": resolution, "dtype": str(dtype).removeprefix("torch."), "patch": compute.patch}
             settings |= {"images": len(next(iter(results.values())).psnr)}
@@ -102,7 +101,7 @@ def eval_autoencoder(
 def _load(
     model: str, against: str | None, compute: Compute, device: "torch.device", dtype: "torch.dtype"
 ) -> dict[str, "DCAE"]:
-    """The models to measure, by the names in the results."""
+    """The models to measure, by their names in the results."""
     import torch
 
     from dcae_fast.models.autoencoder import DCAE
@@ -111,7 +110,7 @@ def _load(
     if against == "eager":
         sources["eager"] = (model, False)
     elif against == model:
-        raise UsageError(f"--against {against}: is the same model")
+        raise UsageError(f"--against {against}: is the same model as --model; expected another model, or eager")
     elif against is not None:
         sources[against] = (against, compute.patch)
     models = {}
@@ -126,11 +125,13 @@ def _check_resolution(resolution: int, models: dict[str, "DCAE"]) -> None:
     for name, model in models.items():
         ratio = model.spatial_compression_ratio
         if resolution % ratio:
-            raise UsageError(f"--resolution {resolution}: expected a multiple of {ratio}, the ratio of {name}")
+            raise UsageError(
+                f"--resolution {resolution}: expected a multiple of {ratio}, the compression ratio of {name}"
+            )
 
 
 def _save(results: dict[str, "Result"], settings: dict, out: Path) -> None:
-    """Into results.json, where a figure that is not finite, as the PSNR of equal pictures, is null."""
+    """Writes results.json. A figure that is not finite, such as the PSNR of equal pictures, becomes null."""
     models = {
         name: {column: figure if math.isfinite(figure) else None for column, figure in result.figures.items()}
         for name, result in results.items()

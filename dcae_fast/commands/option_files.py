@@ -1,4 +1,4 @@
-"""Options in files: @options.yaml among the arguments of a command."""
+"""Options in files: an argument @options.yaml stands for the options in that file."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,10 +10,10 @@ from .common import UsageError
 
 
 def with_files(arguments: Sequence[str]) -> list[str]:
-    """The arguments, each @file.yaml, .toml or .json replaced by the options that it holds. UsageError.
+    """The arguments, with each @file.yaml, .toml or .json replaced by the options in the file. Raises UsageError.
 
-    {"lr": 1e-4, "betas": [0.9, 0.99], "patch": false, "network": {"depth": 12}} is --lr 1e-4 --betas 0.9 0.99
-    --no-patch --depth 12; the names of inner mappings only group options.
+    {"lr": 1e-4, "betas": [0.9, 0.99], "patch": false, "network": {"depth": 12}} becomes --lr 1e-4 --betas 0.9 0.99
+    --no-patch --depth 12. Inner mappings only group options; their names are ignored.
     """
     expanded = []
     for argument in arguments:
@@ -29,28 +29,28 @@ def with_files(arguments: Sequence[str]) -> list[str]:
 
 def _read(path: Path) -> dict[str, Any]:
     if path.suffix not in (".yaml", ".yml", ".json", ".toml"):
-        raise UsageError("expected the name of a .yaml, .toml or .json file")
+        raise UsageError("expected a file name that ends in .yaml, .yml, .toml or .json")
     try:
         if path.suffix == ".toml":
-            import tomllib  # from Python 3.11 on
+            import tomllib  # needs Python 3.11
 
             content = tomllib.loads(path.read_text())
-        else:  # JSON is YAML, too
+        else:  # YAML includes JSON
             content = yaml.safe_load(path.read_text())
     except ImportError as error:
-        raise UsageError("reading TOML needs Python 3.11; YAML and JSON do not") from error
+        raise UsageError("TOML files need Python 3.11 or later; use a YAML or JSON file") from error
     except OSError as error:
         raise UsageError(f"cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UsageError(f"is no valid {path.suffix[1:]} file: {error}") from error
+        raise UsageError(f"not a valid {path.suffix[1:]} file: {error}") from error
     if not isinstance(content, dict):
-        raise UsageError("expected options by name, as in `lr: 1e-4`")
+        raise UsageError("expected a mapping of option names to values, such as `lr: 1e-4`")
     return content
 
 
 def _options(content: dict[str, Any], depth: int = 0) -> list[str]:
-    if depth > 8:  # YAML's aliases can make a mapping that holds itself
-        raise UsageError("mappings within mappings are nested too deeply")
+    if depth > 8:  # with aliases, a YAML mapping can contain itself
+        raise UsageError("mappings are nested too deeply; expected at most 8 levels")
     options = []
     for name, value in content.items():
         flag = str(name).replace("_", "-")

@@ -1,4 +1,4 @@
-"""dcae-fast reference-stats: what generated pictures are compared with."""
+"""dcae-fast reference-stats: writes the reference data of the metrics, from real pictures."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import tyro
 from dcae_fast.memory import out_of_memory_as
 from dcae_fast.workers import default_workers
 
-from .common import UsageError, check_integer, check_workers, make_place, pixel_limit, report_problems
+from .common import UsageError, check_integer, check_workers, make_parent_folder, pixel_limit, report_problems
 
 
 def reference_stats(
@@ -22,20 +22,21 @@ def reference_stats(
     max_pixels: int | None = None,
     device: str | None = None,
 ) -> int:
-    """Write statistics and features of real pictures, for eval-diffusion and eval-autoencoder; under torchrun too.
+    """Compute the reference data of the metrics from real pictures. Under torchrun, uses several GPUs.
 
-    The exit status is 1 if a network was missing, and what needs it was not written, or if pictures were unreadable.
+    The files are inputs of `eval-diffusion` and `eval-autoencoder`. If the network of a metric is missing, the metric's
+    file is not written. The exit status is 1 if a network is missing, or if any picture could not be read.
 
     Args:
-        images: folder of pictures, of class folders or of .tar shards; or an .npz file of pictures, as ADM's VIRTUAL_*
-        fid: .npz file to write, of the mean and covariance of Inception's features
-        precision_recall: .npy file to write, of Inception's features; as many pictures as fit in memory
-        cmmd: .npy file to write, of CLIP's embeddings
-        resolution: of the centre crops of a folder's pictures, in pixels; those of an .npz file are taken as they are
-        batch: pictures at once
-        workers: processes of each rank that read pictures; by default its share of the cores
-        max_pixels: pictures with more pixels are named and left out; by default Pillow's limit, 178956970
-        device: a PyTorch device; by default CUDA if there is any, else the CPU
+        images: folder of pictures, of class folders or of .tar shards; or .npz file of pictures, as ADM's VIRTUAL_*
+        fid: .npz file to write: mean and covariance of Inception features
+        precision_recall: .npy file to write: Inception features of all pictures, which must fit in memory
+        cmmd: .npy file to write: CLIP embeddings
+        resolution: side of the square centre crops, in pixels; pictures of an .npz file are not cropped
+        batch: number of pictures per batch
+        workers: picture-reading processes per rank; None means the rank's share of the CPU cores
+        max_pixels: skip and report pictures with more pixels; None means Pillow's limit, 178956970
+        device: PyTorch device, such as cuda:1; None means CUDA if available, else the CPU
     """
     from dcae_fast import distributed
     from dcae_fast.data.find import find_pictures
@@ -47,18 +48,18 @@ def reference_stats(
 
     wanted = Wanted(fid, precision_recall, cmmd)
     if not wanted.networks:
-        raise UsageError("name at least one file to write: --fid, --precision-recall or --cmmd")
+        raise UsageError("no output file given; expected at least one of --fid, --precision-recall or --cmmd")
     files = {"--fid": (fid, ".npz"), "--precision-recall": (precision_recall, ".npy"), "--cmmd": (cmmd, ".npy")}
     for option, (path, suffix) in files.items():
         if path is not None and path.suffix != suffix:
-            raise UsageError(f"{option} {path}: expected a name that ends in {suffix}")
+            raise UsageError(f"{option} {path}: expected a file name that ends in {suffix}")
     check_integer("--resolution", resolution, least=1)
     check_integer("--batch", batch, least=1)
     check_workers(workers)
     limit = pixel_limit(max_pixels)
     for option, (path, _) in files.items():
         if path is not None:
-            make_place(path, option)
+            make_parent_folder(path, option)
     too_large = UsageError(f"--batch {batch}: does not fit in memory")
     with out_of_memory_as(too_large), distributed.process_group(choose_device(device, "float32")[0]) as place:
         try:

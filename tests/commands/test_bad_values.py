@@ -1,4 +1,4 @@
-"""Bad values of every command's options: the option or file is named, and nothing is computed."""
+"""Bad values of every command's options: the error names the option or file, and nothing is computed."""
 
 import re
 
@@ -13,7 +13,7 @@ from dcae_fast.commands.common import UsageError, parse_bytes
 from dcae_fast.models.autoencoder import DCAE
 
 HUGE = str(10**30)
-COMMANDS = {  # as they would run, in a folder of `pictures`, `latents`, a `file`, and the models `ae` and `diffusion`
+COMMANDS = {  # valid arguments; the paths are in `folder`, which holds `pictures`, `latents`, `file`, `ae`, `diffusion`
     "reconstruct": ["pictures", "--model", "ae"],
     "encode": ["pictures", "--model", "ae"],
     "decode": ["latents", "--model", "ae"],
@@ -26,10 +26,10 @@ COMMANDS = {  # as they would run, in a folder of `pictures`, `latents`, a `file
     "convert": ["ae"],
 }
 CASES = [
-    ("reconstruct", "--out file", "--out: cannot make the folder file: it is a file"),
+    ("reconstruct", "--out file", "--out: cannot create the folder file: it is a file"),
     ("reconstruct", "--fit stretch", "--fit"),
     ("reconstruct", "--model file", "file: "),
-    ("encode", "--out file/below", "--out: cannot make the folder file/below"),
+    ("encode", "--out file/below", "--out: cannot create the folder file/below"),
     ("encode", "--max-memory many", "--max-memory many: expected a size such as 4GiB"),
     ("encode", "--max-memory 1GiB --no-patch", "--max-memory --no-patch"),
     ("encode", "--device tpu9", "'tpu9'"),
@@ -42,17 +42,17 @@ CASES = [
     ("sample", "--steps 1.5", "--steps"),
     ("sample", "--cfg=-inf", "--cfg -inf: expected a finite number"),
     ("sample", "--latents pictures", "--latents pictures: is a folder"),
-    ("sample", "--latents z.npy", "--latents z.npy: expected a name that ends in .safetensors"),
-    ("sample", "--latents file/z", "--latents: cannot make the folder file"),
-    ("sample", "--out pictures", "--out pictures: expected a name that ends in .png"),
+    ("sample", "--latents z.npy", "--latents z.npy: expected a file name that ends in .safetensors"),
+    ("sample", "--latents file/z", "--latents: cannot create the folder file"),
+    ("sample", "--out pictures", "--out pictures: expected a file name that ends in .png"),
     ("sample", "--model ae", "ae/config.json"),
     ("cache-latents", "--batch 0", "--batch 0: expected at least 1"),
     ("cache-latents", f"--batch {HUGE}", f"--batch {HUGE}: expected at most"),
     ("cache-latents", "--resolution -2", "--resolution -2: expected at least 1"),
     ("cache-latents", f"--workers {HUGE}", f"--workers {HUGE}: expected at most"),
     ("cache-latents", "--scale nan", "--scale nan"),
-    ("cache-latents", "--scale 1e-320", "expected a positive number, from 1e-06"),
-    ("cache-latents", "--out file --resolution 8", "--out: cannot make the folder file: it is a file"),
+    ("cache-latents", "--scale 1e-320", "expected a number from 1e-06"),
+    ("cache-latents", "--out file --resolution 8", "--out: cannot create the folder file: it is a file"),
     ("train-diffusion", "--depth 0", "depth=0; expected at least 1"),
     ("train-diffusion", "--workers -1", "workers=-1; expected at least 0"),
     ("train-diffusion", f"--steps {HUGE}", f"steps={HUGE}; expected less than"),
@@ -60,10 +60,10 @@ CASES = [
     ("train-diffusion", "--betas 2 0.9", "betas=(2.0, 0.9)"),
     ("train-diffusion", "--sample-cfg nan", "sample_cfg=nan; expected a finite number"),
     ("train-diffusion", "--data file", "file: no such folder"),
-    ("train-diffusion", "--out file --no-dry-run", "--out: cannot make the folder file: it is a file"),
-    ("reference-stats", "", "--fid, --precision-recall or --cmmd"),
-    ("reference-stats", "--fid x.txt", "--fid x.txt: expected a name that ends in .npz"),
-    ("reference-stats", "--cmmd file/x.npy", "--cmmd: cannot make the folder file"),
+    ("train-diffusion", "--out file --no-dry-run", "--out: cannot create the folder file: it is a file"),
+    ("reference-stats", "", "expected at least one of --fid, --precision-recall or --cmmd"),
+    ("reference-stats", "--fid x.txt", "--fid x.txt: expected a file name that ends in .npz"),
+    ("reference-stats", "--cmmd file/x.npy", "--cmmd: cannot create the folder file"),
     ("reference-stats", "--fid x.npz --batch 0", "--batch 0"),
     ("eval-autoencoder", f"--resolution {HUGE}", f"--resolution {HUGE}: expected at most"),
     ("eval-autoencoder", "--max-pixels 0", "--max-pixels 0: expected at least 1"),
@@ -71,16 +71,16 @@ CASES = [
     ("eval-autoencoder", "--reference file", "file: expected an .npz file with mu and sigma"),
     ("eval-autoencoder", "--reference nan.npz", "nan.npz: NaN or infinity in mu or sigma"),
     ("eval-autoencoder", "--reference pictures", "pictures: expected an .npz file with mu and sigma: Is a directory"),
-    ("eval-autoencoder", "--out file --resolution 8", "--out: cannot make the folder file: it is a file"),
+    ("eval-autoencoder", "--out file --resolution 8", "--out: cannot create the folder file: it is a file"),
     ("eval-diffusion", f"--samples {HUGE}", f"--samples {HUGE}: expected at most"),
     ("eval-diffusion", f"--class-seed {HUGE}", f"--class-seed {HUGE}: expected at most"),
     ("eval-diffusion", "--cfg nan", "--cfg nan: expected a finite number"),
     ("eval-diffusion", "--steps 0", "--steps 0: expected at least 1"),
     ("eval-diffusion", "--sampler SDE", "sampler 'SDE'; the model was trained for DPM_Solver"),
-    ("eval-diffusion", "--out file", "--out: cannot make the folder file: it is a file"),
+    ("eval-diffusion", "--out file", "--out: cannot create the folder file: it is a file"),
     ("eval-diffusion", "--cmmd file", "file: expected an .npy file of features"),
     ("eval-diffusion", "--cmmd nan.npy", "nan.npy: NaN or infinity in the features"),
-    ("convert", "file --layout diffusers", "destination: cannot make the folder file: it is a file"),
+    ("convert", "file --layout diffusers", "destination: cannot create the folder file: it is a file"),
     ("convert", "there --layout none", "--layout"),
 ]
 
@@ -105,9 +105,9 @@ def test_bad_values(folder, monkeypatch, capsys, command, options, words):
     monkeypatch.chdir(folder)
     try:
         status = cli.main([command, *COMMANDS[command], *options.split()])
-    except SystemExit as error:  # of the parser
+    except SystemExit as error:  # from the parser
         status = error.code
-    errors = re.sub(r"[\s│]+", " ", capsys.readouterr().err)  # the parser breaks lines, in a box
+    errors = re.sub(r"[\s│]+", " ", capsys.readouterr().err)  # the parser wraps lines in a box
     assert status == 2 and words in errors
     assert not re.search("tyro|Traceback|Errno|pickle|Overflow", errors)
 
@@ -121,7 +121,7 @@ def test_sizes(text, expected):
 
 
 @pytest.mark.parametrize("command", ["reconstruct", "encode", "decode", "sample", "cache-latents", "eval-autoencoder"])
-def test_the_bound_on_memory_reaches_patch(folder, tmp_path, monkeypatch, command):
+def test_max_memory_reaches_patch(folder, tmp_path, monkeypatch, command):
     class Called(Exception):
         pass
 
@@ -138,6 +138,6 @@ def test_the_bound_on_memory_reaches_patch(folder, tmp_path, monkeypatch, comman
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "0", "4 apples", "nan", "inf", "1e400GiB"])
-def test_sizes_that_are_none(text):
+def test_invalid_sizes(text):
     with pytest.raises(UsageError, match=f"--max-memory {text}: expected a size"):
         parse_bytes("--max-memory", text)

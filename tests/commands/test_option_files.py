@@ -1,4 +1,4 @@
-"""Options in files: what they become, and what is said about files that hold something else."""
+"""Options in files: the arguments that they become, and the errors for files with other contents."""
 
 import sys
 
@@ -21,18 +21,18 @@ def test_files_of_options(tmp_path):
 @pytest.mark.parametrize(
     "name, text, words",
     [
-        ("a.yaml", "{", "is no valid yaml file"),
-        ("a.yaml", "!!python/object/apply:os.getcwd []", "is no valid yaml file"),
-        ("a.json", "[1]", "expected options by name"),
-        ("a.yaml", "", "expected options by name"),
+        ("a.yaml", "{", "not a valid yaml file"),
+        ("a.yaml", "!!python/object/apply:os.getcwd []", "not a valid yaml file"),
+        ("a.json", "[1]", "expected a mapping of option names"),
+        ("a.yaml", "", "expected a mapping of option names"),
         ("a.yaml", "a: &a {b: *a}", "nested too deeply"),
         ("a.yaml", "betas: [{a: 1}]", "betas: expected a value or a list of values"),
-        ("a.txt", "a: 1", "expected the name of a .yaml, .toml or .json file"),
-        ("a.yaml", b"\xff\xfe\x00", "is no valid yaml file"),
+        ("a.txt", "a: 1", "expected a file name that ends in .yaml, .yml, .toml or .json"),
+        ("a.yaml", b"\xff\xfe\x00", "not a valid yaml file"),
         ("a.yaml", None, "cannot be read: No such file"),
     ],
 )
-def test_files_of_something_else(tmp_path, capsys, name, text, words):
+def test_invalid_option_files(tmp_path, capsys, name, text, words):
     path = tmp_path / name
     if text is not None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -42,11 +42,11 @@ def test_files_of_something_else(tmp_path, capsys, name, text, words):
 
 
 def test_a_wrong_option_in_a_file(tmp_path, capsys):
-    """The file is named beside the option."""
+    """The error names the file and the option."""
     path = tmp_path / "options.yaml"
     path.write_text("steps: many\n")
     with pytest.raises(SystemExit) as caught:
         cli.main(["sample", f"@{path}"])
     errors = capsys.readouterr().err
     assert caught.value.code == 2 and "--steps" in errors
-    assert f"with @{path} the arguments are: sample --steps many" in errors
+    assert f"@{path}: the arguments become: sample --steps many" in errors

@@ -155,7 +155,7 @@ def test_nothing_left_to_do(pictures, tmp_path, capsys, format):
     assert run(pictures / "emu", tmp_path, "--format", format) == 0
     assert contents(tmp_path) == before
     text = capsys.readouterr().out
-    assert "\n1 latents were there already" in text and "images/s" not in text
+    assert "\n1 latents existed already" in text and "images/s" not in text
 
 
 @pytest.mark.parametrize("format", ["npy", "safetensors"])
@@ -231,7 +231,7 @@ def test_other_weights_and_pictures_are_refused(pictures, tmp_path, model, capsy
     "options, words",
     [
         (["--resolution", "50"], "expected a multiple of 32"),
-        (["--scale", "0"], "expected a positive number"),
+        (["--scale", "0"], "--scale 0.0: expected a number from 1e-06"),
         (["--batch", "0"], "expected at least 1"),
         (["--workers", "-1"], "expected at least 0"),
     ],
@@ -340,7 +340,7 @@ def test_names_that_are_long_or_no_text(tmp_path, monkeypatch):
     assert r"p/\udcff.png" in (tmp_path / "printed").read_text() and len(LatentDataset(tmp_path / "out")) == 3
 
 
-def test_what_is_found_and_left_out_is_told(tmp_path, capsys):
+def test_found_ignored_and_failed_files_are_printed(tmp_path, capsys):
     for name in ("a.avif", "b.PNG", "c.png", "c.jpg"):
         save_noise(tmp_path / "p" / name, 64, 64, 0)
     for number in range(10):
@@ -349,18 +349,18 @@ def test_what_is_found_and_left_out_is_told(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert "2 pictures: 1 .avif, 1 .png\n" in out
     names = ", ".join(f"{number}.txt" for number in range(8))
-    assert f"ignored, not a picture's suffix: {names}, ... and 2 more, in the manifest\n" in out
+    assert f"ignored, not a picture's suffix: {names}, ... and 2 more, listed in the manifest\n" in out
     assert f"failed: {tmp_path / 'p' / 'c.png'}: c.jpg, c.png would all have the latent c\n" in err
     manifest = load_manifest(tmp_path / "out")
     assert len(manifest.ignored) == 10 and manifest.skipped == ("c.jpg", "c.png") and manifest.latents == 2
 
 
-def test_members_and_classes_are_named(tmp_path, capsys):
+def test_failed_members_and_class_names_are_printed(tmp_path, capsys):
     members = {"7.png": png(64, 64), "7.cls": b"tench", "8.png": b"broken", "8.cls": b"tench"}
     save_shard(tmp_path / "a.tar", members)
     assert run(tmp_path / "a.tar", tmp_path / "out") == 1
     out, err = capsys.readouterr()
-    assert "classes by name, with the first member that names each: 0 tench (a.tar/7.cls)\n" in out
+    assert "class names, each with the first member that contains it: 0 tench (a.tar/7.cls)\n" in out
     assert f"failed: {tmp_path}/a.tar/8.png: not a picture that Pillow can read\n" in err
     assert LatentDataset(tmp_path / "out").classes == ("tench",)
 

@@ -41,7 +41,7 @@ def test_latents_of_pictures_that_changed_are_made_anew(tmp_path, capsys, format
     capsys.readouterr()
     assert run(*command) == 0
     told = capsys.readouterr().out
-    assert "1 pictures changed" in told and "1 latents in" in told and "3 latents were there" in told
+    assert "1 pictures changed" in told and "1 latents in" in told and "3 latents existed" in told
     unchanged = sum(path.stat().st_mtime_ns == time for path, time in before.items())
     assert unchanged == (3 if format == "npy" else 1)
     assert run(tmp_path / "p", tmp_path / "new", "--format", format) == 0
@@ -100,7 +100,7 @@ def test_a_folder_of_an_earlier_version(pictures, tmp_path, capsys):
     assert run(pictures / "cat", tmp_path / "out") == 2
     assert "as_original True, not False; give the same options" in capsys.readouterr().err
     assert run(pictures / "cat", tmp_path / "out", "--as-original") == 0
-    assert "3 latents were there already" in capsys.readouterr().out
+    assert "3 latents existed already" in capsys.readouterr().out
 
 
 def test_a_garbled_record_of_sources(pictures, tmp_path, capsys):

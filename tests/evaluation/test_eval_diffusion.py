@@ -131,7 +131,7 @@ def test_killed_and_continued(models, references, tmp_path, stand_ins, capsys, m
             assert np.array_equal(np.asarray(one), np.asarray(other))
     capsys.readouterr()
     assert cli.main(run) == 0
-    assert "6 of 6 batches were there already" in capsys.readouterr().out
+    assert "6 of 6 batches existed already" in capsys.readouterr().out
 
 
 def test_damaged_samples_are_drawn_again(models, references, tmp_path, stand_ins, capsys):
@@ -149,7 +149,7 @@ def test_damaged_samples_are_drawn_again(models, references, tmp_path, stand_ins
         (tmp_path / name).touch()
     capsys.readouterr()
     assert cli.main(run) == 0
-    assert "3 of 6 batches were there already" in capsys.readouterr().out
+    assert "3 of 6 batches existed already" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == whole
 
 
@@ -160,7 +160,7 @@ def test_batches_of_earlier_versions_count(models, tmp_path, stand_ins, capsys):
         save_file(load_file(path), path)
     capsys.readouterr()
     assert cli.main(command(models["uvit"], tmp_path)) == 0
-    assert "6 of 6 batches were there already" in capsys.readouterr().out
+    assert "6 of 6 batches existed already" in capsys.readouterr().out
 
 
 def test_two_evaluations_in_one_folder(models, tmp_path, stand_ins, capsys, lock_holder):
