@@ -35,10 +35,10 @@ def cost(config: DCAEConfig, size: int = 512) -> tuple[int, int]:
     Counted are convolutions and matrix products, a multiplication and an addition as two. Nothing is computed.
     """
     import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
 
     from .models.autoencoder import DCAE
+    from .ops._private import FakeTensorMode
 
     with FakeTensorMode(), FlopCounterMode(display=False) as counter:
         model = DCAE(config).eval()

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dcae_fast.ops._library import cuda_extension
+from dcae_fast.ops._private import CAST_OPERATOR, TorchDispatchMode, copy_each
 
 
 def cast(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -64,7 +64,7 @@ class Casts:
         """Cast the weights anew, as they are now."""
         if self._copies:
             weights = [self._weights[name].detach() for name, _ in self._copies]
-            torch._foreach_copy_(list(self._copies.values()), weights)
+            copy_each(list(self._copies.values()), weights)
 
 
 class _Taking(TorchDispatchMode):
@@ -75,7 +75,7 @@ class _Taking(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs: dict[str, Any] | None = None):
         kwargs = kwargs or {}
         copy = None
-        if func is torch.ops.aten._to_copy.default and set(kwargs) == {"dtype"}:
+        if func is CAST_OPERATOR and set(kwargs) == {"dtype"}:
             if not (torch.is_grad_enabled() and args[0].requires_grad):
                 copy = self._casts.take(args[0], kwargs["dtype"])
         return func(*args, **kwargs) if copy is None else copy

@@ -6,6 +6,7 @@ from torch import nn
 
 from dcae_fast import ops
 from dcae_fast.ops._library import HALVES
+from dcae_fast.ops._private import convolve
 from dcae_fast.ops.conv2d import FEW_CHANNELS
 from dcae_fast.ops.rms_norm_conv2d import MOST_CHANNELS, MOST_FILTERS
 
@@ -123,7 +124,7 @@ def conv_without_bias(conv: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, t
     if can_fuse_conv(conv, x):
         return _fused(conv, x, None), conv.bias
     if type(conv) is nn.Conv2d and conv.bias is not None and plain(conv):
-        return conv._conv_forward(x, conv.weight, None), conv.bias
+        return convolve(conv, x, conv.weight, None), conv.bias
     return conv(x), None
 
 

@@ -1,7 +1,6 @@
 """CUDA graphs of whole calls of a module: captured once for each kind of call, replayed for the price of one launch."""
 
 import contextlib
-import functools
 import threading
 import warnings
 from collections import OrderedDict, deque
@@ -10,10 +9,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 
 from dcae_fast import ops
+from dcae_fast.ops._private import (
+    SETTINGS,
+    DeviceContext,
+    abandon_capture,
+    attention_order,
+    clear_cublas_workspaces,
+    count_dispatch_modes,
+    function_modes,
+)
 
 from .casts import Casts, without_cache
 from .layout import is_indifferent, layout_of
@@ -24,34 +30,6 @@ Result = torch.Tensor | list[torch.Tensor]
 LIMIT = 8  # graphs of one module
 _CAPTURING = threading.Lock()  # PyTorch captures one graph at a time
 _dropped: list["tuple[Pool, OrderedDict[Hashable, Captured], Casts]"] = []  # and not yet freed
-
-# The settings that change what PyTorch's functions compute. Not all are there in every version.
-_PRECISIONS = ("generic", "all"), ("cuda", "all"), ("cuda", "conv"), ("cuda", "matmul")
-_FLAGS = [functools.partial(torch._C._get_fp32_precision_getter, *name) for name in _PRECISIONS] + [
-    getattr(torch._C, f"_{name}")
-    for name in (
-        "get_deterministic_algorithms",
-        "get_deterministic_algorithms_warn_only",
-        "get_cudnn_enabled",
-        "get_cudnn_benchmark",
-        "get_cudnn_deterministic",
-        "get_cudnn_depthwise_kernel",
-        "get_cublas_allow_bf16_reduced_precision_reduction",
-        "get_cublas_allow_fp16_reduced_precision_reduction",
-        "get_cublas_allow_fp16_accumulation",
-        "get_blas_preferred_backend",
-        "get_sm_carveout_experimental",
-        "cuda_tunableop_is_enabled",
-        "get_flash_sdp_enabled",
-        "get_fa3_sdp_enabled",
-        "get_mem_efficient_sdp_enabled",
-        "get_math_sdp_enabled",
-        "get_math_sdp_allow_fp16_bf16_reduction",
-        "get_cudnn_sdp_enabled",
-        "get_overrideable_sdp_enabled",
-    )
-    if hasattr(torch._C, f"_{name}")
-]
 
 
 class Graphs:
@@ -227,9 +205,7 @@ class Pool:
 
     def abandon(self) -> None:
         """After a failed capture: PyTorch may not have noticed that it is over, and would keep its memory."""
-        with contextlib.suppress(RuntimeError):  # it has
-            torch._C._cuda_endAllocateToPool(self.stream.device_index, self.memory)
-            torch._C._cuda_releasePool(self.stream.device_index, self.memory)
+        abandon_capture(self.stream.device_index, self.memory)
 
 
 class Captured:
@@ -256,7 +232,7 @@ class Captured:
             self._inputs = tensors(own)
             with casts.once(device):
                 function(*own, **kwargs)  # compiles kernels, chooses convolution algorithms, casts weights
-                torch._C._cuda_clearCublasWorkspaces()  # so that the graph gets one of its own
+                clear_cublas_workspaces()  # so that the graph gets one of its own
                 try:
                     with torch.cuda.graph(self._graph, pool.memory, pool.stream, capture_error_mode="thread_local"):
                         self._out = function(*own, **kwargs)
@@ -264,7 +240,7 @@ class Captured:
                     pool.abandon()
                     raise
                 finally:
-                    torch._C._cuda_clearCublasWorkspaces()
+                    clear_cublas_workspaces()
         current.wait_stream(pool.stream)
 
     def replay(self, args: tuple, cast: bool) -> Result:
@@ -294,9 +270,7 @@ def call_key(args: tuple, kwargs: dict[str, Any], network: bool, under_autocast:
     where hooks of all modules or a mode (a FLOP counter, for one) would see what runs, and with other arguments after
     the first than integers or lists of them, and of a network tensors, whose layout counts.
     """
-    modes = torch._C._len_torch_dispatch_stack() > 0 or any(
-        type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()
-    )
+    modes = count_dispatch_modes() > 0 or any(type(mode) is not DeviceContext for mode in function_modes())
     x, *rest = args
     if modes or torch.jit.is_tracing() or not plain() or not can_graph(x):
         return None
@@ -310,7 +284,7 @@ def call_key(args: tuple, kwargs: dict[str, Any], network: bool, under_autocast:
     return (
         (x.shape, x.dtype, x.device, repr(others), repr(kwargs), autocast),
         (x.stride() if network else None, *((tensor.shape, tensor.dtype, tensor.stride()) for tensor in given)),
-        (torch.is_grad_enabled(), *(flag() for flag in _FLAGS), *torch._C._get_sdp_priority_order()),
+        (torch.is_grad_enabled(), *(setting() for setting in SETTINGS), *attention_order()),
     )
 
 

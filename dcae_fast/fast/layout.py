@@ -2,12 +2,13 @@
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
 
-from .module import FastModule, has_ordinary_weights, is_observed, kind
+from dcae_fast.ops._private import WRAPPERS, constant_in_compile, has_global_hooks, is_observed
+
+from .module import FastModule, has_ordinary_weights, kind
 
 # Modules of PyTorch: its layers, and what it wraps around others.
-TORCH = ("torch.nn.modules.", "torch.distributed.algorithms._checkpoint.", "torch._dynamo.")
+TORCH = ("torch.nn.modules.", *WRAPPERS)
 # Other classes of a DC-AE that are never fast, and made of PyTorch's functions.
 KINDS = (
     "AdaptiveInputConvLayer",
@@ -85,7 +86,7 @@ def is_indifferent(module: nn.Module) -> bool:
     """Whether nothing inside a module could tell in which memory format images go through it: modules that are fast or
     known, with weights of their own, and nobody who looks on.
     """
-    if _has_any_global_hook():
+    if has_global_hooks():
         return False
     parents = [module]
     for parent in parents:  # the list grows meanwhile: a loop takes a fraction of a recursion's time
@@ -103,6 +104,7 @@ def is_indifferent(module: nn.Module) -> bool:
     return True
 
 
+@constant_in_compile
 def _is_of_torch(cls: type[nn.Module]) -> bool:
     if cls not in _OF_TORCH:
         _OF_TORCH[cls] = cls.__module__.startswith(TORCH)
@@ -110,7 +112,6 @@ def _is_of_torch(cls: type[nn.Module]) -> bool:
 
 
 _OF_TORCH: dict[type[nn.Module], bool] = {}
-_is_of_torch._dynamo_marked_constant = True  # what torch.compiler.assume_constant_result does
 
 
 def _is_of_known_kind(module: nn.Module) -> bool:

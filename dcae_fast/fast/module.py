@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from dcae_fast import ops
+from dcae_fast.ops._private import unobserved
 
 from .names import is_known
 
@@ -171,17 +171,6 @@ def by_position(names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> 
     return args, kwargs
 
 
-def is_observed(module: nn.Module) -> bool:
-    """Whether a module has hooks, or a forward of its own on the instance."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
 def has_ordinary_weights(module: nn.Module) -> bool:
     """Whether a module's own parameters and buffers are of no subclass of PyTorch's tensors."""
     parameters, buffers = module._parameters, module._buffers
@@ -191,18 +180,6 @@ def has_ordinary_weights(module: nn.Module) -> bool:
 
 
 _WEIGHTS = ops.ORDINARY | {type(None)}
-
-
-def unobserved(*modules: nn.Module | None) -> bool:
-    """Whether nobody would notice if these modules were computed without being called: no hooks, no forward of their
-    own, not compiled in place.
-    """
-    if _has_any_global_hook():
-        return False
-    for module in modules:  # a loop, since this is asked several times in every call
-        if module is not None and (is_observed(module) or module._compiled_call_impl is not None):
-            return False
-    return True
 
 
 def plain(*modules: nn.Module | None) -> bool:

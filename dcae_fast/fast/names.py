@@ -2,6 +2,8 @@
 dc_gen, wherever in the name dc_gen stands.
 """
 
+from dcae_fast.ops._private import constant_in_compile
+
 # The original under its names, this project, diffusers; copies inside other packages keep one of these names.
 ROOTS = {"dc_ai", "dc_gen", "dcae_fast", "diffusers", "efficientvit"}
 PACKAGES = ("timm", "torch")  # whose classes the fast forwards know by their names
@@ -34,6 +36,7 @@ def below_roots(cls: type) -> list[str]:
     return [rest for package, rest in cuts if any(package.endswith(f".{root}") for root in ROOTS)]
 
 
+@constant_in_compile
 def is_known(cls: type) -> bool:
     """Whether a class lies below a root or in one of PACKAGES."""
     if cls not in _KNOWN:
@@ -42,4 +45,3 @@ def is_known(cls: type) -> bool:
 
 
 _KNOWN: dict[type, bool] = {}  # asked in every call
-is_known._dynamo_marked_constant = True  # what torch.compiler.assume_constant_result does

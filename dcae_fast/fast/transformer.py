@@ -13,10 +13,11 @@ from torch import nn
 
 from dcae_fast import ops
 from dcae_fast.models.transformer import check_inputs, unpatchify
+from dcae_fast.ops._private import unobserved
 
 from .casts import cast
 from .fusion import autocasts, compute_dtype
-from .module import FastModule, has_ordinary_weights, kind, plain, unobserved
+from .module import FastModule, has_ordinary_weights, kind, plain
 from .network import Network
 
 GELU = {"none": "gelu", "tanh": "gelu_tanh"}  # what the operators call the forms that PyTorch knows

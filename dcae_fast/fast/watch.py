@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from dcae_fast.ops._private import hooks_of
+
 from .module import kind, plain
 
-_HOOKS = operator.attrgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _LAYOUT = operator.attrgetter("dtype", "shape")
 
 
@@ -29,7 +30,7 @@ class Watch:
         self._filled, self._empty = [d for d in dicts if d], [d for d in dicts if not d]
         self._contents = self._read_contents()
         self._tensors = [value for value in self._contents if isinstance(value, torch.Tensor)]
-        self._hooks = [hooks for m in self._modules for hooks in _HOOKS(m)]
+        self._hooks = [hooks for m in self._modules for hooks in hooks_of(m)]
         ordinary = {type(tensor) for tensor in self._tensors} <= {nn.Parameter, torch.Tensor}
         self._addresses = self._read_addresses() if ordinary else None
         devices = {tensor.device for tensor in self._tensors}

@@ -1,6 +1,7 @@
 """Operators: a plain PyTorch reference, a Triton kernel for CUDA, a gradient, all registered with torch.library."""
 
-from ._library import ORDINARY, has_kernels, in_transform
+from ._library import ORDINARY, has_kernels
+from ._private import in_transform
 from .bias_act import bias_act
 from .block_halves import norm_attention, norm_mlp
 from .concatenate import concatenate

@@ -10,13 +10,26 @@ import importlib
 import importlib.util
 import operator
 import os
-import sys
 import warnings
 from collections.abc import Callable, Iterable
 
 import torch
-from torch.autograd import forward_ad
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from ._private import (
+    AUTOCAST_KEYS,
+    VIEW_KEYS,
+    OpOverload,
+    constant_in_compile,
+    count_dispatch_modes,
+    has_zero_mark,
+    in_transform,
+    make_known_to_inductor,
+    takes_list,
+    tree_flatten,
+    tree_leaves,
+    tree_unflatten,
+    without_dispatch_keys,
+)
 
 NAMESPACE = "dcae_fast"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -24,14 +37,9 @@ HALVES = (torch.bfloat16, torch.float16)
 KERNEL_DTYPES = (torch.float32, *HALVES)
 LEAST_CAPABILITY = (7, 5)  # of the GPUs that kernels are compiled for: Turing's
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-DESCRIBES_ARGUMENTS = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)  # Inductor; see below
 EXTENSION_IS_BUILT = importlib.util.find_spec(f"{NAMESPACE}._C") is not None
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 ORDINARY = frozenset({torch.Tensor, torch.nn.Parameter})  # types of tensors that are of no subclass
-_KEY, _KEYS = torch._C.DispatchKey, torch._C.DispatchKeySet
-_VMAP_OF_GRADIENTS = torch._C._parse_dispatch_key("VmapMode")
-_VIEWS = _KEYS(_KEY.ADInplaceOrView)
-_AUTOCAST = _KEYS(_KEY.AutocastCPU) | _KEYS(_KEY.AutocastCUDA)
 
 
 def has_kernels(x: torch.Tensor) -> bool:
@@ -74,7 +82,7 @@ def without_autocast(function):
 
     @functools.wraps(function)
     def run(*args):
-        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+        with without_dispatch_keys(AUTOCAST_KEYS):
             return function(*args)
 
     return run
@@ -90,17 +98,16 @@ def capability(device: torch.device) -> tuple[int, int]:
 _CAPABILITIES: dict[torch.device, tuple[int, int]] = {}  # PyTorch takes longer to tell than some kernels take
 
 
+@constant_in_compile
 def is_supported(device: torch.device) -> bool:
     """Whether this is a GPU that kernels are compiled for."""
     return capability(device) >= LEAST_CAPABILITY
 
 
+@constant_in_compile
 def is_hopper(device: torch.device) -> bool:
     """Whether this is a GPU of compute capability 9."""
     return capability(device)[0] == 9
-
-
-is_supported._dynamo_marked_constant = is_hopper._dynamo_marked_constant = True  # as assume_constant_result does
 
 
 def are_aligned(tensors: Iterable[torch.Tensor], *dtypes: torch.dtype) -> bool:
@@ -127,7 +134,7 @@ class Operator:
     operators that are made of others.
     """
 
-    def __init__(self, overload: torch._ops.OpOverload, reference: Callable, kernel: Callable, dense_kernel: Callable):
+    def __init__(self, overload: OpOverload, reference: Callable, kernel: Callable, dense_kernel: Callable):
         self.overload, self.reference, self.kernel, self.dense_kernel = overload, reference, kernel, dense_kernel
         self.function: type[torch.autograd.Function] | None = None
 
@@ -195,22 +202,11 @@ def define(
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def fake(*args):
-        if DESCRIBES_ARGUMENTS:
-            _make_known_to_inductor(overload)
+        make_known_to_inductor(overload)
         return plain(*args)
 
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     return Operator(overload, reference, kernel, dense_kernel)
-
-
-def _make_known_to_inductor(overload: torch._ops.OpOverload) -> None:
-    """What Inductor does where it meets an operator first, without its description of everything that the arguments
-    were computed from, which doubles in length with every residual.
-    """
-    lowering = sys.modules.get("torch._inductor.lowering")
-    if lowering is not None and overload not in lowering.lowerings:
-        tag = torch._library.utils.get_layout_constraint_tag(overload, with_default=True)
-        lowering.make_fallback(overload, lowering.tag_to_layout_constraint(tag))
 
 
 def differentiable(op: Operator, backward: Callable, setup_context: Callable) -> None:
@@ -218,12 +214,12 @@ def differentiable(op: Operator, backward: Callable, setup_context: Callable) ->
     torch.library.register_autograd(op.overload.name(), backward, setup_context=setup_context, lib=LIBRARY)
 
     def forward(ctx, *args):
-        with torch._C._ExcludeDispatchKeyGuard(_VIEWS):  # as below the dispatcher: results can be changed in place
+        with without_dispatch_keys(VIEW_KEYS):  # as below the dispatcher: results can be changed in place
             output = op.kernel(*args)
         setup_context(ctx, args, output)
         return output
 
-    if not any("List[Tensor]" in str(argument.type) for argument in op.overload._schema.arguments):  # unseen by apply
+    if not takes_list(op.overload):  # apply does not see the tensors in a list
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         op.function = type(op.overload.name(), (torch.autograd.Function,), methods)
 
@@ -288,25 +284,11 @@ def _are_plain(tensors: list[torch.Tensor]) -> bool:
         ORDINARY.issuperset(map(type, tensors))
         and (not any(map(_IS_META, tensors)) if INTERPRETED else all(map(_IS_CUDA, tensors)))
         and not any(map(torch.Tensor.is_neg, tensors))
-        and not any(map(torch.Tensor._is_zerotensor, tensors))
+        and not any(map(has_zero_mark, tensors))
     )
 
 
 _IS_CUDA, _IS_META = operator.attrgetter("is_cuda"), operator.attrgetter("is_meta")
-
-
-def in_transform() -> bool:
-    """Whether torch.func, forward-mode AD or a vmap of gradients is at work, which custom operators take no part in."""
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-        or torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_OF_GRADIENTS)
-    )
-
-
-# What torch.compiler.assume_constant_result does, without the second that it takes to import Dynamo. Dynamo compiles
-# anew for another stack of transforms or level of forward-mode AD.
-in_transform._dynamo_marked_constant = True
 
 
 def _dispatcher_is_idle() -> bool:
@@ -314,7 +296,7 @@ def _dispatcher_is_idle() -> bool:
     return (
         HAS_TRITON
         and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
+        and count_dispatch_modes() == 0
         and not in_transform()
         and not torch.jit.is_tracing()
     )

@@ -25,6 +25,8 @@ import torch
 
 from dcae_fast.files import written_atomically
 
+from ._private import is_cudnn_deterministic, sleep_on_gpu, uses_deterministic_algorithms
+
 MOST_CANDIDATES = 24
 MOST_WORKSPACE = 2**28  # bytes
 HOPELESS = 1.5  # times the best so far: not timed again
@@ -57,7 +59,7 @@ class Library:
 
 def is_deterministic() -> bool:
     """Whether PyTorch was told to compute the same bits each time: use_deterministic_algorithms, or cuDNN's flag."""
-    return torch._C._get_deterministic_algorithms() or torch._C._get_cudnn_deterministic()
+    return uses_deterministic_algorithms() or is_cudnn_deterministic()
 
 
 def _key(library: Library, shape: tuple, device: torch.device) -> tuple:
@@ -200,7 +202,7 @@ def _working_plan(candidates, place: int | None, run: Callable):
 
 def _record(call: Callable, calls: int = 1) -> tuple[torch.cuda.Event, torch.cuda.Event]:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(LAUNCH * calls)  # so that launching takes none of the time between the events
+    sleep_on_gpu(LAUNCH * calls)  # so that launching takes none of the time between the events
     start.record()
     for _ in range(calls):
         call()

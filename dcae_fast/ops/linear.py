@@ -24,6 +24,7 @@ import torch.nn.functional as F
 
 from . import _products
 from ._library import HALVES, define, differentiable, differentiable_as, without_autocast
+from ._private import addmm_activation
 from ._products import as_rows
 
 ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}  # as PyTorch's functions name the approximation
@@ -72,7 +73,7 @@ def _launch_linear_gelu(x, weight, bias, act):
     def fallback():
         if bias is None:
             return (F.gelu(x @ weight.T, approximate="tanh"),)
-        y = torch._addmm_activation(bias.to(x.dtype), as_rows(x), weight.T, use_gelu=True)
+        y = addmm_activation(bias.to(x.dtype), as_rows(x), weight.T, use_gelu=True)
         return (y.view(*x.shape[:-1], -1),)
 
     epilogue = _products.epilogue("gelu", bias)

@@ -1,12 +1,12 @@
 """What a training will cost, before it begins: nothing is computed, no weights are made."""
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from dcae_fast.data.latents import LatentDataset
 from dcae_fast.describe import diffusion_cost, table
 from dcae_fast.models.diffusion_zoo import DiffusionConfig
+from dcae_fast.ops._private import FakeTensorMode, storage_id
 
 from .batches import BatchOrder
 from .config import Recipe, Run
@@ -54,7 +54,7 @@ def _kept_bytes(config: DiffusionConfig, precision: str, checkpointed: bool, bat
     kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        kept[storage_id(tensor)] = tensor.untyped_storage()
         return tensor
 
     size = config.network.input_size
@@ -68,7 +68,7 @@ def _kept_bytes(config: DiffusionConfig, precision: str, checkpointed: bool, bat
         with autocast(z.device, precision):
             network(z, torch.empty(batch), labels)
         for parameter in network.parameters():
-            kept.pop(parameter.untyped_storage()._cdata, None)
+            kept.pop(storage_id(parameter), None)
     return sum(storage.nbytes() for storage in kept.values())
 
 
