@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .tables import MAIN, cell, label
+from .tables import MAIN, best, cell, label
 from .workloads import DIRECTIONS
 
 try:
@@ -41,7 +41,7 @@ def speed(records: list[dict], path: Path) -> None:
     """For each workload a bar for each main contender: its time in multiples of the floor; encoding, decoding."""
     columns = [[record for record in records if record["direction"] == direction] for direction in DIRECTIONS]
     figure = Figure(figsize=(10, 1 + 0.6 * max(map(len, columns))), layout="constrained")
-    most = max(in_floors(record, name) for record in records for name in MAIN.values())
+    most = max(in_floors(record, name) for record in records for name in MAIN)
     for axes, column, direction in zip(figure.subplots(1, 2, sharex=True), columns, DIRECTIONS, strict=True):
         draw_bars(axes, column)
         labels = [label(record).replace(f" {direction}, ", "\n") for record in column]
@@ -55,20 +55,20 @@ def speed(records: list[dict], path: Path) -> None:
 def draw_bars(axes, records: list[dict]) -> None:
     """A group of bars for each record, with the milliseconds, or the failure, at their ends; a line at the floor."""
     height = 0.8 / len(MAIN)
-    for index, (heading, name) in enumerate(MAIN.items()):
+    for index, name in enumerate(MAIN):
         places = [row + (index - (len(MAIN) - 1) / 2) * height for row in range(len(records))]
         lengths = [in_floors(record, name) for record in records]
-        axes.barh(places, lengths, height, color=COLOURS[name], label=heading)
+        axes.barh(places, lengths, height, color=COLOURS[name], label=name)
         for place, length, record in zip(places, lengths, records, strict=True):
-            if name in record["contenders"]:
-                text = cell(record["contenders"][name], digits=1)
+            if row := best(record["contenders"], name):
+                text = cell(row, digits=1)
                 axes.text(length + 0.03, place, text, va="center", fontsize=6.5, color=GREY)
     axes.axvline(1, color="black", linewidth=0.8, label="floor")
 
 
 def in_floors(record: dict, name: str) -> float:
-    """A contender's time in multiples of the floor, 0 where there is none."""
-    return record["contenders"].get(name, {}).get("ms", 0) / record["floor_ms"]
+    """Time of a main contender in multiples of the floor, 0 where there is none."""
+    return (best(record["contenders"], name) or {}).get("ms", 0) / record["floor_ms"]
 
 
 @matplotlib.rc_context(STYLE)
@@ -132,7 +132,7 @@ def networks(records: list[dict], path: Path) -> None:
     axes.axvline(1, color="black", linewidth=0.8, label="ceiling")
     axes.tick_params(axis="y", length=0)
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=min(5, len(handles)))
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=min(4, len(handles)))
     save(figure, path)
 
 

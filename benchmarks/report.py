@@ -1,6 +1,6 @@
-"""python -m benchmarks.report: the README's table, a page with everything that was measured, and the plots.
+"""python -m benchmarks.report: writes the README's tables, docs/benchmarks and the plots from benchmarks/results.
 
-All of it comes from benchmarks/results; nothing is measured.
+Measures nothing.
 """
 
 import textwrap
@@ -11,7 +11,7 @@ from dcae_fast.files import written_atomically
 from . import plots, tables
 from .network_workloads import NETWORK_WORKLOADS
 from .results import RESULTS, ROOT, read
-from .targets import VERDICTS, headline
+from .targets import headline
 from .workloads import WORKLOADS
 
 README = ROOT / "README.md"
@@ -22,9 +22,9 @@ Results = dict[str, list[dict]]  # part → records
 PLOTS = {  # name of the file → part, what draws it, title
     "speed": ("autoencoder", plots.speed, "Time of each contender against the floor"),
     "memory": ("memory", plots.memory, "Peak memory and time against the size of the image"),
-    "transformer": ("transformer", plots.networks, "Transformer, forward: share of the ceiling"),
-    "training": ("training", plots.networks, "Transformer, training step: share of the ceiling"),
-    "loss": ("loss-curve", plots.losses, "Loss of a small transformer in training"),
+    "transformer": ("transformer", plots.networks, "Diffusion transformers, forward: share of the ceiling"),
+    "training": ("training", plots.networks, "Diffusion transformers, training step: share of the ceiling"),
+    "loss": ("loss-curve", plots.losses, "Training loss of a small transformer"),
 }
 SECTIONS = {  # heading → part, table
     "All contenders": ("autoencoder", tables.contender_table),
@@ -37,29 +37,37 @@ SECTIONS = {  # heading → part, table
     "Loss of a training": ("loss-curve", tables.loss_table),
     "Commands": ("pipeline", tables.pipeline_table),
 }
-EXPLANATION = """bf16, random weights; a large matrix product runs at {rate} TFLOP/s. """
-AUTOENCODER_EXPLANATION = """Milliseconds of one call, medians over calls in which the contenders take turns. eager
-is the model as loaded; torch.compile and patched have channels-last weights and input. eager and torch.compile run with
-torch.backends.cudnn.benchmark. The floor is the plain model's arithmetic at the rate of a large matrix product in the
-same run. The last two columns compare the faster patched contender with the fastest form of eager and of torch.compile
-that was measured, whatever the memory format and the mode."""
-UNFAIR = " Rows with † were measured earlier, without that flag."
-PAGE_EXPLANATION = """An error is the relative L2 error against fp32 (TF32 under Memory). Peak GiB is what one call
-allocates at the most; weights and the memory that a captured graph keeps do not count. "of ceiling" is the share of the
-measured copy's bandwidth, for convolutions of the matrix product's rate. Under First calls every call is the first of a
-fresh process; in the other tables a first call compiles and chooses what no contender before it did."""
-NETWORK_EXPLANATION = """Diffusion transformers run under autocast to bf16 over random fp32 weights. eager is as the
-original runs them, which casts q, k and v up and down again; torch.compile is that, compiled block by block; plain is
-this project's network without these casts. "over eager" and "over compile" compare with the fastest of each. MFU is
-the plain network's arithmetic in the time of a call, three times the forward's for a training step, as a share of the
-measured ceiling. Errors are relative to fp32: of the result, for a training step of its gradients. Peak GiB of a
-training step counts everything, weights and optimizer included. In training one contender has the memory to itself,
-so that they do not take turns; eager measured again after the others took {drift} of its time. A step of sampling is
-one call of the network on both halves of the guidance, and the update; samples are all steps, and the decoder, of
-which the arithmetic is not counted."""
-PIPELINE_EXPLANATION = """Commands run as a user starts them, on random pictures, latents and weights, with the batch of
-each GPU in their names. Scaling is the share of as many times the images/s of one GPU. Waited is the share of the time
-in which the GPU had no data."""
+SETTING = """Measured on one {gpu} in bf16 with random weights: torch {torch}, cuDNN {cudnn}, triton {triton}, {date}.
+Times are median milliseconds of a call. For eager and torch.compile, the tables show the fastest memory format and
+compile mode that was measured, with torch.backends.cudnn.benchmark switched on. The floor is the time of the plain
+model's arithmetic at the speed of a large matrix product in the same run. The last two columns give the speedup of the
+faster of the two patched columns."""
+NETWORKS = """Transformers run under autocast to bf16. A training step is forward, backward and AdamW. A step of
+sampling is one call of the network with guidance, and the solver's update."""
+HEADLINE = """The paper's headline is the throughput of UViT-H on DC-AE's f64 latents, divided by the throughput on
+Stable Diffusion's f8 latents with patch size 2. The paper measured on one H100. Here every column is divided by eager
+on f8."""
+PAGE_SETTING = """A large matrix product runs at {rate} TFLOP/s on this machine. Commits: {commit}."""
+UNFAIR = """Rows with † are older: eager and torch.compile ran without torch.backends.cudnn.benchmark."""
+PAGE_EXPLANATION = """The contenders take turns. eager is the model as loaded. torch.compile, patched + CUDA graphs,
+patched + torch.compile and every contender with channels-last in its name have channels-last weights and input. An
+error is the relative L2 error against fp32 (against TF32 under Memory). Peak GiB is the most memory that one call
+allocates; weights and the memory that a captured graph keeps do not count. "of ceiling" is the share of the measured bandwidth of
+a copy; for convolutions and linear layers, the share of the matrix product's rate. Under First calls, every call is
+the first of a fresh process. In the other tables, the time of a first call includes only the compilation and the
+choice of kernels that no earlier contender had done."""
+NETWORK_EXPLANATION = """Diffusion transformers run under autocast to bf16 with random fp32 weights. eager is the
+original's forward, which casts q, k and v up and down again. torch.compile compiles this forward block by block.
+plain is this project's network, without these casts. "over eager" and "over compile" compare with the fastest form of
+each. MFU is the arithmetic of the plain network, divided by the time of a call and by the measured ceiling; a training
+step counts as three forward passes. Errors are relative to fp32: of the result, or of the gradients for a training
+step. Peak GiB of a training step includes weights and optimizer. In training, each contender has the GPU's memory to
+itself, so the contenders do not take turns; eager, measured again after the others, took {drift} of its first time.
+A step of sampling is one call of the network on both halves of the guidance, and the update. samples are all steps and
+the decoder; the decoder's arithmetic is not counted."""
+PIPELINE_EXPLANATION = """Commands run as a user starts them, on random pictures, latents and weights. Their names give
+the batch of each GPU. Scaling is the throughput divided by the throughput of one GPU times the number of GPUs. "GPU
+waited" is the share of the time in which the GPU had no data."""
 
 
 def load(path: Path) -> Results:
@@ -76,44 +84,38 @@ def paragraph(text: str) -> str:
 
 
 def stamps(results: Results, name: str) -> str:
-    """What the stamps of the records say under that name."""
+    """All values that the records' stamps have under a name."""
     values = [record["stamp"].get(name) for records in results.values() for record in records]
     return ", ".join(dict.fromkeys(str(value) for value in values if value))
 
 
 def setting(results: Results) -> str:
-    """Machine, versions and what the figures mean."""
-    records = [record for records in results.values() for record in records]
-    date = max(record["stamp"]["date"] for record in records)[:10]
-    rates = sorted({f"{record['ceilings']['tflops']:.0f}" for record in records})
-    versions = ", ".join(f"{name} {stamps(results, name.lower())}" for name in ("torch", "cuDNN", "triton", "commit"))
+    """Machine, versions and what the tables show."""
+    date = max(record["stamp"]["date"] for records in results.values() for record in records)[:10]
+    versions = {name: stamps(results, name) for name in ("gpu", "torch", "cudnn", "triton")}
+    return paragraph(SETTING.format(date=date, **versions))
+
+
+def page_setting(results: Results) -> str:
+    rates = sorted({f"{record['ceilings']['tflops']:.0f}" for records in results.values() for record in records})
     rate = " to ".join(dict.fromkeys((rates[0], rates[-1])))
-    explained, autoencoders = EXPLANATION.format(rate=rate), results.get("autoencoder", [])
-    explained += AUTOENCODER_EXPLANATION if autoencoders else ""
-    explained += "" if all(map(tables.is_fair, autoencoders)) else UNFAIR
-    return paragraph(f"One {stamps(results, 'gpu')}, {versions}, {date}; {explained}")
+    is_fair = all(map(tables.is_fair, results.get("autoencoder", [])))
+    text = PAGE_SETTING.format(rate=rate, commit=stamps(results, "commit"))
+    return paragraph(text if is_fair else f"{text} {UNFAIR}")
 
 
-def verdict(results: Results, link: str) -> str:
-    """Errors, and how many of the targets are met."""
-    verdicts = [outcome.verdict for outcome in tables.outcomes(results)]
-    counts = ", ".join(f"{verdicts.count(kind)} {kind}" for kind in VERDICTS if kind in verdicts)
-    worst = [
-        f"{max(errors):.1e} {name}"
-        for name in ("patched channels-last", "eager")
-        if (
-            errors := [row["error"] for row in tables.rows_of(results.get("autoencoder", []), name) if row.get("error")]
-        )
-    ]
-    errors = f"Relative error against fp32: at most {', '.join(worst)}. " if worst else ""
-    return paragraph(
-        f"{errors}Of the project's targets: {counts}. "
-        f"[Everything that was measured]({link}): all contenders, memory, first calls, operators, targets, profiles."
-    )
+def errors(results: Results) -> str:
+    """The largest errors of the autoencoders; empty if none was measured."""
+    worst = []
+    for name, contender in (("patched", "patched channels-last"), ("eager", "eager")):
+        rows = tables.rows_of(results.get("autoencoder", []), contender)
+        found = [row["error"] for row in rows if row.get("error")]
+        worst += [f"{max(found):.1e} {name}"] if found else []
+    return f"Largest relative error of an autoencoder against fp32: {', '.join(worst)}." if worst else ""
 
 
 def plots_of(results: Results) -> list[str]:
-    """Those of PLOTS that there are results for; a curve needs two sizes."""
+    """Names of the plots for which there are results; a curve needs two sizes."""
     sizes = {record["size"] for record in results.get("memory", [])}
     return [plot for plot, (part, *_) in PLOTS.items() if results.get(part) and (part != "memory" or len(sizes) > 1)]
 
@@ -122,14 +124,10 @@ def images(results: Results, folder: str) -> list[str]:
     return [f"![{PLOTS[plot][2]}]({folder}_{plot}.png)" for plot in plots_of(results)]
 
 
-def speed(results: Results) -> list[str]:
-    return [tables.speed_table(results["autoencoder"])] if results.get("autoencoder") else []
-
-
-def ratios(results: Results) -> list[str]:
-    """The paper's headline, where it was measured."""
-    records = headline(results)
-    return [tables.headline_table(records)] if records else []
+def compared(results: Results) -> list[dict]:
+    """Records of transformers for which torch.compile was measured."""
+    records = [record for part in NETWORK_WORKLOADS if part != "loss-curve" for record in results.get(part, [])]
+    return [record for record in records if tables.best(record["contenders"], "torch.compile")]
 
 
 def network_explanation(results: Results) -> list[str]:
@@ -140,26 +138,39 @@ def network_explanation(results: Results) -> list[str]:
 
 
 def summary(results: Results, name: str) -> str:
-    """What the README says of one machine."""
-    path = f"{PAGES.relative_to(README.parent).as_posix()}/{name}"
-    ours = [*speed(results), *ratios(results), *images(results, path), verdict(results, f"{path}.md")]
-    return "\n\n".join([setting(results), *ours])
+    """The README's text about one machine."""
+    link = f"{PAGES.relative_to(README.parent).as_posix()}/{name}.md"
+    autoencoders, networks = list(filter(tables.is_fair, results.get("autoencoder", []))), compared(results)
+    parts = [setting(results)]
+    parts += [tables.speed_table(autoencoders)] if autoencoders else []
+    parts += [paragraph(NETWORKS), tables.speed_table(networks)] if networks else []
+    if records := headline(results):
+        parts += [paragraph(HEADLINE), tables.headline_table(records, ("paper", *tables.MAIN[:3]))]
+    parts.append(errors(results))
+    parts.append(f"[All results]({link}): every contender, memory, first calls, operators, commands, profiles.")
+    return "\n\n".join(filter(None, parts))
 
 
 def page(results: Results, name: str) -> str:
     """Everything that was measured on one machine."""
-    parts = [f"# Benchmarks on {stamps(results, 'gpu')}", "Written by `make bench-report`.", setting(results)]
-    parts += [*speed(results), *images(results, name), paragraph(PAGE_EXPLANATION)]
-    parts += [*network_explanation(results), *ratios(results)]
+    parts = [f"# Benchmarks on {stamps(results, 'gpu')}", "Written by `make bench-report`."]
+    parts += [setting(results), page_setting(results)]
+    for records in (results.get("autoencoder"), compared(results)):
+        parts += [tables.speed_table(records)] if records else []
+    parts += [*images(results, name), paragraph(PAGE_EXPLANATION), errors(results), *network_explanation(results)]
+    if records := headline(results):
+        parts += [paragraph(HEADLINE), tables.headline_table(records)]
     parts += [paragraph(PIPELINE_EXPLANATION)] if results.get("pipeline") else []
-    parts += ["## Targets", tables.target_table(results)]
+    outcomes = tables.outcomes(results)
+    parts += ["## Targets", f"The project's own targets: {tables.target_counts(outcomes)}."]
+    parts += [tables.target_table(outcomes)]
     for heading, (part, table) in SECTIONS.items():
         if results.get(part):
             parts += [f"## {heading}", table(results[part])]
     for record in results.get("profile", []):
         parts += [f"## Profile of {record['workload']}, {record['contender']}"]
         parts += [tables.profile_table(record), tables.kernel_table(record)]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def write(path: Path, text: str) -> None:

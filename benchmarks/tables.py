@@ -1,13 +1,10 @@
-"""Markdown tables of results, and one line for each record while a run goes on."""
+"""Markdown tables of results, and one line for each record while the benchmarks run."""
 
-from .targets import GRAPHS, NOMINAL, PATCHED, TARGETS, Outcome, Target, evaluate, fastest, forms, headline
+import math
 
-MAIN = {  # columns of the README's table: heading → contender
-    "eager": "eager",
-    "torch.compile": "torch.compile",
-    "patched": PATCHED,
-    "patched, CUDA graphs": GRAPHS,
-}
+from .targets import GRAPHS, NOMINAL, PATCHED, TARGETS, VERDICTS, Outcome, Target, evaluate, fastest, forms, headline
+
+MAIN = ("eager", "torch.compile", "patched", GRAPHS)  # columns of the README's tables, see `best`
 
 
 UNITS = {
@@ -51,21 +48,37 @@ def rows_of(records: list[dict], contender: str) -> list[dict]:
     return [record["contenders"][contender] for record in records if contender in record["contenders"]]
 
 
+def network_label(record: dict) -> str:
+    checkpointed = ", checkpointed" if record["checkpointed"] else ""
+    return f"{record['network']} {record['work']}, batch {record['batch']}{checkpointed}"
+
+
+def best(rows: dict[str, dict], column: str) -> dict | None:
+    """The row to show in a column of MAIN: the fastest memory format and compile mode; None if there is no row.
+
+    A contender that failed counts as the slowest.
+    """
+    names = {"patched": ("patched", PATCHED), GRAPHS: (GRAPHS,)}.get(column) or forms(rows, column)
+    found = [rows[name] for name in names if name in rows]
+    return min(found, key=lambda row: row.get("ms", math.inf), default=None)
+
+
 def ratio(rows: dict[str, dict], other: str) -> str:
     """How many times faster the fastest patched contender is than the fastest form of another one."""
-    ours, theirs = fastest(rows, (PATCHED, GRAPHS)), fastest(rows, forms(rows, other))
+    ours, theirs = fastest(rows, ("patched", PATCHED, GRAPHS)), fastest(rows, forms(rows, other))
     return f"{theirs / ours:.2f}×" if ours and theirs else "–"
 
 
 def speed_table(records: list[dict]) -> str:
-    """A row for each workload: the main contenders' ms, the floor, and the ratios that matter."""
-    rows = [["autoencoder", *MAIN, "floor", "over eager", "over compile"]]
+    """A row for each workload: ms of the main contenders, the floor, and the speedups."""
+    networks = "network" in records[0]
+    rows = [["transformer" if networks else "autoencoder", *MAIN, "floor", "over eager", "over compile"]]
     for record in records:
         contenders = record["contenders"]
-        times = [cell(contenders.get(name)) for name in MAIN.values()]
+        times = [cell(best(contenders, column)) for column in MAIN]
         ratios = [ratio(contenders, name) for name in ("eager", "torch.compile")]
-        mark = "" if is_fair(record) else " †"
-        rows.append([label(record) + mark, *times, number(record["floor_ms"]), *ratios])
+        name = network_label(record) if networks else label(record) + ("" if is_fair(record) else " †")
+        rows.append([name, *times, number(record["floor_ms"]), *ratios])
     return table(rows)
 
 
@@ -85,6 +98,8 @@ def contender_table(records: list[dict]) -> str:
             checked = "not checked" if "peak_gib" in row and error is None else "–" if error is None else f"{error:.1e}"
             rest = number(row.get("peak_gib")), number(row.get("first_s"), 1)
             rows.append([label(record), name, *cells, checked, *rest])
+        rate = f"{record['flops'] / record['floor_ms'] / 1e9:.0f}"
+        rows.append([label(record), "floor", number(record["floor_ms"]), "–", rate, "1.00×", "–", "–", "–"])
     return table(rows)
 
 
@@ -166,13 +181,17 @@ def network_table(records: list[dict]) -> str:
     return table(rows)
 
 
-def headline_table(records: list[dict]) -> str:
-    """How many times the images/s of Stable Diffusion's latents DC-AE's f64 gives, for each contender on its side."""
-    names = list(dict.fromkeys(name for record in records for name in record["contenders"]))
-    rows = [["UViT-H, f64 over eager f8 patch 2", *names]]
+def headline_table(records: list[dict], columns: tuple[str, ...] = ()) -> str:
+    """DC-AE's headline: images/s with f64 latents, divided by eager's with Stable Diffusion's f8 latents, patch size 2.
+
+    columns: "paper" and some of MAIN; by default all contenders.
+    """
+    names = columns or list(dict.fromkeys(name for record in records for name in record["contenders"]))
+    rows = [["UViT-H, f64 over eager f8 with patch size 2", *names]]
     for record in records:
         found = record["contenders"]
-        ratios = [f"{row['ratio']:.1f}×" if "ratio" in (row := found.get(name, {})) else cell(row) for name in names]
+        shown = [best(found, name) if columns else found.get(name) for name in names]
+        ratios = [f"{row['ratio']:.1f}×" if row and "ratio" in row else cell(row) for row in shown]
         rows.append([record["workload"], *ratios])
     return table(rows)
 
@@ -227,14 +246,19 @@ def outcomes(results: dict[str, list[dict]]) -> list[Outcome]:
     return [evaluate(target, results) for target in TARGETS]
 
 
-def target_table(results: dict[str, list[dict]]) -> str:
+def target_table(outcomes: list[Outcome]) -> str:
     rows = [["workload", "contender", "target", "measured", "verdict"]]
-    for outcome in outcomes(results):
+    for outcome in outcomes:
         target = outcome.target
         workload = target.workload or f"all of {target.part}"
         value = number(outcome.value, digits=4 if target.quantity == "difference" else 2)
         rows.append([workload, target.contender, sentence(target), value, outcome.verdict])
     return table(rows)
+
+
+def target_counts(outcomes: list[Outcome]) -> str:
+    verdicts = [outcome.verdict for outcome in outcomes]
+    return ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in VERDICTS if verdict in verdicts)
 
 
 def line(part: str, record: dict) -> str:

@@ -125,7 +125,7 @@ def headline(results: dict[str, list[dict]]) -> list[dict]:
         rate = found.get(base, {}).get("eager", {}).get("images_per_s")
         rows = {"paper": {"ratio": PAPER[name]}}
         for contender, row in found.get(ours, {}).items() if rate else ():
-            rows[contender] = {"ratio": row["images_per_s"] / rate} if "images_per_s" in row else row
+            rows[contender] = row | {"ratio": row["images_per_s"] / rate} if "images_per_s" in row else row
         if len(rows) > 1:
             records.append({"workload": name, "contenders": rows})
     return records
