@@ -52,10 +52,10 @@ UNFAIR = """Rows with † are older: eager and torch.compile ran without torch.b
 PAGE_EXPLANATION = """The contenders take turns. eager is the model as loaded. torch.compile, patched + CUDA graphs,
 patched + torch.compile and every contender with channels-last in its name have channels-last weights and input. An
 error is the relative L2 error against fp32 (against TF32 under Memory). Peak GiB is the most memory that one call
-allocates; weights and the memory that a captured graph keeps do not count. "of ceiling" is the share of the measured bandwidth of
-a copy; for convolutions and linear layers, the share of the matrix product's rate. Under First calls, every call is
-the first of a fresh process. In the other tables, the time of a first call includes only the compilation and the
-choice of kernels that no earlier contender had done."""
+allocates; weights and the memory that a captured graph keeps do not count. "of ceiling" is the share of the measured
+bandwidth of a copy; for convolutions and linear layers, the share of the matrix product's rate. Under First calls,
+every call is the first of a fresh process. In the other tables, the time of a first call includes only the compilation
+and the choice of kernels that no earlier contender had done."""
 NETWORK_EXPLANATION = """Diffusion transformers run under autocast to bf16 with random fp32 weights. eager is the
 original's forward, which casts q, k and v up and down again. torch.compile compiles this forward block by block.
 plain is this project's network, without these casts. "over eager" and "over compile" compare with the fastest form of
