@@ -1,6 +1,8 @@
 """The wheel and the editable install: one top-level package, every kernel and asset in it, the console script."""
 
+import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -73,3 +75,22 @@ def test_folder_kernels_is_no_module():
     program = "import importlib.util; spec = importlib.util.find_spec('kernels'); print(spec and spec.origin)"
     found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert not found.stdout.startswith(str(ROOT))
+
+
+@pytest.mark.parametrize(
+    "package, module", [("torch", "dcae_fast.ops._private"), ("triton", "dcae_fast.kernels.launch")]
+)
+def test_bounds_are_the_versions_tried(package, module):
+    """Of the packages whose private interfaces a module uses."""
+    pytest.importorskip(package)
+    tried = importlib.import_module(module).TRIED
+    major, minor = map(int, tried[-1].split("."))
+    bounds = f"{package}>={tried[0]},<{major}.{minor + 1}"
+    (found,) = re.findall(rf'"({package}[<>=].*?)[;"]', (ROOT / "pyproject.toml").read_text())
+    assert found == bounds, f"pyproject.toml has {found}; the TRIED of {module} is for {bounds}"
+
+
+def test_make_installs_the_newest_torch_tried():
+    from dcae_fast.ops._private import TRIED
+
+    assert f"TORCH ?= torch=={TRIED[-1]}." in (ROOT / "Makefile").read_text()

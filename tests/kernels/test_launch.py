@@ -1,6 +1,9 @@
-"""Kernels on GPUs that hold less than Hopper: smaller tiles, or PyTorch."""
+"""How kernels are launched; kernels on GPUs with less memory than Hopper: smaller tiles, or PyTorch."""
 
+import itertools
+import re
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,8 +11,9 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 pytest.importorskip("triton")
-from dcae_fast.kernels import common, rms_norm
-from dcae_fast.kernels.launch import Kernel
+import triton
+from dcae_fast.kernels import common, launch, rms_norm
+from dcae_fast.kernels.launch import Kernel, specialisation
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from dcae_fast import ops
@@ -86,7 +90,7 @@ def test_gradient_of_attention_with_little_shared_memory(monkeypatch):
 
 @pytest.mark.parametrize("error", [OutOfResources(2, 1, "shared memory"), PTXASError("no such architecture")], ids=str)
 def test_what_a_gpu_cannot_run_is_computed_by_pytorch(error, monkeypatch):
-    """Which is found out, and told, once."""
+    """Triton is asked once, and one warning says so."""
     tries = []
 
     class Refused:
@@ -106,7 +110,7 @@ def test_what_a_gpu_cannot_run_is_computed_by_pytorch(error, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     args = random(1, 8, 2, 3), random(8, seed=1), random(8, seed=2), 1e-5
     exact = rms_norm_reference(*args, "silu", None, torch.float32)
-    with pytest.warns(RuntimeWarning, match="_rms_norm_forward_kernel does not run on this GPU"):
+    with pytest.warns(RuntimeWarning, match="cannot run the Triton kernel _rms_norm_forward_kernel"):
         assert torch.equal(ops.rms_norm(*args, act="silu"), exact)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -121,3 +125,44 @@ def test_gpus_that_triton_does_not_compile_for(capability, has, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     x = SimpleNamespace(dtype=torch.bfloat16, is_cuda=True, device=torch.device("cuda", 0))
     assert ops.has_kernels(x) == has
+
+
+def test_versions_of_triton_tried():
+    oldest, installed, newest = map(version, (launch.TRIED[0], triton.__version__, launch.TRIED[-1]))
+    assert oldest <= installed, f"triton {triton.__version__} is older than {launch.TRIED[0]}, the oldest supported"
+    assert installed <= newest, (
+        f"triton {triton.__version__} is newer than {launch.TRIED[-1]}, the newest that kernels/src/launch.py was "
+        "tried with: run tests/kernels and tests/ops, also on a GPU; when they pass, extend TRIED in "
+        "kernels/src/launch.py and raise the upper bound of triton in pyproject.toml"
+    )
+
+
+def version(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(".")[:2]))
+
+
+def test_only_one_file_knows_how_triton_works():
+    folder = Path(launch.__file__).parent
+    inside = re.compile(r"triton\.(runtime|compiler|backends|_C|knobs)|do_not_specialize|\.run\(|tt\.divisibility")
+    for path in sorted(folder.glob("*.py")):
+        assert path.name == "launch.py" or not inside.search(path.read_text()), path.name
+
+
+ARGUMENTS = [
+    *(0, 1, 2, 15, 16, 17, 2**31 - 16, 2**31 - 1, 2**31, 2**31 + 1, 2**40, 2**63 - 1),
+    *(None, 0.0, 1.0, 16.0),
+    *(torch.zeros(17, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int64)),
+    *(torch.zeros(17, dtype=dtype)[1:] for dtype in (torch.float32, torch.bfloat16, torch.float16)),
+]
+
+
+def test_specialisation_is_as_fine_as_tritons():
+    """Two arguments for which Triton compiles a kernel twice have different keys."""
+    libtriton = pytest.importorskip("triton._C.libtriton")
+    backend = pytest.importorskip("triton.backends.nvidia.compiler").CUDABackend
+
+    def of_triton(arg):
+        return libtriton.native_specialize_impl(backend, arg, False, True, True)  # not const, by value and alignment
+
+    for a, b in itertools.combinations(ARGUMENTS, 2):
+        assert of_triton(a) == of_triton(b) or specialisation(a) != specialisation(b), (a, b)
