@@ -9,7 +9,7 @@ RUFF := ruff==0.17.6
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
-BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
+BUILD_FILES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*/*)
 
 .PHONY: demo test lint bench bench-report clean
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SOURCES = sorted((ROOT / "csrc").glob("*.cu"))
+SOURCES = sorted((ROOT / "csrc" / "kernels").glob("*.cu"))
 PACKAGED = Path(sysconfig.get_path("purelib"), "nvidia", "cu13", "bin", "nvcc")  # the extra "cuda" brings it
 NVCC = shutil.which("nvcc") or (PACKAGED if PACKAGED.is_file() else None)
 
@@ -36,7 +36,7 @@ def test_cmake_configures_and_compiles_with_the_compiler_of_pypi(tmp_path):
     without_toolkit = os.environ | {"PATH": without_nvcc(os.environ["PATH"]), "CUDA_HOME": "", "CUDA_PATH": ""}
     for command in (
         ["cmake", "-G", "Ninja", "-S", ROOT, "-B", tmp_path / "build", *options],
-        ["ninja", "-C", tmp_path / "build", "CMakeFiles/_C.dir/csrc/gelu_gradient.cu.o"],
+        ["ninja", "-C", tmp_path / "build", "CMakeFiles/_C.dir/csrc/kernels/gelu_gradient.cu.o"],
     ):
         result = subprocess.run(command, env=without_toolkit, capture_output=True, text=True)
         assert result.returncode == 0, result.stdout + result.stderr

@@ -28,8 +28,8 @@ def find(
 ):
     """The ConvolutionPlan for tensors like these; None if `fallback` does the same work faster.
 
-    epilogue: (step, its operand or None) in order, as in csrc/convolution.h. None is also the answer for a new shape
-    while a CUDA graph is captured, and for tiny ones.
+    epilogue: (step, its operand or None) in order, as in csrc/plans/convolution.h. None is also the answer for a new
+    shape while a CUDA graph is captured, and for tiny ones.
     """
     steps = tuple((step, None if operand is None else operand.dtype) for step, operand in epilogue)
     operands = [operand for _, operand in epilogue if operand is not None]

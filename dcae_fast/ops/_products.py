@@ -91,7 +91,7 @@ def product(
     residual: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """epilogue(left · right + residual), and what else the epilogue gives; see csrc/linear.h.
+    """epilogue(left · right + residual), and what else the epilogue gives; see csrc/plans/product.h.
 
     left: [..., depth], right: [depth, columns], contiguous; those that are said to be are transposed in memory, and
     then left is a matrix. dtype: of the result [..., columns], by default that of the residual, without one that of

@@ -174,7 +174,7 @@ def _attention_gradients(parts, dout, dtotal, inputs, kept, wants):
     plans = _found_gradient_plans(parts, dout, (y, qkv, attended), *layers, b_qkv is not None, wants[-4:])
     if plans and fits(qkv.dtype, qkv.shape[1], attended.shape[2] // num_heads):
         operands = dout, y, qkv, attended, lse, *layers, num_heads
-        dy, *of_layers = cuda_extension().norm_attention_gradients(*operands, *plans)
+        dy, *of_layers = cuda_extension().norm_attention_backward(*operands, *plans)
     else:
         *_, wants_w_qkv, wants_b_qkv, wants_w_proj, wants_b_proj = wants
         proj = w_proj, b_proj, True, wants_w_proj, wants_b_proj
@@ -191,7 +191,7 @@ def _mlp_gradients(parts, dout, dtotal, inputs, kept, wants):
     layers = w1, b1, w2, b2
     plans = _found_gradient_plans(parts, dout, (y, h), *layers, False, wants[-4:])
     if plans:
-        dy, *of_layers = cuda_extension().norm_mlp_gradients(dout, y, h, *layers, act, *plans)
+        dy, *of_layers = cuda_extension().norm_mlp_backward(dout, y, h, *layers, act, *plans)
     else:
         operands = dout.to(h.dtype), y, *layers, h, act, (True, *wants[-4:])
         dy, *of_layers = mlp_gradients(parts.products, parts.gelu_gradient, *operands)

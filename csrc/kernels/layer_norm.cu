@@ -11,11 +11,13 @@
 #include "ops.h"
 #include "pairs.cuh"
 
+namespace dcae_fast {
+
 namespace {
 
 constexpr int kForwardWarps = 4;
-constexpr int kChunk = 128;  // channels that a warp of the gradient takes at once, four a lane
-constexpr int kWarps = 8;    // of a block of the gradient
+constexpr int kChunk = 128;    // channels that a warp of the gradient takes at once, four a lane
+constexpr int kWarps = 8;      // of a block of the gradient
 constexpr int kMostWaves = 8;  // of blocks
 constexpr int blocks_at_once(int width) { return width <= 512 ? 2 : 1; }  // of the gradient, on a multiprocessor
 
@@ -166,8 +168,8 @@ cudaError_t launch_forward(const LayerNormPointers& p, const LayerNormShape& sha
     const auto kernel = layer_norm_kernel<X, T, S, of_image.value, branch.value, kMost>;
     kernel<<<static_cast<unsigned>(divide_up(rows, kForwardWarps)), 32 * kForwardWarps, 0, stream>>>(
         static_cast<const X*>(p.x), static_cast<const S*>(p.scale), static_cast<const S*>(p.shift),
-        static_cast<const T*>(p.branch), static_cast<const T*>(p.gate), static_cast<X*>(p.total),
-        static_cast<T*>(p.y), rows, shape.tokens, shape.width, eps);
+        static_cast<const T*>(p.branch), static_cast<const T*>(p.gate), static_cast<X*>(p.total), static_cast<T*>(p.y),
+        rows, shape.tokens, shape.width, eps);
     return cudaGetLastError();
   });
 }
@@ -192,7 +194,7 @@ __device__ void write_sums(float* to, const float4 (&sums)[kChunks]) {
 
 // Blocks count over (images, splits of an image's tokens); where the scale is a parameter, all is one image.
 template <int kChunks, typename X, typename T, typename S, bool kOfImage, bool kBranch>
-__global__ void __launch_bounds__(32 * kWarps, blocks_at_once(kChunks * kChunk))
+__global__ void __launch_bounds__(32 * kWarps, blocks_at_once(kChunks* kChunk))
     layer_norm_backward_kernel(const T* __restrict__ dy, const X* __restrict__ dsum, const X* __restrict__ total,
                                const S* __restrict__ scale, const T* __restrict__ branch, const T* __restrict__ gate,
                                X* __restrict__ dx, T* __restrict__ dbranch, float* __restrict__ sums, int tokens,
@@ -323,3 +325,5 @@ cudaError_t launch_layer_norm_backward(const LayerNormGradientPointers& pointers
     return launch_backward<1152 / kChunk, X, T, S>(pointers, shape, splits, eps, stream);
   });
 }
+
+}  // namespace dcae_fast

@@ -1,16 +1,17 @@
 // Operators of transformers: softmax attention of packed q, k and v, and layer norm of tokens.
 
-#include "bindings.h"
-
-#include <climits>
-#include <vector>
-
 #include <ATen/autocast_mode.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <climits>
+#include <vector>
+
+#include "bindings.h"
 #include "checks.h"
+
+namespace dcae_fast {
 
 namespace {
 
@@ -65,8 +66,13 @@ LayerNormShape layer_norm_shape(const char* name, const at::Tensor& tokens, cons
   const int64_t images = of_image ? tokens.size(0) : 1;
   const int64_t tokens_of_each = of_image ? tokens.size(1) : tokens.size(0) * tokens.size(1);
   require_value(images <= INT_MAX && tokens_of_each <= INT_MAX / 2, name, " is too large: ", tokens.sizes());
-  return {static_cast<int>(images), static_cast<int>(tokens_of_each), static_cast<int>(width), tokens_in_float32,
-          scale_in_float32,         of_image,                         dtype};
+  return {static_cast<int>(images),
+          static_cast<int>(tokens_of_each),
+          static_cast<int>(width),
+          tokens_in_float32,
+          scale_in_float32,
+          of_image,
+          dtype};
 }
 
 FiveTensors layer_norm_backward(const at::Tensor& dy, const MaybeTensor& dsum, const at::Tensor& total,
@@ -177,7 +183,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> gelu_gradient(const at::Tensor& d
   return {dh, g, sums.sum(0)};
 }
 
-void bind_transformer(pybind11::module_& module) {
+void bind_token_operators(pybind11::module_& module) {
   namespace py = pybind11;
   // Without the GIL, which a thread that clears autocast's cache waits for while it keeps others from the cache.
   module.def("autocast_cast", &autocast_cast, py::arg("x"), py::arg("dtype"), py::call_guard<py::gil_scoped_release>(),
@@ -196,3 +202,5 @@ void bind_transformer(pybind11::module_& module) {
              "The gradient of h from that of gelu(h); gelu(h), empty unless it is wanted; sums of the gradient over "
              "rows, in fp32.");
 }
+
+}  // namespace dcae_fast

@@ -1,12 +1,14 @@
-// See linear.h, and cuBLASLt's documentation. To it a dense row-major matrix is a column-major one, transposed, so that
-// the result is Rᵀ·Lᵀ: its A is our R, its B our L, and its rows are our columns.
+// See product.h, and cuBLASLt's documentation. To it a dense row-major matrix is a column-major one, transposed, so
+// that the result is Rᵀ·Lᵀ: its A is our R, its B our L, and its rows are our columns.
 
-#include "linear.h"
+#include "product.h"
 
 #include <map>
 #include <mutex>
 #include <stdexcept>
 #include <utility>
+
+namespace dcae_fast {
 
 namespace {
 
@@ -93,10 +95,8 @@ bool has_small_clusters(const cublasLtMatmulAlgo_t& algo) {
     case CUBLASLT_CLUSTER_SHAPE_1x2x1:
     case CUBLASLT_CLUSTER_SHAPE_2x2x1:
     case CUBLASLT_CLUSTER_SHAPE_4x1x1:
-    case CUBLASLT_CLUSTER_SHAPE_1x4x1:
-      return true;
-    default:
-      return false;
+    case CUBLASLT_CLUSTER_SHAPE_1x4x1: return true;
+    default: return false;
   }
 }
 
@@ -160,3 +160,5 @@ cublasLtHandle_t cublaslt_handle(int device) {
   }
   return handle;
 }
+
+}  // namespace dcae_fast

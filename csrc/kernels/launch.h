@@ -1,12 +1,14 @@
 // What several launchers need: the size of the device, and the element that a dtype names.
 #pragma once
 
-#include <cstdint>
-
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cstdint>
+
 #include "ops.h"
+
+namespace dcae_fast {
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -22,3 +24,5 @@ template <typename Call>
 cudaError_t with_element(DType dtype, Call call) {
   return dtype == DType::kFloat16 ? call(__half{}) : call(__nv_bfloat16{});
 }
+
+}  // namespace dcae_fast

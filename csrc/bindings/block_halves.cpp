@@ -6,7 +6,9 @@
 #include <c10/cuda/CUDAGuard.h>
 
 #include "checks.h"
-#include "product_plan.h"
+#include "product.h"
+
+namespace dcae_fast {
 
 namespace {
 
@@ -69,7 +71,7 @@ at::Tensor input_gradient(const BoundProductPlan& plan, const at::Tensor& dy, co
 }
 
 // The gradients of y, the result of the norm, and of both layers' weights and biases; those of no bias are empty.
-FiveTensors norm_attention_gradients(const at::Tensor& dout, const at::Tensor& y, const at::Tensor& qkv,
+FiveTensors norm_attention_backward(const at::Tensor& dout, const at::Tensor& y, const at::Tensor& qkv,
                                      const at::Tensor& attended, const at::Tensor& lse, const at::Tensor& w_qkv,
                                      const MaybeTensor& b_qkv, const at::Tensor& w_proj, const MaybeTensor& b_proj,
                                      int64_t num_heads, const BoundProductPlan& qkv_plan,
@@ -85,7 +87,7 @@ FiveTensors norm_attention_gradients(const at::Tensor& dout, const at::Tensor& y
 }
 
 // The same of the other half; gelu(h) is computed again, and the first layer's bias has its gradient from there.
-FiveTensors norm_mlp_gradients(const at::Tensor& dout, const at::Tensor& y, const at::Tensor& h, const at::Tensor& w1,
+FiveTensors norm_mlp_backward(const at::Tensor& dout, const at::Tensor& y, const at::Tensor& h, const at::Tensor& w1,
                                const MaybeTensor& b1, const at::Tensor& w2, const MaybeTensor& b2,
                                const std::string& act, const BoundProductPlan& first_plan,
                                const BoundProductPlan& w1_plan, const BoundProductPlan& second_plan,
@@ -112,13 +114,15 @@ void bind_block_halves(pybind11::module_& module) {
              py::arg("branch"), py::arg("gate"), py::arg("dtype"), py::arg("w1"), py::arg("b1"), py::arg("w2"),
              py::arg("b2"), py::arg("residual"), py::arg("first_plan"), py::arg("second_plan"),
              "A block's half with the MLP, through plans for its linear layers.", no_gil);
-  module.def("norm_attention_gradients", &norm_attention_gradients, py::arg("dout"), py::arg("y"), py::arg("qkv"),
+  module.def("norm_attention_backward", &norm_attention_backward, py::arg("dout"), py::arg("y"), py::arg("qkv"),
              py::arg("attended"), py::arg("lse"), py::arg("w_qkv"), py::arg("b_qkv"), py::arg("w_proj"),
              py::arg("b_proj"), py::arg("num_heads"), py::arg("qkv_plan"), py::arg("w_qkv_plan"),
              py::arg("proj_plan"), py::arg("w_proj_plan"),
              "The gradients of the norm's result and of both layers' parameters, each from its plan.", no_gil);
-  module.def("norm_mlp_gradients", &norm_mlp_gradients, py::arg("dout"), py::arg("y"), py::arg("h"), py::arg("w1"),
+  module.def("norm_mlp_backward", &norm_mlp_backward, py::arg("dout"), py::arg("y"), py::arg("h"), py::arg("w1"),
              py::arg("b1"), py::arg("w2"), py::arg("b2"), py::arg("act"), py::arg("first_plan"), py::arg("w1_plan"),
              py::arg("second_plan"), py::arg("w2_plan"),
              "The gradients of the norm's result and of both layers' parameters, each from its plan.", no_gil);
 }
+
+}  // namespace dcae_fast

@@ -1,11 +1,13 @@
 // dcae_fast._C.Product and ProductPlan: torch tensors in, cuBLASLt behind.
 
-#include "product_plan.h"
+#include "product.h"
 
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
 #include "checks.h"
+
+namespace dcae_fast {
 
 namespace {
 
@@ -23,8 +25,8 @@ struct BoundProduct {
   std::vector<ProductPlan> plans;
   at::ScalarType dtype, out_dtype;
 
-  static BoundProduct make(const at::Tensor& left, const at::Tensor& right, bool left_transposed,
-                           bool right_transposed, bool out_in_float32, const std::string& epilogue) {
+  static BoundProduct make(const at::Tensor& left, const at::Tensor& right, bool left_transposed, bool right_transposed,
+                           bool out_in_float32, const std::string& epilogue) {
     on_cuda("left", left);
     require_value(left.dim() == 2 && right.dim() == 2 && left.numel() > 0 && right.numel() > 0,
                   "left and right must have two dimensions and not be empty, got ", left.sizes(), ", ", right.sizes());
@@ -89,19 +91,21 @@ std::vector<at::Tensor> BoundProductPlan::operator()(const at::Tensor& left, con
   return results;
 }
 
-void bind_linear(pybind11::module_& module) {
+void bind_product(pybind11::module_& module) {
   namespace py = pybind11;
   const auto no_gil = py::call_guard<py::gil_scoped_release>();
   module.def("cublaslt_version", &cublasLtGetVersion);
   py::class_<BoundProductPlan>(module, "ProductPlan", "A way to compute a product; safe in several threads.")
       .def_property_readonly("workspace_size", [](const BoundProductPlan& self) { return self.plan.workspace_size(); })
-      .def("__call__", &BoundProductPlan::operator(), py::arg("left"), py::arg("right"),
-           py::arg("bias") = std::nullopt, py::arg("residual") = std::nullopt, no_gil);
+      .def("__call__", &BoundProductPlan::operator(), py::arg("left"), py::arg("right"), py::arg("bias") = std::nullopt,
+           py::arg("residual") = std::nullopt, no_gil);
   py::class_<BoundProduct>(module, "Product",
                            "epilogue(left · right + residual) for matrices of these shapes and dtypes; those that are "
-                           "said to be are transposed in memory. epilogue: a name, see csrc/linear.h.")
+                           "said to be are transposed in memory. epilogue: a name, see csrc/plans/product.h.")
       .def(py::init(&BoundProduct::make), py::arg("left"), py::arg("right"), py::arg("left_transposed"),
            py::arg("right_transposed"), py::arg("out_in_float32"), py::arg("epilogue"), no_gil)
       .def("__len__", [](const BoundProduct& self) { return self.plans.size(); })
       .def("build", &BoundProduct::build, py::arg("candidate"), no_gil);
 }
+
+}  // namespace dcae_fast

@@ -1,17 +1,18 @@
 // The Python module dcae_fast._C: each function checks its arguments, allocates the result, and launches.
 
-#include "bindings.h"
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
 
 #include <climits>
 #include <tuple>
 #include <vector>
 
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-
+#include "bindings.h"
 #include "checks.h"
-#include "ops.h"
+#include "kernels/ops.h"
+
+namespace dcae_fast {
 
 namespace {
 
@@ -82,8 +83,8 @@ at::Tensor depthwise_glu(const at::Tensor& x, const at::Tensor& weight, const Ma
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> depthwise_glu_backward(const at::Tensor& dout, const at::Tensor& x,
-                                                                      const at::Tensor& weight,
-                                                                      const at::Tensor& bias, bool parameters) {
+                                                                      const at::Tensor& weight, const at::Tensor& bias,
+                                                                      bool parameters) {
   const DepthwiseConvolution conv(x, weight, bias);
   const void* dout_data = channels_last("dout", dout);
   const std::vector<int64_t> shape = {x.size(0), conv.channels, x.size(2), x.size(3)};
@@ -100,15 +101,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> depthwise_glu_backward(const at::
   const auto channels = static_cast<int>(x.size(1));
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
   int splits;
-  C10_CUDA_CHECK(depthwise_backward_splits(conv.batch, conv.height, conv.width, channels, &splits));
+  C10_CUDA_CHECK(depthwise_glu_backward_splits(conv.batch, conv.height, conv.width, channels, &splits));
   const at::Tensor dconv = at::empty_like(dx);
   const at::Tensor partial = at::empty({splits, 10, channels}, x.options().dtype(at::kFloat));
   C10_CUDA_CHECK(launch_depthwise_glu_gate_backward(dout_data, conv.x, conv.weight_data(), conv.bias_data(),
                                                     dconv.mutable_data_ptr(), conv.batch, conv.height, conv.width,
                                                     conv.channels, conv.dtype, stream));
-  C10_CUDA_CHECK(launch_depthwise_backward(dconv.const_data_ptr(), conv.x, conv.weight_data(), dx.mutable_data_ptr(),
-                                           partial.mutable_data_ptr(), conv.batch, conv.height, conv.width, channels,
-                                           conv.dtype, stream));
+  C10_CUDA_CHECK(launch_depthwise_glu_backward(dconv.const_data_ptr(), conv.x, conv.weight_data(),
+                                               dx.mutable_data_ptr(), partial.mutable_data_ptr(), conv.batch,
+                                               conv.height, conv.width, channels, conv.dtype, stream));
   if (!parameters) return {dx, none(), none()};
   const at::Tensor sums = partial.sum(0);
   at::Tensor dweight = at::empty_like(weight);
@@ -172,7 +173,7 @@ at::Tensor multiscale_qkv(const at::Tensor& x, const at::Tensor& depthwise, cons
 
 }  // namespace
 
-PYBIND11_MODULE(_C, module) {
+void bind_image_operators(pybind11::module_& module) {
   module.def("depthwise_glu", &depthwise_glu, pybind11::arg("x"), pybind11::arg("weight"), pybind11::arg("bias"),
              "c[:, :M] * silu(c[:, M:]) with c the depthwise 3x3 convolution of x, in channels-last.");
   module.def("depthwise_glu_backward", &depthwise_glu_backward, pybind11::arg("dout"), pybind11::arg("x"),
@@ -182,12 +183,6 @@ PYBIND11_MODULE(_C, module) {
              pybind11::arg("eps"), "ReLU linear attention of packed qkv tensors in channels-last, side by side.");
   module.def("multiscale_qkv", &multiscale_qkv, pybind11::arg("x"), pybind11::arg("depthwise"),
              pybind11::arg("grouped"), "Grouped 1x1 convolution of the depthwise 5x5 one of x, in channels-last.");
-  bind_transformer(module);
-#ifdef DCAE_FAST_CUDNN
-  bind_convolution(module);
-#endif
-#ifdef DCAE_FAST_CUBLASLT
-  bind_linear(module);
-  bind_block_halves(module);
-#endif
 }
+
+}  // namespace dcae_fast

@@ -1,12 +1,14 @@
 // dcae_fast._C.Convolution and ConvolutionPlan: torch tensors in, cuDNN's graphs behind.
 
-#include "bindings.h"
+#include "plans/convolution.h"
 
 #include <ATen/cudnn/Handle.h>
 #include <c10/cuda/CUDAGuard.h>
 
+#include "bindings.h"
 #include "checks.h"
-#include "convolution.h"
+
+namespace dcae_fast {
 
 namespace {
 
@@ -113,3 +115,5 @@ void bind_convolution(pybind11::module_& module) {
       .def("__len__", [](const BoundConvolution& self) { return self.convolution.candidates(); })
       .def("build", &BoundConvolution::build, py::arg("candidate"), no_gil);
 }
+
+}  // namespace dcae_fast

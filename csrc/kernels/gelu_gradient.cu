@@ -9,6 +9,8 @@
 #include "ops.h"
 #include "pairs.cuh"
 
+namespace dcae_fast {
+
 namespace {
 
 constexpr int kWarps = 4;
@@ -103,3 +105,5 @@ cudaError_t launch_gelu_gradient(const void* dg, const void* h, void* dh, void* 
     return run(tanh ? gelu_gradient_kernel<T, true, true> : gelu_gradient_kernel<T, false, true>);
   });
 }
+
+}  // namespace dcae_fast

@@ -1,9 +1,11 @@
 // The launchers of this extension: raw pointers and a stream in, an error code out, no torch.
 #pragma once
 
+#include <cuda_runtime_api.h>
+
 #include <cstdint>
 
-#include <cuda_runtime_api.h>
+namespace dcae_fast {
 
 enum class DType { kFloat16, kBFloat16 };
 
@@ -24,12 +26,12 @@ cudaError_t launch_depthwise_glu_gate_backward(const void* dout, const void* x, 
 
 // From dconv the other gradients: dx, and parts of the sums that are dweight, for each of the nine taps, and dbias.
 //
-// sums: [splits, 10, channels] in fp32, to be added up; depthwise_backward_splits says how many splits there are.
+// sums: [splits, 10, channels] in fp32, to be added up; depthwise_glu_backward_splits says how many splits there are.
 // channels: all of x's, a positive multiple of 8.
-cudaError_t depthwise_backward_splits(int64_t batch, int height, int width, int channels, int* splits);
-cudaError_t launch_depthwise_backward(const void* dconv, const void* x, const void* weight, void* dx, void* sums,
-                                      int64_t batch, int height, int width, int channels, DType dtype,
-                                      cudaStream_t stream);
+cudaError_t depthwise_glu_backward_splits(int64_t batch, int height, int width, int channels, int* splits);
+cudaError_t launch_depthwise_glu_backward(const void* dconv, const void* x, const void* weight, void* dx, void* sums,
+                                          int64_t batch, int height, int width, int channels, DType dtype,
+                                          cudaStream_t stream);
 
 // out_i = sum_j v_j (k_j . q_i) / (sum_j k_j . q_i + eps) over the positions of an image, with relu(q) and relu(k).
 //
@@ -94,11 +96,13 @@ cudaError_t layer_norm_backward_splits(const LayerNormShape& shape, int* splits)
 cudaError_t launch_layer_norm_backward(const LayerNormGradientPointers& pointers, const LayerNormShape& shape,
                                        int splits, float eps, cudaStream_t stream);
 
-// dh = dg * gelu'(h), and g = gelu(h) unless it is null: dg, h, dh, g: [rows, columns], columns a positive multiple of 8;
-// tanh: GELU's form with it, else the one with erf.
+// dh = dg * gelu'(h), and g = gelu(h) unless it is null: dg, h, dh, g: [rows, columns], columns a positive multiple of
+// 8; tanh: GELU's form with it, else the one with erf.
 //
 // sums: of dh over the rows, in fp32 [splits, columns], to be added up; gelu_gradient_splits says how many splits there
 // are. No atomics: the same twice.
 cudaError_t gelu_gradient_splits(int64_t rows, int columns, int* splits);
 cudaError_t launch_gelu_gradient(const void* dg, const void* h, void* dh, void* g, float* sums, int64_t rows,
                                  int columns, int splits, bool tanh, DType dtype, cudaStream_t stream);
+
+}  // namespace dcae_fast

@@ -9,6 +9,8 @@
 #include "ops.h"
 #include "tensor_cores.cuh"
 
+namespace dcae_fast {
+
 constexpr int kTile = 16;          // rows of a warp
 constexpr int kStride = 72;        // elements between rows in shared memory: no two rows of a load share banks
 constexpr int kRow = 2 * kStride;  // the same in bytes
@@ -184,7 +186,7 @@ __device__ void differentiate_columns(float (&ds)[kBlocks][4], const float (&p)[
 // The i-th 16 columns, rounded, as a left factor.
 template <typename T, int kBlocks>
 __device__ void as_factor(Pair (&a)[4], const float (&x)[kBlocks][4], int i) {
-  const float(&low)[4] = x[2 * i], (&high)[4] = x[2 * i + 1];
+  const float (&low)[4] = x[2 * i], (&high)[4] = x[2 * i + 1];
   a[0] = narrow<T>(low[0], low[1]), a[1] = narrow<T>(low[2], low[3]);
   a[2] = narrow<T>(high[0], high[1]), a[3] = narrow<T>(high[2], high[3]);
 }
@@ -232,10 +234,12 @@ cudaError_t with_types(DType dtype, int head_dim, Call call) {
   });
 }
 
-// In attention_wide.cu, for more tokens than warps are good for.
+// In packed_attention_wide.cu, for more tokens than warps are good for.
 constexpr int kMostWarpTokens = 128;
-cudaError_t launch_wide_attention(const void* qkv, void* out, float* lse, int64_t batch, int tokens, int heads,
-                                  int head_dim, DType dtype, cudaStream_t stream);
-cudaError_t launch_wide_attention_backward(const void* dout, const void* qkv, const void* out, const float* lse,
-                                           void* dqkv, int64_t batch, int tokens, int heads, int head_dim, DType dtype,
-                                           cudaStream_t stream);
+cudaError_t launch_packed_attention_wide(const void* qkv, void* out, float* lse, int64_t batch, int tokens, int heads,
+                                         int head_dim, DType dtype, cudaStream_t stream);
+cudaError_t launch_packed_attention_wide_backward(const void* dout, const void* qkv, const void* out, const float* lse,
+                                                  void* dqkv, int64_t batch, int tokens, int heads, int head_dim,
+                                                  DType dtype, cudaStream_t stream);
+
+}  // namespace dcae_fast

@@ -6,19 +6,21 @@
 // zeros outside the image.
 #pragma once
 
+#include <cuda.h>
+#include <cuda_runtime.h>
+
 #include <algorithm>
 #include <climits>
 #include <cstdint>
 
-#include <cuda.h>
-#include <cuda_runtime.h>
-
 #include "launch.h"
 #include "pairs.cuh"
 
-constexpr int kPairs = 32;       // of channels of a strip: one for each lane, 128 bytes of a pixel
-constexpr int kColumns = 4;      // of a warp
-constexpr int kRows = 2;         // of a step
+namespace dcae_fast {
+
+constexpr int kPairs = 32;   // of channels of a strip: one for each lane, 128 bytes of a pixel
+constexpr int kColumns = 4;  // of a warp
+constexpr int kRows = 2;     // of a step
 
 struct Cut {
   int height, width, pairs;        // of the tensor; pairs of one part
@@ -94,10 +96,9 @@ inline cudaError_t describe(CUtensorMap* map, const void* x, int64_t batch, cons
   const Size sizes[] = {Size(2 * cut.pairs), Size(parts), Size(cut.width), Size(cut.height), Size(batch)};
   const Size strides[] = {part, pixel, pixel * cut.width, pixel * cut.width * cut.height};
   const cuuint32_t box[] = {2 * kPairs, cuuint32_t(parts), cuuint32_t(columns), kRows, 1}, every[] = {1, 1, 1, 1, 1};
-  const CUresult result =
-      encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 5, const_cast<void*>(x), sizes, strides, box, every,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result = encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 5, const_cast<void*>(x), sizes, strides, box,
+                                 every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
@@ -126,8 +127,8 @@ __device__ inline void bring(const Pair* to, const CUtensorMap* x, int pair, int
       : "memory");
 }
 
-// Starts a step of strip `index`: bring_rows(strip, row), row the first of the step. One past the strip's last is a step
-// of the next strip of the same channels, if there is one.
+// Starts a step of strip `index`: bring_rows(strip, row), row the first of the step. One past the strip's last is a
+// step of the next strip of the same channels, if there is one.
 template <typename BringRows>
 __device__ void start_step(const Cut& cut, const Strip& of, int index, int step, const BringRows& bring_rows) {
   const int later = index + step / cut.steps * cut.lanes;
@@ -162,3 +163,5 @@ __device__ void load_weights(float (&to)[2][kTaps], const Pair* weight, int64_t 
     to[2 * i / kTaps][2 * i % kTaps] = two.x * scale, to[(2 * i + 1) / kTaps][(2 * i + 1) % kTaps] = two.y * scale;
   }
 }
+
+}  // namespace dcae_fast

@@ -9,8 +9,10 @@
 
 #include <type_traits>
 
-#include "attention.cuh"
+#include "packed_attention.cuh"
 #include "warpgroup.cuh"
+
+namespace dcae_fast {
 
 namespace {
 
@@ -155,8 +157,8 @@ __device__ void for_all_tokens(int tokens, Call call) {
 
 template <typename T, int kDim>
 __global__ void __launch_bounds__(kThreads, 2)
-    wide_attention_kernel(const T* __restrict__ qkv, T* __restrict__ out, float* __restrict__ lse, int tokens,
-                          int heads) {
+    packed_attention_wide_kernel(const T* __restrict__ qkv, T* __restrict__ out, float* __restrict__ lse, int tokens,
+                                 int heads) {
   extern __shared__ uint4 shared[];
   const int width = heads * kDim, stride = 3 * width, offset = blockIdx.x % heads * kDim, warp = threadIdx.x / 32;
   const int64_t first = static_cast<int64_t>(blockIdx.x / heads) * tokens;
@@ -208,8 +210,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 template <typename T, int kDim>
 __global__ void __launch_bounds__(kThreads, 1)
-    wide_attention_backward_kernel(const T* __restrict__ dout, const T* __restrict__ qkv, const T* __restrict__ out,
-                                   const float* __restrict__ lse, T* __restrict__ dqkv, int tokens, int heads) {
+    packed_attention_wide_backward_kernel(const T* __restrict__ dout, const T* __restrict__ qkv,
+                                          const T* __restrict__ out, const float* __restrict__ lse,
+                                          T* __restrict__ dqkv, int tokens, int heads) {
   extern __shared__ uint4 shared[];
   const int width = heads * kDim, stride = 3 * width, offset = blockIdx.x % heads * kDim, warp = threadIdx.x / 32;
   const int64_t first = static_cast<int64_t>(blockIdx.x / heads) * tokens;
@@ -297,25 +300,27 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 }  // namespace
 
-cudaError_t launch_wide_attention(const void* qkv, void* out, float* lse, int64_t batch, int tokens, int heads,
-                                  int head_dim, DType dtype, cudaStream_t stream) {
+cudaError_t launch_packed_attention_wide(const void* qkv, void* out, float* lse, int64_t batch, int tokens, int heads,
+                                         int head_dim, DType dtype, cudaStream_t stream) {
   return with_types(dtype, head_dim, [&](auto element, auto dim) {
     using T = decltype(element);
     const int shared_bytes = kStageBytes + 2 * kChunks<dim.value> * step_of(tokens);
-    return launch(wide_attention_kernel<T, dim.value>, batch * heads, kWarps, shared_bytes, stream,
+    return launch(packed_attention_wide_kernel<T, dim.value>, batch * heads, kWarps, shared_bytes, stream,
                   static_cast<const T*>(qkv), static_cast<T*>(out), lse, tokens, heads);
   });
 }
 
-cudaError_t launch_wide_attention_backward(const void* dout, const void* qkv, const void* out, const float* lse,
-                                           void* dqkv, int64_t batch, int tokens, int heads, int head_dim, DType dtype,
-                                           cudaStream_t stream) {
+cudaError_t launch_packed_attention_wide_backward(const void* dout, const void* qkv, const void* out, const float* lse,
+                                                  void* dqkv, int64_t batch, int tokens, int heads, int head_dim,
+                                                  DType dtype, cudaStream_t stream) {
   return with_types(dtype, head_dim, [&](auto element, auto dim) {
     using T = decltype(element);
     const int statistics_bytes = round_up(tokens) * static_cast<int>(sizeof(Statistics));
     const int shared_bytes = statistics_bytes + 4 * kChunks<dim.value> * step_of(tokens) + kStageBytes;
-    return launch(wide_attention_backward_kernel<T, dim.value>, batch * heads, kWarps, shared_bytes, stream,
+    return launch(packed_attention_wide_backward_kernel<T, dim.value>, batch * heads, kWarps, shared_bytes, stream,
                   static_cast<const T*>(dout), static_cast<const T*>(qkv), static_cast<const T*>(out), lse,
                   static_cast<T*>(dqkv), tokens, heads);
   });
 }
+
+}  // namespace dcae_fast

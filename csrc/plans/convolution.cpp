@@ -4,6 +4,8 @@
 
 #include <stdexcept>
 
+namespace dcae_fast {
+
 namespace {
 
 void check(cudnnStatus_t status) {
@@ -162,9 +164,7 @@ void ConvolutionPlan::run(cudnnHandle_t handle, const std::vector<void*>& pointe
 bool has_operand(const std::string& step) { return step != "relu" && step != "silu"; }
 
 std::array<int64_t, 4> ConvolutionShape::output() const {
-  const auto side = [&](int axis) {
-    return (x[axis] + padding[axis - 2] + padding[axis] - weight[axis]) / stride + 1;
-  };
+  const auto side = [&](int axis) { return (x[axis] + padding[axis - 2] + padding[axis] - weight[axis]) / stride + 1; };
   return {x[0], weight[0], side(2), side(3)};
 }
 
@@ -202,3 +202,5 @@ Convolution::Convolution(cudnnHandle_t handle, const ConvolutionShape& shape,
     if (is_exact(config)) configs_.push_back(config);
   }
 }
+
+}  // namespace dcae_fast

@@ -5,6 +5,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+namespace dcae_fast {
+
 using Pair = unsigned;
 
 template <typename T>
@@ -38,3 +40,5 @@ __device__ inline Pair narrow<__half>(float low, float high) {
 __device__ inline unsigned shared_address(const void* pointer) {
   return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
+
+}  // namespace dcae_fast

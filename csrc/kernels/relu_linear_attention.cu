@@ -6,14 +6,16 @@
 // within a fragment of the tensor cores is free, as long as both factors agree: it is chosen such that each thread
 // reads and writes neighbouring channels of memory, without a detour.
 
+#include <cooperative_groups.h>
+
 #include <algorithm>
 #include <climits>
-
-#include <cooperative_groups.h>
 
 #include "launch.h"
 #include "ops.h"
 #include "tensor_cores.cuh"
+
+namespace dcae_fast {
 
 namespace {
 
@@ -52,8 +54,8 @@ __device__ void multiply_add_tf32(float (&c)[4], const float (&a)[4], const unsi
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
-        "r"(__float_as_uint(a[3])), "r"(b[0]), "r"(b[1]));
+      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
+        "r"(b[0]), "r"(b[1]));
 }
 
 __device__ unsigned round_to_tf32(float x) {
@@ -64,8 +66,8 @@ __device__ unsigned round_to_tf32(float x) {
 
 __device__ float4 operator+(float4 a, float4 b) { return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w}; }
 
-// Adds relu(k) vᵀ and relu(k) of a group to the warp's sums, given channels 4g to 4g + 3 at positions 2t, 2t + 1, 2t + 8
-// and 2t + 9. products: rows g and g + 8 of tile i are channels 4g + 2i and 4g + 2i + 1 of k; column n of tile j is
+// Adds relu(k) vᵀ and relu(k) of a group to the warp's sums, given channels 4g to 4g + 3 at positions 2t, 2t + 1, 2t +
+// 8 and 2t + 9. products: rows g and g + 8 of tile i are channels 4g + 2i and 4g + 2i + 1 of k; column n of tile j is
 // channel 4n + j of v. totals: the same rows, all columns equal.
 template <typename T>
 __device__ void sum_group(const uint2 (&k)[4], const uint2 (&v)[4], float (&products)[2][4][4], float (&totals)[2][4]) {
@@ -261,3 +263,5 @@ cudaError_t launch_relu_linear_attention(const void* qkv, void* out, int64_t bat
                               static_cast<T*>(out), positions, heads, out_channels, eps);
   });
 }
+
+}  // namespace dcae_fast

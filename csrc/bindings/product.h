@@ -1,10 +1,12 @@
-// A plan of cuBLASLt with what is needed to call it with torch tensors; see bindings_linear.cpp.
+// A plan of cuBLASLt with what is needed to call it with torch tensors; see product.cpp.
 #pragma once
 
 #include <vector>
 
 #include "bindings.h"
-#include "linear.h"
+#include "plans/product.h"
+
+namespace dcae_fast {
 
 struct BoundProductPlan {
   ProductPlan plan;
@@ -15,3 +17,5 @@ struct BoundProductPlan {
   std::vector<at::Tensor> operator()(const at::Tensor& left, const at::Tensor& right, const MaybeTensor& bias,
                                      const MaybeTensor& residual) const;
 };
+
+}  // namespace dcae_fast

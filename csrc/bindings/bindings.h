@@ -1,21 +1,24 @@
 // What the files that make up the Python module dcae_fast._C share.
 #pragma once
 
+#include <torch/csrc/utils/pybind.h>
+
 #include <optional>
 #include <string>
 #include <tuple>
 
-#include <torch/csrc/utils/pybind.h>
+namespace dcae_fast {
 
 using MaybeTensor = std::optional<at::Tensor>;
 using FiveTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 void bind_block_halves(pybind11::module_& module);
 void bind_convolution(pybind11::module_& module);
-void bind_linear(pybind11::module_& module);
-void bind_transformer(pybind11::module_& module);
+void bind_image_operators(pybind11::module_& module);
+void bind_product(pybind11::module_& module);
+void bind_token_operators(pybind11::module_& module);
 
-// What bind_transformer gives to Python, for those that are made of it.
+// Operators that block_halves.cpp calls too; see token_operators.cpp.
 std::tuple<at::Tensor, at::Tensor> packed_attention(const at::Tensor& qkv, int64_t num_heads);
 at::Tensor packed_attention_backward(const at::Tensor& dout, const at::Tensor& qkv, const at::Tensor& out,
                                      const at::Tensor& lse, int64_t num_heads);
@@ -24,3 +27,5 @@ std::tuple<at::Tensor, at::Tensor> layer_norm(const at::Tensor& x, const at::Ten
                                               at::ScalarType dtype);
 std::tuple<at::Tensor, at::Tensor, at::Tensor> gelu_gradient(const at::Tensor& dg, const at::Tensor& h,
                                                              const std::string& act, bool wants_g);
+
+}  // namespace dcae_fast

@@ -1,12 +1,15 @@
 // Softmax attention of up to kMostWarpTokens, forward and backward, through products of warps. See ops.h for the
-// formulas and the layout. With more tokens these products wait for shared memory, which attention_wide.cu reads less.
+// formulas and the layout. With more tokens these products wait for shared memory, which packed_attention_wide.cu reads
+// less.
 //
 // A block owns one head of one image, and brings all of it to shared memory at once. A warp then takes 16 rows through
 // tensor cores at a time: scores of a few groups of 16 keys stay in its registers, and become a factor of the next
 // product there. Forward, the rows are queries, with a softmax that goes along with the keys. Backward, they are either
 // queries, which give dq, or keys, which give dk and dv: scores are computed twice, and no warp waits for another's.
 
-#include "attention.cuh"
+#include "packed_attention.cuh"
+
+namespace dcae_fast {
 
 namespace {
 
@@ -209,9 +212,8 @@ __device__ void add_key_gradients(float (&dk)[kDim / 8][4], float (&dv)[kDim / 8
 
 template <typename T, int kDim>
 __global__ void __launch_bounds__(kBackwardThreads, 1)
-    packed_attention_backward_kernel(const T* __restrict__ dout, const T* __restrict__ qkv,
-                                     const T* __restrict__ out, const float* __restrict__ lse, T* __restrict__ dqkv,
-                                     int tokens, int heads) {
+    packed_attention_backward_kernel(const T* __restrict__ dout, const T* __restrict__ qkv, const T* __restrict__ out,
+                                     const float* __restrict__ lse, T* __restrict__ dqkv, int tokens, int heads) {
   extern __shared__ uint4 shared[];
   const int width = heads * kDim, stride = 3 * width, padded = round_up(tokens), tiles = padded / kTile;
   const int64_t first = static_cast<int64_t>(blockIdx.x / heads) * tokens;
@@ -266,15 +268,15 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
 cudaError_t launch_packed_attention(const void* qkv, void* out, float* lse, int64_t batch, int tokens, int heads,
                                     int head_dim, DType dtype, cudaStream_t stream) {
   if (tokens > kMostWarpTokens) {
-    return launch_wide_attention(qkv, out, lse, batch, tokens, heads, head_dim, dtype, stream);
+    return launch_packed_attention_wide(qkv, out, lse, batch, tokens, heads, head_dim, dtype, stream);
   }
   const int padded = round_up(tokens), warps = padded / kTile;
   return with_types(dtype, head_dim, [&](auto element, auto dim) {
     using T = decltype(element);
     const auto kernel = padded == kMostGroups * kTile ? packed_attention_kernel<T, dim.value, true>
                                                       : packed_attention_kernel<T, dim.value, false>;
-    return launch(kernel, batch * heads, warps, (2 * tokens + padded) * kRow, stream,
-                  static_cast<const T*>(qkv), static_cast<T*>(out), lse, tokens, heads);
+    return launch(kernel, batch * heads, warps, (2 * tokens + padded) * kRow, stream, static_cast<const T*>(qkv),
+                  static_cast<T*>(out), lse, tokens, heads);
   });
 }
 
@@ -282,7 +284,8 @@ cudaError_t launch_packed_attention_backward(const void* dout, const void* qkv, 
                                              void* dqkv, int64_t batch, int tokens, int heads, int head_dim,
                                              DType dtype, cudaStream_t stream) {
   if (tokens > kMostWarpTokens) {
-    return launch_wide_attention_backward(dout, qkv, out, lse, dqkv, batch, tokens, heads, head_dim, dtype, stream);
+    return launch_packed_attention_wide_backward(dout, qkv, out, lse, dqkv, batch, tokens, heads, head_dim, dtype,
+                                                 stream);
   }
   const int padded = round_up(tokens), warps = padded / kTile;
   const int shared_bytes = (4 * padded + warps * kTile) * kRow + padded * static_cast<int>(sizeof(Statistics));
@@ -293,3 +296,5 @@ cudaError_t launch_packed_attention_backward(const void* dout, const void* qkv, 
                   static_cast<T*>(dqkv), tokens, heads);
   });
 }
+
+}  // namespace dcae_fast

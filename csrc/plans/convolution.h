@@ -2,13 +2,15 @@
 // is the fastest, and how that is remembered, is decided in Python (dcae_fast/ops/_plans.py).
 #pragma once
 
+#include <cudnn.h>
+
 #include <array>
 #include <cstdint>
 #include <memory>
 #include <string>
 #include <vector>
 
-#include <cudnn.h>
+namespace dcae_fast {
 
 // cuDNN's backend descriptors: reference-counted, untyped, finalised once.
 class Descriptor {
@@ -33,7 +35,8 @@ class Descriptor {
   cudnnBackendDescriptor_t raw() const { return descriptor_.get(); }
 
  private:
-  Descriptor& set(cudnnBackendAttributeName_t name, cudnnBackendAttributeType_t type, int64_t count, const void* values);
+  Descriptor& set(cudnnBackendAttributeName_t name, cudnnBackendAttributeType_t type, int64_t count,
+                  const void* values);
 
   std::shared_ptr<void> descriptor_;
 };
@@ -53,8 +56,8 @@ class ConvolutionPlan {
   int64_t workspace_size_;
 };
 
-// y = epilogue(conv(x, weight)): x [n, c, h, w], weight [k, c, r, s], y [n, k, p, q], all channels-last and of one dtype;
-// computed and accumulated in fp32.
+// y = epilogue(conv(x, weight)): x [n, c, h, w], weight [k, c, r, s], y [n, k, p, q], all channels-last and of one
+// dtype; computed and accumulated in fp32.
 struct ConvolutionShape {
   cudnnDataType_t dtype;
   std::array<int64_t, 4> x, weight;
@@ -88,3 +91,5 @@ class Convolution {
  private:
   std::vector<Descriptor> configs_;
 };
+
+}  // namespace dcae_fast

@@ -9,6 +9,8 @@
 
 #include "pairs.cuh"
 
+namespace dcae_fast {
+
 // c += a b, with a [16, 16], b [16, 8] in half precision and c [16, 8] in fp32.
 template <typename T>
 __device__ inline void multiply_add(float (&c)[4], const Pair (&a)[4], const Pair (&b)[2]) {
@@ -68,3 +70,5 @@ __device__ inline void load_transposed(Pair& m0, Pair& m1, unsigned address) {
                : "r"(address)
                : "memory");
 }
+
+}  // namespace dcae_fast

@@ -8,18 +8,20 @@
 #include "ops.h"
 #include "strips.cuh"
 
+namespace dcae_fast {
+
 namespace {
 
-constexpr int kSums = 10;     // nine taps, then the bias
-constexpr int kMaxWarps = 8;  // of a block; measured, as the stages
-constexpr int kStages = 3;    // of the ring; a step fills one
+constexpr int kSums = 10;        // nine taps, then the bias
+constexpr int kMaxWarps = 8;     // of a block; measured, as the stages
+constexpr int kStages = 3;       // of the ring; a step fills one
 constexpr int kWarpsPerSM = 16;  // as many as 128 registers for each thread allow
 
 template <typename T>
 __global__ void __launch_bounds__(32 * kMaxWarps, kWarpsPerSM / kMaxWarps)
-    depthwise_backward_kernel(const __grid_constant__ CUtensorMap dconv, const __grid_constant__ CUtensorMap x,
-                              const Pair* __restrict__ weight, Pair* __restrict__ dx, float2* __restrict__ partial,
-                              const Cut cut) {
+    depthwise_glu_backward_kernel(const __grid_constant__ CUtensorMap dconv, const __grid_constant__ CUtensorMap x,
+                                  const Pair* __restrict__ weight, Pair* __restrict__ dx, float2* __restrict__ partial,
+                                  const Cut cut) {
   extern __shared__ __align__(128) Pair ring[];  // [stage]: dconv [row][column with halo][pair], x [row][column][pair]
   __shared__ uint64_t full[kStages];
   __shared__ float2 warp_sums[kMaxWarps][kSums][kPairs];
@@ -123,7 +125,7 @@ cudaError_t launch(const void* dconv, const void* x, const void* weight, void* d
   if (const auto error = describe(&dconv_map, dconv, batch, cut, 1, columns + 2)) return error;
   if (const auto error = describe(&x_map, x, batch, cut, 1, columns)) return error;
   const int bytes = kStages * kRows * (2 * columns + 2) * kPairs * static_cast<int>(sizeof(Pair));
-  const auto kernel = depthwise_backward_kernel<T>;
+  const auto kernel = depthwise_glu_backward_kernel<T>;
   if (const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return error;
   kernel<<<dim3(cut.pair_blocks, cut.lanes), 32 * cut.warps, bytes, stream>>>(
       dconv_map, x_map, static_cast<const Pair*>(weight), static_cast<Pair*>(dx), static_cast<float2*>(sums), cut);
@@ -132,7 +134,7 @@ cudaError_t launch(const void* dconv, const void* x, const void* weight, void* d
 
 }  // namespace
 
-cudaError_t depthwise_backward_splits(int64_t batch, int height, int width, int channels, int* splits) {
+cudaError_t depthwise_glu_backward_splits(int64_t batch, int height, int width, int channels, int* splits) {
   Cut cut;
   if (const auto error = cut_into_strips(&cut, batch, height, width, channels / 2, kMaxWarps, kWarpsPerSM, 1)) {
     return error;
@@ -141,9 +143,9 @@ cudaError_t depthwise_backward_splits(int64_t batch, int height, int width, int 
   return cudaSuccess;
 }
 
-cudaError_t launch_depthwise_backward(const void* dconv, const void* x, const void* weight, void* dx, void* sums,
-                                      int64_t batch, int height, int width, int channels, DType dtype,
-                                      cudaStream_t stream) {
+cudaError_t launch_depthwise_glu_backward(const void* dconv, const void* x, const void* weight, void* dx, void* sums,
+                                          int64_t batch, int height, int width, int channels, DType dtype,
+                                          cudaStream_t stream) {
   Cut cut;
   if (const auto error = cut_into_strips(&cut, batch, height, width, channels / 2, kMaxWarps, kWarpsPerSM, 1)) {
     return error;
@@ -151,3 +153,5 @@ cudaError_t launch_depthwise_backward(const void* dconv, const void* x, const vo
   const auto f = dtype == DType::kFloat16 ? launch<__half> : launch<__nv_bfloat16>;
   return f(dconv, x, weight, dx, sums, cut, batch, stream);
 }
+
+}  // namespace dcae_fast

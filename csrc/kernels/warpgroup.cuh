@@ -10,6 +10,8 @@
 
 #include "pairs.cuh"
 
+namespace dcae_fast {
+
 struct ChunkedMatrix {
   unsigned address;  // in shared memory
   unsigned step;     // bytes from a chunk of a row to the next one
@@ -100,3 +102,5 @@ __device__ inline void start_product(float (&c)[kBlocks][4], const Pair (&a)[4],
 #undef RESULT_16
 #undef RESULT_64
 #undef RESULT_72
+
+}  // namespace dcae_fast

@@ -7,6 +7,8 @@
 #include "ops.h"
 #include "strips.cuh"
 
+namespace dcae_fast {
+
 namespace {
 
 // The weights of the gate are multiplied by -log2(e), those of the value by -ln(2) forward, so that value * silu(gate)
@@ -195,3 +197,5 @@ cudaError_t launch_depthwise_glu_gate_backward(const void* dout, const void* x, 
   const auto f = dtype == DType::kFloat16 ? launch<__half, true> : launch<__nv_bfloat16, true>;
   return f(x, weight, bias, dout, dconv, batch, height, width, channels, stream);
 }
+
+}  // namespace dcae_fast

@@ -4,18 +4,20 @@
 // partial sums of the four output rows that an input row does not complete. Four completed rows of a warp, 16 pixels,
 // are a fragment's rows for the tensor cores, which multiply the two groups of a strip's channels by their matrices.
 
-#include "tensor_cores.cuh"
 #include "ops.h"
 #include "strips.cuh"
+#include "tensor_cores.cuh"
+
+namespace dcae_fast {
 
 namespace {
 
 constexpr int kSize = 5, kHalo = kSize / 2, kTaps = kSize * kSize;
-constexpr int kGroup = 32;         // channels of a group, half of a strip's
-constexpr int kMaxWarps = 4;       // of a block
-constexpr int kWarpsPerSM = 12;    // as many as the registers allow
-constexpr int kStages = 3;         // of the ring; a step fills one
-constexpr int kBatch = 4;          // rows that are multiplied at a time
+constexpr int kGroup = 32;       // channels of a group, half of a strip's
+constexpr int kMaxWarps = 4;     // of a block
+constexpr int kWarpsPerSM = 12;  // as many as the registers allow
+constexpr int kStages = 3;       // of the ring; a step fills one
+constexpr int kBatch = 4;        // rows that are multiplied at a time
 constexpr int kPixels = kBatch * kColumns;
 constexpr int kPixelSize = kPairs + 4, kFilterSize = kGroup / 2 + 4;  // pairs, so that rows spread over the banks
 
@@ -53,7 +55,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kWarpsPerSM / kMaxWarps)
   __syncthreads();  // the barriers are ready, and the filters
 
   // Multiplies the warp's pixels by the matrices of their groups, in place.
-  const auto mix = [&](Pair (&pixels)[kPixels][kPixelSize]) {
+  const auto mix = [&](Pair(&pixels)[kPixels][kPixelSize]) {
     __syncwarp();
 #pragma unroll
     for (int group = 0; group < 2; ++group) {
@@ -120,7 +122,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kWarpsPerSM / kMaxWarps)
             for (int i = 1; i < kSize; ++i) sums[i - 1][j][c] = of_rows[i];
           }
         }
-        const int row = to.halo_row + step * kRows + r - kHalo - to.row;  // that is done, counted from the strip's first
+        const int row =
+            to.halo_row + step * kRows + r - kHalo - to.row;  // that is done, counted from the strip's first
         if (!within(row, to.rows)) continue;
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) {
@@ -162,3 +165,5 @@ cudaError_t launch_multiscale_qkv(const void* x, const void* depthwise, const vo
   const auto f = dtype == DType::kFloat16 ? launch<__half> : launch<__nv_bfloat16>;
   return f(x, depthwise, grouped, out, batch, height, width, channels, stream);
 }
+
+}  // namespace dcae_fast

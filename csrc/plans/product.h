@@ -2,12 +2,14 @@
 // fastest, and how that is remembered, is decided in Python (dcae_fast/ops/_plans.py).
 #pragma once
 
+#include <cublasLt.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <string>
 #include <vector>
 
-#include <cublasLt.h>
+namespace dcae_fast {
 
 // What follows the product L·R, in fp32 before the result is rounded:
 //   none, bias, gelu, gelu_bias     adds a bias [columns], applies GELU in its tanh form
@@ -66,3 +68,5 @@ std::vector<ProductPlan> find_product_plans(cublasLtHandle_t handle, const Produ
 
 // cuBLASLt's handle for the current device, which is this one: made once, kept until the process ends.
 cublasLtHandle_t cublaslt_handle(int device);
+
+}  // namespace dcae_fast

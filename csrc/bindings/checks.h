@@ -2,12 +2,14 @@
 // linked C++ library and of torch's do not mix.
 #pragma once
 
-#include <string>
-
 #include <ATen/ATen.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include "ops.h"
+#include <string>
+
+#include "kernels/ops.h"
+
+namespace dcae_fast {
 
 inline std::string text(const char* words) { return words; }
 inline std::string text(const std::string& words) { return words; }
@@ -51,3 +53,5 @@ inline void require_dense(const char* name, const at::Tensor& x, at::IntArrayRef
   require_value(x.is_contiguous(), name, " must be contiguous");
   require_value(is_aligned(x), name, " must be aligned to 16 bytes");
 }
+
+}  // namespace dcae_fast
