@@ -1,9 +1,9 @@
-"""dcae_fast: DC-AE and the diffusion transformers in its latent space, as fast as the hardware allows.
+"""dcae_fast makes DC-AE autoencoders and the diffusion transformers on their latents fast.
 
 import dcae_fast
 dcae_fast.patch(model)
 
-PyTorch is imported with the first of these names that is used, so that `dcae-fast --help` answers at once.
+PyTorch is imported when one of the public names is first used, so that `dcae-fast --help` answers at once.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 try:
     __version__ = version("dcae_fast")
-except PackageNotFoundError:  # imported from a source tree that is not installed
+except PackageNotFoundError:  # a source tree that is not installed
     __version__ = "0+unknown"
 
 __all__ = ["Report", "__version__", "patch", "patched", "register_root", "unpatch"]

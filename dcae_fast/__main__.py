@@ -1,4 +1,4 @@
-"""python -m dcae_fast: the command line."""
+"""`python -m dcae_fast` runs the command line."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Steps of a sampler as CUDA graphs of a patched transformer: network, guidance and update in one replay."""
+"""Sampler steps of a patched transformer as CUDA graphs: one replay runs network, guidance and update."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,13 +14,15 @@ from .sampling.steps import Step, run
 
 @dataclass
 class CapturedSteps:
-    """`sampling.steps.run` for the network that `guided` makes of these, bit for bit; made anew for each sampling.
+    """A drop-in for `sampling.steps.run` that replays CUDA graphs, with bit-identical results. One object per sampling.
 
-    A step is captured the second time that one with the same function and shapes is taken; times and numbers are inputs
-    of the graph. One during which the guidance changes, and any other where `model` has no graphs, or somebody else
-    captures, is run as written.
-    model: the patched transformer; call: what the network calls, model itself but for progress and types. progress: is
-    called for each call of the network that a graph has stood for.
+    The network is `guided(call, labels, null_labels, scale, interval)`. A step is captured when a step with the same
+    function and shapes runs for the second time; times and numbers are inputs of the graph. A step runs without a graph
+    if the guidance scale changes within it, if `model` has no graphs, or if the caller is capturing a graph.
+
+    model: the patched transformer. call: calls `model` with converted dtypes, without reporting progress. progress: is
+    called once for each network call inside a replayed graph. weights_are_cast: a graph of this sampling has already
+    cast the weights.
     """
 
     model: nn.Module
@@ -34,7 +36,9 @@ class CapturedSteps:
 
     def __call__(self, network: Network, step: Step, x: torch.Tensor, *noise: torch.Tensor) -> torch.Tensor:
         graphs, scales = step_graphs(self.model), {self._scale_at(t) for t in step.times}
-        is_capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()  # by the caller; times would not last
+        is_capturing = (
+            x.is_cuda and torch.cuda.is_current_stream_capturing()
+        )  # by the caller; `times` is freed too early
         if graphs is None or len(scales) > 1 or is_capturing:
             return run(network, step, x, *noise)
         (scale,) = scales
@@ -50,7 +54,7 @@ class CapturedSteps:
             return step.function(guided(self.call, labels, null_labels, scale), x, times.unbind(), numbers, *noise)
 
         times = torch.tensor(step.times, dtype=x.dtype, device="cpu")
-        times = times.pin_memory().to(x.device, non_blocking=True) if x.is_cuda else times  # waits for nothing
+        times = times.pin_memory().to(x.device, non_blocking=True) if x.is_cuda else times  # does not wait for the GPU
         args, name = (x, times, step.numbers, self.labels, self.null_labels, *noise), (step.function, scale)
         out = graphs.replay(self.model, args, {}, name, cast=not self.weights_are_cast)
         if out is None:

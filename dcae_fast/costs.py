@@ -1,6 +1,6 @@
-"""What the models of the zoo cost: counted once, by `describe.cost` and `describe.diffusion_cost`."""
+"""Parameters and FLOPs of the models in the zoo, stored results of `describe.cost` and `describe.diffusion_cost`."""
 
-# name: (parameters, FLOP of encoding and decoding one picture of 512 x 512)
+# name: (parameters, FLOPs to encode and decode one picture of 512 x 512 pixels)
 AUTOENCODERS = {
     "dc-ae-f32c32-in-1.0": (323_356_460, 4_854_927_851_520),
     "dc-ae-f64c128-in-1.0": (676_896_140, 4_901_813_878_784),
@@ -16,7 +16,7 @@ AUTOENCODERS = {
     "dc-ae-f64c128-1.5": (714_741_644, 5_726_936_236_032),
     "dc-ae-tiny": (2_862_092, 25_866_534_912),
 }
-# name: (parameters of the transformer, FLOP of one call for one latent)
+# name: (parameters of the transformer, FLOPs of one call with one latent)
 DIFFUSION_MODELS = {
     "dc-ae-f32c32-in-1.0-dit-xl-in-512px": (675_184_960, 237_271_154_688),
     "dc-ae-f32c32-in-1.0-dit-xl-in-512px-trainbs1024": (675_184_960, 237_271_154_688),

@@ -1,4 +1,4 @@
-"""Tables about the models: what they cost and what they are made of. No weights are needed."""
+"""Tables of the models' costs and structures. No weights are needed."""
 
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def table(rows: list[tuple[str, ...]]) -> str:
-    """Rows, the first of them the heading, as columns; numbers to the right."""
+    """Formats rows, the first of which is the heading, as aligned columns. Numbers are right-aligned."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:
@@ -30,9 +30,9 @@ def _giga(flops: int) -> str:
 
 
 def cost(config: DCAEConfig, size: int = 512) -> tuple[int, int]:
-    """Parameters, and the floating point operations of encoding and decoding one picture of size x size.
+    """The number of parameters, and the FLOPs to encode and decode one picture of size x size pixels.
 
-    Counted are convolutions and matrix products, a multiplication and an addition as two. Nothing is computed.
+    Counts convolutions and matrix products; a multiply-add is two operations. Runs on fake tensors.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -47,7 +47,7 @@ def cost(config: DCAEConfig, size: int = 512) -> tuple[int, int]:
 
 
 def models_table() -> str:
-    """All autoencoders of the zoo."""
+    """The table of all autoencoders in the zoo."""
     rows = [("name", "ratio", "latent channels", "parameters (M)", "GFLOP at 512 px")]
     for name in autoencoder_names():
         config = autoencoder_config(name)
@@ -59,7 +59,7 @@ def models_table() -> str:
 
 
 def diffusion_cost(config: DiffusionConfig) -> tuple[int, int]:
-    """Parameters, and the floating point operations of one call of the network for one latent, counted likewise."""
+    """The number of parameters, and the FLOPs of one call with one latent, counted as in `cost`."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -72,18 +72,20 @@ def diffusion_cost(config: DiffusionConfig) -> tuple[int, int]:
 
 
 def diffusion_models_table() -> str:
-    """All diffusion models of the zoo."""
-    rows = [("name", "tokens", "parameters (M)", "GFLOP of a call", "sampler", "steps")]
+    """The table of all diffusion models in the zoo."""
+    rows = [("name", "tokens", "parameters (M)", "GFLOP per call", "sampler", "steps")]
     for name in diffusion_names():
         config = diffusion_config(name)
         parameters, flops = costs.DIFFUSION_MODELS[name]
-        cost = (f"{parameters / 1e6:.1f}", _giga(flops))
-        rows.append((name, str(config.network.tokens), *cost, config.eval_scheduler, str(config.num_inference_steps)))
+        costs_of_model = (f"{parameters / 1e6:.1f}", _giga(flops))
+        rows.append(
+            (name, str(config.network.tokens), *costs_of_model, config.eval_scheduler, str(config.num_inference_steps))
+        )
     return table(rows)
 
 
 def model_tables(model: "DCAE | DCAEDiffusion") -> str:
-    """What a model is made of; of a diffusion model first the transformer, then the autoencoder."""
+    """The structure of an autoencoder, or of a diffusion model: first its transformer, then its autoencoder."""
     from .models.autoencoder import DCAE
 
     if isinstance(model, DCAE):
@@ -92,7 +94,7 @@ def model_tables(model: "DCAE | DCAEDiffusion") -> str:
 
 
 def diffusion_config_table(config: DiffusionConfig) -> str:
-    """A diffusion model's latents, network, training and sampling."""
+    """The latents, network, training and sampling of a diffusion model."""
     network = config.network
     parameters, _ = diffusion_cost(config)
     latents = f"{network.in_channels}x{network.input_size}x{network.input_size}, scaling factor {config.scaling_factor}"
@@ -101,7 +103,7 @@ def diffusion_config_table(config: DiffusionConfig) -> str:
         ("autoencoder", config.autoencoder),
         ("latents", latents),
         ("transformer", f"{size}, {network.tokens} tokens, {parameters / 1e6:.1f} M parameters"),
-        ("classes", f"{network.num_classes}, and one for none"),
+        ("classes", f"{network.num_classes}, and one for no class"),
         ("training", config.train_scheduler),
         ("sampler", f"{config.eval_scheduler}, {config.num_inference_steps} steps"),
     ]
@@ -109,17 +111,17 @@ def diffusion_config_table(config: DiffusionConfig) -> str:
 
 
 def config_table(config: DCAEConfig) -> str:
-    """An autoencoder's stages, from full resolution to the latent, and what is not said by them."""
+    """The stages of an autoencoder, from full resolution to the latent, its ratio, channels and scaling factor."""
     ratio = 2 ** (len(config.encoder.depth) - 1)
-    lines = [f"{ratio}x{ratio} pixels to one position of {config.latent_channels} channels"]
+    lines = [f"{ratio}x{ratio} pixels become one latent position with {config.latent_channels} channels"]
     if config.adaptive:
-        lines[0] += ", of which the first ones can be used alone"
-    lines.append(f"scaling factor: {config.scaling_factor or 'not known'}")
+        lines[0] += "; the first channels can be used without the others"
+    lines.append(f"scaling factor: {config.scaling_factor or 'unknown'}")
     for name, coder in (("encoder", config.encoder), ("decoder", config.decoder)):
-        rows = [("stage", "1/size", "width", "blocks", "kind", "norm", "activation")]
+        rows = [("stage", "1/size", "width", "blocks", "block type", "norm", "activation")]
         for stage, depth in enumerate(coder.depth):
             if depth:
-                kind = (coder.block[stage], coder.norm[stage], coder.act[stage])
-                rows.append((str(stage), str(2**stage), str(coder.width[stage]), str(depth), *kind))
+                names = (coder.block[stage], coder.norm[stage], coder.act[stage])
+                rows.append((str(stage), str(2**stage), str(coder.width[stage]), str(depth), *names))
         lines += ["", f"{name}, resampling: {coder.resample}", table(rows)]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The processes that torchrun started, or this one alone: a thin layer over torch.distributed."""
+"""A thin layer over torch.distributed that also works in a single process without torchrun."""
 
 import os
 import sys
@@ -11,15 +11,16 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
-PATIENCE = timedelta(hours=2)  # for a rank that has more to do than the others
+TIMEOUT = timedelta(hours=2)  # ranks may wait long for a rank with more work
 
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[torch.device]:
-    """Joins the processes of torchrun, if it started this one, for the block; yields the device of this process.
+    """Joins torchrun's process group for the block, if torchrun started this process. Yields this process's device.
 
-    NCCL on CUDA, with the GPU of LOCAL_RANK where torchrun gives one, and gloo elsewhere. At the end all wait for each
-    other; after an error nobody does, so that torchrun can end the others.
+    On CUDA, the backend is NCCL and the device is the GPU with the number LOCAL_RANK, if set; elsewhere the backend is
+    gloo. At the end of the block all ranks wait for each other. After an error this rank does not wait, so that
+    torchrun can end the others.
     """
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
@@ -28,7 +29,7 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
         yield device
         return
     on_gpu = {"backend": "nccl", "device_id": device}
-    dist.init_process_group(**on_gpu if device.type == "cuda" else {"backend": "gloo"}, timeout=PATIENCE)
+    dist.init_process_group(**on_gpu if device.type == "cuda" else {"backend": "gloo"}, timeout=TIMEOUT)
     yield device
     dist.barrier()
     dist.destroy_process_group()
@@ -47,7 +48,7 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """Whether this is the process that speaks and writes for all."""
+    """Whether this is the main process, rank 0, which prints and writes files for all ranks."""
     return rank() == 0
 
 
@@ -57,9 +58,9 @@ def barrier() -> None:
 
 
 def all_sum(x: torch.Tensor) -> torch.Tensor:
-    """The sum of the ranks' tensors, of one shape and dtype, in a new tensor on x's device.
+    """The sum of all ranks' tensors, which must have equal shapes and dtypes, as a new tensor on the device of x.
 
-    Added up in the order of the ranks, so that every rank has the same bits.
+    The sum is taken in the order of the ranks, so that every rank gets the same bits.
     """
     if not is_distributed():
         return x.clone()
@@ -71,7 +72,7 @@ def all_sum(x: torch.Tensor) -> torch.Tensor:
 
 
 def all_gather(value: Any) -> list[Any]:
-    """The ranks' values, which can be pickled and may differ in size, in the order of the ranks."""
+    """All ranks' values in the order of the ranks. Values must be picklable and may differ in size."""
     if not is_distributed():
         return [value]
     values = [None] * world_size()
@@ -80,7 +81,7 @@ def all_gather(value: Any) -> list[Any]:
 
 
 def broadcast(value: Any) -> Any:
-    """The main process's value, which can be pickled."""
+    """The main process's value, which must be picklable."""
     values = [value]
     if is_distributed():
         dist.broadcast_object_list(values, src=0)
@@ -88,7 +89,7 @@ def broadcast(value: Any) -> Any:
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """The result of `work` in the main process, or its error, for all ranks. Called by all."""
+    """Runs `work` in the main process; returns its result, or raises its error, on all ranks. Called by all ranks."""
     result, error = None, None
     if is_main():
         try:
@@ -104,23 +105,26 @@ def on_main(work: Callable[[], T]) -> T:
 
 
 class LateMaximum:
-    """The largest of the ranks' numbers, one call late, so that no rank waits for the work that it has just begun."""
+    """The maximum of the ranks' numbers, one call late, so that no rank waits for GPU work that it just queued."""
 
     def __init__(self, device: torch.device):
-        self.device, self.before = device, None
+        self.device, self.previous = device, None
 
     def __call__(self, number: int) -> int:
-        """Called by all ranks as often: the largest number of the call before this one; without ranks, `number`."""
+        """The maximum of the previous call's numbers, 0 at the first call; in a single process, `number`.
+
+        All ranks must call this equally often.
+        """
         if not is_distributed():
             return number
         largest = torch.full((), number, device=self.device)
         dist.all_reduce(largest, dist.ReduceOp.MAX)
-        before, self.before = self.before, _copied_to_cpu(largest)
-        return before() if before else 0
+        previous, self.previous = self.previous, _copied_to_cpu(largest)
+        return previous() if previous else 0
 
 
 def _copied_to_cpu(x: torch.Tensor) -> Callable[[], int]:
-    """Begins to copy an integer to the CPU; the function returned waits for it."""
+    """Starts to copy an integer to the CPU; the returned function waits for the copy and returns the integer."""
     if not x.is_cuda:
         return x.item
     copy, done = torch.empty(x.shape, dtype=x.dtype, pin_memory=True), torch.cuda.Event()
@@ -135,12 +139,12 @@ def _copied_to_cpu(x: torch.Tensor) -> Callable[[], int]:
 
 
 def print_main(*values: Any, error: bool = False) -> None:
-    """print in the main process alone; to stderr if it is about an error."""
+    """Prints in the main process only; to stderr if `error` is set."""
     if is_main():
         print(*values, file=sys.stderr if error else sys.stdout, flush=True)
 
 
 def share(items: int) -> range:
-    """This rank's part of so many items: consecutive, no item twice, and sizes that differ by one at most."""
+    """This rank's consecutive part of `items` items. The parts are disjoint and their sizes differ by at most one."""
     ranks = world_size()
     return range(items * rank() // ranks, items * (rank() + 1) // ranks)

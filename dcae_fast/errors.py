@@ -1,4 +1,4 @@
-"""Errors that end a command with one line. PyTorch is not imported."""
+"""Errors that end a command with a one-line message. This module does not import PyTorch."""
 
 import json
 import os
@@ -9,34 +9,34 @@ from pathlib import Path
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be found, read, or loaded into this model."""
+    """A checkpoint cannot be found, read, or loaded into the model."""
 
 
 class NotDownloadedError(CheckpointError):
-    """Files of a repository that are neither in the local cache nor to be downloaded."""
+    """Files of a repository are not in the local cache and cannot be downloaded."""
 
 
 class OtherKindError(CheckpointError):
-    """An autoencoder where a diffusion model is expected, or the other way round."""
+    """The checkpoint is an autoencoder where a diffusion model is expected, or the other way round."""
 
 
 class DeviceError(ValueError):
-    """A device that is not there, or that cannot compute in the dtype asked for."""
+    """A device does not exist, or cannot compute in the requested dtype."""
 
 
 class NotFiniteError(FloatingPointError):
-    """A model computed NaN or infinity; the message says in what, and what to do."""
+    """A model computed NaN or infinity. The message names the results and gives advice."""
 
 
 def print_failure(message: str) -> None:
-    """Prints to stderr why this process ends; under torchrun only in the main one, and see `report_failure`."""
+    """Prints the reason why this process ends to stderr (under torchrun only on rank 0), and calls `report_failure`."""
     report_failure(message)
     if "TORCHELASTIC_ERROR_FILE" not in os.environ or os.environ.get("RANK") == "0":
         print(message, file=sys.stderr, flush=True)
 
 
 def report_failure(message: str) -> None:
-    """Has torchrun show why this process ends, in the report that it prints after all others."""
+    """Passes the reason why this process ends to torchrun, which prints the reason in its final report."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
         content = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}

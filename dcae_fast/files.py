@@ -1,4 +1,4 @@
-"""Writing files that are either whole or absent."""
+"""Atomic writing: a file is either complete or absent."""
 
 import os
 import re
@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-TEMPORARY = re.compile(r"(?s)\..*\.part|\.tmp\w{6}")  # `written_atomically`'s, and safetensors' own
+TEMPORARY = re.compile(r"(?s)\..*\.part|\.tmp\w{6}")  # names made by `written_atomically` and by safetensors
 
 
 class WriteError(OSError):
-    """A file or folder that could not be written; the message names it and says why."""
+    """A file or folder could not be written. The message gives its path and the reason."""
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """A write in the block that fails, in the system or in a library, raises a WriteError that names `path`."""
+    """Turns a failed write in the block, by the system or by a library, into a WriteError that names `path`."""
     try:
         yield
     except WriteError:
@@ -34,30 +34,30 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str | None:
-    """Why a write failed; None for an error of another kind."""
+    """The reason why a write failed; None if the error is not a failed write."""
     if isinstance(error, OSError):
         return error.strerror or f"{error} (is the disk full?)"
     text = str(error)
-    if number := re.search(r"\(os error (\d+)\)", text):  # a library in Rust, such as safetensors
+    if number := re.search(r"\(os error (\d+)\)", text):  # from a Rust library, such as safetensors
         return os.strerror(int(number[1]))
     if "inline_container.cc" in text:  # torch.save
-        return "PyTorch could not write all of it (is the disk full?)"
+        return "PyTorch could not write the whole file (is the disk full?)"
     return None
 
 
 @contextmanager
 def written_atomically(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; it takes `path`'s place if the block ends without an error.
+    """Yields a temporary path to write to, which replaces `path` if the block ends without an error.
 
     Raises WriteError.
     """
-    temporary = path.with_name(f".{path.name[:50]}.{secrets.token_hex(8)}.part")  # 255 bytes at most
+    temporary = path.with_name(f".{path.name[:50]}.{secrets.token_hex(8)}.part")  # file systems allow 255 bytes
     with writing(path):
         temporary.touch()
         try:
             mode = temporary.stat().st_mode
             yield temporary
-            temporary.chmod(mode)  # some writers, safetensors among them, make private files
+            temporary.chmod(mode)  # some writers, such as safetensors, create private files
             temporary.replace(path)
         finally:
             with suppress(OSError):
@@ -65,10 +65,10 @@ def written_atomically(path: Path) -> Iterator[Path]:
 
 
 def save_npy(path: Path, array: "np.ndarray") -> None:
-    """Writes an .npy file that is either whole or absent. Raises WriteError.
+    """Writes an .npy file atomically. Raises WriteError.
 
-    numpy writes to one of Python's files through C's buffer, and overlooks an error when that is emptied at the end. To
-    any other object it writes through Python.
+    numpy writes to a Python file object through C's buffered I/O, and ignores an error of the last flush. Hence numpy
+    gets an object that is not a file, which it writes to through Python.
     """
     import numpy as np
 
@@ -77,7 +77,7 @@ def save_npy(path: Path, array: "np.ndarray") -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Adds a line to a file; where it cannot be written, the file is as before. Raises WriteError."""
+    """Appends a line to a file. If this fails, the file is unchanged and WriteError is raised."""
     with writing(path), path.open("ab") as file:
         end = file.tell()
         try:
@@ -85,18 +85,18 @@ def append_line(path: Path, line: str) -> None:
             file.flush()
         except OSError:
             with suppress(OSError):
-                file.close()  # which tries to write the rest
+                file.close()  # closing tries to write the rest
             os.truncate(path, end)
             raise
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """Files under a folder that killed processes left half written."""
+    """Temporary files below a folder, left by killed processes."""
     return [path for path in folder.rglob(".*") if TEMPORARY.fullmatch(path.name) and path.is_file()]
 
 
 def fsync(*paths: Path) -> None:
-    """Returns when these files, and the names in these folders, would survive a loss of power. Raises WriteError."""
+    """Flushes files, and the directory entries of folders, to the disk. Raises WriteError."""
     for path in paths:
         with writing(path):
             descriptor = os.open(path, os.O_RDONLY)

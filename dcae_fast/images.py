@@ -1,4 +1,4 @@
-"""Photographs: read, fit to a model's ratio, quantise, measure, compare side by side and save.
+"""Photographs: reading, fitting to a model's ratio, quantisation, PSNR, comparison sheets and saving.
 
 Images are float tensors [B, 3, H, W] in [-1, 1] or, once quantised, uint8 tensors of the same shape.
 """
@@ -18,39 +18,42 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from .files import written_atomically
 
-MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # of a picture; Pillow opens none that have more
-HEADERS_ONLY = {"BUFR", "GRIB", "HDF5", "MPEG"}  # formats that Pillow opens but does not decode
+MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # per picture; Pillow refuses to open larger pictures
+HEADERS_ONLY = {"BUFR", "GRIB", "HDF5", "MPEG"}  # formats whose pixels Pillow cannot decode
 
 
 class PhotographError(ValueError):
-    """A file that cannot be read as a photograph; the message names it."""
+    """A file cannot be read as a photograph. The message gives its path and the reason."""
 
 
 def demo_photograph() -> Path:
-    """The bundled photograph: Chelsea the cat, by Stéfan van der Walt, CC0. No bundled model was trained on it."""
+    """The bundled photograph, Chelsea the cat by Stéfan van der Walt (CC0). No bundled model was trained on it."""
     return Path(__file__).parent / "assets" / "photographs" / "chelsea.png"
 
 
 @cache
 def picture_suffixes() -> frozenset[str]:
-    """The suffixes, in lower case, of all files that Pillow and its plugins read."""
+    """The suffixes, in lower case, of all picture formats that Pillow and its plugins can read."""
     suffixes = Image.registered_extensions()
     readable = {*Image.OPEN, "MPO"} - HEADERS_ONLY  # MPO is opened as JPEG
-    return frozenset(suffix for suffix, kind in suffixes.items() if kind in readable)
+    return frozenset(suffix for suffix, file_format in suffixes.items() if file_format in readable)
 
 
 @contextmanager
 def opened(file: str | Path | IO[bytes], max_pixels: int) -> Iterator[Image.Image]:
-    """A picture to decode within the block. Raises ValueError for a file that is none, or has more than `max_pixels`
-    pixels.
+    """Opens a picture, which must be decoded within the block.
+
+    Raises ValueError if the file is not a picture, or has more than `max_pixels` pixels.
     """
     if isinstance(file, str | Path) and Path(file).exists() and not Path(file).is_file():
-        raise ValueError("not a regular file")  # to open a pipe would wait for somebody who writes to it
+        raise ValueError("not a regular file")  # opening a pipe would wait for a writer
     before = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = max_pixels
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)  # beyond the limit; an error beyond twice
+            warnings.simplefilter(
+                "error", Image.DecompressionBombWarning
+            )  # above the limit; above twice the limit Pillow raises an error
             with Image.open(file) as image:
                 yield image
     except Image.UnidentifiedImageError as error:
@@ -62,7 +65,7 @@ def opened(file: str | Path | IO[bytes], max_pixels: int) -> Iterator[Image.Imag
 
 
 def read_photograph(path: str | Path, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
-    """A photograph of any mode as a person sees it (`as_seen`), [1, 3, H, W] float32 in [-1, 1].
+    """Reads a photograph of any mode, converted by `as_seen`: [1, 3, H, W] float32 in [-1, 1].
 
     Raises PhotographError if the file is missing or broken or has more than `max_pixels` pixels, and MemoryError.
     """
@@ -71,19 +74,19 @@ def read_photograph(path: str | Path, max_pixels: int = MAX_PIXELS) -> torch.Ten
             return to_tensor(as_seen(image))
     except MemoryError:
         raise
-    except Exception as error:  # Pillow raises anything for a broken file
+    except Exception as error:  # for a broken file, Pillow may raise any exception
         reason = getattr(error, "strerror", None) or str(error) or repr(error)
         raise PhotographError(f"{path}: cannot be read as a photograph: {reason}") from error
 
 
 def as_seen(image: Image.Image) -> Image.Image:
-    """A picture of any mode as a person sees it: in mode RGB or, where grey has 16 bits, F with values up to 255.
+    """Converts a picture of any mode to what a viewer shows: mode RGB, or F with values up to 255 for 16-bit grey.
 
-    The camera's rotation (EXIF) is applied, transparency is composited on white, and of several frames the first is
-    taken. Colour profiles are ignored. Raises ValueError for floating-point pixels, whose range is not defined.
+    Applies the EXIF rotation, composites transparency on white, and takes the first of several frames. Ignores colour
+    profiles. Raises ValueError for floating-point pixels, whose range is not defined.
     """
     image = ImageOps.exif_transpose(image)
-    grey = wide_grey(image)
+    grey = grey_of_16_bits(image)
     if grey is not None:
         return Image.fromarray(255 * grey)
     if image.has_transparency_data:
@@ -92,24 +95,24 @@ def as_seen(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def wide_grey(image: Image.Image) -> np.ndarray | None:
-    """Grey of 16 bits, [H, W] float32 in [0, 1]; None for an image of 8. Raises ValueError for floating point."""
+def grey_of_16_bits(image: Image.Image) -> np.ndarray | None:
+    """16-bit grey pixels as [H, W] float32 in [0, 1]; None for 8-bit images. Raises ValueError for floating point."""
     if image.mode == "F":
-        raise ValueError("its pixels are floating point, which has no defined range")
-    if not image.mode.startswith("I"):  # Pillow opens some such files in 32 bits
+        raise ValueError("has floating-point pixels, whose range is not defined; expected integer pixels")
+    if not image.mode.startswith("I"):  # Pillow opens some 16-bit files in a 32-bit mode
         return None
     return np.asarray(image).astype(np.float32).clip(0, 65535) / 65535
 
 
 def pixels_of(image: Image.Image) -> np.ndarray:
-    """[H, W, 3], of an image in mode RGB uint8, in mode F three equal channels, float32 in [0, 255]."""
+    """Pixels [H, W, 3]: uint8 from mode RGB; float32 in [0, 255] with three equal channels from mode F."""
     if image.mode != "F":
         return np.array(image.convert("RGB"))
     return np.asarray(image).clip(0, 255)[..., None].repeat(3, axis=-1)
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
-    """An image that `pixels_of` takes, as [1, 3, H, W] float32: pixel / 127.5 - 1."""
+    """An image in mode RGB or F as [1, 3, H, W] float32: pixel / 127.5 - 1."""
     pixels = torch.from_numpy(pixels_of(image))
     return pixels.permute(2, 0, 1)[None].float().contiguous() / 255 * 2 - 1
 
@@ -126,7 +129,7 @@ def to_image(x: torch.Tensor) -> Image.Image:
 
 
 def psnr(image: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio in dB of each of B uint8 pictures: 10 log10(255² / mean squared error), [B] float64.
+    """Peak signal-to-noise ratio of each of B uint8 pictures in dB: 10 log10(255² / mean squared error), [B] float64.
 
     Infinite for equal pictures. Raises ValueError unless both are uint8 of one shape [B, 3, H, W].
     """
@@ -140,10 +143,10 @@ def psnr(image: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
 
 def fit(x: torch.Tensor, ratio: int, how: str) -> torch.Tensor:
-    """x [B, 3, H, W] with both sides made multiples of `ratio`.
+    """Crops or pads x [B, 3, H, W] so that both sides are multiples of `ratio`.
 
     how: "crop" keeps the centre; "pad" repeats the last column and row on the right and at the bottom, so that
-    `[..., :H, :W]` undoes it. Raises ValueError for another `how`, and when "crop" would leave nothing.
+    `[..., :H, :W]` removes the padding. Raises ValueError for another `how`, and if a side is too short to crop.
     """
     height, width = x.shape[-2:]
     if how == "pad":
@@ -151,16 +154,16 @@ def fit(x: torch.Tensor, ratio: int, how: str) -> torch.Tensor:
     if how != "crop":
         raise ValueError(f'how={how!r}; expected "crop" or "pad"')
     if height < ratio or width < ratio:
-        raise ValueError(f"{width}x{height} pixels are too few to crop to a multiple of {ratio}; pad instead")
+        raise ValueError(f"{width}x{height} pixels; cropping needs at least {ratio}x{ratio}; pad instead (--fit pad)")
     top, left = height % ratio // 2, width % ratio // 2
     return x[..., top : top + height // ratio * ratio, left : left + width // ratio * ratio]
 
 
 def centre_crop(image: Image.Image, height: int, width: int) -> Image.Image:
-    """The centre of the image at exactly height x width, as ADM, DiT and DC-AE prepare their data.
+    """Resizes and crops an image to its centre of exactly height x width, as ADM, DiT and DC-AE prepare their data.
 
-    Halves with a box filter while both sides are at least twice the target, resizes (bicubic) until one side fits, up
-    for small images, then crops. Raises ValueError where the resized image would have more pixels than Pillow's limit.
+    Halves the image with a box filter while both sides are at least twice the target, resizes it (bicubic, also
+    upwards) until one side fits, then crops. Raises ValueError if the resized image would exceed Pillow's pixel limit.
     """
     if image.size == (width, height):
         return image
@@ -169,15 +172,15 @@ def centre_crop(image: Image.Image, height: int, width: int) -> Image.Image:
     scale = max(height / image.height, width / image.width)
     size = round(image.width * scale), round(image.height * scale)
     if Image.MAX_IMAGE_PIXELS is not None and math.prod(size) > Image.MAX_IMAGE_PIXELS:
-        grown = "{}x{} pixels, scaled to {}x{} for the crop".format(*image.size, *size)
-        raise ValueError(f"{grown}, are more than {Image.MAX_IMAGE_PIXELS}; --max-pixels raises the limit")
+        resize = "resizing {}x{} pixels to {}x{} before cropping".format(*image.size, *size)
+        raise ValueError(f"{resize} gives more than {Image.MAX_IMAGE_PIXELS} pixels; --max-pixels raises the limit")
     image = image.resize(size, Image.Resampling.BICUBIC)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
 
 
 def side_by_side(pictures: list[tuple[Image.Image, str]], title: str) -> Image.Image:
-    """Pictures of one size in a row under a title, each with its caption below."""
+    """Pictures of equal size in a row, with a title above and a caption below each picture."""
     font, title_font = ImageFont.load_default(size=16), ImageFont.load_default(size=18)
     gap, band = 12, 32
     width, height = pictures[0][0].size
@@ -194,7 +197,7 @@ def side_by_side(pictures: list[tuple[Image.Image, str]], title: str) -> Image.I
 
 
 def grid(x: torch.Tensor, columns: int) -> Image.Image:
-    """Pictures, uint8 [B, 3, H, W], row by row with 2 white pixels between them."""
+    """Arranges pictures, uint8 [B, 3, H, W], row by row with 2 white pixels between them."""
     gap, (count, _, height, width) = 2, x.shape
     rows = -(-count // columns)
     sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
@@ -205,16 +208,16 @@ def grid(x: torch.Tensor, columns: int) -> Image.Image:
 
 
 def save_png(image: Image.Image, path: Path) -> None:
-    """Writes a PNG that is either whole or absent."""
+    """Writes a PNG file atomically. Raises `files.WriteError`."""
     with written_atomically(path) as temporary:
         image.save(temporary, format="PNG")
 
 
 def is_whole_png(path: Path) -> bool:
-    """Whether there is a PNG file whose checksums are right."""
+    """Whether `path` is a PNG file with correct checksums."""
     try:
         with Image.open(path, formats=["PNG"]) as picture:
             picture.verify()
-    except (OSError, SyntaxError, ValueError):  # SyntaxError is Pillow's
+    except (OSError, SyntaxError, ValueError):  # Pillow raises SyntaxError for a broken PNG file
         return False
     return True

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: a command ends cleanly, and a training saves before it ends."""
+"""SIGTERM and Ctrl-C: a command ends cleanly, and a training run saves a checkpoint first."""
 
 import os
 import signal
@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-SAME_REQUEST = 1.0  # seconds in which a signal comes twice: from the terminal, and passed on by torchrun
+SAME_REQUEST = 1.0  # seconds; one Ctrl-C may arrive twice, from the terminal and forwarded by torchrun
 
 
 class Interrupted(KeyboardInterrupt):
-    """The process was asked to end by the signal `signum`; the message says what it did about it."""
+    """The signal `signum` asked the process to end. The message says what the process did before ending."""
 
     def __init__(self, signum: int, message: str = "interrupted"):
         super().__init__(message)
@@ -22,9 +22,10 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """In the block, SIGTERM raises Interrupted, as Ctrl-C raises KeyboardInterrupt, so that nothing half written stays.
+    """In the block, SIGTERM raises Interrupted, as Ctrl-C raises KeyboardInterrupt, so that cleanup code runs.
 
-    Not under torchrun: there a rank may wait for others in a library, which only a signal that kills ends at once.
+    Under torchrun, SIGTERM keeps its default action, which kills the process: a Python exception could not end a rank
+    that waits for other ranks inside a library.
     """
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
@@ -38,9 +39,9 @@ def sigterm_interrupts() -> Iterator[None]:
 
 
 class Interruption:
-    """Notes the first SIGTERM or Ctrl-C in its block as `signum`, 0 until then; the next one raises Interrupted.
+    """Stores the first SIGTERM or Ctrl-C of its block in `signum`, 0 before. The next signal raises Interrupted.
 
-    message: printed, if any, when the first one comes.
+    message: printed at the first signal, unless empty.
     """
 
     def __init__(self, message: str = ""):
@@ -56,17 +57,17 @@ class Interruption:
         self.handled.__exit__(None, None, None)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        if os.getpid() != self.process:  # a worker that has just been forked
+        if os.getpid() != self.process:  # a forked worker
             return
         if not self.signum:
             self.signum, self.came = signum, time.monotonic()
-            os.write(2, self.message)  # print might be in the middle of another message
+            os.write(2, self.message)  # print could interrupt another print
         elif time.monotonic() - self.came > SAME_REQUEST:
             raise Interrupted(signum)
 
 
 def ignore_interruptions(worker: int) -> None:
-    """`worker_init_fn` of a DataLoader: only its parent ends a worker, not a signal to all processes of a training."""
+    """A DataLoader's `worker_init_fn`: a worker ignores signals to its process group and ends only with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -81,7 +82,7 @@ def _end_with_parent() -> None:
 
 @contextmanager
 def _handled(signals: tuple[int, ...], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Python handles signals in the main thread only; elsewhere nothing changes."""
+    """Handles signals in the block. In other threads than the main thread, Python cannot set handlers: does nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -89,5 +90,5 @@ def _handled(signals: tuple[int, ...], handler: Callable[[int, FrameType | None]
     try:
         yield
     finally:
-        for signum, former in before.items():
-            signal.signal(signum, former or signal.SIG_DFL)
+        for signum, previous in before.items():
+            signal.signal(signum, previous or signal.SIG_DFL)

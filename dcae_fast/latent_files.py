@@ -1,4 +1,4 @@
-"""Files of latents: written and read one by one, and read where `cache-latents` or the original wrote many."""
+"""Latent files: written and read by `encode` and `decode`, and read from folders of `cache-latents` and DC-Gen."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,15 +18,16 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class LatentError(ValueError):
-    """A file that does not hold a latent that can be decoded; the message names it."""
+    """A file contains no latent that can be decoded. The message gives its path and the reason."""
 
 
 @dataclass(frozen=True)
 class Latent:
-    """z: [1, c, h, w]; scaled: whether that is what `DCAE.encode` gives multiplied by the scaling factor.
+    """The latent of one picture.
 
-    model: what to decode it with, and scaling_factor: the model's own; None where they are not known. size: (height,
-    width) of the photograph, None for the whole picture; fit: how it was fitted ("crop", "pad").
+    z: [1, c, h, w]. scaled: whether z is multiplied by the scaling factor. model: the model that encoded z, and
+    scaling_factor: this model's scaling factor; None if unknown. size: (height, width) of the photograph; None means
+    that the decoded picture has no padding. fit: how the photograph was fitted, "crop" or "pad".
     """
 
     z: torch.Tensor
@@ -37,24 +38,24 @@ class Latent:
     scaled: bool = False
 
     def unscaled(self, scaling_factor: float | None) -> torch.Tensor:
-        """z as `DCAE.encode` gives it. scaling_factor: the model's, for a latent that does not know its own.
+        """z without the scaling factor, as `DCAE.encode` returns it.
 
-        Raises LatentError if neither is known.
+        scaling_factor: the decoding model's, used if the latent's own is unknown. Raises LatentError if both are None.
         """
         if not self.scaled:
             return self.z
         factor = self.scaling_factor or scaling_factor
         if factor is None:
-            raise LatentError(f"no {MANIFEST} tells the scaling factor, and the model has none")
+            raise LatentError(f"unknown scaling factor: found no {MANIFEST}, and the model has no scaling factor")
         return self.z.float() / factor
 
     def crop(self, picture: torch.Tensor) -> torch.Tensor:
-        """The decoded picture [1, 3, H, W] without the padding."""
+        """Removes the padding from the decoded picture [1, 3, H, W]."""
         return picture if self.size is None else picture[..., : self.size[0], : self.size[1]]
 
 
 def save_latent(latent: Latent, path: Path) -> None:
-    """A safetensors file of one tensor, "latent", and metadata; it appears whole or not at all. Not for scaled ones."""
+    """Writes an unscaled latent atomically as a safetensors file with metadata and one tensor, "latent"."""
     metadata = {
         "model": latent.model,
         "scaling_factor": str(latent.scaling_factor),
@@ -68,26 +69,26 @@ def save_latent(latent: Latent, path: Path) -> None:
 
 
 def load_latent(path: Path) -> Latent:
-    """The inverse of `save_latent`; raises LatentError."""
+    """Reads a file of `save_latent`. Raises LatentError."""
     try:
         with safe_open(path, framework="pt") as file:
             z, metadata = file.get_tensor("latent"), file.metadata() or {}
         if z.dtype not in DTYPES or z.ndim != 4 or len(z) != 1 or z.numel() == 0:
             dtype = str(z.dtype).removeprefix("torch.")
-            raise ValueError(f"its latent is {dtype} {list(z.shape)}; expected floats [1, c, h, w]")
+            raise ValueError(f"the latent is {dtype} {list(z.shape)}; expected floats [1, c, h, w]")
         if not z.isfinite().all():
             raise ValueError("NaN or infinity in the latent")
         return _with_metadata(z, metadata)
     except (OSError, SafetensorError) as error:
         raise LatentError(f"{path}: not a readable safetensors file: {error}") from error
     except KeyError as error:
-        raise LatentError(f"{path}: not a latent written by dcae-fast encode: no {error} in its metadata") from error
+        raise LatentError(f"{path}: not a latent written by dcae-fast encode: its metadata lacks {error}") from error
     except ValueError as error:
         raise LatentError(f"{path}: not a latent written by dcae-fast encode: {error}") from error
 
 
 def _with_metadata(z: torch.Tensor, metadata: dict[str, str]) -> Latent:
-    """Raises KeyError or ValueError for metadata that `save_latent` does not write."""
+    """The latent with its parsed metadata. Raises KeyError or ValueError for invalid metadata."""
     factor, size = metadata["scaling_factor"], (int(metadata["height"]), int(metadata["width"]))
     if min(size) < 1:
         raise ValueError(f"height {size[0]} and width {size[1]} in its metadata; expected at least 1")
@@ -97,23 +98,24 @@ def _with_metadata(z: torch.Tensor, metadata: dict[str, str]) -> Latent:
 
 
 def find_latents(path: Path) -> dict[Path, Callable[[], Latent]]:
-    """Functions that load the latents of a file, or of a folder, by path; each raises LatentError or DataError.
+    """The latents of a file or folder: a loader for each latent's path. A loader raises LatentError or DataError.
 
-    A folder is one of files that `save_latent` wrote, or one of `cache-latents` or the original, with the folders in
-    it. The latents of a shard have its path and below it their names. Raises DataError for a folder without any.
+    A folder contains files of `save_latent`, or is the output folder of `cache-latents` or DC-Gen, with subfolders. The
+    path of a latent in a shard is the shard's path, "/" and the latent's name. Raises DataError for a folder without
+    latents.
     """
-    manifest = cache(partial(_manifest_of, path))  # read where it is needed
+    manifest = cache(partial(_manifest_of, path))  # read when it is first needed
     if not path.is_dir():
-        return _in_file(path, manifest)
+        return _loaders_of_file(path, manifest)
     names = list_files(path).with_suffix(".npy")
     names += sorted(child.name for child in path.iterdir() if suffix_of(child.name) == ".safetensors")
     if not names:
-        raise DataError(f"{path}: nothing to read in this folder")
-    return {latent: load for name in names for latent, load in _in_file(path / name, manifest).items()}
+        raise DataError(f"{path}: expected latents in this folder, found no .npy or .safetensors file")
+    return {latent: load for name in names for latent, load in _loaders_of_file(path / name, manifest).items()}
 
 
 def _manifest_of(path: Path) -> Manifest | None:
-    """The manifest of the cache that a path is in: in its folder or above."""
+    """The nearest manifest in the path's folder or the folders above; None if there is none."""
     for folder in (path.absolute(), *path.absolute().parents):
         manifest = load_manifest(folder)
         if manifest is not None:
@@ -121,14 +123,14 @@ def _manifest_of(path: Path) -> Manifest | None:
     return None
 
 
-def _in_file(path: Path, manifest: Callable[[], Manifest | None]) -> dict[Path, Callable[[], Latent]]:
+def _loaders_of_file(path: Path, manifest: Callable[[], Manifest | None]) -> dict[Path, Callable[[], Latent]]:
     if suffix_of(path.name) == ".npy":
         return {path: lambda: _cached(load_finite_npy(path), manifest())}
     try:
         with safe_open(path, framework="pt") as file:
             is_shard = "latents" in file.keys()  # noqa: SIM118
     except (OSError, SafetensorError):
-        is_shard = False  # `load_latent` will say why
+        is_shard = False  # `load_latent` will raise the error
     if not is_shard:
         return {path: partial(load_latent, path)}
     try:

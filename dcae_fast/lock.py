@@ -1,4 +1,4 @@
-"""One process at a time in a folder: a lock file that names its holder."""
+"""A lock on a folder, which one process can hold at a time; the lock file names the holder."""
 
 import errno
 import os
@@ -13,20 +13,21 @@ from pathlib import Path
 from . import distributed
 from .files import leftovers, writing
 
-FILE = ".lock"
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # from a file system without locks
+LOCK_FILE = ".lock"
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # errors of file systems without locks
 
 
 class LockedError(OSError):
-    """A folder that another process is working in; the message names both."""
+    """Another process is working in the folder. The message names the folder and the process."""
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes out of a folder, which is made if it is absent, for the block. Called by all ranks.
+    """Holds the lock of a folder during the block, and makes the folder if it is absent. Called by all ranks.
 
-    The main process holds the lock. The operating system drops it when that process ends, however it ends, and forked
-    processes do not inherit it. A file system without locks gets a warning. Raises LockedError or WriteError.
+    The main process holds the lock. The operating system releases the lock when that process ends in any way, and
+    forked processes do not inherit it. On a file system without locks, prints a warning and holds no lock. Raises
+    LockedError or WriteError.
     """
     descriptor = distributed.on_main(lambda: _acquire(folder))
     try:
@@ -34,18 +35,18 @@ def locked(folder: Path) -> Iterator[None]:
     finally:
         if distributed.is_main():
             with suppress(OSError):
-                (folder / FILE).unlink()  # before it is closed: nobody else may hold the lock yet
+                (folder / LOCK_FILE).unlink()  # before closing, while no other process can hold the lock
             os.close(descriptor)
 
 
 def is_unused(folder: Path) -> bool:
-    """Whether a folder is absent, or holds nothing but a lock and what killed processes left half written."""
-    return not folder.is_dir() or {folder / FILE, *leftovers(folder)}.issuperset(folder.iterdir())
+    """Whether a folder is absent, or contains only a lock file and temporary files of killed processes."""
+    return not folder.is_dir() or {folder / LOCK_FILE, *leftovers(folder)}.issuperset(folder.iterdir())
 
 
 def _acquire(folder: Path) -> int:
-    """The descriptor of the folder's lock file, whose closing gives the lock back."""
-    path = folder / FILE
+    """Takes the lock; returns the descriptor of the lock file. Closing the descriptor releases the lock."""
+    path = folder / LOCK_FILE
     with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
     while True:
@@ -53,8 +54,8 @@ def _acquire(folder: Path) -> int:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             _lock(descriptor, folder)
-            if _is_file(descriptor, path):  # and not one that its holder removed in the meantime
-                with suppress(OSError):  # on a full disk the lock has no name; it holds all the same
+            if _is_same_file(descriptor, path):  # else the previous holder has just removed the file
+                with suppress(OSError):  # on a full disk, the lock works without the holder's name
                     os.truncate(descriptor, 0)
                     os.write(descriptor, _holder().encode())
                 return descriptor
@@ -71,14 +72,17 @@ def _lock(descriptor: int, folder: Path) -> None:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         holder = os.read(descriptor, 4096).decode(errors="replace").strip() or "another process"
-        raise LockedError(f"{folder} is in use by {holder}; wait until it ends, or take another folder") from error
+        raise LockedError(
+            f"{folder} is in use by {holder}; wait until this process ends, or choose another folder"
+        ) from error
     except (ImportError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in NO_LOCKS:
             raise
-        print(f"{folder}: cannot be locked here ({error}); let no other process write to it", file=sys.stderr)
+        warning = f"{folder}: the file system does not support locks ({error})"
+        print(f"{warning}; make sure that no other process writes to this folder", file=sys.stderr)
 
 
-def _is_file(descriptor: int, path: Path) -> bool:
+def _is_same_file(descriptor: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:

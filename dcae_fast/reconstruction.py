@@ -1,4 +1,4 @@
-"""Photographs through an autoencoder, and where and how to compute."""
+"""Reconstruction of photographs by an autoencoder, and the choice of device and dtype."""
 
 import os
 import time
@@ -20,9 +20,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def choose_device(device: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
-    """A device, CUDA where there is one and else the CPU, and one of `DTYPES`, bfloat16 on CUDA and else float32.
+    """The device and dtype to compute with.
 
-    Under torchrun "cuda" is the GPU of this process. Raises DeviceError if it is not there or cannot compute in dtype.
+    device: None means CUDA if available, else the CPU; under torchrun, "cuda" means the GPU of this rank. dtype: a key
+    of `DTYPES`; None means bfloat16 on CUDA, else float32. Raises DeviceError if the device does not exist or cannot
+    compute in this dtype.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
@@ -38,17 +40,20 @@ def choose_device(device: str | None, dtype: str | None) -> tuple[torch.device, 
 
 
 def load_model(source: str, device: str | None, dtype: str | None) -> DCAE:
-    """`DCAE.from_pretrained(source)` as `choose_device` says, channels-last. Raises DeviceError and CheckpointError."""
-    place = choose_device(device, dtype)
-    return DCAE.from_pretrained(source).to(*place, memory_format=torch.channels_last)
+    """Loads an autoencoder, channels-last, with the device and dtype of `choose_device`.
+
+    source: as in `DCAE.from_pretrained`. Raises DeviceError and CheckpointError.
+    """
+    device_and_dtype = choose_device(device, dtype)
+    return DCAE.from_pretrained(source).to(*device_and_dtype, memory_format=torch.channels_last)
 
 
 def load_photograph(
     path: Path, model: DCAE, how: str, max_pixels: int = MAX_PIXELS
 ) -> tuple[torch.Tensor, tuple[int, int]]:
-    """A photograph fitted to the model by `images.fit`, on its device and in its dtype, and its own (height, width).
+    """A photograph fitted by `images.fit`, on the model's device and in its dtype, and its original (height, width).
 
-    Raises PhotographError where it cannot be read, has more than `max_pixels` pixels, or is too small to crop.
+    Raises PhotographError if the file cannot be read, has more than `max_pixels` pixels, or is too small to crop.
     """
     x = read_photograph(path, max_pixels)
     try:
@@ -61,10 +66,10 @@ def load_photograph(
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """original, picture: uint8 [1, 3, H, W] on the CPU. seconds: encoding and decoding; psnr: in dB.
+    """original, picture: uint8 [1, 3, H, W] on the CPU. seconds: time to encode and decode. psnr: in dB.
 
-    difference: largest absolute and relative (L2) difference of the patched from the plain model's picture, whose
-    range is [-1, 1]; None where the model was not patched.
+    difference: the largest absolute and the relative L2 difference between the pictures of the patched and the
+    unpatched model, in the range [-1, 1]; None if the two were not compared.
     """
 
     original: torch.Tensor
@@ -78,19 +83,19 @@ class Reconstruction:
 def reconstruct(
     path: Path, model: DCAE, how: str, patch: bool, max_pixels: int = MAX_PIXELS, max_memory: int | None = None
 ) -> Reconstruction:
-    """Encodes and decodes a photograph; with `patch` by the patched model, which is compared with the plain one.
+    """Encodes and decodes a photograph; with `patch`, also compares the patched with the unpatched model.
 
-    Where the operators have no kernels, on a CPU, patching changes nothing and there is nothing to compare. On a GPU a
-    first run, in which kernels are compiled, is not timed. Raises NotFiniteError.
+    On a CPU the operators have no kernels: patching changes nothing, and nothing is compared. On a GPU the first run,
+    which compiles kernels, is not timed. Raises PhotographError and NotFiniteError.
     """
     x, (height, width) = load_photograph(path, model, how, max_pixels)
     if patch and ops.has_kernels(x):
         with dcae_fast.patched(model, max_memory=max_memory):
             y, seconds = _timed(model, x)
-        plain = model(x).float()
-        check_finite(plain, ["the reconstruction by the plain model"], x.dtype)
-        error = y.float() - plain
-        difference = (error.abs().max().item(), (error.norm() / plain.norm()).item())
+        unpatched = model(x).float()
+        check_finite(unpatched, ["the reconstruction by the unpatched model"], x.dtype)
+        error = y.float() - unpatched
+        difference = (error.abs().max().item(), (error.norm() / unpatched.norm()).item())
     else:
         (y, seconds), difference = _timed(model, x), None
     check_finite(y, ["the reconstruction"], x.dtype)

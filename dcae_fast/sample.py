@@ -1,4 +1,4 @@
-"""Pictures by label: sampled, decoded, and their latents kept in a file."""
+"""Class labels to pictures for the command `sample`: sampling, decoding, and saving the latents."""
 
 import math
 from collections.abc import Callable
@@ -17,15 +17,32 @@ from .finite import check_finite
 from .images import to_uint8
 from .reconstruction import choose_device
 
-DEMO_LABELS = (279, 333, 979, 936, 933, 145, 497, 1, 248, 360, 793, 12, 387, 437, 938, 978)  # the original's, ImageNet
-DECODED_AT_ONCE = 8
+DEMO_LABELS = (
+    279,
+    333,
+    979,
+    936,
+    933,
+    145,
+    497,
+    1,
+    248,
+    360,
+    793,
+    12,
+    387,
+    437,
+    938,
+    978,
+)  # ImageNet classes of DC-Gen's demonstration
+DECODE_BATCH = 8
 
 
 @dataclass(frozen=True)
 class Request:
-    """labels: a class for each picture; cfg: the scale of guidance; seed: of the noise; sampler, steps: how to sample.
+    """labels: the class of each picture. cfg: guidance scale. seed: of the noise. sampler, steps: name and step count.
 
-    The noise is drawn at once, as in the original: a picture depends on its own label and on its place.
+    As in DC-Gen, the noise of all pictures is drawn at once: a picture depends on its label and its position.
     """
 
     labels: tuple[int, ...]
@@ -36,7 +53,7 @@ class Request:
 
     @property
     def columns(self) -> int:
-        """Of the grid, which has at least as many rows."""
+        """Columns of the grid of pictures, ⌊√n⌋ for n pictures."""
         return math.isqrt(len(self.labels))
 
     def __str__(self) -> str:
@@ -45,23 +62,22 @@ class Request:
 
 
 def default_labels(classes: int) -> tuple[int, ...]:
-    """Sixteen: those of the original's demonstration where the classes are ImageNet's, else 0, 1, 2, ..."""
+    """Sixteen labels: for 1000 classes (ImageNet) those of DC-Gen's demonstration, else 0, 1, 2, ..."""
     return DEMO_LABELS if classes == 1000 else tuple(i % classes for i in range(16))
 
 
 def load(
     source: str, device: str | None, dtype: str | None, patch: bool, max_memory: int | None = None
 ) -> DCAEDiffusion:
-    """`DCAEDiffusion.from_pretrained(source)` on a device, patched, with CUDA graphs; the transformer stays in float32,
-    for autocast.
+    """Loads a diffusion model on a device; with `patch`, patched and with CUDA graphs.
 
-    device, dtype: as `choose_device` takes them; max_memory: as `dcae_fast.patch` does. Raises DeviceError and
-    CheckpointError.
+    The transformer keeps float32 weights, for autocast. source: as in `DCAEDiffusion.from_pretrained`; device, dtype:
+    as in `choose_device`; max_memory: as in `dcae_fast.patch`. Raises DeviceError and CheckpointError.
     """
-    place = choose_device(device, dtype)
+    chosen_device, chosen_dtype = choose_device(device, dtype)
     model = DCAEDiffusion.from_pretrained(source)
-    model.diffusion_model.to(place[0])
-    model.autoencoder.to(*place, memory_format=torch.channels_last)
+    model.diffusion_model.to(chosen_device)
+    model.autoencoder.to(chosen_device, chosen_dtype, memory_format=torch.channels_last)
     if patch:
         dcae_fast.patch(model, cuda_graphs=True, max_memory=max_memory)
     return model
@@ -75,10 +91,10 @@ def sample(model: DCAEDiffusion, request: Request) -> torch.Tensor:
 
 
 def generate(model: DCAEDiffusion, request: Request, progress: Callable[[], object] | None = None) -> torch.Tensor:
-    """Latents [B, C, h, w]; progress: called after each call of the network.
+    """Samples latents [B, C, h, w]. progress: called after each call of the network.
 
-    The transformer runs under autocast in the dtype of the autoencoder, as in the original's evaluation. Raises what
-    `DCAEDiffusion.generate` does, and NotFiniteError.
+    The transformer runs under autocast in the dtype of the autoencoder, as in DC-Gen's evaluation. Raises
+    NotFiniteError and the errors of `DCAEDiffusion.generate`.
     """
     weight = next(model.autoencoder.parameters())
     with torch.autocast(weight.device.type, weight.dtype, enabled=weight.dtype != torch.float32):
@@ -96,19 +112,19 @@ def generate(model: DCAEDiffusion, request: Request, progress: Callable[[], obje
 
 @torch.inference_mode()
 def decode(model: DCAEDiffusion, latents: torch.Tensor) -> torch.Tensor:
-    """Latents → pictures, uint8 [B, 3, H, W] on the CPU, a few at a time. Raises NotFiniteError."""
+    """Decodes latents, `DECODE_BATCH` at a time, to pictures uint8 [B, 3, H, W] on the CPU. Raises NotFiniteError."""
     pictures = []
-    for part in latents.split(DECODED_AT_ONCE):
+    for part in latents.split(DECODE_BATCH):
         y = model.decode(part)
-        first = len(pictures) * DECODED_AT_ONCE + 1
+        first = len(pictures) * DECODE_BATCH + 1
         check_finite(y, [f"picture {first + i}" for i in range(len(y))], y.dtype)
         pictures.append(to_uint8(y).cpu())
     return torch.cat(pictures)
 
 
 def save_latents(latents: torch.Tensor, request: Request, model: str, path: Path) -> None:
-    """A safetensors file of "latents", scaled as `generate` gives them, and "labels"; it is whole or absent."""
+    """Writes "latents", scaled as `generate` returns them, and "labels" atomically to a safetensors file."""
     tensors = {"latents": latents.contiguous().cpu(), "labels": torch.tensor(request.labels)}
-    facts = {name: str(fact) for name, fact in asdict(request).items() if name != "labels"}
+    metadata = {name: str(value) for name, value in asdict(request).items() if name != "labels"}
     with written_atomically(path) as temporary:
-        save_file(tensors, temporary, {"model": model, "scaled": "true", **facts})
+        save_file(tensors, temporary, {"model": model, "scaled": "true", **metadata})

@@ -223,10 +223,10 @@ def test_models_table(capsys):
 def test_info(model, capsys):
     assert run("info", "dc-ae-f32c32-in-1.0") == 0
     text = capsys.readouterr().out
-    assert "32x32 pixels to one position of 32 channels" in text and "scaling factor: 0.3189" in text
+    assert "32x32 pixels become one latent position with 32 channels" in text and "scaling factor: 0.3189" in text
     assert re.search(r"LiteMLA +12", text)
     assert run("info", model) == 0
-    assert "8x8 pixels to one position of 8 channels" in capsys.readouterr().out
+    assert "8x8 pixels become one latent position with 8 channels" in capsys.readouterr().out
 
 
 def test_info_of_a_diffusion_model(capsys):
@@ -234,7 +234,7 @@ def test_info_of_a_diffusion_model(capsys):
     text = capsys.readouterr().out
     assert re.search(r"latents +128x8x8, scaling factor 0.2889", text)
     assert re.search(r"sampler +DPM_Solver, 30 steps", text)
-    assert "64x64 pixels to one position of 128 channels" in text and re.search(r"LiteMLA +\d+", text)
+    assert "64x64 pixels become one latent position with 128 channels" in text and re.search(r"LiteMLA +\d+", text)
     assert run("info", BUNDLED["dc-ae-tiny-uvit-digits"]) == 0  # by its folder
     assert "DPM_Solver, 30 steps" in capsys.readouterr().out
 

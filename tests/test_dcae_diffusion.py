@@ -1,4 +1,4 @@
-"""`DCAEDiffusion` against the original's generated latents, and what it makes of its arguments."""
+"""`DCAEDiffusion`: generated latents equal the original's, and arguments are checked."""
 
 import json
 from dataclasses import replace
@@ -24,7 +24,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def of_case(case) -> DCAEDiffusion:
-    """The reference's network beside a small autoencoder."""
+    """The network of the fixtures with a small autoencoder."""
     sampler = case.meta["eval_scheduler"]
     options = {k: v for k, v in case.file_meta["config"].items() if k != "train_scheduler"}
     config = DiffusionConfig(
@@ -42,7 +42,7 @@ def of_case(case) -> DCAEDiffusion:
 
 @pytest.mark.cases("diffusion_*", "generate_*")
 def test_generate(case, compare, monkeypatch):
-    """With the original's draws; of dopri5, whose steps may differ, the solution is compared."""
+    """Compares with the original's noise; for dopri5, whose steps may differ, compares only the solution."""
     dopri5 = case.meta["eval_scheduler"] == "ODE_dopri5"
     if dopri5:
         pytest.importorskip("torchdiffeq")
@@ -66,8 +66,8 @@ def test_seeds(config):
     assert not torch.equal(model.generate(LABELS, cfg_scale=2.0, generator=seeded(1)), first)
 
 
-def test_noise_belongs_to_the_place_and_not_to_the_label():
-    """Drawn once for the batch, as the original does: a sample depends on its own label and place alone."""
+def test_noise_depends_on_the_position_and_not_on_the_label():
+    """The noise is drawn once per batch, so a sample depends only on its label and its position."""
     model = build()
     first = model.generate(LABELS, cfg_scale=2.0, generator=seeded())
     other = model.generate(torch.tensor([3, 9, 0]), cfg_scale=2.0, generator=seeded())
@@ -155,12 +155,16 @@ def test_patched():
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
-        ({"labels": torch.tensor([0.0])}, TypeError, "labels are torch.float32; expected integers from 0 to 10"),
-        ({"labels": torch.tensor([0, 11])}, ValueError, r"labels=\[0, 11\]; expected from 0 to 10, no class"),
+        (
+            {"labels": torch.tensor([0.0])},
+            TypeError,
+            "labels has dtype torch.float32; expected int32 or int64, from 0 to 10",
+        ),
+        ({"labels": torch.tensor([0, 11])}, ValueError, r"labels=\[0, 11\]; expected 0 to 10, where 10 means no class"),
         ({"labels": torch.tensor([-1])}, ValueError, r"labels=\[-1\]"),
-        ({"labels": torch.tensor(3)}, ValueError, r"labels have shape \[\]; expected \[B\]"),
+        ({"labels": torch.tensor(3)}, ValueError, r"labels has shape \[\]; expected \[B\]"),
         ({"null_labels": torch.tensor([10, 11, 0])}, ValueError, "null_labels="),
-        ({"null_labels": torch.tensor([10]).expand(2)}, ValueError, "2 null_labels for 3 labels"),
+        ({"null_labels": torch.tensor([10]).expand(2)}, ValueError, "null_labels has 2 entries; expected 3"),
         ({"sampler": "SDE"}, ValueError, "sampler 'SDE'; the model was trained for DPM_Solver"),
         ({"labels": [3, 1, 4]}, TypeError, r"labels is a list; expected a tensor \[B\] of integers"),
         ({"null_labels": 10}, TypeError, "null_labels is a int; expected a tensor"),
@@ -177,18 +181,18 @@ def test_patched():
         ({"generator": 0}, TypeError, "generator is a int; expected a torch.Generator"),
     ],
 )
-def test_arguments_that_do_not_fit(arguments, error, message):
+def test_invalid_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         build().generate(**{"labels": LABELS, "cfg_scale": 2.0} | arguments)
 
 
 def test_a_generator_of_another_device():
-    with pytest.raises(ValueError, match="generator is on cpu; expected one on meta, where the model is"):
+    with pytest.raises(ValueError, match="generator is on cpu; expected a generator on meta, as the model is"):
         build().to("meta").generate(LABELS, generator=seeded())
 
 
 def test_an_autoencoder_of_other_latents():
-    with pytest.raises(ValueError, match="the autoencoder's latents have 4 channels, the diffusion model's 8"):
+    with pytest.raises(ValueError, match="the autoencoder has 4 latent channels; the diffusion model expects 8"):
         DCAEDiffusion(UVIT, UVIT.build(), DCAE(replace(AUTOENCODER, latent_channels=4)))
 
 

@@ -1,4 +1,4 @@
-"""The stored costs of the models against counting them."""
+"""The stored costs of the models equal freshly counted ones."""
 
 import pytest
 

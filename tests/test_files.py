@@ -1,4 +1,4 @@
-"""Files are whole or absent, and one that cannot be written is named, whichever library writes it."""
+"""Files are complete or absent, and a failed write names the file, whichever library writes."""
 
 import subprocess
 import sys
@@ -32,7 +32,7 @@ def test_a_file_that_does_not_fit(tmp_path, full_disk, writer):
 
 
 def test_an_array_that_does_not_fit(tmp_path, full_disk):
-    """Also a small one, of which numpy's own way to a file loses the end without a word."""
+    """Also a small array, whose end numpy's own file writing loses without an error."""
     for count in (4000, 40000):
         with pytest.raises(WriteError, match="/x.npy: not written: File too large"):
             save_npy(tmp_path / "x.npy", np.zeros(count, np.uint8))
@@ -47,7 +47,7 @@ def test_a_folder_that_is_absent(tmp_path):
             raise AssertionError
 
 
-def test_other_errors_stay_what_they_are(tmp_path):
+def test_other_errors_pass_unchanged(tmp_path):
     with pytest.raises(ZeroDivisionError), written_atomically(tmp_path / "result"):
         raise ZeroDivisionError
     with pytest.raises(WriteError, match="inner: not written"), writing(tmp_path / "outer"):
@@ -55,14 +55,14 @@ def test_other_errors_stay_what_they_are(tmp_path):
             raise OSError(28, "No space left on device")
 
 
-def test_what_killed_processes_leave(tmp_path):
+def test_leftovers_of_killed_processes(tmp_path):
     program = f"""
 import os, pathlib, dcae_fast.files
 with dcae_fast.files.written_atomically(pathlib.Path({str(tmp_path)!r}) / "result") as temporary:
     os._exit(0)
 """
     subprocess.run([sys.executable, "-c", program], check=True)
-    (tmp_path / ".tmpAb12Zz").touch()  # safetensors'
+    (tmp_path / ".tmpAb12Zz").touch()  # safetensors makes such names
     for name in ("result", ".hidden", "x.part"):
         (tmp_path / name).touch()
     left = leftovers(tmp_path)

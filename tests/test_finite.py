@@ -1,4 +1,4 @@
-"""Models that compute NaN or infinity: the commands name what is affected, write none of it and exit with 1."""
+"""Models that compute NaN or infinity: the commands name the affected results, do not write them and exit with 1."""
 
 import json
 
@@ -22,7 +22,7 @@ CPU = ["--device", "cpu", "--no-patch"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A white picture between two grey ones, a model that overflows in half precision for white, and one of NaN."""
+    """A white picture and two grey ones, a model that overflows in float16 for white, and a model that computes NaN."""
     folder = tmp_path_factory.mktemp("finite")
     (folder / "pictures").mkdir()
     for name, grey in {"a": 127, "b": 255, "c": 128}.items():
@@ -69,7 +69,7 @@ def test_one_picture_of_several(folder, tmp_path, capsys, command, kind):
 
 
 def test_decode(folder, tmp_path, capsys):
-    """Of the model's NaN the dtype is named, of the latent's own only the file."""
+    """The error names the dtype if the model computed NaN, and only the file if the latent already held NaN."""
     assert run("encode", folder / "pictures", "--model", folder / "nan", "--out", tmp_path) == 0
     tensors = load_file(tmp_path / "a.safetensors")
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
@@ -103,7 +103,7 @@ def test_sample_and_eval_diffusion(tmp_path, capsys, part):
 
 
 def test_eval_autoencoder(folder, tmp_path, capsys):
-    """A picture that fails is left out; if all fail, there are no results."""
+    """Failed pictures are left out of the results; if all pictures fail, no results are written."""
     argv = "eval-autoencoder", folder / "pictures", "--resolution", "8", "--workers", "0"
     results = tmp_path / "results.json"
     assert run(*argv, "--model", folder / "overflows", "--dtype", "float16", "--out", tmp_path) == 1

@@ -1,4 +1,4 @@
-"""Photographs of every mode; fitting, quantising, measuring, comparing and saving."""
+"""Photographs of every mode: reading, fitting, quantisation, PSNR, comparison sheets and saving."""
 
 import json
 import os
@@ -116,7 +116,7 @@ def test_psnr_as_the_original(reference):
     assert torch.allclose(got, tensors["psnr/each"].double(), rtol=1e-6, atol=0)
 
 
-def test_psnr_of_equal_pictures_and_of_wrong_ones():
+def test_psnr_of_equal_and_of_invalid_pictures():
     x = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
     assert images.psnr(x, x).isinf().all()
     with pytest.raises(ValueError, match="expected two uint8 tensors of one shape"):
@@ -125,7 +125,7 @@ def test_psnr_of_equal_pictures_and_of_wrong_ones():
         images.psnr(x.float(), x)
 
 
-def test_uint8_survives_the_way_through_a_tensor():
+def test_uint8_survives_conversion_to_float_and_back():
     image = gradient()
     assert np.array_equal(np.asarray(images.to_image(images.to_tensor(image))), np.asarray(image))
 
@@ -145,7 +145,7 @@ def test_fit(height, width):
 def test_fit_small_and_wrong():
     x = torch.randn(1, 3, 5, 40)
     assert images.fit(x, 32, "pad").shape == (1, 3, 32, 64)
-    with pytest.raises(ValueError, match="40x5 pixels are too few to crop to a multiple of 32"):
+    with pytest.raises(ValueError, match="40x5 pixels; cropping needs at least 32x32"):
         images.fit(x, 32, "crop")
     with pytest.raises(ValueError, match="how='stretch'"):
         images.fit(x, 32, "stretch")
@@ -159,7 +159,7 @@ def test_side_by_side_holds_both_pictures(width):
     assert (pixels == (255, 0, 0)).all(1).sum() == (pixels == (0, 0, 255)).all(1).sum() == width * 40
 
 
-def test_saving_replaces_whole_files_or_nothing(tmp_path):
+def test_saving_is_atomic(tmp_path):
     path = tmp_path / "picture.png"
     images.save_png(gradient(), path)
     before = path.read_bytes()
@@ -167,11 +167,12 @@ def test_saving_replaces_whole_files_or_nothing(tmp_path):
         temporary.write_bytes(b"half")
         raise RuntimeError
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
-    with written_atomically(path) as one, written_atomically(path) as other:  # of two threads, or nodes with equal pids
+    # as two threads would, or two nodes with equal pids
+    with written_atomically(path) as one, written_atomically(path) as other:
         assert one != other
 
 
-def test_a_pipe_is_not_waited_for(tmp_path):
+def test_a_pipe_is_not_opened(tmp_path):
     os.mkfifo(tmp_path / "photo.png")
     with pytest.raises(images.PhotographError, match="photo.png: cannot be read as a photograph: not a regular file"):
         images.read_photograph(tmp_path / "photo.png")

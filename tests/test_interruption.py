@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: once to end when it suits, twice to end at once, and nothing half written."""
+"""SIGTERM and Ctrl-C: the first signal ends at the next opportunity, the second at once; no partial files remain."""
 
 import os
 import signal
@@ -14,12 +14,12 @@ from dcae_fast.interruption import Interrupted, Interruption, sigterm_interrupts
 
 
 @pytest.mark.parametrize("signum", interruption.SIGNALS)
-def test_the_first_signal_is_noted(signum, capfd):
+def test_the_first_signal_is_stored(signum, capfd):
     before = signal.getsignal(signum)
     with Interruption("saving") as asked:
         assert asked.signum == 0
         os.kill(os.getpid(), signum)
-        os.kill(os.getpid(), signum)  # which torchrun passes on at the same time
+        os.kill(os.getpid(), signum)  # torchrun forwards the signal at the same time
         assert asked.signum == signum
     assert capfd.readouterr().err == "\nsaving\n" and signal.getsignal(signum) == before
 
@@ -32,7 +32,7 @@ def test_the_second_signal_ends_at_once(monkeypatch):
     assert caught.value.signum == signal.SIGINT
 
 
-def test_sigterm_leaves_nothing_half_written(tmp_path, monkeypatch):
+def test_sigterm_leaves_no_partial_files(tmp_path, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(Interrupted) as caught, sigterm_interrupts(), written_atomically(tmp_path / "result") as part:
         part.write_bytes(b"half")
@@ -54,7 +54,7 @@ def test_other_threads_change_nothing():
 
 
 def test_the_exit_status_of_ctrl_c_within_an_exec(tmp_path):
-    """After which `python -m` would send itself the signal."""
+    """Without the workaround in `main`, `python -m` would send itself the signal."""
     (tmp_path / "program.py").write_text(
         "import sys\n"
         "from dcae_fast import cli\n"

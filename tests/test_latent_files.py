@@ -1,4 +1,4 @@
-"""Files of latents, and `decode` on what `cache-latents` and the original wrote."""
+"""Latent files, and `decode` on files of `cache-latents` and DC-Gen."""
 
 import json
 import shutil
@@ -53,7 +53,7 @@ def pixels(path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("format, of_class", [("npy", "a"), ("safetensors", "latents-000000.safetensors")])
-def test_a_cache_is_decoded_as_what_encode_wrote(model, photos, tmp_path, format, of_class):
+def test_cached_latents_decode_as_encoded_latents(model, photos, tmp_path, format, of_class):
     cache = cached(model, photos, tmp_path / "cache", "--format", format)
     assert run("encode", photos / "a", photos / "b", "--model", model, "--out", tmp_path / "single") == 0
     for source, out in {"cache": "0", "single": "1"}.items():
@@ -62,17 +62,20 @@ def test_a_cache_is_decoded_as_what_encode_wrote(model, photos, tmp_path, format
     assert sorted(path.name for path in (tmp_path / "0").iterdir()) == names
     for name in names:
         close = pixels(tmp_path / "0" / name).astype(int) - pixels(tmp_path / "1" / name)
-        assert abs(close).max() <= 1  # the latent was divided by what it had been multiplied by
+        assert abs(close).max() <= 1  # decode divided by the factor that cache-latents multiplied by
     assert run("decode", cache / of_class, "--out", tmp_path / "part") == 0
     assert np.array_equal(pixels(tmp_path / "part" / "0-decoded.png"), pixels(tmp_path / "0" / "0-decoded.png"))
 
 
-def test_the_originals_files_need_a_model(model, photos, tmp_path, capsys):
-    cache = cached(model, photos, tmp_path / "cache", "--scale", "0.5")  # the model's own
+def test_dc_gen_files_need_a_model(model, photos, tmp_path, capsys):
+    cache = cached(model, photos, tmp_path / "cache", "--scale", "0.5")  # the model's scaling factor
     assert run("decode", cache, "--out", tmp_path / "expected") == 0
     (cache / MANIFEST).unlink()
     assert run("decode", cache, "--out", tmp_path / "out") == 1
-    assert f"{cache / 'a' / '0.npy'}: no manifest.json tells which model" in capsys.readouterr().err
+    assert (
+        f"{cache / 'a' / '0.npy'}: found no manifest.json that names the model; name the model with --model"
+        in capsys.readouterr().err
+    )
     assert run("decode", cache, "--model", model, "--out", tmp_path / "out") == 0
     assert np.array_equal(pixels(tmp_path / "out" / "0-decoded.png"), pixels(tmp_path / "expected" / "0-decoded.png"))
 
@@ -89,7 +92,7 @@ def test_another_model_than_the_manifest_names(model, photos, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("format", ["npy", "safetensors"])
-def test_bad_latents_are_named_and_the_rest_decoded(model, photos, tmp_path, capsys, format):
+def test_invalid_latents_are_reported_and_the_others_decoded(model, photos, tmp_path, capsys, format):
     cache = cached(model, photos, tmp_path / "cache", "--format", format)
     if format == "npy":
         np.save(cache / "a" / "0.npy", np.full((8, 2, 2), np.nan, np.float32))
@@ -99,7 +102,7 @@ def test_bad_latents_are_named_and_the_rest_decoded(model, photos, tmp_path, cap
         tensors = load_file(path)
         tensors["latents"][0, 0, 0, 0] = float("inf")
         save_file(tensors, path)
-        bad = path / "0"  # the names went with the metadata
+        bad = path / "0"  # the metadata held the names
     assert run("decode", cache, "--out", tmp_path / "out") == 1
     assert f"failed: {bad}: has values that are not finite" in capsys.readouterr().err
     assert len(list((tmp_path / "out").iterdir())) == 1
@@ -117,10 +120,10 @@ def test_torn_files_and_an_empty_folder(model, photos, tmp_path, capsys):
     assert len(list((tmp_path / "out").iterdir())) == 2
     (tmp_path / "empty").mkdir()
     assert run("decode", tmp_path / "empty", "--out", tmp_path / "out") == 2
-    assert "nothing to read in this folder" in capsys.readouterr().err
+    assert "expected latents in this folder, found no .npy or .safetensors file" in capsys.readouterr().err
 
 
-def test_a_manifest_of_something_else_beside_single_latents(model, photos, tmp_path, capsys):
+def test_an_invalid_manifest_does_not_matter_for_encoded_latents(model, photos, tmp_path, capsys):
     (tmp_path / MANIFEST).write_text(json.dumps({"name": "a web app"}))
     assert run("encode", photos / "a", "--model", model, "--out", tmp_path / "single") == 0
     assert run("decode", tmp_path / "single", "--out", tmp_path / "out") == 0
@@ -140,7 +143,7 @@ def test_round_trip(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda z: z[0], r"its latent is float32 \[8, 2, 2\]; expected floats \[1, c, h, w\]"),
+        (lambda z: z[0], r"the latent is float32 \[8, 2, 2\]; expected floats \[1, c, h, w\]"),
         (lambda z: z[:0], r"float32 \[0, 8, 2, 2\]"),
         (lambda z: z.expand(2, -1, -1, -1), r"float32 \[2, 8, 2, 2\]"),
         (lambda z: z[:, :, :0], r"float32 \[1, 8, 0, 2\]"),
@@ -151,10 +154,10 @@ def test_round_trip(tmp_path):
         ({"width": "-3"}, "height 16 and width -3"),
         ({"width": "wide"}, "wide"),
         ({"scaled": "true"}, "scaled is 'true' in its metadata"),
-        ({"model": None}, "no 'model' in its metadata"),
+        ({"model": None}, "its metadata lacks 'model'"),
     ],
 )
-def test_what_encode_does_not_write_is_named(tmp_path, change, message):
+def test_invalid_latent_files_are_named(tmp_path, change, message):
     path = tmp_path / "a.safetensors"
     save_latent(Latent(torch.randn(1, 8, 2, 2), "m", None, (16, 16), "crop"), path)
     with safe_open(path, framework="pt") as file:
@@ -182,8 +185,8 @@ def test_unscaled(tmp_path):
     np.save(tmp_path / "a.npy", np.ones((8, 2, 2), np.float16))
     ((path, load),) = find_latents(tmp_path).items()
     assert path == tmp_path / "a.npy" and torch.equal(load().unscaled(4.0), torch.full((1, 8, 2, 2), 0.25))
-    with pytest.raises(LatentError, match="the model has none"):
+    with pytest.raises(LatentError, match="the model has no scaling factor"):
         load().unscaled(None)
-    with pytest.raises(DataError, match="nothing to read"):
+    with pytest.raises(DataError, match="expected latents in this folder"):
         (tmp_path / "b").mkdir()
         find_latents(tmp_path / "b")

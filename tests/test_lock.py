@@ -1,4 +1,4 @@
-"""One process at a time in a folder."""
+"""Only one process at a time works in a folder."""
 
 import errno
 import os
@@ -10,7 +10,7 @@ from dcae_fast.files import WriteError
 from dcae_fast.lock import LockedError, is_unused, locked
 
 
-def test_a_second_process_is_told_who_works_there(lock_holder, tmp_path, monkeypatch):
+def test_the_error_of_a_second_process_names_the_first(lock_holder, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["/bin/dcae-fast", "cache-latents", "my photos"])
     holder, command = lock_holder(tmp_path / "run"), "dcae-fast cache-latents 'my photos'"
     with pytest.raises(LockedError, match=rf"/run is in use by process {holder} on .* since .*: {command}; wait"):
@@ -18,8 +18,8 @@ def test_a_second_process_is_told_who_works_there(lock_holder, tmp_path, monkeyp
             raise AssertionError
 
 
-def test_a_killed_process_locks_nobody_out(lock_holder, tmp_path):
-    """Although a child of it lives."""
+def test_a_killed_process_releases_the_lock(lock_holder, tmp_path):
+    """Even if a child of the killed process is still running."""
     holder = lock_holder(tmp_path / "run")
     os.kill(holder, signal.SIGKILL)
     os.waitpid(holder, 0)
@@ -35,7 +35,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr("fcntl.lockf", lockf)
     with locked(tmp_path):
-        assert f"{tmp_path}: cannot be locked here" in capsys.readouterr().err
+        assert f"{tmp_path}: the file system does not support locks" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):

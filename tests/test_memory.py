@@ -1,4 +1,4 @@
-"""Errors that mean that there is not enough memory."""
+"""Out-of-memory errors are recognised and replaced."""
 
 import numpy as np
 import pytest

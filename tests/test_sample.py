@@ -39,7 +39,7 @@ def pixels(path) -> np.ndarray:
 
 
 def test_a_grid_of_pictures(models, tmp_path, capsys):
-    """Two columns for five pictures; each picture is what the model gives for its label and place."""
+    """Five pictures make two columns; each picture depends on its label and position."""
     out = tmp_path / "new" / "grid.png"
     assert run(models["uvit"], out, *LABELS, "--no-patch") == 0
     model = DCAEDiffusion.from_pretrained(models["uvit"])
@@ -103,7 +103,7 @@ def test_many_pictures_are_decoded_in_parts(models):
 
 
 def test_half_precision(models, tmp_path):
-    """The transformer under autocast, the autoencoder's weights rounded: nearly the same pictures."""
+    """With autocast and a bfloat16 autoencoder the pictures are nearly the same."""
     for dtype in ("float32", "bfloat16"):
         assert run(models["uvit"], tmp_path / f"{dtype}.png", *LABELS, "--cfg", "1", "--dtype", dtype) == 0
     difference = pixels(tmp_path / "float32.png").astype(int) - pixels(tmp_path / "bfloat16.png")
@@ -130,7 +130,7 @@ def test_models_by_name(models, tmp_path, monkeypatch):
         (["--model", "dc-ae-f32c32-in-1.0-uvit-x"], "did you mean 'dc-ae-f32c32-in-1.0-uvit-"),
     ],
 )
-def test_requests_that_cannot_be_met(models, tmp_path, capsys, argv, words):
+def test_invalid_options(models, tmp_path, capsys, argv, words):
     assert run(models["uvit"], tmp_path / "grid.png", *argv) == 2
     errors = capsys.readouterr().err
     assert words in errors and re.search(r"^dcae-fast: ", errors, re.M)
@@ -138,7 +138,7 @@ def test_requests_that_cannot_be_met(models, tmp_path, capsys, argv, words):
 
 
 @pytest.mark.parametrize("name", diffusion_zoo.DIFFUSION_MODELS)
-def test_without_weights_it_explains_how_to_get_them(name, tmp_path, capsys, monkeypatch):
+def test_the_error_without_weights_explains_how_to_get_them(name, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -148,8 +148,8 @@ def test_without_weights_it_explains_how_to_get_them(name, tmp_path, capsys, mon
     assert f"hf download {diffusion_zoo.zoo.autoencoder_hub_id(config.autoencoder)} --local-dir {name}/auto" in errors
 
 
-def test_a_folder_as_the_explanation_describes_it(tmp_path, monkeypatch):
-    """Both repositories' files, the transformer's as the trainer writes them."""
+def test_a_folder_as_that_error_describes_it(tmp_path, monkeypatch):
+    """The files of both repositories; the transformer's file is in the trainer's format."""
     config = replace(UVIT, autoencoder="dc-ae-test")
     monkeypatch.setitem(diffusion_zoo.DIFFUSION_MODELS, "test", config)
     model = build(diffusion_zoo.diffusion_config("test"))

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from dcae_fast import distributed
 from dcae_fast.files import leftovers
-from dcae_fast.finite import finite_rows, not_finite
+from dcae_fast.finite import finite_rows, not_finite_message
 from dcae_fast.images import MAX_PIXELS, as_seen
 from dcae_fast.interruption import ignore_interruptions
 from dcae_fast.lock import is_unused, locked
@@ -149,7 +149,7 @@ def _encode(dataset: CropDataset, store: Store, encode: BatchEncoder, workers: i
     on_cuda = next(encode.model.parameters()).is_cuda
     options = {"num_workers": workers, "worker_init_fn": ignore_interruptions}
     loader = DataLoader(dataset, encode.batch, collate_fn=collate, pin_memory=on_cuda, **options)
-    finish = partial(_write, store, not_finite(["its latent"], encode.dtype))
+    finish = partial(_write, store, not_finite_message(["its latent"], encode.dtype))
     begin = time.perf_counter()
     quiet = None if distributed.is_main() else True
     with tqdm(total=len(dataset), unit="image", disable=quiet) as bar:

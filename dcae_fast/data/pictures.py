@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from dcae_fast.images import MAX_PIXELS, centre_crop, opened, pixels_of, wide_grey
+from dcae_fast.images import MAX_PIXELS, centre_crop, grey_of_16_bits, opened, pixels_of
 
 Named = list[tuple[str, str]]  # names and what is to be said of each
 
@@ -65,7 +65,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     But grey of 16 bits, of which that would leave white, is brought to 8. ValueError for floating point.
     """
-    grey = wide_grey(image)
+    grey = grey_of_16_bits(image)
     if grey is not None:
         image = Image.fromarray((255 * grey).round().astype(np.uint8))
     return image.convert("RGB")

@@ -11,7 +11,7 @@ from PIL import Image
 from dcae_fast import distributed, images
 from dcae_fast.data.manifest import Sums, statistics
 from dcae_fast.data.pictures import Crops, collate
-from dcae_fast.finite import finite_rows, not_finite
+from dcae_fast.finite import finite_rows, not_finite_message
 from dcae_fast.models.autoencoder import DCAE
 
 from .metrics import frechet_distance
@@ -122,7 +122,7 @@ def _reconstruct_all(
     for row, index in enumerate(crops.indices):
         bad = [name for name, result in results.items() if not result.finite[row]]
         if bad:
-            reason = not_finite([f"the reconstruction by {name}" for name in bad], results[bad[0]].z.dtype)
+            reason = not_finite_message([f"the reconstruction by {name}" for name in bad], results[bad[0]].z.dtype)
             batches.failed.append((batches.pictures.items[index].name, reason))
         else:
             rows.append(row)

@@ -23,7 +23,7 @@ from dcae_fast.data.latents import LatentDataset
 from dcae_fast.data.manifest import MANIFEST, Sums, load_manifest, statistics
 from dcae_fast.data.sources import SOURCES
 from dcae_fast.data.store import NpyStore, ShardStore
-from dcae_fast.finite import not_finite
+from dcae_fast.finite import not_finite_message
 from dcae_fast.models.autoencoder import DCAE, CoderConfig, DCAEConfig
 
 NAMES = sorted(SIZES)
@@ -245,7 +245,7 @@ def test_latents_that_are_not_finite_are_left_out(pictures, tmp_path, model):
     settings = settings_of(model, "m", float("inf"), 64, "npy")
     report = cache_latents(find_pictures(pictures / "emu"), tmp_path, model, settings, workers=1)
     (skipped,) = report.skipped
-    assert skipped == ("f.png", not_finite(["its latent"], torch.float32)) and report.encoded == 0
+    assert skipped == ("f.png", not_finite_message(["its latent"], torch.float32)) and report.encoded == 0
     assert contents(tmp_path).keys() == {MANIFEST, SOURCES} and report.manifest.mean is None
 
 

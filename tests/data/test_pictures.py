@@ -45,7 +45,7 @@ def test_modes(tmp_path):
     Image.fromarray(grey.astype(np.float32)).save(tmp_path / "float.tiff")
     items = dict(CropDataset(find_pictures(tmp_path), range(4), 16)[number] for number in range(4))
     expected = torch.from_numpy(grey)[..., None].expand(16, 16, 3)
-    assert items.pop(0) == "its pixels are floating point, which has no defined range"
+    assert items.pop(0) == "has floating-point pixels, whose range is not defined; expected integer pixels"
     assert all(torch.equal(pixels, expected) for pixels in items.values()) and len(items) == 3
 
 
@@ -99,7 +99,9 @@ def test_pictures_that_are_too_large_are_named(tmp_path):
     found = find_pictures(tmp_path)
     limited = [reason for _, reason in CropDataset(found, range(3), 16, max_pixels=1599)]
     assert limited[0] == "has more than 1599 pixels; --max-pixels raises the limit"
-    assert limited[1] == "1x60 pixels, scaled to 16x960 for the crop, are more than 1599; --max-pixels raises the limit"
+    assert limited[1] == (
+        "resizing 1x60 pixels to 16x960 before cropping gives more than 1599 pixels; --max-pixels raises the limit"
+    )
     assert limited[2].shape == (16, 16, 3)
     before = Image.MAX_IMAGE_PIXELS
     assert all(isinstance(crop, torch.Tensor) for _, crop in CropDataset(found, range(3), 16))

@@ -280,7 +280,7 @@ def test_config_that_is_none(content, message, folder):
 
 def test_autoencoder_of_other_latents(folder, tmp_path):
     DCAE(replace(AUTOENCODER, latent_channels=4)).save_pretrained(tmp_path / "other")
-    with pytest.raises(CheckpointError, match="latents have 4 channels, the diffusion model's 8"):
+    with pytest.raises(CheckpointError, match="has 4 latent channels; the diffusion model expects 8"):
         load(folder, autoencoder=tmp_path / "other")
 
 
