@@ -147,7 +147,7 @@ def summary(results: Results, name: str) -> str:
     if records := headline(results):
         parts += [paragraph(HEADLINE), tables.headline_table(records, ("paper", *tables.MAIN[:3]))]
     parts.append(errors(results))
-    parts.append(f"[All results]({link}): every contender, memory, first calls, operators, commands, profiles.")
+    parts.append(f"[All results]({link}): every contender, memory, first calls, operators, profiles.")
     return "\n\n".join(filter(None, parts))
 
 
