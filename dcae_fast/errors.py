@@ -24,6 +24,10 @@ class DeviceError(ValueError):
     """A device does not exist, or cannot compute in the requested dtype."""
 
 
+class DataError(ValueError):
+    """Pictures or latents on disk that are not what they should be; the message names them."""
+
+
 class NotFiniteError(FloatingPointError):
     """A model computed NaN or infinity. The message names the results and gives advice."""
 

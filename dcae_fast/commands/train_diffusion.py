@@ -8,23 +8,24 @@ from typing import TYPE_CHECKING
 import tyro
 
 from dcae_fast.memory import out_of_memory_as
-from dcae_fast.training.config import DESCRIPTIONS, RECIPES, Run, TrainingError
+from dcae_fast.training.diffusion.config import DESCRIPTIONS, RECIPES, DiffusionRun
+from dcae_fast.training.engine.config import TrainingError
 
 from .common import UsageError, make_folder
 
 if TYPE_CHECKING:
     import torch
 
-    from dcae_fast.training.evaluation import Comparison
+    from dcae_fast.training.diffusion.evaluation import Comparison
 
-Named = tyro.extras.subcommand_type_from_defaults(RECIPES, DESCRIPTIONS, prefix_names=False)
+NamedRecipe = tyro.extras.subcommand_type_from_defaults(RECIPES, DESCRIPTIONS, prefix_names=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """Samples of the average, compared with real pictures every eval_steps, where one of the files is given.
+    """Compare samples of the averaged weights with real pictures every eval_steps, if at least one file is given.
 
-    Their inception score is computed along with it.
+    The inception score of the samples is computed too.
     """
 
     eval_fid: Path | None = None
@@ -34,34 +35,34 @@ class Compared:
     eval_cmmd: Path | None = None
     """.npy file of reference-stats, for CMMD"""
     eval_samples: int = 5000
-    """how many; of fewer samples the FID is higher"""
+    """number of samples; with fewer samples FID is higher"""
 
-    def comparison(self, run: Run, device: "torch.device") -> "Comparison | None":
+    def comparison(self, run: DiffusionRun, device: "torch.device") -> "Comparison | None":
         from dcae_fast.evaluation.generation import References
-        from dcae_fast.training.evaluation import Comparison
+        from dcae_fast.training.diffusion.evaluation import Comparison
 
         files = self.eval_fid, self.eval_precision_recall, self.eval_cmmd
         return Comparison(References.load(*files), self.eval_samples, run, device) if any(files) else None
 
 
-def train_diffusion(recipe: Named, run: Run, compared: Compared, *, dry_run: bool = False) -> int:
-    """Train a diffusion transformer on cached latents by one of the original's recipes; under torchrun on several GPUs.
+def train_diffusion(recipe: NamedRecipe, run: DiffusionRun, compared: Compared, *, dry_run: bool = False) -> int:
+    """Train a diffusion transformer on cached latents by a recipe of the original; under torchrun on several GPUs.
 
-    SIGTERM and Ctrl-C end a run after the step, with a checkpoint; the same command resumes it. All options may also
-    stand in a YAML, TOML or JSON file, which is named with an @ among them: `train-diffusion uvit-h-f64 @my.yaml
-    --lr 1e-4`; the later of two counts.
+    After SIGTERM or Ctrl-C the command finishes the step, saves a checkpoint and ends; the same command resumes the
+    training. A YAML, TOML or JSON file can contain options, also together with options on the command line:
+    `train-diffusion uvit-h-f64 @my.yaml --lr 1e-4`. If an option is given twice, the later one counts.
 
     Args:
-        dry_run: print the network's size, the cost of a step, the memory needed and the data found, and train nothing
+        dry_run: print the size of the network, the cost of a step, the memory needed and the data found, and exit
     """
     import torch
 
     from dcae_fast import distributed
     from dcae_fast.data.latents import LatentDataset
-    from dcae_fast.data.manifest import DataError
+    from dcae_fast.errors import DataError
     from dcae_fast.reconstruction import choose_device
-    from dcae_fast.training.estimate import describe
-    from dcae_fast.training.loop import train
+    from dcae_fast.training.diffusion.estimate import describe
+    from dcae_fast.training.diffusion.task import train
 
     advice = "try --accumulate, --checkpoint-activations or, on several GPUs, --parallel fsdp"
     too_large = UsageError(f"a part of the batch does not fit in memory; {advice}")
@@ -71,8 +72,8 @@ def train_diffusion(recipe: Named, run: Run, compared: Compared, *, dry_run: boo
             if dry_run:
                 distributed.print_main(describe(recipe, run, LatentDataset(run.data), distributed.world_size()))
                 return 0
-            torch.set_float32_matmul_precision("high")  # as the original: TF32 for what autocast leaves
-            warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # whose result nobody changes in place
+            torch.set_float32_matmul_precision("high")  # as the original: TF32 for products outside autocast
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # nobody changes its result in place
             comparison = compared.comparison(run, device)
             make_folder(run.out)
             model = train(recipe, run, device, comparison)

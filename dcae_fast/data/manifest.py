@@ -12,13 +12,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from dcae_fast.errors import DataError
 from dcae_fast.files import written_atomically
 
 MANIFEST = "manifest.json"
-
-
-class DataError(ValueError):
-    """Pictures or latents on disk that are not what they should be; the message names them."""
 
 
 @dataclass(frozen=True)

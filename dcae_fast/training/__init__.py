@@ -1,1 +1,1 @@
-"""Training diffusion transformers on cached latents: in one process or many, resumed exactly."""
+"""Training: `engine` runs a training of any task and resumes it exactly; the other packages are tasks."""

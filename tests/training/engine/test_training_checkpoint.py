@@ -3,34 +3,29 @@
 import json
 import os
 import shutil
-from dataclasses import replace
 
 import pytest
-import torch
-from small_training import CPU, RECIPE, assert_equal, run_in, weights
+from two_networks import FILE, RECIPE, TwoNetworks, assert_equal, everything, exported, run_in
 
-from dcae_fast.data.latents import LatentDataset
 from dcae_fast.files import WriteError
-from dcae_fast.models import diffusion_checkpoint
-from dcae_fast.training.checkpoint import Checkpoints
-from dcae_fast.training.config import TrainingError
-from dcae_fast.training.loop import train
-from dcae_fast.training.state import initial_state
+from dcae_fast.training.engine.checkpoint import Checkpoints
+from dcae_fast.training.engine.config import TrainingError
+from dcae_fast.training.engine.loop import train
 
 STATE = "state/__0_0.distcp"
+AVERAGE = f"ema/{FILE}"
 
 
 @pytest.fixture(scope="module")
-def state(shared):
-    """Of a training that has not begun; tests load into it."""
-    config = RECIPE.diffusion_config(LatentDataset(shared / "latents"))
-    return initial_state(config, RECIPE, run_in(shared / "unused"), CPU)
+def state(tmp_path_factory):
+    """The state of a training that has not begun; tests load into it."""
+    return TwoNetworks(RECIPE, run_in(tmp_path_factory.mktemp("unused"))).build()
 
 
 @pytest.fixture
-def folder(shared, tmp_path):
-    """With checkpoints after 8 and 12 steps."""
-    return shutil.copytree(shared / "whole" / "checkpoints", tmp_path / "checkpoints")
+def folder(finished, tmp_path):
+    """A folder with checkpoints after 8 and 12 steps."""
+    return shutil.copytree(finished / "checkpoints", tmp_path / "checkpoints")
 
 
 def cut(file):
@@ -52,9 +47,7 @@ def remove(file):
 
 
 @pytest.mark.parametrize("damage", [cut, flip, empty, remove])
-@pytest.mark.parametrize(
-    "file", [STATE, "state/.metadata", "progress.json", "ema/model.safetensors", "ema/config.json"]
-)
+@pytest.mark.parametrize("file", [STATE, "state/.metadata", "progress.json", AVERAGE, "ema/config.json"])
 def test_a_damaged_file(state, folder, capsys, file, damage):
     damage(folder / "step-000000012" / file)
     assert Checkpoints(folder, 2).load_newest(state) == folder / "step-000000008" and state.step == 8
@@ -63,7 +56,7 @@ def test_a_damaged_file(state, folder, capsys, file, damage):
 
 
 @pytest.mark.parametrize("damage", [cut, empty])
-@pytest.mark.parametrize("file", [STATE, "state/.metadata", "progress.json", "ema/model.safetensors"])
+@pytest.mark.parametrize("file", [STATE, "state/.metadata", "progress.json", AVERAGE])
 def test_a_damaged_file_of_an_earlier_version(state, folder, capsys, file, damage):
     """Which wrote no hashes."""
     for step in folder.glob("step-*"):
@@ -90,15 +83,15 @@ def test_damaged_hashes(state, folder, capsys, damage):
     assert "hashes.json is unreadable" in capsys.readouterr().err
 
 
-def test_what_is_loaded_is_what_was_saved(state, folder, shared):
+def test_what_is_loaded_is_what_was_saved(state, folder, finished):
+    loaded = {}
     for step in (12, 8):
         (folder / "latest.txt").write_text(f"step-{step:09d}\n")
         assert Checkpoints(folder, 2).load_newest(state) == folder / f"step-{step:09d}" and state.step == step
-        average = {diffusion_checkpoint.PREFIX + name: x for name, x in state.average.average.items()}
-        if step == 12:
-            assert_equal(average, weights(shared / "whole"))
-        else:
-            assert any(not torch.equal(x, weights(shared / "whole")[name]) for name, x in average.items())
+        average = exported(folder / f"step-{step:09d}" / "ema")
+        assert_equal(state.average.average, {name: average[name] for name in state.average.average})
+        loaded[step] = everything(state)
+    assert all(not loaded[8][name].equal(loaded[12][name]) for name in loaded[8] if "weight" in name)
 
 
 @pytest.mark.parametrize("content", ["step-000000007\n", "", "\0\0", "../checkpoints", None])
@@ -109,23 +102,21 @@ def test_latest_that_names_no_checkpoint(state, folder, capsys, content):
     assert f"{latest} " in capsys.readouterr().err
 
 
-def test_none_is_whole(shared, folder, capsys):
-    run = run_in(folder.parent / "run")
-    shutil.copytree(shared / "whole", run.out)
+def test_none_is_whole(finished, tmp_path, capsys):
+    run = run_in(shutil.copytree(finished, tmp_path / "run"))
     for step in (8, 12):
         flip(run.out / "checkpoints" / f"step-{step:09d}" / STATE)
     with pytest.raises(TrainingError, match="checkpoints has no whole checkpoint"):
-        train(RECIPE, replace(run, data=shared / "latents"), CPU)
+        train(TwoNetworks(RECIPE, run))
     errors = capsys.readouterr().err
     assert all(f"step-{step:09d} is damaged and is not used: {STATE}" in errors for step in (8, 12))
 
 
-def test_training_resumes_from_the_whole_one(shared, tmp_path):
-    run = replace(run_in(tmp_path / "run"), data=shared / "latents")
-    shutil.copytree(shared / "whole", run.out)
+def test_training_resumes_from_the_whole_one(finished, tmp_path):
+    run = run_in(shutil.copytree(finished, tmp_path / "run"))
     flip(run.out / "checkpoints" / "step-000000012" / STATE)
-    train(RECIPE, run, CPU)
-    assert_equal(weights(run.out), weights(shared / "whole"))
+    train(TwoNetworks(RECIPE, run))
+    assert_equal(exported(run.out / "model"), exported(finished / "model"))
     assert {path.name for path in run.out.glob("checkpoints/*")} == {"latest.txt", "step-000000008", "step-000000012"}
 
 

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from dcae_fast.training.config import RECIPES, Architecture, Recipe, Run
-from dcae_fast.training.loop import Training
+from dcae_fast.training.diffusion.config import RECIPES, Architecture, DiffusionRecipe, DiffusionRun
+from dcae_fast.training.diffusion.task import DiffusionTask
+from dcae_fast.training.engine.loop import Training
 
 CPU = torch.device("cpu")
 ITEMS, SHAPE = 60, (64, 2, 2)  # of dc-ae-tiny, pictures of 64 pixels
@@ -26,7 +27,7 @@ RECIPE = replace(
 
 
 def save_latents(folder: Path, items: int = ITEMS, shape: tuple[int, ...] = SHAPE) -> None:
-    """As the original has them. A class has a mean of its own, so that there is something to learn."""
+    """Files as the original writes them. Each class has its own mean, so that there is something to learn."""
     rng = np.random.default_rng(0)
     for index in range(items):
         file = folder / f"class{index % 3}" / f"{index:03d}.npy"
@@ -34,10 +35,10 @@ def save_latents(folder: Path, items: int = ITEMS, shape: tuple[int, ...] = SHAP
         np.save(file, (rng.normal(size=shape) * 0.3 + index % 3 - 1).astype(np.float32))
 
 
-def run_in(folder: Path, **options) -> Run:
-    """With the latents beside the run's folder; not patched, as kernels are slow without a GPU."""
+def run_in(folder: Path, **options) -> DiffusionRun:
+    """A run with the latents beside its folder; not patched, as kernels are slow without a GPU."""
     defaults = {"device": "cpu", "patch": False, "workers": 0, "log_steps": 4, "save_steps": 4, "sample_steps": 0}
-    return Run(data=folder.parent / "latents", out=folder, **defaults | options)
+    return DiffusionRun(data=folder.parent / "latents", out=folder, **defaults | options)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -50,9 +51,9 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def train_until(step: int, recipe: Recipe, run: Run, device: torch.device = CPU) -> None:
-    """As far as a run gets that is ended after so many steps: no checkpoint then, and no result."""
-    training = Training(recipe, run, device)
-    training.order.steps = range(training.state.step, step)
+def train_until(step: int, recipe: DiffusionRecipe, run: DiffusionRun, device: torch.device = CPU) -> None:
+    """A run that is killed after so many steps: it writes no checkpoint at the end, and no result."""
+    training = Training(DiffusionTask(recipe, run, device))
+    training.steps = range(training.state.step, step)
     training.run_all()
     training.log.close()

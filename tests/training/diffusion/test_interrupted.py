@@ -12,10 +12,10 @@ from test_training_command import OPTIONS, run
 
 from dcae_fast.interruption import Interrupted
 from dcae_fast.lock import LockedError
-from dcae_fast.training import loop
-from dcae_fast.training.checkpoint import Checkpoints
-from dcae_fast.training.log import Log
-from dcae_fast.training.loop import train
+from dcae_fast.training.diffusion import task
+from dcae_fast.training.diffusion.task import train
+from dcae_fast.training.engine.checkpoint import Checkpoints
+from dcae_fast.training.engine.log import Log
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_before_the_first_step(shared, monkeypatch):
         raise Interrupted(signal.SIGTERM)
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "initial_state", interrupted)
+        patched.setattr(task, "initial_state", interrupted)
         with pytest.raises(Interrupted):
             train(RECIPE, run, CPU)
     train(RECIPE, run, CPU)

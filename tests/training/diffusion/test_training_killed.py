@@ -13,7 +13,7 @@ import torch._dynamo  # which optimizers would import in every child
 from pathlib import Path
 from small_training import CPU, RECIPE, run_in
 
-from dcae_fast.training.loop import train
+from dcae_fast.training.diffusion.task import train
 
 torch.set_num_threads(1)
 run, moments, kills = run_in(Path(sys.argv[1]), save_steps=1, log_steps=1), random.Random(0), 0

@@ -1,4 +1,4 @@
-"""The exponential moving average of a network's weights, which is what one samples with."""
+"""The exponential moving average of a network's weights, which gives better samples than the weights themselves."""
 
 import math
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class MovingAverage:
-    """Float32, by the names of the network's parameters, sharded as they are.
+    """The average of each parameter, by its name, in the parameter's dtype and sharded like the parameter.
 
     average ← average + (1 - d_k) (weights - average) after step k = 1, 2, ...,  d_k = decay (1 - exp(-k / 2000))
     """
@@ -37,7 +37,7 @@ class MovingAverage:
 
     @contextmanager
     def in_place_of_weights(self, network: nn.Module) -> Iterator[None]:
-        """The network has the average for weights, for a while; afterwards its own again, to the bit."""
+        """Within the block the network's weights are the average; afterwards they are as before, to the bit."""
         self._swap(network)
         try:
             yield
@@ -54,11 +54,14 @@ class MovingAverage:
 
     @torch.no_grad()
     def load(self, file: Path, prefix: str) -> None:
-        """From a safetensors file with the whole tensors, whatever the number of ranks that wrote it."""
+        """Reads the average of each parameter NAME, whole, as prefix + NAME from a safetensors file.
+
+        The file may have been written by another number of ranks.
+        """
         with safe_open(file, framework="pt") as tensors:
             for name, average in self.average.items():
                 whole = tensors.get_tensor(prefix + name)
-                if isinstance(average, DTensor):  # every rank takes its part of the file, nothing is sent
+                if isinstance(average, DTensor):  # every rank takes its part from the file, nothing is sent
                     place = average.device_mesh, average.placements
                     whole = distribute_tensor(whole.to(average.device), *place, src_data_rank=None)
                 local(average).copy_(local(whole))

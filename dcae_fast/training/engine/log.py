@@ -1,4 +1,4 @@
-"""Log of a training, by the main process only: a progress bar, log.jsonl, and TensorBoard or Weights & Biases."""
+"""The log of a training, by the main rank: a progress bar, log.jsonl, and TensorBoard or Weights & Biases."""
 
 import hashlib
 import json
@@ -19,7 +19,11 @@ LOG = "log.jsonl"
 
 
 class Log:
-    """Lines {"step": ..., name: number, ...}; those after `step`, of a run that did not get to save it, are removed."""
+    """log.jsonl has lines {"step": ..., name: number, ...}.
+
+    step: the step after which the run resumes; lines of later steps, which no checkpoint contains, are removed. steps:
+    of the whole training. settings: for Weights & Biases.
+    """
 
     def __init__(self, run: Run, step: int, steps: int, settings: dict[str, Any]):
         self.closing: list[Callable[[], object]] = []
@@ -42,14 +46,14 @@ class Log:
             self.bar.update()
 
     def numbers(self, step: int, **values: float) -> None:
-        """Called by all ranks, as the rest is. Raises WriteError."""
+        """Writes a line. Called by all ranks, like all methods. Raises WriteError."""
         distributed.on_main(lambda: self._write(step, values))
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         append_line(self.file, json.dumps({"step": step, **values}))
         text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         self.bar.set_postfix_str(text)
-        if self.bar.disable:  # without a terminal
+        if self.bar.disable:  # there is no terminal
             print(f"step {step}: {text}", flush=True)
         for backend in self.backends:
             backend.numbers(step, values)
@@ -64,6 +68,7 @@ class Log:
 
 
 def _forget_after(file: Path, step: int) -> None:
+    """Removes the lines of later steps, and torn lines."""
     if not file.is_file():
         return
     kept = []
@@ -71,7 +76,7 @@ def _forget_after(file: Path, step: int) -> None:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):  # torn, by the end of the former run
+        except (ValueError, KeyError, TypeError):  # torn when the former run was killed
             continue
     with written_atomically(file) as temporary:
         temporary.write_text("".join(kept))

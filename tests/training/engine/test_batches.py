@@ -1,15 +1,13 @@
-"""The order of the data and the random draws: the original's, and the same on any number of ranks."""
+"""The order of the data: the original's, and the same on any number of ranks."""
 
 import numpy as np
 import pytest
 import torch
-from small_training import CPU
 
 from dcae_fast.data.latents import LatentDataset
-from dcae_fast.data.manifest import DataError
 from dcae_fast.data.sampler import rank_indices
-from dcae_fast.models.diffusion_zoo import diffusion_config
-from dcae_fast.training.batches import BatchOrder, draw, load_batches
+from dcae_fast.errors import DataError
+from dcae_fast.training.engine.batches import BatchOrder, load_batches
 
 ITEMS, BATCH = 50, 12
 
@@ -42,24 +40,13 @@ def test_other_ranks_share_the_same_batches(shards):
     assert len(set(epoch)) == len(epoch)
 
 
-def test_draws():
-    config = diffusion_config("dc-ae-f64c128-in-1.0-uvit-h-in-512px")
-    whole = draw(config, 12, range(12), 0, 7, CPU)
-    assert whole.noise.shape == (12, 128, 8, 8) and whole.t.min() >= 1 and whole.t.max() <= 1000
-    for ranks in (2, 3):
-        parts = [draw(config, 12, range(12 * r // ranks, 12 * (r + 1) // ranks), 0, 7, CPU) for r in range(ranks)]
-        for name in ("t", "noise", "dropped"):
-            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
-    for seed, step in ((0, 8), (1, 7)):
-        other = draw(config, 12, range(12), seed, step, CPU)
-        assert not torch.equal(other.noise, whole.noise) and not torch.equal(other.t, whole.t)
-    many = torch.cat([draw(config, 64, range(64), 0, step, CPU).dropped for step in range(50)])
-    assert 0.08 < many.float().mean() < 0.12
-
-
 @pytest.mark.parametrize(
     "items, batch, shards, ranks, words",
-    [(50, 12, 5, 1, "5, the shards"), (50, 12, 1, 5, "5, the ranks"), (50, 60, 1, 1, "at most 50")],
+    [
+        (50, 12, 5, 1, "5, the number of shards"),
+        (50, 12, 1, 5, "5, the number of ranks"),
+        (50, 60, 1, 1, "at most 50"),
+    ],
 )
 def test_batches_that_cannot_be(items, batch, shards, ranks, words):
     with pytest.raises(ValueError, match=words):
@@ -72,6 +59,6 @@ def test_a_bad_latent_is_named_in_one_line(tmp_path, workers):
         np.save(tmp_path / f"{number}.npy", np.full((4, 2, 2), np.nan if number == 2 else 0, np.float32))
     order = BatchOrder(4, 2, 1, 0, range(2), 0, 1)
     with pytest.raises(DataError) as caught:
-        list(load_batches(LatentDataset(tmp_path), order, workers, CPU))
+        list(load_batches(LatentDataset(tmp_path), order, workers, torch.device("cpu")))
     message = str(caught.value)
     assert message.startswith(f"{tmp_path}/2.npy: has values that are not finite") and "\n" not in message

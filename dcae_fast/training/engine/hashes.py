@@ -1,4 +1,4 @@
-"""hashes.json: the SHA-256 of each file in a folder, to recognise files that were cut short or have rotted."""
+"""hashes.json: the SHA-256 of each file in a folder, to detect files that were cut short or whose bits have changed."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ BLOCK = 1 << 20
 
 
 def save_hashes(folder: Path) -> None:
-    """Writes hashes.json about all files that are in the folder. Called by all ranks. Raises WriteError."""
+    """Writes hashes.json for all files in the folder. Called by all ranks. Raises WriteError."""
     names = distributed.on_main(
         lambda: sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     )
@@ -23,7 +23,7 @@ def save_hashes(folder: Path) -> None:
 
 
 def find_damage(folder: Path) -> str | None:
-    """Which file of the folder is not as hashes.json has it; None if all are, or if there is no hashes.json.
+    """Says which file of the folder differs from hashes.json; None if no file differs, or if there is no hashes.json.
 
     Called by all ranks.
     """
@@ -44,7 +44,7 @@ def _write(file: Path, hashes: dict[str, str | None]) -> None:
 
 
 def _read(file: Path) -> dict[str, str] | str | None:
-    """The hashes; what is wrong with them; or None if there are none."""
+    """The hashes in the file; a complaint if it is unreadable; None if it does not exist."""
     if not file.exists():
         return None
     try:
@@ -55,7 +55,7 @@ def _read(file: Path) -> dict[str, str] | str | None:
 
 
 def _hashes(folder: Path, names: list[str]) -> dict[str, str | None]:
-    """Of the files with these names, None where one cannot be read. Each rank reads its share."""
+    """The hash of each of these files, None where the file cannot be read. Each rank reads its share of the files."""
     mine = names[distributed.rank() :: distributed.world_size()]
     with ThreadPoolExecutor(THREADS) as pool:
         hashes = dict(zip(mine, pool.map(_hash, [folder / name for name in mine]), strict=True))

@@ -1,36 +1,35 @@
 """Learning rate, weight decay and moving average, against the original's values where there are any."""
 
-from dataclasses import replace
-
 import pytest
 import torch
-from small_training import RECIPE
 from torch import nn
 
 from dcae_fast.models.dit import DiT, DiTConfig
 from dcae_fast.models.uvit import UViT, UViTConfig
-from dcae_fast.training.ema import MovingAverage
-from dcae_fast.training.optimizer import build_optimizer, learning_rate
+from dcae_fast.training.engine.ema import MovingAverage
+from dcae_fast.training.engine.optimizer import build_optimizer, learning_rate
 
 SIZES = {"in_channels": 4, "input_size": 2, "depth": 2, "hidden_size": 16, "num_heads": 2}
 
 
 def test_warm_up(open_case):
     meta = open_case("pipeline", "").file_meta["lr_warmup"]
-    recipe = replace(RECIPE, lr=meta["base_lr"], warmup_lr=meta["warmup_lr"], warmup_steps=meta["warmup_steps"])
+    warm_up = {"lr": meta["base_lr"], "warmup_steps": meta["warmup_steps"], "warmup_lr": meta["warmup_lr"]}
     expected = meta["lr_used_at_step_1_2"]
-    assert [learning_rate(recipe, step + 1) for step in range(len(expected))] == pytest.approx(expected, rel=1e-12)
-    assert learning_rate(replace(recipe, warmup_steps=0), 1) == recipe.lr
+    rates = [learning_rate(step + 1, **warm_up) for step in range(len(expected))]
+    assert rates == pytest.approx(expected, rel=1e-12)
+    assert learning_rate(1, **warm_up | {"warmup_steps": 0}) == meta["base_lr"]
 
 
 def test_what_decays():
     network = UViT(UViTConfig(**SIZES))
-    optimizer = build_optimizer(network, replace(RECIPE, weight_decay=0.03))
+    optimizer = build_optimizer(network, 1e-3, (0.9, 0.99), weight_decay=0.03)
     names = {id(p): name for name, p in network.named_parameters()}
     spared = {names[id(p)] for group in optimizer.param_groups if not group["weight_decay"] for p in group["params"]}
     assert spared == {name for name in names.values() if name.endswith("bias") or name == "norm.weight"}
     dit = DiT(DiTConfig(**SIZES))
-    trained = {id(p) for group in build_optimizer(dit, RECIPE).param_groups for p in group["params"]}
+    optimizer = build_optimizer(dit, 1e-3, (0.9, 0.99), weight_decay=0.03)
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert trained == {id(p) for name, p in dit.named_parameters() if name != "pos_embed"}
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from small_training import CPU, RECIPE, run_in, save_latents
 
-from dcae_fast.training.loop import train
+from dcae_fast.training.diffusion.task import train
 
 
 @pytest.fixture(scope="session")

@@ -7,17 +7,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from small_training import CPU, RECIPE, assert_equal, run_in, train_until, weights
+from small_training import CPU, ITEMS, RECIPE, assert_equal, run_in, train_until, weights
 
-from dcae_fast.data.manifest import DataError
 from dcae_fast.diffusion import DCAEDiffusion
-from dcae_fast.errors import NotFiniteError
+from dcae_fast.errors import DataError, NotFiniteError
 from dcae_fast.sampling import OBJECTIVES
-from dcae_fast.training import loop
-from dcae_fast.training.batches import draw, load_batches
-from dcae_fast.training.config import Architecture, TrainingError
-from dcae_fast.training.loop import Training, train
-from dcae_fast.training.state import take_step
+from dcae_fast.training.diffusion import task
+from dcae_fast.training.diffusion.config import Architecture
+from dcae_fast.training.diffusion.draws import draw
+from dcae_fast.training.diffusion.step import NAME
+from dcae_fast.training.diffusion.task import DiffusionTask, train
+from dcae_fast.training.engine.batches import BatchOrder
+from dcae_fast.training.engine.config import TrainingError
+from dcae_fast.training.engine.loop import Training
 
 SHORT = replace(RECIPE, steps=3)
 
@@ -33,21 +35,20 @@ def same_numbers(one: list[dict], other: list[dict]) -> bool:
 
 def test_steps_by_the_formulas(shared, tmp_path):
     """Against a loop with PyTorch's own AdamW, not fused, and the average by its formula."""
-    training = Training(SHORT, run_in(shared / "formulas"), CPU)
+    task = DiffusionTask(SHORT, run_in(shared / "formulas"), CPU)
+    training = Training(task)
     training.log.close()
     torch.manual_seed(SHORT.seed)
-    network = SHORT.diffusion_config(training.data).build().eval()  # drops no labels
+    network = task.config.build().eval()  # drops no labels
     decayed = [p for name, p in network.named_parameters() if "bias" not in name and name != "norm.weight"]
     others = [p for name, p in network.named_parameters() if "bias" in name or name == "norm.weight"]
     groups = [{"params": decayed, "weight_decay": 0.03}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.99, 0.99), foreach=False)
     average = {name: p.detach().clone() for name, p in network.named_parameters()}
-    for step, indices in enumerate(training.order, start=1):
-        z = torch.stack([training.data[i][0] for i in indices])
-        draws = draw(training.state.config, 8, range(8), 0, step - 1, CPU)
-        labels = torch.tensor(
-            [3 if gone else training.data[i][1] for i, gone in zip(indices, draws.dropped, strict=True)]
-        )
+    for step, indices in enumerate(BatchOrder(ITEMS, 8, 1, 0, range(3), 0, 1), start=1):
+        z = torch.stack([task.data[i][0] for i in indices])
+        draws = draw(task.config, 8, range(8), 0, step - 1, CPU)
+        labels = torch.tensor([3 if gone else task.data[i][1] for i, gone in zip(indices, draws.dropped, strict=True)])
         loss = OBJECTIVES["DPM_Solver"].loss(network, z, labels, draws.t, draws.noise)
         loss.backward()
         for group in optimizer.param_groups:
@@ -57,7 +58,7 @@ def test_steps_by_the_formulas(shared, tmp_path):
         for name, p in network.named_parameters():
             average[name] += (1 - 0.9999 * (1 - np.exp(-step / 2000))) * (p.detach() - average[name])
     training.run_all()
-    for name, p in training.state.network.named_parameters():
+    for name, p in training.state.exported.named_parameters():
         torch.testing.assert_close(p, network.get_parameter(name), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(training.state.average.average[name], average[name], rtol=1e-5, atol=1e-6)
 
@@ -164,26 +165,27 @@ def test_half_precision(shared, precision):
 
 def test_float16_leaves_out_a_step_that_overflows(shared):
     recipe = replace(RECIPE, precision="float16")
-    training = Training(recipe, run_in(shared / "overflow"), CPU)
+    training = Training(DiffusionTask(recipe, run_in(shared / "overflow"), CPU))
+    trained = training.state.networks[NAME]
+    trained.scaler.load_state_dict(trained.scaler.state_dict() | {"scale": 1e30})
+    before = {name: p.clone() for name, p in trained.network.named_parameters()}
+    training.steps = range(1)
+    training.run_all()
     training.log.close()
-    state = training.state
-    state.scaler.load_state_dict(state.scaler.state_dict() | {"scale": 1e30})
-    z, labels = next(iter(load_batches(training.data, training.order, 0, CPU)))
-    before = {name: p.clone() for name, p in state.network.named_parameters()}
-    take_step(state, recipe, training._parts(z, labels), want_norm=True)
-    assert_equal(before, dict(state.network.named_parameters()))
-    assert state.step == 1 and state.scaler.get_scale() < 1e30
+    assert_equal(before, dict(trained.network.named_parameters()))
+    assert training.state.step == 1 and trained.scaler.get_scale() < 1e30
 
 
 def norms_at_steps(run, clip) -> list[torch.Tensor]:
     """Of the gradients as the optimizer sees them."""
-    training, norms = Training(replace(SHORT, clip_grad=clip), run, CPU), []
+    training, norms = Training(DiffusionTask(replace(SHORT, clip_grad=clip), run, CPU)), []
     training.log.close()
+    trained = training.state.networks[NAME]
 
     def look(*_):
-        norms.append(torch.nn.utils.get_total_norm([p.grad for p in training.state.network.parameters()]))
+        norms.append(torch.nn.utils.get_total_norm([p.grad for p in trained.network.parameters()]))
 
-    training.state.optimizer.register_step_pre_hook(look)
+    trained.optimizer.register_step_pre_hook(look)
     training.run_all()
     return norms
 
@@ -252,10 +254,10 @@ def test_samples_that_are_not_finite(shared, monkeypatch, capsys):
     def overflows(*args):
         raise NotFiniteError("NaN or infinity in latent 1")
 
-    monkeypatch.setattr(loop, "draw_samples", overflows)
+    monkeypatch.setattr(task, "draw_samples", overflows)
     run = run_in(shared / "overflowing", sample_steps=2)
     train(replace(RECIPE, steps=2), run, CPU)
-    assert "The samples after step 2 hold NaN or infinity" in capsys.readouterr().err
+    assert "The samples after step 2 contain NaN or infinity" in capsys.readouterr().err
     assert (run.out / "model").is_dir() and not (run.out / "samples").exists()
 
 
@@ -316,15 +318,15 @@ def test_back_to_an_earlier_checkpoint(shared):
 
 
 def test_fewer_steps_than_were_taken(shared):
-    with pytest.raises(TrainingError, match="steps=8; expected at least 12, which .*/whole has taken"):
+    with pytest.raises(TrainingError, match="steps=8; expected at least 12, the steps .*/whole has taken"):
         train(replace(RECIPE, steps=8), run_in(shared / "whole"), CPU)
 
 
 def test_a_loss_that_is_not_finite(shared):
-    with pytest.raises(TrainingError, match="the loss is nan in the steps up to 4"):
+    with pytest.raises(TrainingError, match="loss is nan in the steps up to 4"):
         train(replace(RECIPE, lr=1e30, warmup_steps=0), run_in(shared / "diverged"), CPU)
     rare = run_in(shared / "diverged-unseen", log_steps=12, save_steps=3)
-    with pytest.raises(TrainingError, match="the loss is nan in the steps up to 3"):
+    with pytest.raises(TrainingError, match="loss is nan in the steps up to 3"):
         train(replace(RECIPE, lr=1e30, warmup_steps=0), rare, CPU)
     assert not (rare.out / "checkpoints").exists()
 
@@ -333,7 +335,7 @@ def test_a_loss_that_is_not_finite(shared):
     "change, words",
     [
         ({"batch": 61}, "at most 60"),
-        ({"network": Architecture(kind="uvit", num_classes=2)}, "has 3 classes"),
+        ({"network": Architecture(kind="uvit", num_classes=2)}, "expected at least 3, the number of classes"),
         ({"autoencoder": "dc-ae-nothing"}, "dc-ae-nothing"),
         ({"autoencoder": "dc-ae-f32c32-in-1.0"}, "latents of 64 channels"),
         ({"clip_grad": 0.0}, "clip_grad=0.0; expected more than 0"),

@@ -18,9 +18,10 @@ from dcae_fast import distributed
 from dcae_fast.evaluation import networks
 from dcae_fast.evaluation.generation import References
 from dcae_fast.interruption import Interrupted
-from dcae_fast.training.config import Run
-from dcae_fast.training.evaluation import Comparison
-from dcae_fast.training.loop import Training, train
+from dcae_fast.training.diffusion.config import DiffusionRun
+from dcae_fast.training.diffusion.evaluation import Comparison
+from dcae_fast.training.diffusion.task import DiffusionTask, train
+from dcae_fast.training.engine.loop import Training
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch.distributed is not built")
 RANKS = 2
@@ -61,9 +62,9 @@ def trainings(rank: int, folder: Path) -> None:
     os._exit(0)  # destroying a gloo group of DDP's may wait forever for a thread that needs the interpreter's lock
 
 
-def interrupted(rank: int, run: Run) -> None:
+def interrupted(rank: int, run: DiffusionRun) -> None:
     """One of the ranks gets SIGTERM; both save after the same step, and go on."""
-    training = Training(RECIPE, run, CPU)
+    training = Training(DiffusionTask(RECIPE, run, CPU))
     step_taken, taken = training.log.step_taken, iter(range(1, 100))
 
     def signalled():

@@ -1,4 +1,4 @@
-"""What a training will cost, before it begins: nothing is computed, no weights are made."""
+"""The cost of a training, estimated before it begins: without computing anything or allocating weights."""
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -7,15 +7,19 @@ from dcae_fast.data.latents import LatentDataset
 from dcae_fast.describe import diffusion_cost, table
 from dcae_fast.models.diffusion_zoo import DiffusionConfig
 from dcae_fast.ops._private import FakeTensorMode, storage_id
+from dcae_fast.training.engine.batches import BatchOrder
+from dcae_fast.training.engine.parallel import apply_activation_checkpointing
+from dcae_fast.training.engine.state import autocast
 
-from .batches import BatchOrder
-from .config import Recipe, Run
-from .parallel import checkpoint_blocks
-from .state import autocast
+from .config import DiffusionRecipe, DiffusionRun
+from .network import blocks_of
 
 
-def describe(recipe: Recipe, run: Run, data: LatentDataset, ranks: int) -> str:
-    """A table: the data, the network, the work of a step and the memory that a rank needs for it. ValueError."""
+def describe(recipe: DiffusionRecipe, run: DiffusionRun, data: LatentDataset, ranks: int) -> str:
+    """A table of the data, the network, the work of a step, and the memory that each rank needs.
+
+    ValueError if the recipe does not fit the data or the number of ranks.
+    """
     config = recipe.diffusion_config(data)
     network, manifest = config.network, data.manifest
     parameters, flops = diffusion_cost(config)
@@ -28,16 +32,16 @@ def describe(recipe: Recipe, run: Run, data: LatentDataset, ranks: int) -> str:
     rows = [
         ("data", f"{len(data)} latents {'x'.join(map(str, data.shape))} in {data.folder}"),
         ("classes", f"{len(data.classes) or 1} of {network.num_classes}"),
-        ("made by", f"{config.autoencoder}, multiplied by {config.scaling_factor}"),
+        ("made by", f"{config.autoencoder}; scaled by {config.scaling_factor}"),
         ("network", f"{recipe.network.kind}, depth {network.depth}, width {network.hidden_size}"),
         ("size", f"{parameters / 1e6:.1f} M parameters, {network.tokens} tokens"),
         ("objective", f"{recipe.train_scheduler}, {recipe.precision}"),
         ("batch", f"{recipe.batch}: ranks {ranks}, parts {run.accumulate} of {part}"),
         ("length", f"{recipe.steps} steps, {recipe.steps / epoch:.1f} epochs of {epoch}"),
-        ("work", f"{flops / 1e12:.4g} TFLOP in a step of all ranks"),
+        ("work", f"{flops / 1e12:.4g} TFLOP per step, summed over the ranks"),
         ("memory", f"{_size(weights)} for weights, gradients, optimizer{' and average' if recipe.ema_decay else ''}"),
-        ("", f"{_size(kept)} kept for the backward pass, unpatched and not compiled"),
-        ("", f"{_size(weights + kept)} in each rank, without what is passing"),
+        ("", f"{_size(kept)} kept for the backward pass, neither patched nor compiled"),
+        ("", f"{_size(weights + kept)} per rank, without temporary tensors"),
     ]
     if manifest is not None and manifest.mean is not None:
         rows.insert(3, ("statistics", f"mean {manifest.mean:.4f}, rms {manifest.rms:.4f}, std {manifest.std:.4f}"))
@@ -45,7 +49,7 @@ def describe(recipe: Recipe, run: Run, data: LatentDataset, ranks: int) -> str:
 
 
 def kept_bytes(config: DiffusionConfig, precision: str, checkpointed: bool, batch: int) -> int:
-    """Bytes that the plain network keeps for the backward pass of a batch, weights aside."""
+    """Bytes that the network, neither patched nor compiled, stores for the backward pass of a batch; weights aside."""
     few, more = (_kept_bytes(config, precision, checkpointed, size) for size in (2, 3))
     return few + (batch - 2) * (more - few)
 
@@ -63,7 +67,7 @@ def _kept_bytes(config: DiffusionConfig, precision: str, checkpointed: bool, bat
     with FakeTensorMode(allow_non_fake_inputs=True), saved_tensors_hooks(pack, lambda tensor: tensor):
         network.to_empty(device="cpu")
         if checkpointed:
-            checkpoint_blocks(network)
+            apply_activation_checkpointing(blocks_of(network))
         z, labels = torch.empty(batch, config.network.in_channels, size, size), torch.zeros(batch, dtype=torch.int64)
         with autocast(z.device, precision):
             network(z, torch.empty(batch), labels)

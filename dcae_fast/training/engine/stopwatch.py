@@ -1,4 +1,4 @@
-"""How long the steps of a training take, and how long the device waits for them."""
+"""The time that the steps of a training take, and how much of it the device waits for data."""
 
 import contextlib
 import time
@@ -9,10 +9,10 @@ import torch
 
 
 class Stopwatch:
-    """Time since the last `restart`, and the share of it in which the device had nothing to do between two steps.
+    """Measures the time since the last `restart`, and the share of it in which the device was idle between two steps.
 
-    On CUDA it is read off events before and after the work of each step, so that a batch that is late but finds the
-    device busy costs nothing.
+    On CUDA, events before and after the work of each step measure the idle time: a late batch costs nothing if it finds
+    the device busy.
     """
 
     def __init__(self, device: torch.device):
@@ -35,7 +35,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Time that does not count."""
+        """The time within the block does not count."""
         if self.on_cuda:
             torch.cuda.synchronize()
         self.mark()
@@ -45,7 +45,7 @@ class Stopwatch:
         self.mark()
 
     def read(self) -> tuple[float, float]:
-        """Seconds since `restart`, and the share that was waited; to be called when the device is done."""
+        """Seconds since `restart`, and the share of them in which the device was idle. The device must be done."""
         seconds, waits = time.perf_counter() - self.began, zip(self.marks[::2], self.marks[1::2], strict=False)
         if self.on_cuda:
             waited = sum(end.elapsed_time(start) for end, start in waits) / 1000

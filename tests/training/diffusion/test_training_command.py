@@ -19,11 +19,13 @@ from dcae_fast.evaluation import networks
 from dcae_fast.models.autoencoder import DCAE
 from dcae_fast.models.diffusion_zoo import diffusion_config
 from dcae_fast.models.weights import CheckpointError
-from dcae_fast.training.config import DESCRIPTIONS, RECIPES, TrainingError
-from dcae_fast.training.estimate import kept_bytes
-from dcae_fast.training.loop import train
-from dcae_fast.training.parallel import build_network, checkpoint_blocks
-from dcae_fast.training.state import autocast
+from dcae_fast.training.diffusion.config import DESCRIPTIONS, RECIPES
+from dcae_fast.training.diffusion.estimate import kept_bytes
+from dcae_fast.training.diffusion.network import blocks_of, build_network
+from dcae_fast.training.diffusion.task import train
+from dcae_fast.training.engine.config import TrainingError
+from dcae_fast.training.engine.parallel import apply_activation_checkpointing
+from dcae_fast.training.engine.state import autocast
 
 OPTIONS = {  # of small_training.RECIPE
     "network": {"depth": 2, "hidden_size": 32, "num_heads": 2, "num_classes": 3},
@@ -103,7 +105,7 @@ def test_memory_of_the_estimate(shared, precision, checkpointed):
     config, batch = RECIPE.diffusion_config(LatentDataset(shared / "latents")), 20
     network, kept = build_network(config, 0, CPU), {}
     if checkpointed:
-        checkpoint_blocks(network)
+        apply_activation_checkpointing(blocks_of(network))
 
     def pack(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
@@ -145,7 +147,7 @@ def test_too_little_memory(shared, tmp_path, monkeypatch, capsys):
     file = tmp_path / "options.json"
     file.write_text(json.dumps(OPTIONS))
     monkeypatch.setattr(
-        "dcae_fast.training.loop.take_step", lambda *_, **options: torch.empty(2**60, dtype=torch.uint8)
+        "dcae_fast.training.diffusion.task.take_step", lambda *_, **options: torch.empty(2**60, dtype=torch.uint8)
     )
     assert run("uvit-h-f64", f"@{file}", "--data", shared / "latents", "--out", tmp_path / "run") == 2
     assert "a part of the batch does not fit in memory; try --accumulate" in capsys.readouterr().err
@@ -242,7 +244,7 @@ def test_samples_need_the_autoencoder(shared, tmp_path, monkeypatch):
         raise CheckpointError("not to be downloaded")
 
     monkeypatch.setattr(DCAE, "from_pretrained", absent)
-    with pytest.raises(TrainingError, match="sample_steps=0 trains without.*not to be downloaded"):
+    with pytest.raises(TrainingError, match="sample_steps=0 needs none.*not to be downloaded"):
         train(RECIPE, run_in(shared / "undecoded", sample_steps=5), CPU)
 
 

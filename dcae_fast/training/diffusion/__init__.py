@@ -1,0 +1,1 @@
+"""The task of training diffusion transformers on cached latents."""
