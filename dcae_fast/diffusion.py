@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .captured_steps import CapturedSteps
-from .models import diffusion_checkpoint
+from .models import diffusion_checkpoint, kinds
 from .models.autoencoder import DCAE
 from .models.diffusion_zoo import DiffusionConfig, diffusion_config
 from .models.dit import DiT
@@ -39,6 +39,7 @@ class DCAEDiffusion(nn.Module):
     @classmethod
     def from_name(cls, name: str) -> "DCAEDiffusion":
         """The architectures with this name (see `diffusion_zoo.diffusion_names`), with random weights."""
+        kinds.check_name(kinds.DIFFUSION_MODEL, name)
         config = diffusion_config(name)
         return cls(config, config.build(), DCAE.from_name(config.autoencoder))
 

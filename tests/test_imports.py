@@ -3,7 +3,8 @@
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -43,14 +44,60 @@ def package_of(folder: Path) -> str:
 
 def imports(path: Path) -> Iterator[str]:
     """What a file imports, anywhere in it, as absolute dotted names: `from .a import b` gives "package.a.b"."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    return names_imported(ast.walk(ast.parse(path.read_text())), package_of(path.parent))
+
+
+def names_imported(nodes: Iterable[ast.AST], package: str) -> Iterator[str]:
+    """The names that import statements among the nodes import; package: of the file that has them."""
+    for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            parents = package_of(path.parent).split(".")
+            parents = package.split(".")
             base = parents[: len(parents) + 1 - node.level] if node.level else []
             module = [*base, *([node.module] if node.module else [])]
             yield from (".".join([*module, alias.name]) for alias in node.names)
+
+
+def run_at_import(node: ast.AST) -> Iterator[ast.AST]:
+    """The statements of a file that run when it is imported: not in functions, not below `if TYPE_CHECKING`."""
+    for child in ast.iter_child_nodes(node):
+        is_for_types = isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING")
+        if not is_for_types and not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield child
+            yield from run_at_import(child)
+
+
+def graph(folder: str, nodes: Callable[[ast.AST], Iterable[ast.AST]]) -> dict[str, set[str]]:
+    """Module → the modules of the same folder that it imports. nodes: of a file's tree, those that count."""
+    paths = {module_of(path): path for path in (ROOT / folder).rglob("*.py")}
+    imported = {
+        module: names_imported(nodes(ast.parse(path.read_text())), package_of(path.parent))
+        for module, path in paths.items()
+    }
+    found = {
+        module: {name if name in paths else name.rpartition(".")[0] for name in imported[module]} for module in paths
+    }
+    return {module: names & paths.keys() - {module} for module, names in found.items()}
+
+
+def module_of(path: Path) -> str:
+    package = package_of(path.parent)
+    return package if path.name == "__init__.py" else f"{package}.{path.stem}"
+
+
+@pytest.mark.parametrize(
+    "folder, nodes",
+    [("dcae_fast/models", ast.walk), ("dcae_fast/sampling", ast.walk), ("dcae_fast", run_at_import)],
+    ids=["models, in functions too", "sampling, in functions too", "all, when imported"],
+)
+def test_no_circular_imports(folder, nodes):
+    modules = graph(folder, nodes)
+    assert any(modules.values())
+    try:
+        tuple(TopologicalSorter(modules).static_order())
+    except CycleError as error:
+        pytest.fail(f"circular imports: {' <- '.join(error.args[1])}")
 
 
 @pytest.mark.parametrize("path, rule", SOURCES, ids=[path.relative_to(ROOT).as_posix() for path, _ in SOURCES])

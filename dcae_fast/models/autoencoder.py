@@ -5,7 +5,7 @@ import os
 import torch
 from torch import nn
 
-from . import blocks
+from . import blocks, checkpoint, kinds, zoo
 from .config import CoderConfig, DCAEConfig
 
 DOWN_SAMPLERS = {
@@ -126,9 +126,8 @@ class DCAE(nn.Module):
     @classmethod
     def from_name(cls, name: str) -> "DCAE":
         """The architecture of that name (`zoo.autoencoder_names`) with random weights."""
-        from .zoo import autoencoder_config
-
-        return cls(autoencoder_config(name))
+        kinds.check_name(kinds.AUTOENCODER, name)
+        return cls(zoo.autoencoder_config(name))
 
     @classmethod
     def from_pretrained(
@@ -146,12 +145,9 @@ class DCAE(nn.Module):
         can be. revision, cache_dir, local_files_only: as in huggingface_hub; the latter two for repositories alone.
         config: instead of the checkpoint's own. Raises `weights.CheckpointError`.
         """
-        from . import checkpoint, weights
-
-        config, state = checkpoint.load(
-            source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, config=config
+        return checkpoint.load(
+            cls, source, config=config, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
         )
-        return weights.assemble(lambda: cls(config), state)
 
     def save_pretrained(self, folder: str | os.PathLike, layout: str = "original") -> None:
         """Weights and config.json in a folder, for `from_pretrained` and the library of that layout.
@@ -159,8 +155,6 @@ class DCAE(nn.Module):
         layout: "original" (DC-Gen, efficientvit) or "diffusers" (`AutoencoderDC`, which has no partial latents).
         Every file is replaced at once or not at all. Raises ValueError if the layout has no word for this model.
         """
-        from . import checkpoint
-
         checkpoint.save(self, folder, layout)
 
     @property

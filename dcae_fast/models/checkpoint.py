@@ -7,19 +7,21 @@ A weight file alone takes the config.json beside it, else the configuration of t
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
-from dcae_fast.errors import NotDownloadedError, OtherKindError
+from dcae_fast.errors import OtherKindError
 
 from . import convert, fields, finder, kinds, weights, zoo
-from .autoencoder import DCAE, DCAEConfig
+from .config import DCAEConfig
 from .finder import Names
-from .weights import CheckpointError, State
+from .weights import CheckpointError
 
 WEIGHTS = {
     "original": ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"],
@@ -31,31 +33,37 @@ WEIGHTS = {
 }
 
 
-def load(source: str | os.PathLike, *, config: DCAEConfig | None, **hub: Any) -> tuple[DCAEConfig, State]:
-    """The configuration and the complete, checked state dict (original layout, float32) of a checkpoint.
+Model = TypeVar("Model", bound=nn.Module)
+Build = Callable[[DCAEConfig], Model]
 
-    For the arguments see `DCAE.from_pretrained`. Raises CheckpointError.
+
+def load(build: Build, source: str | os.PathLike, *, config: DCAEConfig | None, **hub: Any) -> Model:
+    """The model that `build`, the class DCAE, makes of a checkpoint's configuration, with the checkpoint's weights.
+
+    For the other arguments see `DCAE.from_pretrained`. Raises CheckpointError.
     """
     finder.check_arguments(source, config, DCAEConfig)
-    try:
-        return load_available(source, config=config, **hub)
-    except NotDownloadedError as error:
-        raise CheckpointError(f"{error}\n{zoo.how_to_get(os.fspath(source))}") from error
+    with finder.advised(source, zoo.how_to_get):
+        return load_available(build, source, config=config, **hub)
 
 
-def load_available(source: str | os.PathLike, *, config: DCAEConfig | None, **hub: Any) -> tuple[DCAEConfig, State]:
+def load_available(build: Build, source: str | os.PathLike, *, config: DCAEConfig | None = None, **hub: Any) -> Model:
     """The same, but NotDownloadedError where files are neither here nor to be downloaded."""
     file = Path(source) if os.path.isfile(source) else None
     hub_ids = {name: zoo.autoencoder_hub_id(name) for name in zoo.AUTOENCODERS}
     names = Names(kinds.AUTOENCODER, zoo.BUNDLED, hub_ids)
     find = finder.finder(source if file is None else file.parent, names, **hub)
-    return load_found(find, source, file, config)
+    return load_found(build, find, source, file, config)
 
 
 def load_found(
-    find: finder.Finder, source: str | os.PathLike, file: Path | None, config: DCAEConfig | None
-) -> tuple[DCAEConfig, State]:
-    """The same from files that `find` finds in `source`, or from a weight file beside them."""
+    build: Build,
+    find: finder.Finder,
+    source: str | os.PathLike,
+    file: Path | None = None,
+    config: DCAEConfig | None = None,
+) -> Model:
+    """The same from the files that `find` finds in `source`, or from a weight file beside them."""
     config_file = find(finder.CONFIG)
     given = weights.read_json(config_file) if config_file else {}
     if config is None and given:
@@ -74,16 +82,16 @@ def load_found(
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from None
     if config is None:
-        config = _infer_config(state, layout, file)
-    expected = _empty_state(config)
+        config = _infer_config(build, state, layout, file)
+    expected = _empty_state(build, config)
     weights.check(state, convert.state_dict_to_diffusers(expected) if layout == "diffusers" else expected, file)
     if layout == "diffusers":
         state = convert.state_dict_from_diffusers(state, expected)
-    return config, {name: state[name].to(tensor.dtype) for name, tensor in expected.items()}
+    return weights.assemble(partial(build, config), state, expected)
 
 
-def save(model: DCAE, folder: str | os.PathLike, layout: str) -> None:
-    """Writes the weights, then config.json; for the arguments see `DCAE.save_pretrained`."""
+def save(model: nn.Module, folder: str | os.PathLike, layout: str) -> None:
+    """Write a DCAE's weights, then config.json; for the arguments see `DCAE.save_pretrained`."""
     if layout not in WEIGHTS:
         raise ValueError(f"layout {layout!r}; expected one of {', '.join(WEIGHTS)}")
     state = model.state_dict()
@@ -113,12 +121,12 @@ def _parse_config(given: Mapping, path: Path) -> DCAEConfig:
         raise CheckpointError(f"{path}: not the configuration of a DC-AE autoencoder: {error}") from error
 
 
-def _infer_config(state: Mapping[str, torch.Tensor], layout: str, path: Path) -> DCAEConfig:
+def _infer_config(build: Build, state: Mapping[str, torch.Tensor], layout: str, path: Path) -> DCAEConfig:
     """The configuration of the zoo that has these names and shapes; what its namesakes do not share is None."""
     shapes = {name: tensor.shape for name, tensor in state.items()}
     fits = []
     for name in zoo.AUTOENCODERS:
-        expected = _empty_state(zoo.autoencoder_config(name))
+        expected = _empty_state(build, zoo.autoencoder_config(name))
         if layout == "diffusers":
             expected = convert.state_dict_to_diffusers(expected)
         if shapes == {name: tensor.shape for name, tensor in expected.items()}:
@@ -131,7 +139,7 @@ def _infer_config(state: Mapping[str, torch.Tensor], layout: str, path: Path) ->
     return replace(fits[0], name=None, scaling_factor=factors.pop() if len(factors) == 1 else None)
 
 
-def _empty_state(config: DCAEConfig) -> dict[str, torch.Tensor]:
+def _empty_state(build: Build, config: DCAEConfig) -> dict[str, torch.Tensor]:
     """The model's state dict without data (on the meta device)."""
     with torch.device("meta"):
-        return DCAE(config).state_dict()
+        return build(config).state_dict()

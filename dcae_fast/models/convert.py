@@ -12,7 +12,9 @@ from . import fields
 from .config import ACTIVATIONS, HEAD_DIM, CoderConfig, DCAEConfig
 
 if TYPE_CHECKING:
-    from .weights import State
+    import torch
+
+    State = dict[str, torch.Tensor]
 
 RENAMES = [
     (r"\b(main|op_list)\.", ""),

@@ -45,24 +45,18 @@ def load(
     For the arguments see `DCAEDiffusion.from_pretrained`. Raises CheckpointError.
     """
     finder.check_arguments(source, config, DiffusionConfig)
-    try:
-        return _load(source, config, autoencoder, ema, revision, cache)
-    except NotDownloadedError as error:
-        raise CheckpointError(f"{error}\n{diffusion_zoo.how_to_get(os.fspath(source))}") from error
+    with finder.advised(source, diffusion_zoo.how_to_get):
+        file = Path(source) if os.path.isfile(source) else None
+        hub_ids = {name: diffusion_zoo.diffusion_hub_id(name) for name in diffusion_zoo.DIFFUSION_MODELS}
+        names = Names(kinds.DIFFUSION_MODEL, diffusion_zoo.BUNDLED, hub_ids)
+        find = finder.finder(source if file is None else file.parent, names, revision=revision, **cache)
+        config, network = _load_network(find, source, file, config, ema)
+        return config, network, _load_autoencoder(find, source, config, autoencoder, cache)
 
 
-def _load(
-    source: str | os.PathLike,
-    config: DiffusionConfig | None,
-    autoencoder: str | os.PathLike | None,
-    ema: bool,
-    revision: str | None,
-    cache: dict[str, Any],
-) -> tuple[DiffusionConfig, UViT | DiT, DCAE]:
-    file = Path(source) if os.path.isfile(source) else None
-    hub_ids = {name: diffusion_zoo.diffusion_hub_id(name) for name in diffusion_zoo.DIFFUSION_MODELS}
-    names = Names(kinds.DIFFUSION_MODEL, diffusion_zoo.BUNDLED, hub_ids)
-    find = finder.finder(source if file is None else file.parent, names, revision=revision, **cache)
+def _load_network(
+    find: finder.Finder, source: str | os.PathLike, file: Path | None, config: DiffusionConfig | None, ema: bool
+) -> tuple[DiffusionConfig, UViT | DiT]:
     config_file = find(finder.CONFIG)
     if config is None and config_file:
         config = _parse_config(weights.read_json(config_file), config_file)
@@ -75,8 +69,7 @@ def _load(
     if state["pos_embed"].is_meta:
         network = config.network
         state["pos_embed"] = position_table(network.hidden_size, network.input_size // network.patch_size)
-    state = {name: state[name].to(tensor.dtype) for name, tensor in expected.items()}
-    return config, weights.assemble(config.build, state), _load_autoencoder(find, source, config, autoencoder, cache)
+    return config, weights.assemble(config.build, state, expected)
 
 
 def save(config: DiffusionConfig, network: UViT | DiT, folder: str | os.PathLike) -> None:
@@ -105,17 +98,12 @@ def _load_autoencoder(
     except NotDownloadedError:
         is_inside = False
     if is_inside:
-        own = checkpoint.load_found(lambda file: find(f"{AUTOENCODER}/{file}"), f"{source}/{AUTOENCODER}", None, None)
-    else:
-        try:
-            own = checkpoint.load_available(config.autoencoder, config=None, **cache)
-        except NotDownloadedError as error:
-            if not os.path.exists(source):
-                raise
-            folder = Path(source) if os.path.isdir(source) else Path(source).parent
-            how = zoo.how_to_get(config.autoencoder, folder / AUTOENCODER)
-            raise CheckpointError(f"{error}\n{how}") from error
-    return weights.assemble(partial(DCAE, own[0]), own[1])
+        return checkpoint.load_found(DCAE, lambda file: find(f"{AUTOENCODER}/{file}"), f"{source}/{AUTOENCODER}")
+    if not os.path.exists(source):
+        return checkpoint.load_available(DCAE, config.autoencoder, **cache)
+    folder = Path(source) if os.path.isdir(source) else Path(source).parent
+    with finder.advised(config.autoencoder, partial(zoo.how_to_get, place=folder / AUTOENCODER)):
+        return checkpoint.load_available(DCAE, config.autoencoder, **cache)
 
 
 def _unwrap(content: Any, ema: bool) -> Any:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import fields, kinds, zoo
+from . import fields, zoo
 from .config import SCALES, DiTConfig, UViTConfig
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def diffusion_names() -> list[str]:
 
 def diffusion_config(name: str) -> DiffusionConfig:
     """The configuration of a diffusion model of the zoo; ValueError with the known names for any other."""
-    kinds.check_name(kinds.DIFFUSION_MODEL, name, diffusion_names())
+    zoo.check_name("diffusion model", name, diffusion_names())
     if name in BUNDLED:
         return config_from_json(zoo.bundled_config(BUNDLED[name]))
     return replace(DIFFUSION_MODELS[name], name=name)

@@ -1,7 +1,8 @@
 """Files of a checkpoint: found in a folder, in this package, or in a Hugging Face repository."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -28,7 +29,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from dcae_fast.errors import CheckpointError, NotDownloadedError, OtherKindError
 
-from . import kinds
+from . import kinds, zoo
 
 CONFIG = "config.json"
 PICKLES = (".pt", ".pth", ".ckpt", ".bin")
@@ -62,13 +63,13 @@ def finder(source: str | os.PathLike, names: Names, **hub: Any) -> Finder:
         return _in_folder(folder)
     if name in names.hub_ids:
         return _in_repository(names.hub_ids[name], **hub)
-    other = kinds.of_other_kind(names.kind, name)
+    other = kinds.other_kind(names.kind, name)
     if other:
         raise OtherKindError(other)
     if os.path.isabs(name) or name.startswith(".") or name.endswith((".safetensors", ".json", *PICKLES)):
         raise CheckpointError(f"no such file or folder: {name}")
     if name.count("/") != 1:
-        unknown = kinds.unknown_name(names.kind, name, [*names.hub_ids, *names.bundled])
+        unknown = zoo.unknown_name(names.kind, name, [*names.hub_ids, *names.bundled])
         raise CheckpointError(f"no such file or folder, nor a Hugging Face repository: {unknown}")
     return _in_repository(name, **hub)
 
@@ -79,6 +80,15 @@ def check_arguments(source: Any, config: Any, kind: type) -> None:
         raise TypeError(f"source={source!r}; expected a name, a path or a repository")
     if not isinstance(config, kind | None):
         raise TypeError(f"config is {type(config).__name__}; expected {kind.__name__}")
+
+
+@contextmanager
+def advised(source: str | os.PathLike, how_to_get: Callable[[str], str]) -> Iterator[None]:
+    """Where files of the source are neither here nor to be downloaded, raises CheckpointError, which says how to."""
+    try:
+        yield
+    except NotDownloadedError as error:
+        raise CheckpointError(f"{error}\n{how_to_get(os.fspath(source))}") from error
 
 
 def find_first(find: Finder, files: list[str], source: str | os.PathLike) -> Path:

@@ -156,11 +156,14 @@ def without_config(path: Path, shape: str) -> CheckpointError:
     return CheckpointError(f"{path}: no config.json beside it, and of the shape of {shape}; {advice}")
 
 
-def assemble(build: Callable[[], nn.Module], state: State) -> nn.Module:
-    """The module that `build` makes with these tensors as they are, no copies, in evaluation mode."""
+def assemble(build: Callable[[], nn.Module], state: State, expected: State) -> nn.Module:
+    """The module that `build` makes, with the tensors of `state` in the types of `expected`, in evaluation mode.
+
+    A tensor that has that type is not copied. `check` must have found that the state fits.
+    """
     with torch.device("meta"):
         module = build()
-    module.load_state_dict(state, assign=True)
+    module.load_state_dict({name: state[name].to(tensor.dtype) for name, tensor in expected.items()}, assign=True)
     return module.eval()
 
 

@@ -7,12 +7,13 @@ diffusers repositories; a scaling factor that none of them gives is None.
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from dcae_fast.errors import CheckpointError
 
-from . import convert, fields, kinds
+from . import convert, fields
 from .config import CoderConfig, DCAEConfig
 
 WIDTH = (128, 256, 512, 512, 1024, 1024, 2048, 2048)
@@ -84,7 +85,7 @@ def autoencoder_names() -> list[str]:
 
 def autoencoder_config(name: str) -> DCAEConfig:
     """The configuration of an autoencoder of the zoo; ValueError with the known names for any other."""
-    kinds.check_name(kinds.AUTOENCODER, name, autoencoder_names())
+    check_name("autoencoder", name, autoencoder_names())
     if name in BUNDLED:
         return convert.config_from_original(bundled_config(BUNDLED[name]))
     return replace(AUTOENCODERS[name], name=name)
@@ -92,10 +93,25 @@ def autoencoder_config(name: str) -> DCAEConfig:
 
 def autoencoder_hub_id(name: str) -> str | None:
     """The Hugging Face repository with the original weights; None if bundled, ValueError for an unknown name."""
-    kinds.check_name(kinds.AUTOENCODER, name, autoencoder_names())
+    check_name("autoencoder", name, autoencoder_names())
     if name in BUNDLED:
         return None
     return f"dc-ai/{name}" if name.endswith("-1.5") else f"mit-han-lab/{name}"
+
+
+def check_name(kind: str, name: Any, names: list[str]) -> None:
+    """TypeError unless the name is a string, ValueError unless it is one of the names. kind: of the models named."""
+    if not isinstance(name, str):
+        raise TypeError(f"name={name!r}; expected the name of a model, a string")
+    if name not in names:
+        raise ValueError(unknown_name(kind, name, names))
+
+
+def unknown_name(kind: str, name: str, names: list[str]) -> str:
+    """The text of an error about a name that is not one of the names."""
+    close = get_close_matches(name, names, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"unknown {kind} {name!r}; {hint}Known: {', '.join(names)}"
 
 
 def bundled_config(folder: Path) -> dict[str, Any]:

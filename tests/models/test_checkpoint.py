@@ -178,6 +178,15 @@ def test_names_of_another_type(load, name):
         load(name)
 
 
+@pytest.mark.parametrize(
+    "load, name",
+    [(DCAE.from_name, "dc-ae-f32c32-in-1.0-uvit-s-in-512px"), (DCAEDiffusion.from_name, "dc-ae-f32c32-in-1.0")],
+)
+def test_names_of_the_other_kind(load, name):
+    with pytest.raises(ValueError, match=f"'{name}' is an? .*: DCAE.*from_pretrained takes it"):
+        load(name)
+
+
 def test_all_misfits_are_named(folder):
     def edit(tensors):
         tensors["encoder.stages.9.extra"] = tensors.pop("encoder.stages.0.op_list.0.main.conv1.conv.bias")
