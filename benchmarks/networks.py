@@ -1,7 +1,7 @@
-"""The diffusion transformers that are measured, and the contenders: one network with random weights, made fast or not.
+"""The diffusion transformers that are measured, and the contenders: ways to compute one network with random weights.
 
-Every contender computes under autocast to bf16 over fp32 weights, as the original does; those of one workload share
-their weights where nothing changes them.
+Every contender computes under autocast to bf16 with fp32 weights, as the original does. The contenders of a workload
+share their weights if the workload does not change them.
 """
 
 import contextlib
@@ -21,28 +21,30 @@ from dcae_fast.models import diffusion_zoo
 from dcae_fast.models.dit import DiT, DiTConfig
 from dcae_fast.models.transformer import Attention, TransformerConfig
 from dcae_fast.models.uvit import UViT
+from dcae_fast.training.diffusion.network import blocks_of
+from dcae_fast.training.engine.parallel import apply_compile
 
 from . import contenders
 from .network_workloads import NetworkWorkload
 
-LATENTS = {  # of pictures of 512 pixels: Stable Diffusion's autoencoder with tokens of 2 × 2, and two of DC-AE
+LATENTS = {  # for pictures of 512 pixels: Stable Diffusion's autoencoder with tokens of 2 × 2, and two DC-AEs
     "f8p2": {"in_channels": 4, "input_size": 64, "patch_size": 2},
     "f32": {"in_channels": 32, "input_size": 16},
     "f64": {"in_channels": 128, "input_size": 8},
 }
-SIZES = diffusion_zoo.SIZES | {"tiny": {"depth": 2, "hidden_size": 32, "num_heads": 2}}  # tiny: of the rehearsal
+SIZES = diffusion_zoo.SIZES | {"tiny": {"depth": 2, "hidden_size": 32, "num_heads": 2}}  # tiny: for the rehearsal
 TIMES = 1000
 
-# Contenders share the code of a block, and each compiles it for several types: beyond the limit it would run as it is.
+# Contenders share the code of a block, and each compiles it for several types. Beyond the limit it would run uncompiled.
 torch._dynamo.config.recompile_limit = 64
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # x, t, y
 
 
 class OriginalAttention(Attention):
-    """Attention as the original computes it: q, k and v are cast up to fp32, and under autocast down again.
+    """Attention as the original computes it: q, k and v are cast to fp32, and under autocast back to bf16.
 
-    Exists for the benchmarks alone, where it is part of what "eager" and "torch.compile" stand for.
+    Only the benchmarks use it, in the contenders "eager" and "torch.compile".
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -59,18 +61,9 @@ def as_original(model: nn.Module) -> None:
             module.__class__ = OriginalAttention
 
 
-def blocks_of(model: UViT | DiT) -> Iterator[tuple[nn.ModuleList, int]]:
-    """Every block, as a list and an index into it; UViT's middle block stands alone and is left out."""
-    for blocks in (model.blocks,) if isinstance(model, DiT) else (model.in_blocks, model.out_blocks):
-        yield from ((blocks, index) for index in range(len(blocks)))
-
-
-def compiled(model: UViT | DiT, workload: NetworkWorkload, mode: str = "default") -> None:
-    """Block by block: alike blocks share their code, which takes seconds instead of minutes to compile."""
-    for blocks, index in blocks_of(model):
-        blocks[index].compile(dynamic=False, mode=mode)
-    if isinstance(model, UViT):
-        model.mid_block.compile(dynamic=False, mode=mode)
+def compiled(model: UViT | DiT, workload: NetworkWorkload, mode: str | None = None) -> None:
+    """Compiles block by block. Blocks of the same kind share compiled code, so this takes seconds, not minutes."""
+    apply_compile(blocks_of(model), mode)
 
 
 def autotuned(model: UViT | DiT, workload: NetworkWorkload) -> None:
@@ -84,9 +77,9 @@ def patched_and_compiled(model: UViT | DiT, workload: NetworkWorkload) -> None:
 
 @dataclass(frozen=True)
 class Contender:
-    """prepare: what is done to a copy of the network. original: with attention as the original computes it.
+    """prepare: changes a copy of the network in place. original: attention computes as in the original.
 
-    plain is this project's own network, which leaves q, k and v in the dtype of the autocast.
+    A contender named "plain" is this project's network, whose attention computes in the dtype of the autocast.
     """
 
     prepare: Callable[[nn.Module, NetworkWorkload], None]
@@ -105,7 +98,7 @@ CONTENDERS = {
 
 
 def config_of(name: str) -> TransformerConfig:
-    """Of a network FAMILY-SIZE-LATENT, like uvit-h-f64. No label is dropped in training, so that runs are alike."""
+    """The configuration of a network FAMILY-SIZE-LATENT, like uvit-h-f64. Training drops no labels at random."""
     family, size, latent = name.split("-")
     return diffusion_zoo.NETWORKS[family](**LATENTS[latent], **SIZES[size], class_dropout_prob=0.0)
 
@@ -115,7 +108,7 @@ def class_of(config: TransformerConfig) -> type[UViT] | type[DiT]:
 
 
 def new_network(name: str, device: torch.device) -> UViT | DiT:
-    """Random weights, the same every time: fp32, in evaluation mode; what is zero at the start of a training is not."""
+    """A network with the same random weights every time, fp32, in evaluation mode. No parameter is all zeros."""
     torch.manual_seed(0)
     with torch.device(device):
         config = config_of(name)
@@ -125,7 +118,7 @@ def new_network(name: str, device: torch.device) -> UViT | DiT:
 
 @functools.lru_cache(maxsize=1)
 def random_network(name: str, device: torch.device) -> UViT | DiT:
-    """One for the contenders to share."""
+    """The network whose weights the contenders share."""
     return new_network(name, device)
 
 
@@ -138,12 +131,12 @@ def without_zeros(model: nn.Module) -> nn.Module:
 
 
 def sharing_weights(model: nn.Module) -> nn.Module:
-    """A copy of a module that has the very same parameters."""
+    """A copy of a module. The parameters are not copied but shared."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
 def prepared(name: str, workload: NetworkWorkload, model: nn.Module) -> nn.Module:
-    """`model` made into the contender of that name."""
+    """Makes `model` the contender of that name, in place; returns it."""
     contender = CONTENDERS[name]
     if contender.original:
         as_original(model)
@@ -163,22 +156,22 @@ def inputs_of(workload: NetworkWorkload, device: torch.device) -> Inputs:
 
 @contextlib.contextmanager
 def autocast(device: torch.device) -> Iterator[None]:
-    """Autocast to bf16. PyTorch times cuDNN's algorithms for the one convolution, the patch embedding."""
+    """Autocast to bf16. PyTorch times cuDNN's algorithms for the only convolution, the patch embedding."""
     with torch.autocast(device.type, torch.bfloat16), torch.backends.cudnn.flags(enabled=True, benchmark=True):
         yield
 
 
 def flops_of(network: str, batch: int) -> int:
-    """Arithmetic of the plain network's forward."""
+    """FLOPs of the forward pass of the network, neither patched nor compiled."""
     return sum(flops_by_operator(network, batch).values())
 
 
 def flops_by_operator(network: str, batch: int) -> dict[str, int]:
-    """By operator ("convolution", "addmm", and "bmm" for attention); counted without computing anything."""
+    """FLOPs by operator ("convolution", "addmm", and "bmm" for attention), counted without computing anything."""
     config = config_of(network)
     uninitialised = type("Uninitialised", (class_of(config),), {"_initialise": lambda self: None})
     counter = FlopCounterMode(display=False)
-    with FakeTensorMode(), counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the counter knows its products
+    with FakeTensorMode(), counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # whose products the counter knows
         model = uninitialised(config).eval()
         x = torch.empty(1, config.in_channels, config.input_size, config.input_size)
         model(x, torch.empty(1), torch.zeros(1, dtype=torch.long))

@@ -72,9 +72,7 @@ def call_of(workload: Workload | NetworkWorkload, contender: str, device: torch.
     if isinstance(workload, Workload):
         return contenders.caller(contender, *contenders.prepared(contender, workload, device))
     inputs = networks.inputs_of(workload, device)
-    model = networks.prepared(contender, workload, training.fresh(workload, device))
-    if workload.checkpointed:
-        training.checkpoint_blocks(model)
+    model = training.prepared(contender, workload, device)
     return training.stepper(model, inputs) if workload.work == "training" else transformer.caller(model.eval(), inputs)
 
 

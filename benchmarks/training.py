@@ -1,7 +1,7 @@
 """One training step of a diffusion transformer: forward under autocast, backward, fused AdamW.
 
-There is memory for one contender at a time, so that they cannot take turns: each is timed alone, and eager a second
-time after all others, which shows how far the machine has drifted.
+The memory holds one contender at a time, so the contenders cannot take turns. Each is timed by itself, and eager a
+second time at the end, which shows how much the speed of the machine has drifted.
 """
 
 import math
@@ -10,7 +10,11 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+
+from dcae_fast.training.diffusion.network import blocks_of
+from dcae_fast.training.engine.optimizer import build_optimizer
+from dcae_fast.training.engine.parallel import apply_activation_checkpointing
+from dcae_fast.training.engine.state import Trained
 
 from . import networks
 from .autoencoder import FP32_ERROR, reason, release
@@ -22,22 +26,6 @@ from .transformer import CHECKED, record_of, times_of
 Exact = tuple[float, list[torch.Tensor]]  # loss and gradients
 
 
-class Checkpointed(nn.Module):
-    def __init__(self, block: nn.Module):
-        super().__init__()
-        self.block = block
-
-    def forward(self, *args: torch.Tensor) -> torch.Tensor:
-        return checkpoint(self.block, *args, use_reentrant=False)
-
-
-def checkpoint_blocks(model: nn.Module) -> None:
-    for blocks, index in list(networks.blocks_of(model)):
-        blocks[index] = Checkpointed(blocks[index])
-    if hasattr(model, "mid_block"):
-        model.mid_block = Checkpointed(model.mid_block)
-
-
 def loss_of(model: nn.Module, inputs: networks.Inputs, samples: int | None = None) -> torch.Tensor:
     """Mean square of (the first C channels + x), over the first `samples` of the batch."""
     x = inputs[0][:samples]
@@ -45,17 +33,18 @@ def loss_of(model: nn.Module, inputs: networks.Inputs, samples: int | None = Non
 
 
 def benchmark(workload: NetworkWorkload, device: torch.device, ceilings: Ceilings) -> dict:
-    """The record of a workload; peak_gib counts everything that is allocated, weights and optimizer included.
+    """The record of a workload. peak_gib: all allocated memory, weights and optimizer included.
 
-    error: relative error against fp32 of the gradients of a loss over the first samples; a contender is wrong if it is
-    more than twice eager's on these samples alone. drift: eager's time at the end in proportion to that at the start.
+    error: relative error of the gradients of a loss over the first samples, against fp32. A contender is wrong if its
+    error is more than twice the error of eager on a batch of these samples. drift: the time of eager at the end divided
+    by its time at the start.
     """
     torch.compiler.reset()
     inputs = networks.inputs_of(workload, device)
     first = tuple(each[:CHECKED] for each in inputs)
     exact = exact_gradients(workload, first)
-    eagers, _ = errors(networks.prepared("eager", workload, fresh(workload, device)), first, exact)
-    limit = max(2 * eagers, FP32_ERROR)
+    eager_error, _ = errors(networks.prepared("eager", workload, fresh(workload, device)), first, exact)
+    limit = max(2 * eager_error, FP32_ERROR)
     rows = {name: trial(name, workload, inputs, exact, limit) for name in workload.contenders}
     record = record_of(workload, rows, 3 * networks.flops_of(workload.network, workload.batch), ceilings)
     if "ms" in rows["eager"]:
@@ -66,12 +55,20 @@ def benchmark(workload: NetworkWorkload, device: torch.device, ceilings: Ceiling
 
 def fresh(workload: NetworkWorkload, device: torch.device) -> nn.Module:
     """A network to train, the same every time."""
-    networks.random_network.cache_clear()  # makes room for it
+    networks.random_network.cache_clear()  # frees its memory
     return networks.new_network(workload.network, device).train()
 
 
+def prepared(name: str, workload: NetworkWorkload, device: torch.device) -> nn.Module:
+    """A new network made into the contender of that name, with activation checkpointing if the workload has it."""
+    model = networks.prepared(name, workload, fresh(workload, device))
+    if workload.checkpointed:
+        apply_activation_checkpointing(blocks_of(model))
+    return model
+
+
 def exact_gradients(workload: NetworkWorkload, inputs: networks.Inputs) -> Exact:
-    """In fp32; on the CPU, to leave the device to those that are measured."""
+    """The loss and its gradients in fp32. The gradients are moved to the CPU, to free memory for the contenders."""
     model = fresh(workload, inputs[0].device)
     loss = loss_of(model, inputs)
     gradients = torch.autograd.grad(loss, trained(model), materialize_grads=True)
@@ -88,12 +85,10 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
 def trial(
     name: str, workload: NetworkWorkload, inputs: networks.Inputs, exact: Exact | None, limit: float
 ) -> dict[str, float | str]:
-    """The row of a contender, which is built, checked, timed and thrown away; without `exact` it is not checked."""
+    """The row of a contender, which is built, checked, timed and discarded. Without `exact` it is not checked."""
     row = {}
     try:
-        model = networks.prepared(name, workload, fresh(workload, inputs[0].device))
-        if workload.checkpointed:
-            checkpoint_blocks(model)
+        model = prepared(name, workload, inputs[0].device)
         if exact is not None:
             row["error"], row["loss_error"] = errors(model, inputs, exact)
             if not row["error"] <= limit:
@@ -112,7 +107,10 @@ def trial(
 
 
 def errors(model: nn.Module, inputs: networks.Inputs, exact: Exact) -> tuple[float, float]:
-    """Relative errors of all gradients together, and of the loss. The batch is whole: of a kind with what is timed."""
+    """Relative errors of all gradients together, and of the loss.
+
+    The loss is over the first samples, but the network computes the whole batch, as in the step that is timed.
+    """
     with networks.autocast(inputs[0].device):
         loss = loss_of(model, inputs, CHECKED)
     loss.backward()
@@ -127,14 +125,16 @@ def errors(model: nn.Module, inputs: networks.Inputs, exact: Exact) -> tuple[flo
 
 
 def stepper(model: nn.Module, inputs: networks.Inputs) -> Callable[[], torch.Tensor]:
-    optimizer = torch.optim.AdamW(trained(model), lr=1e-5, fused=True)
+    """A training step as a function without arguments, which returns the loss."""
+    device, lr = inputs[0].device, 1e-5
+    optimizer = build_optimizer(model, lr, betas=(0.9, 0.999), weight_decay=0.01)
+    in_training = Trained(model, model, optimizer, torch.amp.GradScaler(device.type, enabled=False))
 
     def step() -> torch.Tensor:
-        with networks.autocast(inputs[0].device):
+        with networks.autocast(device):
             loss = loss_of(model, inputs)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        in_training.backward(loss)
+        in_training.update(lr)
         return loss.detach()
 
     return step

@@ -122,9 +122,7 @@ def test_checkpointed_blocks_have_the_same_gradients():
     inputs = networks.inputs_of(TRAINING, CPU)
     gradients = []
     for checkpointed in (False, True):
-        model = training.fresh(TRAINING, CPU)
-        if checkpointed:
-            training.checkpoint_blocks(model)
+        model = training.prepared("eager", replace(TRAINING, checkpointed=checkpointed), CPU)
         training.loss_of(model, inputs).backward()
         gradients.append([parameter.grad for parameter in training.trained(model)])
     for a, b in zip(*gradients, strict=True):
