@@ -99,17 +99,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> depthwise_glu_backward(const at::
     return {dx, parameters ? at::zeros_like(weight) : none(), parameters ? at::zeros_like(bias) : none()};
   }
   const auto channels = static_cast<int>(x.size(1));
-  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
   int splits;
-  C10_CUDA_CHECK(depthwise_glu_backward_splits(conv.batch, conv.height, conv.width, channels, &splits));
+  C10_CUDA_CHECK(depthwise_glu_backward_splits(conv.batch, conv.height, conv.width, conv.channels, &splits));
   const at::Tensor dconv = at::empty_like(dx);
   const at::Tensor partial = at::empty({splits, 10, channels}, x.options().dtype(at::kFloat));
-  C10_CUDA_CHECK(launch_depthwise_glu_gate_backward(dout_data, conv.x, conv.weight_data(), conv.bias_data(),
-                                                    dconv.mutable_data_ptr(), conv.batch, conv.height, conv.width,
-                                                    conv.channels, conv.dtype, stream));
-  C10_CUDA_CHECK(launch_depthwise_glu_backward(dconv.const_data_ptr(), conv.x, conv.weight_data(),
-                                               dx.mutable_data_ptr(), partial.mutable_data_ptr(), conv.batch,
-                                               conv.height, conv.width, channels, conv.dtype, stream));
+  C10_CUDA_CHECK(launch_depthwise_glu_backward(dout_data, conv.x, conv.weight_data(), conv.bias_data(),
+                                               dconv.mutable_data_ptr(), dx.mutable_data_ptr(),
+                                               partial.mutable_data_ptr(), conv.batch, conv.height, conv.width,
+                                               conv.channels, conv.dtype, c10::cuda::getCurrentCUDAStream()));
   if (!parameters) return {dx, none(), none()};
   const at::Tensor sums = partial.sum(0);
   at::Tensor dweight = at::empty_like(weight);

@@ -1,56 +1,47 @@
-// Gradients of a depthwise 3x3 convolution by its input, weight and bias in one pass over memory. See ops.h.
+// Gradients of depthwise_glu by its input, weight and bias. See ops.h for the layout.
+//
+// The kernel of depthwise_glu.cuh computes dconv, the gradient of the convolution's result. The kernel below then
+// computes the gradients of the convolution in one pass over memory:
 //
 //     dx[p] = sum over taps of weight[tap] dconv[p - tap],    dweight[tap] = sum over p of x[p] dconv[p - tap]
 //
-// A thread has two channels at four columns (strips.cuh). It reads a row of dconv and one of x once: dconv is added to
-// three rows of dx, of which two wait in registers; the sums take products of this row and the one before.
+// A thread computes two channels at four columns (strips.cuh). It reads each row of dconv and of x once: a row of dconv
+// is added to three rows of dx, of which two wait in registers; the sums take products of this row and the one before.
 
-#include "ops.h"
-#include "strips.cuh"
+#include "depthwise_glu.cuh"
 
 namespace dcae_fast {
 
 namespace {
 
-constexpr int kSums = 10;        // nine taps, then the bias
-constexpr int kMaxWarps = 8;     // of a block; measured, as the stages
-constexpr int kStages = 3;       // of the ring; a step fills one
-constexpr int kWarpsPerSM = 16;  // as many as 128 registers for each thread allow
+constexpr int kSums = 10;     // nine taps, then the bias
+constexpr int kMaxWarps = 8;  // of a block; chosen by measurement, as is the number of stages
+constexpr int kStages = 3;    // of the ring
 
 template <typename T>
 __global__ void __launch_bounds__(32 * kMaxWarps, kWarpsPerSM / kMaxWarps)
     depthwise_glu_backward_kernel(const __grid_constant__ CUtensorMap dconv, const __grid_constant__ CUtensorMap x,
                                   const Pair* __restrict__ weight, Pair* __restrict__ dx, float2* __restrict__ partial,
                                   const Cut cut) {
-  extern __shared__ __align__(128) Pair ring[];  // [stage]: dconv [row][column with halo][pair], x [row][column][pair]
+  extern __shared__ __align__(128) Pair steps[];  // [stage]: dconv [row][column with halo][pair], x [row][column][pair]
   __shared__ uint64_t full[kStages];
   __shared__ float2 warp_sums[kMaxWarps][kSums][kPairs];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int x_row_size = cut.warps * kColumns * kPairs, row_size = x_row_size + 2 * kPairs;
-  const int stage_size = kRows * (row_size + x_row_size);
+  const int step_size = kRows * (row_size + x_row_size);
   const int first_pair = blockIdx.x * kPairs, first_strip = blockIdx.y;
 
-  const auto bring_step = [&](int stage, const Strip& of, int index, int step) {
-    start_step(cut, of, index, step, [&](const Strip& from, int row) {
-      const Pair* to = ring + stage * stage_size;
-      expect(&full[stage], stage_size * sizeof(Pair));
-      bring(to, &dconv, first_pair, from.column - 1, row, from.image, &full[stage]);
-      bring(to + kRows * row_size, &x, first_pair, from.column, row, from.image, &full[stage]);
-    });
-  };
-  if (threadIdx.x == 0) {
-    initialize(full);
-    const Strip first = strip(cut, first_strip);
-    for (int step = 0; step < kStages - 1; ++step) bring_step(step, first, first_strip, step);
-  }
+  Ring ring(cut, steps, step_size, full, [&](const Pair* to, const Strip& from, int row, uint64_t* barrier) {
+    bring(to, &dconv, first_pair, from.column - 1, row, from.image, barrier);
+    bring(to + kRows * row_size, &x, first_pair, from.column, row, from.image, barrier);
+  });
+  ring.start(first_strip);
 
   const int pair = first_pair + lane;
   float taps[2][9] = {}, sums[2][kSums] = {};
   if (pair < cut.pairs) load_weights<T>(taps, weight, pair, 1.0f);
   __syncthreads();  // the barriers are ready
 
-  int stage = 0;
-  unsigned parity = 0;
   for (int index = first_strip; index < cut.strips; index += cut.lanes) {
     const Strip to = strip(cut, index);
     const int column = to.column + warp * kColumns;
@@ -61,11 +52,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kWarpsPerSM / kMaxWarps)
     float d_before[kColumns + 2][2] = {}, x_before[kColumns][2] = {};
 #pragma unroll 1
     for (int step = 0; step < cut.steps; ++step) {
-      wait(&full[stage], parity);
-      __syncthreads();  // all are through with the step before
-      if (threadIdx.x == 0) bring_step(stage == 0 ? kStages - 1 : stage - 1, to, index, step + kStages - 1);
-      const Pair* rows = ring + stage * stage_size + warp * kColumns * kPairs + lane;
-      if (++stage == kStages) stage = 0, parity ^= 1;
+      const Pair* rows = ring.next(to, index, step) + warp * kColumns * kPairs + lane;
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         const int row = to.halo_row + step * kRows + r - to.row;  // counted from the strip's first
@@ -117,9 +104,16 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kWarpsPerSM / kMaxWarps)
   }
 }
 
+// channels: of x and dconv.
+cudaError_t cut_for(Cut* cut, int64_t batch, int height, int width, int channels) {
+  return cut_into_strips(cut, batch, height, width, channels / 2, kMaxWarps, kWarpsPerSM, 1);
+}
+
 template <typename T>
-cudaError_t launch(const void* dconv, const void* x, const void* weight, void* dx, void* sums, const Cut& cut,
-                   int64_t batch, cudaStream_t stream) {
+cudaError_t launch_convolution_backward(const void* dconv, const void* x, const void* weight, void* dx, void* sums,
+                                        int64_t batch, int height, int width, int channels, cudaStream_t stream) {
+  Cut cut;
+  if (const auto error = cut_for(&cut, batch, height, width, channels)) return error;
   CUtensorMap dconv_map, x_map;
   const int columns = cut.warps * kColumns;
   if (const auto error = describe(&dconv_map, dconv, batch, cut, 1, columns + 2)) return error;
@@ -136,22 +130,20 @@ cudaError_t launch(const void* dconv, const void* x, const void* weight, void* d
 
 cudaError_t depthwise_glu_backward_splits(int64_t batch, int height, int width, int channels, int* splits) {
   Cut cut;
-  if (const auto error = cut_into_strips(&cut, batch, height, width, channels / 2, kMaxWarps, kWarpsPerSM, 1)) {
-    return error;
-  }
+  if (const auto error = cut_for(&cut, batch, height, width, 2 * channels)) return error;
   *splits = cut.lanes;
   return cudaSuccess;
 }
 
-cudaError_t launch_depthwise_glu_backward(const void* dconv, const void* x, const void* weight, void* dx, void* sums,
-                                          int64_t batch, int height, int width, int channels, DType dtype,
-                                          cudaStream_t stream) {
-  Cut cut;
-  if (const auto error = cut_into_strips(&cut, batch, height, width, channels / 2, kMaxWarps, kWarpsPerSM, 1)) {
-    return error;
-  }
-  const auto f = dtype == DType::kFloat16 ? launch<__half> : launch<__nv_bfloat16>;
-  return f(dconv, x, weight, dx, sums, cut, batch, stream);
+cudaError_t launch_depthwise_glu_backward(const void* dout, const void* x, const void* weight, const void* bias,
+                                          void* dconv, void* dx, void* sums, int64_t batch, int height, int width,
+                                          int channels, DType dtype, cudaStream_t stream) {
+  return with_element(dtype, [&](auto element) {
+    using T = decltype(element);
+    const auto error = launch_glu<T, true>(x, weight, bias, dout, dconv, batch, height, width, channels, stream);
+    if (error != cudaSuccess) return error;
+    return launch_convolution_backward<T>(dconv, x, weight, dx, sums, batch, height, width, 2 * channels, stream);
+  });
 }
 
 }  // namespace dcae_fast

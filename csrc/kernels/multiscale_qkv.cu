@@ -25,24 +25,17 @@ template <typename T>
 __global__ void __launch_bounds__(32 * kMaxWarps, kWarpsPerSM / kMaxWarps)
     multiscale_qkv_kernel(const __grid_constant__ CUtensorMap x, const Pair* __restrict__ depthwise,
                           const Pair* __restrict__ grouped, Pair* __restrict__ out, const Cut cut) {
-  extern __shared__ __align__(128) Pair ring[];  // [stage][row][column with halo][pair]
+  extern __shared__ __align__(128) Pair steps[];  // [stage][row][column with halo][pair]
   __shared__ __align__(16) Pair filters[2 * kGroup][kFilterSize], pixels[kMaxWarps][kPixels][kPixelSize];
   __shared__ uint64_t full[kStages];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int row_size = (cut.warps * kColumns + 2 * kHalo) * kPairs, stage_size = kRows * row_size;
+  const int row_size = (cut.warps * kColumns + 2 * kHalo) * kPairs, step_size = kRows * row_size;
   const int first_pair = blockIdx.x * kPairs, first_strip = blockIdx.y;
 
-  const auto bring_step = [&](int stage, const Strip& of, int index, int step) {
-    start_step(cut, of, index, step, [&](const Strip& from, int row) {
-      expect(&full[stage], stage_size * sizeof(Pair));
-      bring(ring + stage * stage_size, &x, first_pair, from.column - kHalo, row, from.image, &full[stage]);
-    });
-  };
-  if (threadIdx.x == 0) {
-    initialize(full);
-    const Strip first = strip(cut, first_strip);
-    for (int step = 0; step < kStages - 1; ++step) bring_step(step, first, first_strip, step);
-  }
+  Ring ring(cut, steps, step_size, full, [&](const Pair* to, const Strip& from, int row, uint64_t* barrier) {
+    bring(to, &x, first_pair, from.column - kHalo, row, from.image, barrier);
+  });
+  ring.start(first_strip);
 
   const int pair = first_pair + lane;
   float taps[2][kTaps] = {};
@@ -82,8 +75,6 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kWarpsPerSM / kMaxWarps)
     __syncwarp();
   };
 
-  int stage = 0;
-  unsigned parity = 0;
   for (int index = first_strip; index < cut.strips; index += cut.lanes) {
     const Strip to = strip(cut, index);
     // a thread writes four pairs of a column at a time
@@ -94,11 +85,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kWarpsPerSM / kMaxWarps)
     float sums[kSize - 1][kColumns][2] = {};  // of the rows from two above the coming one to the one below it
 #pragma unroll 1
     for (int step = 0; step < cut.steps; ++step) {
-      wait(&full[stage], parity);
-      __syncthreads();  // all are through with the step before
-      if (threadIdx.x == 0) bring_step(stage == 0 ? kStages - 1 : stage - 1, to, index, step + kStages - 1);
-      const Pair* rows = ring + stage * stage_size + warp * kColumns * kPairs + lane;
-      if (++stage == kStages) stage = 0, parity ^= 1;
+      const Pair* rows = ring.next(to, index, step) + warp * kColumns * kPairs + lane;
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         float in[kColumns + 2 * kHalo][2], done[kColumns][2];

@@ -19,19 +19,15 @@ enum class DType { kFloat16, kBFloat16 };
 cudaError_t launch_depthwise_glu(const void* x, const void* weight, const void* bias, void* out, int64_t batch,
                                  int height, int width, int channels, DType dtype, cudaStream_t stream);
 
-// The gradient of c, dconv: [batch, height, width, 2M], from that of out, dout.
-cudaError_t launch_depthwise_glu_gate_backward(const void* dout, const void* x, const void* weight, const void* bias,
-                                               void* dconv, int64_t batch, int height, int width, int channels,
-                                               DType dtype, cudaStream_t stream);
-
-// From dconv the other gradients: dx, and parts of the sums that are dweight, for each of the nine taps, and dbias.
+// The gradients of c, x, weight and bias, from the gradient of out, dout. dconv, the gradient of c, and dx have x's
+// shape.
 //
-// sums: [splits, 10, channels] in fp32, to be added up; depthwise_glu_backward_splits says how many splits there are.
-// channels: all of x's, a positive multiple of 8.
+// sums: [splits, 10, 2M] in fp32, partial sums of dweight for each of the nine taps, then of dbias. The caller adds up
+// the splits; depthwise_glu_backward_splits gives their number.
 cudaError_t depthwise_glu_backward_splits(int64_t batch, int height, int width, int channels, int* splits);
-cudaError_t launch_depthwise_glu_backward(const void* dconv, const void* x, const void* weight, void* dx, void* sums,
-                                          int64_t batch, int height, int width, int channels, DType dtype,
-                                          cudaStream_t stream);
+cudaError_t launch_depthwise_glu_backward(const void* dout, const void* x, const void* weight, const void* bias,
+                                          void* dconv, void* dx, void* sums, int64_t batch, int height, int width,
+                                          int channels, DType dtype, cudaStream_t stream);
 
 // out_i = sum_j v_j (k_j . q_i) / (sum_j k_j . q_i + eps) over the positions of an image, with relu(q) and relu(k).
 //

@@ -127,16 +127,6 @@ __device__ inline void bring(const Pair* to, const CUtensorMap* x, int pair, int
       : "memory");
 }
 
-// Starts a step of strip `index`: bring_rows(strip, row), row the first of the step. One past the strip's last is a
-// step of the next strip of the same channels, if there is one.
-template <typename BringRows>
-__device__ void start_step(const Cut& cut, const Strip& of, int index, int step, const BringRows& bring_rows) {
-  const int later = index + step / cut.steps * cut.lanes;
-  if (later >= cut.strips) return;
-  const Strip from = later == index ? of : strip(cut, later);
-  bring_rows(from, from.halo_row + step % cut.steps * kRows);
-}
-
 // Waits until the phase of this parity is complete.
 __device__ inline void wait(uint64_t* barrier, unsigned parity) {
   asm volatile(
@@ -149,6 +139,52 @@ __device__ inline void wait(uint64_t* barrier, unsigned parity) {
       "r"(parity)
       : "memory");
 }
+
+// A block's ring of kStages steps in shared memory, which hold `size` pairs each. The block walks through the steps of
+// its strips, and calls `next` for each step; the ring fetches later steps meanwhile, also those of the next strip.
+//
+// bring_rows(to, strip, row, barrier) starts to bring a step that begins with this row of the image.
+template <int kStages, typename BringRows>
+struct Ring {
+  const Cut& cut;
+  Pair* steps;
+  const int size;
+  uint64_t (&full)[kStages];  // barriers in shared memory
+  const BringRows bring_rows;
+  int stage = 0;
+  unsigned parity = 0;
+
+  __device__ Ring(const Cut& cut, Pair* steps, int size, uint64_t (&full)[kStages], const BringRows& bring_rows)
+      : cut(cut), steps(steps), size(size), full(full), bring_rows(bring_rows) {}
+
+  // Starts with the block's first strip. All threads must synchronize before the first call of `next`.
+  __device__ void start(int index) const {
+    if (threadIdx.x != 0) return;
+    initialize(full);
+    const Strip first = strip(cut, index);
+    for (int step = 0; step < kStages - 1; ++step) fetch(step, first, index, step);
+  }
+
+  // Waits for a step of strip `index`, which is `of`. Returns the step's rows.
+  __device__ const Pair* next(const Strip& of, int index, int step) {
+    wait(&full[stage], parity);
+    __syncthreads();  // all are through with the step before
+    if (threadIdx.x == 0) fetch(stage == 0 ? kStages - 1 : stage - 1, of, index, step + kStages - 1);
+    const Pair* rows = steps + stage * size;
+    if (++stage == kStages) stage = 0, parity ^= 1;
+    return rows;
+  }
+
+ private:
+  // Starts a step of strip `index`. A step past the strip's last is one of the block's next strip, if there is one.
+  __device__ void fetch(int stage, const Strip& of, int index, int step) const {
+    const int later = index + step / cut.steps * cut.lanes;
+    if (later >= cut.strips) return;
+    const Strip from = later == index ? of : strip(cut, later);
+    expect(&full[stage], size * sizeof(Pair));
+    bring_rows(steps + stage * size, from, from.halo_row + step % cut.steps * kRows, &full[stage]);
+  }
+};
 
 __device__ inline bool within(int index, int size) {
   return static_cast<unsigned>(index) < static_cast<unsigned>(size);
