@@ -11,14 +11,14 @@
 
 namespace dcae_fast {
 
-// The weights of the gate are multiplied by -log2(e), those of the value by -ln(2) forward, so that value * silu(gate)
-// is value * gate / (1 + exp2(gate)).
+// The weights of the gate are multiplied by -log2(e) and, in the forward pass, the weights of the value by -ln(2), so
+// that value * silu(gate) is value * gate / (1 + exp2(gate)).
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 template <bool kBackward>
-constexpr int kGluMaxWarps = kBackward ? 8 : 4;  // of a block; measured, as the stages
+constexpr int kGluMaxWarps = kBackward ? 8 : 4;  // of a block; chosen by measurement, as is kGluStages
 template <bool kBackward>
-constexpr int kGluStages = kBackward ? 2 : 3;  // of the ring; a step fills one
+constexpr int kGluStages = kBackward ? 2 : 3;  // of the ring
 constexpr int kWarpsPerSM = 16;                // as many as 128 registers a thread allow
 
 // 1 / (1 + exp2(x)) with the hardware's exp2 and reciprocal: a relative error of a few 2^-22 for x below 115.
@@ -29,15 +29,15 @@ __device__ inline float sigmoid2(float x) {
   return reciprocal;
 }
 
-// Forward: out is the result [.., M]. Backward: out is the gradient of the convolution [.., 2M], dout that of the
-// result.
+// Forward: out is the result [.., M]. Backward: out is the gradient of the convolution's result [.., 2M], dout the
+// gradient of the gated unit's result.
 template <typename T, bool kBackward>
 __global__ void __launch_bounds__(32 * kGluMaxWarps<kBackward>, kWarpsPerSM / kGluMaxWarps<kBackward>)
     depthwise_glu_kernel(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap dout,
                          const Pair* __restrict__ weight, const Pair* __restrict__ bias, Pair* __restrict__ out,
                          const Cut cut) {
   constexpr int kParts = kBackward ? 2 : 1;
-  // [stage]: x [row][column with halo][half][pair], then backward dout [row][column][pair]
+  //   // [stage]: x [row][column with halo][half][pair]; backward then dout [row][column][pair]
   extern __shared__ __align__(128) Pair steps[];
   __shared__ uint64_t full[kGluStages<kBackward>];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(32 * kGluMaxWarps<kBackward>, kWarpsPerSM / kG
   for (int index = first_strip; index < cut.strips; index += cut.lanes) {
     const Strip to = strip(cut, index);
     const int column = to.column + warp * kColumns;
-    const int columns = pair < cut.pairs ? cut.width - column : 0;  // that this thread may write
+    const int columns = pair < cut.pairs ? cut.width - column : 0;  // that this thread writes
     const int64_t first_pixel = (static_cast<int64_t>(to.image) * cut.height + to.row) * cut.width + column;
     Pair* target = out + first_pixel * kParts * cut.pairs + pair;
     int written = 0;  // rows
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(32 * kGluMaxWarps<kBackward>, kWarpsPerSM / kG
       ++written;
     };
 
-    // What the rows so far add to two output rows: the one above the coming row, and the one level with it.
+    // Partial sums of two output rows: the row above the next input row, and the row level with it.
     float above[2][kColumns][2] = {}, level[2][kColumns][2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(32 * kGluMaxWarps<kBackward>, kWarpsPerSM / kG
             }
           }
         }
-        if (within(to.halo_row + step * kRows + r - 1 - to.row, to.rows)) {  // else the row above is not this strip's
+        if (within(to.halo_row + step * kRows + r - 1 - to.row, to.rows)) {  // the row above is in this strip
           write_row(done, rows + kRows * row_size + r * dout_row_size + warp * kColumns * kPairs);
         }
       }

@@ -45,18 +45,18 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kWarpsPerSM / kMaxWarps)
   for (int index = first_strip; index < cut.strips; index += cut.lanes) {
     const Strip to = strip(cut, index);
     const int column = to.column + warp * kColumns;
-    const int columns = pair < cut.pairs ? cut.width - column : 0;  // that this thread may write
+    const int columns = pair < cut.pairs ? cut.width - column : 0;  // that this thread writes
     const int64_t first_pixel = (static_cast<int64_t>(to.image) * cut.height + to.row) * cut.width + column;
     Pair* target = dx + first_pixel * cut.pairs + pair;
-    float above[kColumns][2] = {}, level[kColumns][2] = {};  // dx so far: above the coming row, and level with it
+    float above[kColumns][2] = {}, level[kColumns][2] = {};  // partial sums of dx: above the next row, level with it
     float d_before[kColumns + 2][2] = {}, x_before[kColumns][2] = {};
 #pragma unroll 1
     for (int step = 0; step < cut.steps; ++step) {
       const Pair* rows = ring.next(to, index, step) + warp * kColumns * kPairs + lane;
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        const int row = to.halo_row + step * kRows + r - to.row;  // counted from the strip's first
-        const bool own = within(row, to.rows);                    // sums are over the strip's rows of x
+        const int row = to.halo_row + step * kRows + r - to.row;  // relative to the strip's first
+        const bool own = within(row, to.rows);                    // only the strip's own rows of x enter the sums
         float d[kColumns + 2][2], done[kColumns][2];
 #pragma unroll
         for (int i = 0; i < kColumns + 2; ++i) {
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kWarpsPerSM / kMaxWarps)
         }
 #pragma unroll
         for (int i = 0; i < kColumns + 2; ++i) d_before[i][0] = d[i][0], d_before[i][1] = d[i][1];
-        if (within(row - 1, to.rows)) {  // else the row above is not this strip's
+        if (within(row - 1, to.rows)) {  // the row above is in this strip
 #pragma unroll
           for (int j = 0; j < kColumns; ++j) {
             if (j < columns) target[static_cast<int64_t>(j) * cut.pairs] = narrow<T>(done[j][0], done[j][1]);

@@ -1,6 +1,7 @@
-// GELU and its gradient in one pass over a matrix, and the sums of the gradient down its columns. See ops.h.
+// GELU and its gradient in one pass over a matrix, and sums of the gradient down its columns. See ops.h.
 //
-// A warp owns 256 columns, eight a lane, whose sums stay in registers until the block adds up those of its warps.
+// A warp computes 256 columns, eight a lane. Their sums stay in registers until the block adds up the sums of its
+// warps.
 
 #include <algorithm>
 #include <cstdint>
@@ -15,8 +16,8 @@ namespace {
 
 constexpr int kWarps = 4;
 constexpr int kColumns = 256;  // of a block
-constexpr int kBlocks = 12;    // of a multiprocessor, at once
-constexpr int kPairs = 4;      // a lane's, of one row
+constexpr int kBlocks = 12;    // on a multiprocessor at once
+constexpr int kPairs = 4;      // of a lane in one row
 
 struct Value {
   float slope, gelu;  // gelu'(h) and gelu(h)
@@ -30,7 +31,7 @@ __device__ Value gelu(float h) {
     const float cdf = __fdividef(1.0f, 1.0f + __expf(-h * kTwice * (1.0f + h * h * kCubic)));
     return {cdf + h * cdf * (1.0f - cdf) * kTwice * (1.0f + h * h * (3.0f * kCubic)), h * cdf};
   } else {
-    // Abramowitz & Stegun, 26.2.17, to 7.5e-8: it shares the exponential with the density.
+    // Abramowitz & Stegun, 26.2.17: error below 7.5e-8; shares the exponential with the density.
     const float density = 0.3989422804f * __expf(-0.5f * h * h);
     const float t = __fdividef(1.0f, 1.0f + 0.2316419f * fabsf(h));
     const float series =
@@ -40,7 +41,8 @@ __device__ Value gelu(float h) {
   }
 }
 
-// Blocks count over (blocks of columns, splits of the rows). All run at once: no second wave of them is half empty.
+// The grid is (blocks of columns, splits of the rows). All blocks run at once, so that there is no half-empty last
+// wave.
 template <typename T, bool kTanh, bool kGelu>
 __global__ void __launch_bounds__(32 * kWarps, kBlocks)
     gelu_gradient_kernel(const T* __restrict__ dg, const T* __restrict__ h, T* __restrict__ dh, T* __restrict__ g,

@@ -1,7 +1,9 @@
-// Layer norm of tokens, to which a gated branch may have been added, and its gradient. See ops.h for the formulas.
+// Layer norm of tokens, after adding a gated branch to them if there is one, and its gradient. See ops.h for the
+// formulas.
 //
-// A warp owns whole tokens, so that a token is read once and its sums need no other warp. The gradient's sums over
-// tokens stay in registers until the block adds up those of its warps; one or two such blocks fill a multiprocessor's.
+// A warp computes whole tokens, so that a token is read once and its sums need no other warp. The gradient's sums over
+// tokens stay in registers until the block adds up the sums of its warps. One or two such blocks fill the registers of
+// a multiprocessor.
 
 #include <algorithm>
 #include <cstdint>
@@ -16,10 +18,10 @@ namespace dcae_fast {
 namespace {
 
 constexpr int kForwardWarps = 4;
-constexpr int kChunk = 128;    // channels that a warp of the gradient takes at once, four a lane
+constexpr int kChunk = 128;    // channels that a warp of the gradient processes at once, four a lane
 constexpr int kWarps = 8;      // of a block of the gradient
 constexpr int kMostWaves = 8;  // of blocks
-constexpr int blocks_at_once(int width) { return width <= 512 ? 2 : 1; }  // of the gradient, on a multiprocessor
+constexpr int blocks_at_once(int width) { return width <= 512 ? 2 : 1; }  // blocks of the gradient on a multiprocessor
 
 __device__ float4 load4(const float* from) { return __ldg(reinterpret_cast<const float4*>(from)); }
 
@@ -44,7 +46,7 @@ __device__ float4 operator*(float4 x, float y) { return {x.x * y, x.y * y, x.z *
 __device__ float4 operator+(float4 x, float4 y) { return {x.x + y.x, x.y + y.y, x.z + y.z, x.w + y.w}; }
 __device__ float4 operator+(float4 x, float y) { return {x.x + y, x.y + y, x.z + y, x.w + y}; }
 
-// As it is when it was stored as X.
+// x after rounding to X.
 template <typename X>
 __device__ float4 rounded(float4 x) {
   if constexpr (std::is_same_v<X, float>) {
@@ -55,14 +57,14 @@ __device__ float4 rounded(float4 x) {
   }
 }
 
-// Over the channels of a token, from what each lane has of them.
+// The sum of x over the lanes of a warp.
 __device__ float sum_of(float x) {
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(0xffffffffu, x, lanes);
   return x;
 }
 
-// What a lane holds of the forward pass: eight neighbouring channels of every 256.
+// A lane's share of 256 channels in the forward pass: eight neighbouring channels.
 struct Channels {
   float4 low, high;
 };
@@ -87,15 +89,15 @@ __device__ void store8(T* to, Channels x) {
                                    narrow<T>(x.high.x, x.high.y), narrow<T>(x.high.z, x.high.w)};
 }
 
-// Blocks of the forward pass that a multiprocessor holds at least: where the scale is a parameter, as many as there are
-// registers for; else (0) as it comes.
+// The least number of blocks of the forward pass on a multiprocessor. Where all images share the scale, as many as the
+// registers allow; else 0, which sets no limit.
 template <typename S>
 constexpr int forward_blocks(bool of_image, int most) {
   return of_image ? 0 : most > 5 ? 4 : std::is_same_v<S, float> ? 6 : 5;
 }
 
-// A token of at most kMost * 256 channels. All that is read from memory is asked for before the first sum; parameters,
-// which are in the cache, after the last one. Lanes beyond the width read its last channels once more and write
+// For tokens of at most kMost * 256 channels. Everything that comes from memory is loaded before the first sum;
+// parameters, which are in the cache, after the last sum. Lanes beyond the width read its last channels again and write
 // nothing.
 template <typename X, typename T, typename S, bool kOfImage, bool kBranch, int kMost>
 __global__ void __launch_bounds__(32 * kForwardWarps, forward_blocks<S>(kOfImage, kMost))
@@ -151,7 +153,7 @@ __global__ void __launch_bounds__(32 * kForwardWarps, forward_blocks<S>(kOfImage
   }
 }
 
-// Calls `call` with kOfImage and kBranch as types; a scale of another type than T is of all images.
+// Calls `call` with kOfImage and kBranch as types. All images share a scale of another type than T.
 template <typename T, typename S, typename Call>
 cudaError_t with_form(bool of_image, bool has_branch, Call call) {
   if constexpr (std::is_same_v<S, T>) {
@@ -174,7 +176,7 @@ cudaError_t launch_forward(const LayerNormPointers& p, const LayerNormShape& sha
   });
 }
 
-// Writes the sums over the warps of a block.
+// Adds up the sums of a block's warps, and writes the result.
 template <int kChunks>
 __device__ void write_sums(float* to, const float4 (&sums)[kChunks]) {
   constexpr int kWidth = kChunks * kChunk;
@@ -192,7 +194,8 @@ __device__ void write_sums(float* to, const float4 (&sums)[kChunks]) {
   }
 }
 
-// Blocks count over (images, splits of an image's tokens); where the scale is a parameter, all is one image.
+// The grid is (images, splits of an image's tokens). Where all images share the scale, their tokens count as those of
+// one image.
 template <int kChunks, typename X, typename T, typename S, bool kOfImage, bool kBranch>
 __global__ void __launch_bounds__(32 * kWarps, blocks_at_once(kChunks* kChunk))
     layer_norm_backward_kernel(const T* __restrict__ dy, const X* __restrict__ dsum, const X* __restrict__ total,
@@ -210,7 +213,7 @@ __global__ void __launch_bounds__(32 * kWarps, blocks_at_once(kChunks* kChunk))
 #pragma unroll 1
   for (int token = split * kWarps + warp; token < tokens; token += splits * kWarps) {
     const int64_t at = (int64_t{image} * tokens + token) * kWidth + column;
-    float4 x[kChunks], g[kChunks];  // x is centred, then normalised; g: the gradient of the norm
+    float4 x[kChunks], g[kChunks];  // x: centred, then normalised; g: gradient of the norm
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) x[i] = load4(total + at + i * kChunk);
 #pragma unroll
@@ -269,8 +272,8 @@ cudaError_t launch_backward(const LayerNormGradientPointers& p, const LayerNormS
   });
 }
 
-// As many as need the fewest rounds of all the warps of so many blocks at once, where each block also takes as long as
-// two for its sums.
+// The number of splits that takes the least time if so many blocks run at once. A block takes one unit of time for each
+// token of a warp, and two units for its sums.
 int best_splits(const LayerNormShape& shape, int blocks) {
   int best = 1;
   int64_t least = INT64_MAX;
@@ -282,7 +285,7 @@ int best_splits(const LayerNormShape& shape, int blocks) {
   return best;
 }
 
-// Calls `call` with elements of x (or total), of y (or dy), and of scale.
+// Calls `call` with values of the element types of x (or total), of y (or dy), and of scale.
 template <typename Call>
 cudaError_t with_elements(const LayerNormShape& shape, Call call) {
   return with_element(shape.dtype, [&](auto half) {

@@ -1,8 +1,8 @@
 // Depthwise 5x5 and grouped 1x1 convolution in one pass over memory. See ops.h for the formula and the layout.
 //
-// A thread has two channels at four columns (strips.cuh): their 50 taps stay in registers as fp32, and so do the
+// A thread computes two channels at four columns (strips.cuh). Their 50 taps stay in registers as fp32, and so do the
 // partial sums of the four output rows that an input row does not complete. Four completed rows of a warp, 16 pixels,
-// are a fragment's rows for the tensor cores, which multiply the two groups of a strip's channels by their matrices.
+// form the rows of a tensor core fragment. Tensor cores multiply the strip's two groups of channels by their matrices.
 
 #include "ops.h"
 #include "strips.cuh"
@@ -13,13 +13,13 @@ namespace dcae_fast {
 namespace {
 
 constexpr int kSize = 5, kHalo = kSize / 2, kTaps = kSize * kSize;
-constexpr int kGroup = 32;       // channels of a group, half of a strip's
+constexpr int kGroup = 32;       // channels of a group; a strip has two groups
 constexpr int kMaxWarps = 4;     // of a block
 constexpr int kWarpsPerSM = 12;  // as many as the registers allow
-constexpr int kStages = 3;       // of the ring; a step fills one
-constexpr int kBatch = 4;        // rows that are multiplied at a time
+constexpr int kStages = 3;       // of the ring
+constexpr int kBatch = 4;        // rows multiplied at a time
 constexpr int kPixels = kBatch * kColumns;
-constexpr int kPixelSize = kPairs + 4, kFilterSize = kGroup / 2 + 4;  // pairs, so that rows spread over the banks
+constexpr int kPixelSize = kPairs + 4, kFilterSize = kGroup / 2 + 4;  // in pairs; padded against bank conflicts
 
 template <typename T>
 __global__ void __launch_bounds__(32 * kMaxWarps, kWarpsPerSM / kMaxWarps)
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kWarpsPerSM / kMaxWarps)
     const bool exists = first_pair + filter / 2 < cut.pairs;
     filters[filter][word] = exists ? grouped[(2LL * first_pair + filter) * (kGroup / 2) + word] : 0;
   }
-  __syncthreads();  // the barriers are ready, and the filters
+  __syncthreads();  // the barriers and the filters are ready
 
   // Multiplies the warp's pixels by the matrices of their groups, in place.
   const auto mix = [&](Pair(&pixels)[kPixels][kPixelSize]) {
@@ -77,12 +77,12 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kWarpsPerSM / kMaxWarps)
 
   for (int index = first_strip; index < cut.strips; index += cut.lanes) {
     const Strip to = strip(cut, index);
-    // a thread writes four pairs of a column at a time
+    // a thread writes four pairs of one column at a time
     const int column = to.column + warp * kColumns + lane / 8, four = first_pair + lane % 8 * 4;
     const bool writes = column < cut.width && four < cut.pairs;
     const int64_t first_pixel = (static_cast<int64_t>(to.image) * cut.height + to.row) * cut.width + column;
     Pair* target = out + first_pixel * cut.pairs + four;
-    float sums[kSize - 1][kColumns][2] = {};  // of the rows from two above the coming one to the one below it
+    float sums[kSize - 1][kColumns][2] = {};  // of output rows, from two above the next row to one below it
 #pragma unroll 1
     for (int step = 0; step < cut.steps; ++step) {
       const Pair* rows = ring.next(to, index, step) + warp * kColumns * kPairs + lane;
@@ -109,8 +109,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kWarpsPerSM / kMaxWarps)
             for (int i = 1; i < kSize; ++i) sums[i - 1][j][c] = of_rows[i];
           }
         }
-        const int row =
-            to.halo_row + step * kRows + r - kHalo - to.row;  // that is done, counted from the strip's first
+        const int row = to.halo_row + step * kRows + r - kHalo - to.row;  // completed, relative to the strip's first
         if (!within(row, to.rows)) continue;
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) {
@@ -123,7 +122,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kWarpsPerSM / kMaxWarps)
           if (writes) *reinterpret_cast<uint4*>(target) = *reinterpret_cast<const uint4*>(from);
           target += static_cast<int64_t>(cut.width) * cut.pairs;
         }
-        __syncwarp();  // the pixels may be overwritten
+        __syncwarp();  // all lanes have read the pixels
       }
     }
   }

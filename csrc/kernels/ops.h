@@ -1,4 +1,4 @@
-// The launchers of this extension: raw pointers and a stream in, an error code out, no torch.
+// The launch functions of the extension. They take raw pointers and a stream, return an error code, and know no torch.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -9,8 +9,8 @@ namespace dcae_fast {
 
 enum class DType { kFloat16, kBFloat16 };
 
-// In all of these, tensors are dense, of one dtype unless it says so, and aligned to 16 bytes; sums are accumulated in
-// fp32.
+// All tensors are dense and aligned to 16 bytes. The tensors of a function have one dtype unless its comment says
+// otherwise. Sums are accumulated in fp32.
 
 // out = c[:, :M] * silu(c[:, M:]) with c = depthwise_conv3x3(x, weight) + bias, padding 1.
 //
@@ -19,11 +19,10 @@ enum class DType { kFloat16, kBFloat16 };
 cudaError_t launch_depthwise_glu(const void* x, const void* weight, const void* bias, void* out, int64_t batch,
                                  int height, int width, int channels, DType dtype, cudaStream_t stream);
 
-// The gradients of c, x, weight and bias, from the gradient of out, dout. dconv, the gradient of c, and dx have x's
-// shape.
+// The gradients of depthwise_glu, computed from dout, the gradient of out.
 //
-// sums: [splits, 10, 2M] in fp32, partial sums of dweight for each of the nine taps, then of dbias. The caller adds up
-// the splits; depthwise_glu_backward_splits gives their number.
+// dconv, the gradient of c, and dx have x's shape. sums: [splits, 10, 2M] in fp32, partial sums of dweight for each of
+// the nine taps, then of dbias. The caller adds up the splits; depthwise_glu_backward_splits computes their number.
 cudaError_t depthwise_glu_backward_splits(int64_t batch, int height, int width, int channels, int* splits);
 cudaError_t launch_depthwise_glu_backward(const void* dout, const void* x, const void* weight, const void* bias,
                                           void* dconv, void* dx, void* sums, int64_t batch, int height, int width,
@@ -31,7 +30,8 @@ cudaError_t launch_depthwise_glu_backward(const void* dout, const void* x, const
 
 // out_i = sum_j v_j (k_j . q_i) / (sum_j k_j . q_i + eps) over the positions of an image, with relu(q) and relu(k).
 //
-// qkv: [batch, positions, heads, 3, 32]; out: the first 32 * heads of out_channels, [batch, positions, out_channels].
+// qkv: [batch, positions, heads, 3, 32]; out: [batch, positions, out_channels], of which the first 32 * heads channels
+// are written.
 cudaError_t launch_relu_linear_attention(const void* qkv, void* out, int64_t batch, int positions, int heads,
                                          int out_channels, float eps, DType dtype, cudaStream_t stream);
 
@@ -50,17 +50,17 @@ constexpr int kMaxAttentionTokens = 320;
 cudaError_t launch_packed_attention(const void* qkv, void* out, float* lse, int64_t batch, int tokens, int heads,
                                     int head_dim, DType dtype, cudaStream_t stream);
 
-// The gradient of qkv, dqkv, from that of out, dout. No atomics: the same twice.
+// The gradient of packed_attention: dqkv, computed from dout, the gradient of out. The result is deterministic.
 cudaError_t launch_packed_attention_backward(const void* dout, const void* qkv, const void* out, const float* lse,
                                              void* dqkv, int64_t batch, int tokens, int heads, int head_dim,
                                              DType dtype, cudaStream_t stream);
 
-// y = norm(s) · scale + shift, or norm(s) · (1 + scale) + shift with an image's own scale and shift, with
-// s = x + gate · branch if there is a branch, else x; see dcae_fast/ops/layer_norm.py.
+// y = norm(s) · scale + shift where all images share scale and shift, norm(s) · (1 + scale) + shift where each image
+// has its own. s = x + gate · branch if there is a branch, else s = x. See dcae_fast/ops/layer_norm.py.
 //
-// x, branch, total (that is s), y: [images, tokens, width]; scale, shift, gate: [width], of all images, which count as
-// one then, or [images, width]; width a positive multiple of 8, at most kLayerNormMostChannels. branch, gate and total
-// are null if there is no branch.
+// x, branch, total (s), y: [images, tokens, width]; scale, shift, gate: [images, width] if each image has its own. If
+// all images share them, scale and shift are [width], and the tokens of all images count as those of one image. width:
+// a positive multiple of 8, at most kLayerNormMostChannels. Without a branch, branch, gate and total are null.
 constexpr int kLayerNormMostChannels = 2048;
 struct LayerNormPointers {
   const void *x, *scale, *shift, *branch, *gate;
@@ -68,20 +68,20 @@ struct LayerNormPointers {
 };
 struct LayerNormShape {
   int images, tokens, width;  // positive, images * tokens at most 2^33
-  bool tokens_in_float32;     // x and total, for the gradient dsum and dx; else they have the dtype
-  bool scale_in_float32;      // with shift, only if they are of all images; else they have the dtype
-  bool scale_is_of_image;     // as with a branch it must be
-  DType dtype;                // of the rest
+  bool tokens_in_float32;     // x and total, in the gradient also dsum and dx, are in fp32 rather than in dtype
+  bool scale_in_float32;      // scale and shift are in fp32 rather than in dtype; only if all images share them
+  bool scale_is_of_image;     // each image has its own scale and shift; a branch requires this
+  DType dtype;                // of all other tensors
 };
 cudaError_t launch_layer_norm(const LayerNormPointers& pointers, const LayerNormShape& shape, float eps,
                               cudaStream_t stream);
 
-// The gradients, from those of y, dy, and of s, dsum, for widths that has_layer_norm_gradient names, and at most
-// INT_MAX / 2 tokens.
+// The gradients of layer_norm, computed from dy and dsum, the gradients of y and s. has_layer_norm_gradient names the
+// supported widths. An image has at most INT_MAX / 2 tokens.
 //
-// dsum, and branch with gate and dbranch, may be null. sums: parts of dscale, dshift and, if there is a branch, dgate,
-// in fp32 [2 or 3, images, splits, width], to be added up; layer_norm_backward_splits says how many splits there are.
-// No atomics: the same twice.
+// dsum may be null, and so may branch with gate and dbranch. sums: [2 or 3, images, splits, width] in fp32, partial
+// sums of dscale, of dshift and, if there is a branch, of dgate. The caller adds up the splits;
+// layer_norm_backward_splits computes their number. The result is deterministic.
 constexpr bool has_layer_norm_gradient(int64_t width) { return width == 512 || width == 1152; }
 struct LayerNormGradientPointers {
   const void *dy, *dsum, *total, *scale, *branch, *gate;
@@ -92,11 +92,11 @@ cudaError_t layer_norm_backward_splits(const LayerNormShape& shape, int* splits)
 cudaError_t launch_layer_norm_backward(const LayerNormGradientPointers& pointers, const LayerNormShape& shape,
                                        int splits, float eps, cudaStream_t stream);
 
-// dh = dg * gelu'(h), and g = gelu(h) unless it is null: dg, h, dh, g: [rows, columns], columns a positive multiple of
-// 8; tanh: GELU's form with it, else the one with erf.
+// dh = dg * gelu'(h) and, unless g is null, g = gelu(h).
 //
-// sums: of dh over the rows, in fp32 [splits, columns], to be added up; gelu_gradient_splits says how many splits there
-// are. No atomics: the same twice.
+// dg, h, dh, g: [rows, columns], columns a positive multiple of 8; tanh: GELU in its tanh form, else with erf. sums:
+// [splits, columns] in fp32, partial sums of dh over the rows. The caller adds up the splits; gelu_gradient_splits
+// computes their number. The result is deterministic.
 cudaError_t gelu_gradient_splits(int64_t rows, int columns, int* splits);
 cudaError_t launch_gelu_gradient(const void* dg, const void* h, void* dh, void* g, float* sums, int64_t rows,
                                  int columns, int splits, bool tanh, DType dtype, cudaStream_t stream);

@@ -1,11 +1,11 @@
 // Softmax attention of up to kMostWarpTokens, forward and backward, through products of warps. See ops.h for the
-// formulas and the layout. With more tokens these products wait for shared memory, which packed_attention_wide.cu reads
-// less.
+// formulas and the layout. With more tokens, reads of shared memory would limit these products;
+// packed_attention_wide.cu reads less of it.
 //
-// A block owns one head of one image, and brings all of it to shared memory at once. A warp then takes 16 rows through
-// tensor cores at a time: scores of a few groups of 16 keys stay in its registers, and become a factor of the next
-// product there. Forward, the rows are queries, with a softmax that goes along with the keys. Backward, they are either
-// queries, which give dq, or keys, which give dk and dv: scores are computed twice, and no warp waits for another's.
+// A block computes one head of one image, which it copies to shared memory at once. A warp computes 16 rows at a time
+// on tensor cores: scores of a few groups of 16 keys stay in its registers, where they become a factor of the next
+// product. Forward, the rows are queries, with a running softmax over the keys. Backward, the rows are either queries,
+// which give dq, or keys, which give dk and dv: scores are computed twice, and no warp waits for the scores of another.
 
 #include "packed_attention.cuh"
 
@@ -13,12 +13,12 @@ namespace dcae_fast {
 
 namespace {
 
-// Groups that a warp scores at a time, as many as its registers hold: forward; where no others follow; for the gradient
-// of queries. For those of keys and values it is one.
+// Groups of keys that a warp scores at a time, as many as fit into its registers: forward; forward if these are all
+// groups; for the gradient of queries. For the gradients of keys and values it is one group of queries.
 constexpr int kForwardGroups = 4, kMostGroups = 5, kQueryGroups = 2;
-constexpr int kForwardThreads = 320, kBackwardThreads = 512;  // more than there are: bounds that limit registers
+constexpr int kForwardThreads = 320, kBackwardThreads = 512;  // upper bounds, which limit the registers
 
-// Starts the copy of rows to shared memory, from kArrays arrays that lie `from_step` elements apart, to `to_step` bytes
+// Starts the copy of rows to shared memory, from kArrays arrays `from_step` elements apart to arrays `to_step` bytes
 // apart.
 template <int kDim, int kArrays, typename T>
 __device__ void load_rows(unsigned to, int to_step, const T* from, int from_step, int stride, int rows) {
@@ -43,8 +43,8 @@ __device__ void wait_for_rows() {
   __syncthreads();
 }
 
-// Where a lane points when its warp loads 16 × 16 elements: by rows, as a left factor is laid out and, transposed, a
-// right one; by columns, as a right factor whose transpose lies in memory.
+// The offset of a lane's row when its warp loads 16 × 16 elements. by_rows: as a left factor or, transposed, as a right
+// factor; by_columns: as a right factor whose transpose lies in memory.
 __device__ unsigned by_rows() { return threadIdx.x % 16 * kRow + threadIdx.x % 32 / 16 * 16; }
 __device__ unsigned by_columns() {
   return (threadIdx.x % 8 + threadIdx.x % 32 / 16 * 8) * kRow + threadIdx.x / 8 % 2 * 16;
@@ -82,7 +82,7 @@ __device__ void multiply_rows(float (&c)[2 * kGroups][4], unsigned x, unsigned y
   }
 }
 
-// c += x y, with x [16, 16 * kGroups] as the product that it was, rounded, and 16 * kGroups rows y in shared memory.
+// c += x y, with x [16, 16 * kGroups], a product, rounded, and 16 * kGroups rows y in shared memory.
 template <typename T, int kDim, int kGroups>
 __device__ void accumulate(float (&c)[kDim / 8][4], const float (&x)[2 * kGroups][4], unsigned y) {
   const unsigned right = y + by_rows();
@@ -103,7 +103,7 @@ __device__ void accumulate(float (&c)[kDim / 8][4], const float (&x)[2 * kGroups
   }
 }
 
-// kAtOnce: for kMostGroups of keys, 65 to 80 tokens, which are all scored at once.
+// kAtOnce: scores all keys at once, for kMostGroups groups of keys, 65 to 80 tokens.
 template <typename T, int kDim, bool kAtOnce>
 __global__ void __launch_bounds__(kForwardThreads, 2)
     packed_attention_kernel(const T* __restrict__ qkv, T* __restrict__ out, float* __restrict__ lse, int tokens,
@@ -114,7 +114,8 @@ __global__ void __launch_bounds__(kForwardThreads, 2)
   const int head = blockIdx.x % heads;
   qkv += first * stride + head * kDim;
 
-  // Reads past the end of q and k fall into what follows, and are masked; v meets zeros, which must not meet NaN.
+  // Reads past the end of q and k return the data behind them; their scores are masked. Rows past the end of v are
+  // cleared: they are multiplied by zero, and NaN would remain.
   const unsigned q = shared_address(shared), k = q + tokens * kRow, v = k + tokens * kRow;
   load_rows<kDim, 3>(q, tokens * kRow, qkv, width, stride, tokens);
   clear_rows<kDim>(v + tokens * kRow, tiles * kTile - tokens);
@@ -152,13 +153,13 @@ __global__ void __launch_bounds__(kForwardThreads, 2)
   }
 }
 
-// A head in shared memory, all rows up to a multiple of 16, zeros beyond the last token.
+// A head in shared memory. The number of rows is a multiple of 16; rows beyond the last token are zero.
 struct Head {
   unsigned q, k, v, dout;
   const Statistics* statistics;  // of each query
 };
 
-// Four threads a row.
+// Computes the statistics of all queries, with four threads a row.
 template <typename T, int kDim>
 __device__ void load_statistics(Statistics* statistics, const T* dout, const T* out, const float* lse, int stride,
                                 int tokens) {
@@ -182,7 +183,7 @@ __device__ void load_statistics(Statistics* statistics, const T* dout, const T* 
   }
 }
 
-// dq of 16 queries, from kGroups groups of keys starting with the `first`.
+// Adds to dq of 16 queries the terms of kGroups groups of keys, starting with group `first`.
 template <typename T, int kDim, int kGroups>
 __device__ void add_query_gradient(float (&dq)[kDim / 8][4], const Head& head, int tile, int first, int tokens) {
   const int from = tile * kTile * kRow, at = first * kTile * kRow, g = threadIdx.x % 32 / 4;
@@ -196,7 +197,7 @@ __device__ void add_query_gradient(float (&dq)[kDim / 8][4], const Head& head, i
   accumulate<T, kDim, kGroups>(dq, ds, head.k + at);
 }
 
-// dk and dv of 16 keys, from the 16 queries of a tile.
+// Adds to dk and dv of 16 keys the terms of 16 queries. keys, queries: tiles.
 template <typename T, int kDim>
 __device__ void add_key_gradients(float (&dk)[kDim / 8][4], float (&dv)[kDim / 8][4], const Head& head, int keys,
                                   int queries) {

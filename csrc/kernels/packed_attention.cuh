@@ -1,5 +1,5 @@
-// What the kernels for softmax attention share: the arithmetic of a warp, which has 16 rows of scores in the fragments
-// of tensor_cores.cuh, and how results are written. Rows are queries or keys, columns the others.
+// Shared code of the kernels for softmax attention: the arithmetic of a warp, which holds 16 rows of scores in the
+// fragments of tensor_cores.cuh, and the output of results. Rows are queries and columns keys, or the reverse.
 #pragma once
 
 #include <climits>
@@ -12,13 +12,13 @@
 namespace dcae_fast {
 
 constexpr int kTile = 16;          // rows of a warp
-constexpr int kStride = 72;        // elements between rows in shared memory: no two rows of a load share banks
-constexpr int kRow = 2 * kStride;  // the same in bytes
+constexpr int kStride = 72;        // elements between rows in shared memory, without bank conflicts in loads
+constexpr int kRow = 2 * kStride;  // kStride in bytes
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kInfinity = INFINITY;
 
 template <int kDim>
-constexpr int kChunks = kDim / 8;  // of 16 bytes, in a row
+constexpr int kChunks = kDim / 8;  // 16-byte chunks of a row
 
 __host__ __device__ constexpr int round_up(int tokens) { return (tokens + kTile - 1) / kTile * kTile; }
 
@@ -58,7 +58,7 @@ __device__ inline uint4 read_chunk(unsigned from) {
   return x;
 }
 
-// Scores of keys, the columns, from the `keys`th on, all in the last 16, become -inf.
+// Sets the scores of columns from the `keys`th on to -inf. These columns, which are keys, are among the last 16.
 template <int kBlocks>
 __device__ void mask(float (&scores)[kBlocks][4], int keys) {
   if (keys >= 8 * kBlocks) return;
@@ -71,7 +71,7 @@ __device__ void mask(float (&scores)[kBlocks][4], int keys) {
   }
 }
 
-// The largest, and the sum, of what the four threads of a row have.
+// The maximum and the sum of x over the four threads of a row.
 __device__ inline float row_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
   return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
@@ -81,7 +81,7 @@ __device__ inline float row_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-// sum + x · y, of eight elements.
+// sum + x · y for vectors of eight elements.
 template <typename T>
 __device__ float dot(uint4 x, uint4 y, float sum) {
   const Pair xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
@@ -93,13 +93,13 @@ __device__ float dot(uint4 x, uint4 y, float sum) {
   return sum;
 }
 
-// The softmax of 16 queries, the rows, as far as they have seen keys: out and sum are scaled by exp2(-top).
+// The running softmax of 16 queries, the rows, over the keys so far. out and sum are scaled by exp2(-top).
 template <int kDim>
 struct Softmax {
   float out[kDim / 8][4] = {};
   float top[2] = {-kInfinity, -kInfinity}, sum[2] = {};  // of rows g and g + 8; sum: this thread's share
 
-  // Scores p of further keys become weights.
+  // Turns the scores p of further keys into weights.
   template <int kBlocks>
   __device__ void weigh(float (&p)[kBlocks][4]) {
 #pragma unroll
@@ -124,7 +124,7 @@ struct Softmax {
     }
   }
 
-  // Writes the first `rows` rows of lse, and gives what `out` is to be multiplied by.
+  // Writes the first `rows` rows of lse, and sets `scale` to the factors that `out` must be multiplied by.
   __device__ void finish(float* lse, int rows, float (&scale)[2]) const {
     const int g = threadIdx.x % 32 / 4;
 #pragma unroll
@@ -136,11 +136,11 @@ struct Softmax {
   }
 };
 
-// Of a query, for gradients: lse in base 2, and dout · out; {inf, 0} beyond the last token.
+// Statistics of a query for the gradients: lse in base 2, and dout · out; {inf, 0} beyond the last token.
 using Statistics = float2;
 
-// Scores p become weights again, and `ds`, the gradient of these, that of the scores. Queries are rows; statistics:
-// those of rows g and g + 8.
+// weigh_rows turns scores p into weights; differentiate_rows turns ds, the gradient of the weights, into the gradient
+// of the scores. Queries are rows. of: the statistics of rows g and g + 8.
 template <int kDim, int kBlocks>
 __device__ void weigh_rows(float (&p)[kBlocks][4], const Statistics (&of)[2]) {
 #pragma unroll
@@ -158,7 +158,7 @@ __device__ void differentiate_rows(float (&ds)[kBlocks][4], const float (&p)[kBl
   }
 }
 
-// The same where queries are columns; statistics: those of all columns.
+// The same where queries are columns. statistics: of all columns.
 template <int kDim, int kBlocks>
 __device__ void weigh_columns(float (&p)[kBlocks][4], const Statistics* statistics) {
   const auto* const pairs = reinterpret_cast<const float4*>(statistics) + threadIdx.x % 4;
@@ -183,7 +183,7 @@ __device__ void differentiate_columns(float (&ds)[kBlocks][4], const float (&p)[
   }
 }
 
-// The i-th 16 columns, rounded, as a left factor.
+// The i-th group of 16 columns, rounded, as a left factor.
 template <typename T, int kBlocks>
 __device__ void as_factor(Pair (&a)[4], const float (&x)[kBlocks][4], int i) {
   const float (&low)[4] = x[2 * i], (&high)[4] = x[2 * i + 1];
@@ -191,7 +191,7 @@ __device__ void as_factor(Pair (&a)[4], const float (&x)[kBlocks][4], int i) {
   a[2] = narrow<T>(high[0], high[1]), a[3] = narrow<T>(high[2], high[3]);
 }
 
-// Writes the first `rows` of 16 rows, scaled, by way of as many rows of shared memory, in whole chunks.
+// Writes the first `rows` of 16 rows, scaled. `stage`, 16 rows of shared memory, lets threads write whole chunks.
 template <typename T, int kDim>
 __device__ void store_tile(T* to, int stride, int rows, const float (&c)[kDim / 8][4], float scale_g, float scale_g8,
                            T* stage) {
@@ -214,7 +214,7 @@ __device__ void store_tile(T* to, int stride, int rows, const float (&c)[kDim / 
   }
 }
 
-// Launches a kernel, a block for each head of each image.
+// Launches a kernel with one block for each head of each image.
 template <typename Kernel, typename... Args>
 cudaError_t launch(Kernel kernel, int64_t blocks, int warps, int shared_bytes, cudaStream_t stream, Args... args) {
   if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
@@ -225,7 +225,7 @@ cudaError_t launch(Kernel kernel, int64_t blocks, int warps, int shared_bytes, c
   return cudaGetLastError();
 }
 
-// Calls `call` with an element and the channels of a head as types.
+// Calls `call` with a value of the element type, and the channels of a head as a type.
 template <typename Call>
 cudaError_t with_types(DType dtype, int head_dim, Call call) {
   return with_element(dtype, [&](auto element) {
@@ -234,7 +234,7 @@ cudaError_t with_types(DType dtype, int head_dim, Call call) {
   });
 }
 
-// In packed_attention_wide.cu, for more tokens than warps are good for.
+// In packed_attention_wide.cu, for more tokens than kMostWarpTokens.
 constexpr int kMostWarpTokens = 128;
 cudaError_t launch_packed_attention_wide(const void* qkv, void* out, float* lse, int64_t batch, int tokens, int heads,
                                          int head_dim, DType dtype, cudaStream_t stream);

@@ -1,11 +1,11 @@
 // Softmax attention of more than kMostWarpTokens, forward and backward, through products of warpgroups. See ops.h for
 // the formulas and the layout.
 //
-// A block owns one head of one image and brings what products read as their right factor to shared memory at once:
-// forward k and v, backward all. A warpgroup then takes 64 rows at a time, the left factors, and goes along the other
-// tokens by 64, then by 16: scores stay in its registers, and become the left factor of the next product there.
-// Forward, the rows are queries, with a softmax that goes along with the keys. Backward, they are either keys, which
-// give dk and dv, or queries, which give dq: scores are computed twice, and no warpgroup waits for the other.
+// A block computes one head of one image. It copies the right factors of the products to shared memory at once: forward
+// k and v, backward all. A warpgroup processes 64 rows at a time, the left factors, and loops over the other tokens by
+// 64, then by 16. Scores stay in its registers, where they become the left factor of the next product. Forward, the
+// rows are queries, with a running softmax over the keys. Backward, the rows are either keys, which give dk and dv, or
+// queries, which give dq: scores are computed twice, and no warpgroup waits for the other.
 
 #include <type_traits>
 
@@ -22,16 +22,17 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kStageBytes = kWarps * kTile * kRow;
 
 template <int kDim>
-constexpr int kSteps = (kDim + 15) / 16;  // of products over the channels
+constexpr int kSteps = (kDim + 15) / 16;  // of 16 channels
 
 template <int kDim>
 using Factor = Pair[kSteps<kDim>][4];  // a warp's 16 rows of a left factor [64, kDim]
 
-// Bytes from a chunk of a row to the next: of a multiple of 16 rows and one more, so that they lie in different banks.
+// Bytes from one chunk of a row to the next: a multiple of 16 rows and one more, so that the chunks lie in different
+// banks.
 __host__ __device__ constexpr int step_of(int tokens) { return 16 * (round_up(tokens) + 1); }
 
-// All rows of two arrays on their way to shared memory, and zeros after the last one. By way of registers, since
-// asynchronous copies to scattered chunks are written one by one.
+// Copies all rows of two arrays to shared memory, with zeros after the last row. The copies go through registers, since
+// asynchronous copies write scattered chunks one by one.
 template <typename T, int kDim>
 struct TwoArrays {
   static constexpr int kRounds = (kMaxAttentionTokens * kChunks<kDim> + kThreads - 1) / kThreads;
@@ -57,7 +58,7 @@ struct TwoArrays {
   }
 };
 
-// The statistics of all queries, four threads for each.
+// Computes the statistics of all queries, with four threads a query.
 template <typename T, int kDim>
 struct AllStatistics {
   static constexpr int kRounds = kMaxAttentionTokens * 4 / kThreads, kEach = (kChunks<kDim> + 3) / 4;
@@ -87,7 +88,8 @@ struct AllStatistics {
       float sum = 0.0f;
 #pragma unroll
       for (int i = 0; i < kEach; ++i) {
-        const int chunk = min(4 * i + static_cast<int>(threadIdx.x) % 4, kChunks<kDim> - 1);  // of out there are zeros
+        const int chunk = min(4 * i + static_cast<int>(threadIdx.x) % 4,
+                              kChunks<kDim> - 1);  // chunks of out beyond the last are zero
         sum = dot<T>(read_chunk(dout.chunk(row, chunk)), out[round][i], sum);
       }
       sum = row_sum(sum);
@@ -96,7 +98,7 @@ struct AllStatistics {
   }
 };
 
-// 16 rows from `address` on, `row_bytes` apart, and their chunks `step` bytes.
+// Loads 16 rows from `address` on. Rows are `row_bytes` apart, the chunks of a row `step` bytes.
 template <int kDim>
 __device__ void load_factor(Factor<kDim>& a, unsigned address, unsigned row_bytes, unsigned step) {
   const unsigned lane = threadIdx.x % 32, at = address + lane % 16 * row_bytes;
@@ -111,7 +113,7 @@ __device__ void load_factor(Factor<kDim>& a, unsigned address, unsigned row_byte
   }
 }
 
-// Rows from the `first` on. Those beyond the last one are anything.
+// Loads rows from `first` on. Rows beyond the last token have undefined values.
 template <int kDim>
 __device__ void load_factor(Factor<kDim>& a, const ChunkedMatrix& x, int first) {
   load_factor<kDim>(a, x.chunk(first, 0), 16, x.step);
@@ -123,7 +125,7 @@ __device__ void as_factors(Pair (&a)[kBlocks / 2][4], const float (&x)[kBlocks][
   for (int i = 0; i < kBlocks / 2; ++i) as_factor<T>(a[i], x, i);
 }
 
-// Starts c = a yᵀ, with as many rows of y from the `first` on as c has columns.
+// Starts c = a yᵀ, with as many rows of y, from `first` on, as c has columns.
 template <typename T, int kDim, int kBlocks>
 __device__ void start_scores(float (&c)[kBlocks][4], const Factor<kDim>& a, const ChunkedMatrix& y, int first) {
   begin_products();
@@ -136,7 +138,7 @@ __device__ void start_scores(float (&c)[kBlocks][4], const Factor<kDim>& a, cons
   end_group();
 }
 
-// Starts c += a y, with rows of y from the `first` on.
+// Starts c += a y, with rows of y from `first` on.
 template <typename T, int kDim, int kGroups>
 __device__ void start_sum(float (&c)[kDim / 8][4], const Pair (&a)[kGroups][4], const ChunkedMatrix& y, int first) {
   begin_products();
@@ -145,7 +147,8 @@ __device__ void start_sum(float (&c)[kDim / 8][4], const Pair (&a)[kGroups][4], 
   end_group();
 }
 
-// Calls `call` with the first of 64 tokens, and the blocks of 8 columns that these are, then of 16, until all are done.
+// Loops over the tokens, 64 at a time, then 16 at a time. Calls `call` with the first token of each group and, as a
+// type, the number of blocks of 8 columns in the group.
 template <typename Call>
 __device__ void for_all_tokens(int tokens, Call call) {
   int first = 0;
@@ -180,7 +183,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll 1
   for (int row = warp / 4 * kRows; row < tokens; row += kWarps / 4 * kRows) {
     const int mine = row + warp % 4 * kTile, rows = min(max(tokens - mine, 0), kTile);
-    __syncwarp();  // the stage is not read any more
+    __syncwarp();  // all lanes have read the stage
     for (int i = threadIdx.x % 32; i < rows * kChunks<kDim>; i += 32) {
       const int r = i / kChunks<kDim>, chunk = i % kChunks<kDim>;
       copy_chunk(shared_address(stage) + r * kRow + 16 * chunk, qkv + (mine + r) * stride + 8 * chunk);
@@ -222,8 +225,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   out += first * width + offset;
   lse += static_cast<int64_t>(blockIdx.x) * tokens;
 
-  // Left factors and statistics are also read for rows beyond the last token, whose results nobody stores: of the
-  // statistics these lie in the matrices, of the last matrix in the stages, whatever other warps do there.
+  // Left factors and statistics are also read for rows beyond the last token, whose results are not stored. Reads past
+  // the end of the statistics return data of the matrices, and reads past the last matrix data of the stages, which
+  // other warps may be writing.
   auto* const statistics = reinterpret_cast<Statistics*>(shared);
   char* const matrices = reinterpret_cast<char*>(statistics + round_up(tokens));
   const unsigned start = shared_address(matrices), step = step_of(tokens), bytes = kChunks<kDim> * step;

@@ -1,4 +1,4 @@
-// Two neighbouring channels in half precision as one 32-bit word, and their way to fp32 and back; addresses in shared
+// Two neighbouring channels in half precision as one 32-bit word, converted to fp32 and back; and addresses in shared
 // memory.
 #pragma once
 

@@ -1,10 +1,10 @@
 // ReLU linear attention in one pass over memory. See ops.h for the formula and the layout.
 //
-// A cluster of blocks owns one head of one image, a warp every so many groups of 16 positions. First each warp sums
-// relu(k) vᵀ and relu(k) over its positions on tensor cores; then the cluster adds up the sums through distributed
-// shared memory; then each warp multiplies relu(q) of its positions with them. The order of positions and channels
-// within a fragment of the tensor cores is free, as long as both factors agree: it is chosen such that each thread
-// reads and writes neighbouring channels of memory, without a detour.
+// A cluster of blocks computes one head of one image. Groups of 16 positions are distributed over its warps. First each
+// warp sums relu(k) vᵀ and relu(k) over its positions on tensor cores. Then the cluster adds up the sums through
+// distributed shared memory. Then each warp multiplies relu(q) of its positions by the sums. The order of positions and
+// channels within a fragment of the tensor cores is free, as long as both factors agree. It is chosen such that each
+// thread reads and writes neighbouring channels, directly from and to memory.
 
 #include <cooperative_groups.h>
 
@@ -22,8 +22,8 @@ namespace {
 namespace cg = cooperative_groups;
 
 constexpr int kDim = 32;                  // channels of q, k and v of a head
-constexpr int kSums = (kDim + 1) * kDim;  // those of relu(k) vᵀ, then those of relu(k)
-constexpr int kGroup = 16;                // positions that a fragment of the tensor cores holds
+constexpr int kSums = (kDim + 1) * kDim;  // of relu(k) vᵀ, then of relu(k)
+constexpr int kGroup = 16;                // positions of a tensor core fragment
 constexpr int kUnroll = 2;                // groups that a warp reads at a time
 constexpr int kWarps = 8;                 // of a block
 constexpr int kThreads = 32 * kWarps;
@@ -45,11 +45,11 @@ __device__ Pair relu<__half>(Pair pair) {
   return reinterpret_cast<const Pair&>(y);
 }
 
-// The first elements of two pairs, and the second ones.
+// A pair of the first elements of two pairs, and a pair of the second elements.
 __device__ Pair first(Pair a, Pair b) { return __byte_perm(a, b, 0x5410); }
 __device__ Pair second(Pair a, Pair b) { return __byte_perm(a, b, 0x7632); }
 
-// c += a b on tensor cores, with a [16, 8] and b [8, 8] in TF32, which holds half precision exactly.
+// c += a b on tensor cores, with a [16, 8] and b [8, 8] in TF32, which represents half precision exactly.
 __device__ void multiply_add_tf32(float (&c)[4], const float (&a)[4], const unsigned (&b)[2]) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
@@ -66,9 +66,9 @@ __device__ unsigned round_to_tf32(float x) {
 
 __device__ float4 operator+(float4 a, float4 b) { return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w}; }
 
-// Adds relu(k) vᵀ and relu(k) of a group to the warp's sums, given channels 4g to 4g + 3 at positions 2t, 2t + 1, 2t +
-// 8 and 2t + 9. products: rows g and g + 8 of tile i are channels 4g + 2i and 4g + 2i + 1 of k; column n of tile j is
-// channel 4n + j of v. totals: the same rows, all columns equal.
+// Adds relu(k) vᵀ and relu(k) of a group to the warp's sums. A thread passes channels 4g to 4g + 3 of k and v at
+// positions 2t, 2t + 1, 2t + 8 and 2t + 9. products: rows g and g + 8 of tile i are channels 4g + 2i and 4g + 2i + 1 of
+// k; column n of tile j is channel 4n + j of v. totals: the same rows, all columns equal.
 template <typename T>
 __device__ void sum_group(const uint2 (&k)[4], const uint2 (&v)[4], float (&products)[2][4][4], float (&totals)[2][4]) {
   Pair a[2][4], b[4][2];
@@ -91,7 +91,7 @@ __device__ void sum_group(const uint2 (&k)[4], const uint2 (&v)[4], float (&prod
   }
 }
 
-// Puts the thread's share of its warp's sums, channels 4g to 4g + 3 of k by 8t to 8t + 7 of v, in their place.
+// Stores the thread's share of its warp's sums, channels 4g to 4g + 3 of k by channels 8t to 8t + 7 of v.
 __device__ void store_sums(float4 (&to)[kSums / 4], const float (&products)[2][4][4], const float (&totals)[2][4],
                            int g, int t) {
 #pragma unroll
@@ -109,7 +109,7 @@ __device__ void store_sums(float4 (&to)[kSums / 4], const float (&products)[2][4
   }
 }
 
-// Adds up the sums of a cluster's blocks: each block its share of them, which it then gives to all.
+// Adds up the sums of a cluster's blocks. Each block adds up a share of the sums and writes the result to all blocks.
 __device__ void add_up(const cg::cluster_group& cluster, float4 (&block_sums)[kSums / 4], float4 (&sums)[kSums / 4]) {
   const int blocks = cluster.num_blocks(), rank = cluster.block_rank();
   cluster.sync();
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     add_up(cluster, block_sums, sums);
   }
 
-  // In fragments of q: columns t and t + 4 of step s are channels 8t + 2s and 8t + 2s + 1. In those of the result:
+  // In fragments of q, columns t and t + 4 of step s are channels 8t + 2s and 8t + 2s + 1. In fragments of the result,
   // column 2t + e of tile j is channel 8t + 2j + e.
   const auto& state = reinterpret_cast<const float (&)[kDim + 1][kDim]>(sums);
   unsigned factor[4][4][2], total[4][2];
@@ -241,7 +241,7 @@ cudaError_t launch_relu_linear_attention(const void* qkv, void* out, int64_t bat
   int processors;
   if (const auto error = count_processors(&processors)) return error;
   const int64_t pairs = batch * heads;
-  int cluster = 1;  // more blocks where processors are idle and every warp keeps enough to read at a time
+  int cluster = 1;  // more blocks where processors would be idle and every warp still has kUnroll groups
   while (cluster < kMaxCluster && 2 * cluster * pairs <= kBlocksPerSM * processors &&
          2 * cluster * kWarps * kUnroll * kGroup <= positions) {
     cluster *= 2;

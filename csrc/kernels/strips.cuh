@@ -1,9 +1,9 @@
-// How a channels-last tensor is cut into strips, and how their rows come to shared memory.
+// Cuts a channels-last tensor into strips, and fetches the rows of strips to shared memory.
 //
-// A strip is 64 channels, of each part where the channels come in two, of some columns and rows of an image. A block
-// walks down strips of the same channels, one after the other. A warp has four columns, a thread of it two channels
-// there. The tensor memory accelerator brings rows to a ring in shared memory, some steps ahead of the arithmetic, with
-// zeros outside the image.
+// A strip is a rectangle of an image with 64 of its channels, or 64 channels of each part where the channels have two
+// parts. A block walks down strips of the same channels, one after the other, two rows a step. A warp computes four
+// columns, each of its threads two channels of them. The tensor memory accelerator fetches the rows to a ring in shared
+// memory, some steps before they are needed, with zeros outside the image.
 #pragma once
 
 #include <cuda.h>
@@ -18,20 +18,20 @@
 
 namespace dcae_fast {
 
-constexpr int kPairs = 32;   // of channels of a strip: one for each lane, 128 bytes of a pixel
+constexpr int kPairs = 32;   // of channels of a strip: one a lane, 128 bytes of a pixel
 constexpr int kColumns = 4;  // of a warp
 constexpr int kRows = 2;     // of a step
 
 struct Cut {
-  int height, width, pairs;        // of the tensor; pairs of one part
+  int height, width, pairs;        // of the tensor; pairs: of one part
   int rows, warps;                 // of a strip
-  int column_blocks, row_blocks;   // strips of the same channels count over (columns, rows, batch), the first fastest
-  int strips, lanes, pair_blocks;  // strips of the same channels, and blocks that share them; such sets of channels
-  int halo;                        // rows and columns that bear on a pixel, on each side of it
+  int column_blocks, row_blocks;   // of an image; strips of the same channels are numbered by (image, row, column)
+  int strips, lanes, pair_blocks;  // strips of the same channels, blocks that share them; sets of channels
+  int halo;                        // rows and columns that a pixel depends on, on each side of it
   int steps;                       // of a strip
 };
 
-// Where a strip starts, how many rows it has, and the first row of the image that bears on them.
+// Where a strip starts, its number of rows, and the first row of the image that they depend on.
 struct Strip {
   int column, row, image, rows, halo_row;
 };
@@ -47,9 +47,10 @@ __device__ inline Strip strip(const Cut& cut, int index) {
   return strip;
 }
 
-// Chooses the height of strips with which the blocks, all at work at the same time, are done first.
+// Chooses the height of strips that minimises the time, with all blocks running at once.
 //
-// rows_below: whether a strip's steps go on to the rows below it also at the bottom of the image, where they are zero.
+// rows_below: whether the steps of a strip include the rows below it also at the bottom of the image, where they are
+// zero.
 inline cudaError_t cut_into_strips(Cut* cut, int64_t batch, int height, int width, int pairs, int max_warps,
                                    int warps_per_processor, int halo, bool rows_below = true) {
   int processors;
@@ -81,8 +82,8 @@ inline cudaError_t cut_into_strips(Cut* cut, int64_t batch, int height, int widt
   return cudaSuccess;
 }
 
-// Describes a tensor [batch, height, width, parts, 2 * pairs] of 16-bit elements to the tensor memory accelerator,
-// which shall bring boxes of one step, [kRows, columns, parts, 64].
+// Describes a tensor [batch, height, width, parts, 2 * pairs] of 16-bit elements to the tensor memory accelerator, for
+// boxes of one step, [kRows, columns, parts, 64].
 inline cudaError_t describe(CUtensorMap* map, const void* x, int64_t batch, const Cut& cut, int parts, int columns) {
   static const auto encode = [] {
     void* function = nullptr;
@@ -102,7 +103,7 @@ inline cudaError_t describe(CUtensorMap* map, const void* x, int64_t batch, cons
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-// Readies the barriers of a ring; the block must synchronize before any other thread waits for them.
+// Initializes the barriers of a ring. The block must synchronize before any other thread waits for them.
 template <int kStages>
 __device__ void initialize(uint64_t (&barriers)[kStages]) {
   for (uint64_t& barrier : barriers) {
@@ -111,13 +112,13 @@ __device__ void initialize(uint64_t (&barriers)[kStages]) {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// Lets the current phase of a barrier wait for so many bytes.
+// Makes the current phase of a barrier wait for so many bytes.
 __device__ inline void expect(uint64_t* barrier, unsigned bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
 }
 
-// Starts to bring a box of a described tensor to shared memory.
+// Starts to copy a box of a described tensor to shared memory.
 __device__ inline void bring(const Pair* to, const CUtensorMap* x, int pair, int column, int row, int image,
                              uint64_t* barrier) {
   asm volatile(
@@ -140,10 +141,10 @@ __device__ inline void wait(uint64_t* barrier, unsigned parity) {
       : "memory");
 }
 
-// A block's ring of kStages steps in shared memory, which hold `size` pairs each. The block walks through the steps of
-// its strips, and calls `next` for each step; the ring fetches later steps meanwhile, also those of the next strip.
+// A block's ring of kStages steps in shared memory, of `size` pairs each. The block calls `next` for each step of its
+// strips. Meanwhile the ring fetches later steps, also steps of the block's next strip.
 //
-// bring_rows(to, strip, row, barrier) starts to bring a step that begins with this row of the image.
+// bring_rows(to, strip, row, barrier) starts the copy of a step whose first row is this row of the image.
 template <int kStages, typename BringRows>
 struct Ring {
   const Cut& cut;
@@ -157,7 +158,7 @@ struct Ring {
   __device__ Ring(const Cut& cut, Pair* steps, int size, uint64_t (&full)[kStages], const BringRows& bring_rows)
       : cut(cut), steps(steps), size(size), full(full), bring_rows(bring_rows) {}
 
-  // Starts with the block's first strip. All threads must synchronize before the first call of `next`.
+  // Starts the first steps of strip `index`. All threads must synchronize before the first call of `next`.
   __device__ void start(int index) const {
     if (threadIdx.x != 0) return;
     initialize(full);
@@ -165,10 +166,10 @@ struct Ring {
     for (int step = 0; step < kStages - 1; ++step) fetch(step, first, index, step);
   }
 
-  // Waits for a step of strip `index`, which is `of`. Returns the step's rows.
+  // Waits for a step of strip `index`, which is `of`, and returns its rows.
   __device__ const Pair* next(const Strip& of, int index, int step) {
     wait(&full[stage], parity);
-    __syncthreads();  // all are through with the step before
+    __syncthreads();  // all threads have finished the step before
     if (threadIdx.x == 0) fetch(stage == 0 ? kStages - 1 : stage - 1, of, index, step + kStages - 1);
     const Pair* rows = steps + stage * size;
     if (++stage == kStages) stage = 0, parity ^= 1;
@@ -176,7 +177,7 @@ struct Ring {
   }
 
  private:
-  // Starts a step of strip `index`. A step past the strip's last is one of the block's next strip, if there is one.
+  // Starts a step of strip `index`. A step past the strip's last is a step of the block's next strip, if there is one.
   __device__ void fetch(int stage, const Strip& of, int index, int step) const {
     const int later = index + step / cut.steps * cut.lanes;
     if (later >= cut.strips) return;
@@ -190,7 +191,7 @@ __device__ inline bool within(int index, int size) {
   return static_cast<unsigned>(index) < static_cast<unsigned>(size);
 }
 
-// The weights of each channel of a pair, times scale.
+// Loads the weights of both channels of a pair, times scale.
 template <typename T, int kTaps>
 __device__ void load_weights(float (&to)[2][kTaps], const Pair* weight, int64_t pair, float scale) {
 #pragma unroll

@@ -1,8 +1,9 @@
-// Products and loads of 16 × 16 and 16 × 8 fragments, which the threads of a warp hold together.
+// Products and loads of fragments. The threads of a warp hold a fragment together.
 //
-// With g = lane / 4 and t = lane % 4: a thread has rows g and g + 8, columns 2t and 2t + 1 of a product c [16, 8]; the
-// same, then those at columns 8 further, of a left factor a [16, 16]; rows 2t and 2t + 1, then those 8 further, at
-// column g of a right factor b [16, 8].
+// With g = lane / 4 and t = lane % 4, a thread holds
+//   of a product c [16, 8]: rows g and g + 8, at columns 2t and 2t + 1;
+//   of a left factor a [16, 16]: the same elements, then the elements 8 columns further;
+//   of a right factor b [16, 8]: column g, at rows 2t and 2t + 1, then at the rows 8 further.
 #pragma once
 
 #include <type_traits>
@@ -41,8 +42,8 @@ __device__ inline void multiply_add(float (&c)[4], const Pair (&a)[2], Pair b) {
   }
 }
 
-// Matrices [8, 8] in shared memory: lane 8i + r gives the address of row r of matrix i. A thread gets columns 2t and
-// 2t + 1 of row g of each; transposed: rows 2t and 2t + 1 of column g.
+// Loads matrices [8, 8] from shared memory. Lane 8i + r gives the address of row r of matrix i. A thread gets columns
+// 2t and 2t + 1 of row g of each matrix; transposed: rows 2t and 2t + 1 of column g.
 __device__ inline void load_matrices(Pair& m0, Pair& m1, Pair& m2, Pair& m3, unsigned address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(m0), "=r"(m1), "=r"(m2), "=r"(m3)

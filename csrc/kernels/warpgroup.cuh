@@ -1,8 +1,8 @@
 // Products of a warpgroup (wgmma, Hopper): 64 rows of a left factor in registers times a right factor in shared memory.
 //
-// Of the left factor and of the result a warp has 16 rows, in the fragments of tensor_cores.cuh. A matrix in shared
+// A warp holds 16 rows of the left factor and of the result, in the fragments of tensor_cores.cuh. A matrix in shared
 // memory is a list of columns of 16-byte chunks: chunk j of row i lies at address + j * step + 16 * i. Eight rows of a
-// chunk are a core matrix, whether the rows are the right factor's columns or its rows.
+// chunk are a core matrix, whether these rows are columns or rows of the right factor.
 #pragma once
 
 #include <cstdint>
@@ -14,36 +14,37 @@ namespace dcae_fast {
 
 struct ChunkedMatrix {
   unsigned address;  // in shared memory
-  unsigned step;     // bytes from a chunk of a row to the next one
+  unsigned step;     // bytes from one chunk of a row to the next
 
   __device__ unsigned chunk(int row, int place) const { return address + place * step + 16 * row; }
 };
 
-// Tells a product where its right factor [16, n] lies, which is not swizzled. `leading`, `stride`: bytes between core
-// matrices along its rows, of which there are two, and along its columns.
+// Describes to a product where its right factor [16, n] lies, without swizzling. leading, stride: bytes between core
+// matrices along the factor's rows, of which there are two, and along its columns.
 __device__ inline uint64_t describe(unsigned address, unsigned leading, unsigned stride) {
   const auto encoded = [](unsigned bytes) { return static_cast<uint64_t>((bytes & 0x3ffff) >> 4); };
   return encoded(address) | encoded(leading) << 16 | encoded(stride) << 32;
 }
 
-// The right factor [16, n] whose columns are n rows of y from `row` on; its rows are channels from chunk `place` on.
+// The right factor [16, n] whose columns are n rows of y, starting with `row`, and whose rows are channels, starting
+// with chunk `place`.
 __device__ inline uint64_t rows_as_columns(const ChunkedMatrix& y, int row, int place) {
   return describe(y.chunk(row, place), y.step, 128);
 }
 
-// The same for a left factor that ends with eight zeros. They meet that chunk again, since what follows may be NaN; of
-// an infinity there they make NaN.
+// The same for a left factor whose last eight columns are zero. The zeros are multiplied by chunk `place` again, since
+// the memory after the chunk may hold NaN. If the chunk holds an infinity, the result is NaN.
 __device__ inline uint64_t rows_as_half_columns(const ChunkedMatrix& y, int row, int place) {
   return describe(y.chunk(row, place), 0, 128);
 }
 
-// The right factor [16, n] that is 16 rows of y.
+// The right factor [16, n] that consists of 16 rows of y.
 __device__ inline uint64_t rows_as_rows(const ChunkedMatrix& y, int row) {
   return describe(y.chunk(row, 0), 128, y.step);
 }
 
-// Products start in groups, and go on while the threads do. begin_products: registers that were written before may be
-// read. wait_for_products: until at most kPending groups are not done; c is a result of one that is.
+// Products start in groups and run asynchronously. begin_products orders them after earlier writes to registers.
+// wait_for_products waits until at most kPending groups are still running; c is a result of a completed group.
 __device__ inline void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void end_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
@@ -51,12 +52,12 @@ template <int kPending, int kBlocks>
 __device__ inline void wait_for_products(float (&c)[kBlocks][4]) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 #pragma unroll
-  for (int i = 0; i < kBlocks; ++i) {  // the compiler must not read them earlier
+  for (int i = 0; i < kBlocks; ++i) {  // keeps the compiler from reading them earlier
     asm volatile("" : "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])::"memory");
   }
 }
 
-// What this thread wrote to shared memory becomes visible to products, after a barrier.
+// Makes this thread's writes to shared memory visible to products that start after a barrier.
 __device__ inline void publish_shared_memory() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 #define FOUR(i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
@@ -72,8 +73,8 @@ __device__ inline void publish_shared_memory() { asm volatile("fence.proxy.async
             "%27, %28, %29, %30, %31"
 #define RESULT_72 RESULT_64 ", %32, %33, %34, %35"
 
-// Starts c [64, 8 * kBlocks] = a b, or c += a b, with a [64, 16] and b [16, 8 * kBlocks] in half precision. kAsRows:
-// whether b was made by rows_as_rows.
+// Starts c [64, 8 * kBlocks] = a b, or c += a b if `add`, with a [64, 16] and b [16, 8 * kBlocks] in half precision.
+// kAsRows: whether rows_as_rows described b.
 template <typename T, bool kAsRows, int kBlocks>
 __device__ inline void start_product(float (&c)[kBlocks][4], const Pair (&a)[4], uint64_t b, bool add) {
   static_assert(kBlocks == 2 || kBlocks == 8 || kBlocks == 9);
