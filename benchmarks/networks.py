@@ -35,7 +35,7 @@ LATENTS = {  # for pictures of 512 pixels: Stable Diffusion's autoencoder with t
 SIZES = diffusion_zoo.SIZES | {"tiny": {"depth": 2, "hidden_size": 32, "num_heads": 2}}  # tiny: for the rehearsal
 TIMES = 1000
 
-# Contenders share the code of a block, and each compiles it for several types. Beyond the limit it would run uncompiled.
+# Contenders share the code of a block, and each compiles it for several types. Beyond the limit it runs uncompiled.
 torch._dynamo.config.recompile_limit = 64
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # x, t, y

@@ -32,7 +32,15 @@ from .commands.eval_diffusion import eval_diffusion
 from .commands.option_files import with_files
 from .commands.reference_stats import reference_stats
 from .commands.train_diffusion import train_diffusion
-from .errors import CheckpointError, DeviceError, NotFiniteError, OtherKindError, print_failure, report_failure
+from .errors import (
+    CheckpointError,
+    DataError,
+    DeviceError,
+    NotFiniteError,
+    OtherKindError,
+    print_failure,
+    report_failure,
+)
 from .interruption import sigterm_interrupts
 from .models import diffusion_zoo
 from .models.zoo import AUTOENCODERS
@@ -146,7 +154,6 @@ def decode(latents: Paths, *, model: str | None = None, out: Path = Path("output
     import torch
 
     from . import images
-    from .data.manifest import DataError
     from .finite import check_finite
     from .latent_files import LatentError, find_latents
 
@@ -357,7 +364,6 @@ def _process_files(files: Sequence[Path], process: Callable[[Path, str], str], o
     results: what `process` writes, for the last line, which names the output folder.
     Returns the exit status: 1 if any file failed, else 0. Failed files and the reasons are printed to stderr.
     """
-    from .data.manifest import DataError
     from .images import PhotographError
     from .latent_files import LatentError
     from .memory import is_out_of_memory

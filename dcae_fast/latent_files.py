@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from .data.folders import list_files, suffix_of
 from .data.latents import Shards, load_finite_npy
-from .data.manifest import MANIFEST, DataError, Manifest, load_manifest
+from .data.manifest import MANIFEST, Manifest, load_manifest
+from .errors import DataError
 from .files import written_atomically
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

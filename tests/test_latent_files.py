@@ -11,7 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dcae_fast import cli
-from dcae_fast.data.manifest import MANIFEST, DataError
+from dcae_fast.data.manifest import MANIFEST
+from dcae_fast.errors import DataError
 from dcae_fast.latent_files import Latent, LatentError, find_latents, load_latent, save_latent
 from dcae_fast.models.autoencoder import DCAE, CoderConfig, DCAEConfig
 

@@ -61,7 +61,8 @@ def cache_latents(
     from dcae_fast.data.cache import cache_latents as cache
     from dcae_fast.data.cache import settings_of
     from dcae_fast.data.find import find_pictures
-    from dcae_fast.data.manifest import MANIFEST, DataError
+    from dcae_fast.data.manifest import MANIFEST
+    from dcae_fast.errors import DataError
     from dcae_fast.memory import out_of_memory_as
     from dcae_fast.models.autoencoder import DCAE
     from dcae_fast.reconstruction import choose_device

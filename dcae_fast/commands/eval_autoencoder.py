@@ -55,7 +55,7 @@ def eval_autoencoder(
     from dcae_fast import distributed
     from dcae_fast import images as pictures
     from dcae_fast.data.find import find_pictures
-    from dcae_fast.data.manifest import DataError
+    from dcae_fast.errors import DataError
     from dcae_fast.evaluation import autoencoder, networks
     from dcae_fast.evaluation.moments import Moments
     from dcae_fast.evaluation.pictures import FolderBatches

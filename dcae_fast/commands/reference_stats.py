@@ -40,7 +40,7 @@ def reference_stats(
     """
     from dcae_fast import distributed
     from dcae_fast.data.find import find_pictures
-    from dcae_fast.data.manifest import DataError
+    from dcae_fast.errors import DataError
     from dcae_fast.evaluation import networks
     from dcae_fast.evaluation.pictures import FolderBatches, NpzBatches
     from dcae_fast.evaluation.references import Wanted, write_references

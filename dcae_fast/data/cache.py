@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dcae_fast import distributed
+from dcae_fast.errors import DataError
 from dcae_fast.files import leftovers
 from dcae_fast.finite import finite_rows, not_finite_message
 from dcae_fast.images import MAX_PIXELS, as_seen
@@ -19,7 +20,7 @@ from dcae_fast.models.autoencoder import DCAE
 from dcae_fast.workers import default_workers
 
 from .encode import BatchEncoder, automatic_batch, encode_batches
-from .manifest import MANIFEST, DataError, Manifest, Settings, Sums, load_manifest, statistics, weights_hash
+from .manifest import MANIFEST, Manifest, Settings, Sums, load_manifest, statistics, weights_hash
 from .pictures import CropDataset, Pictures, collate, to_rgb
 from .sources import keys_of_failed, load_sources, save_sources, sources_of
 from .store import STORES, NpyStore, ShardStore

@@ -5,10 +5,10 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
+from dcae_fast.errors import DataError
 from dcae_fast.images import picture_suffixes
 
 from .folders import list_files, suffix_of
-from .manifest import DataError
 from .pictures import Picture, Pictures
 from .shards import read_shards
 

@@ -11,8 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
 
+from dcae_fast.errors import DataError
+
 from .folders import list_files
-from .manifest import MANIFEST, DataError, Manifest, load_manifest
+from .manifest import MANIFEST, Manifest, load_manifest
 
 SHARDS = "latents-*.safetensors"
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from dcae_fast.errors import DataError
 from dcae_fast.images import picture_suffixes
 
 from .folders import suffix_of
-from .manifest import DataError
 from .pictures import Named, Picture, Pictures
 
 NUMBERS = 100_000  # class numbers are below; larger ones are names that consist of digits

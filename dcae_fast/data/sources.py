@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
+from dcae_fast.errors import DataError
 from dcae_fast.files import written_atomically
 
-from .manifest import DataError
 from .pictures import Named, Picture
 
 SOURCES = "sources.json"

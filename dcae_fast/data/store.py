@@ -11,11 +11,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from dcae_fast.errors import DataError
 from dcae_fast.files import save_npy, written_atomically
 
 from .folders import list_files
 from .latents import SHARDS, load_npy
-from .manifest import DataError, Settings, Sums
+from .manifest import Settings, Sums
 from .pictures import Picture
 
 READERS = 16

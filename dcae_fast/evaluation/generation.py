@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from dcae_fast import distributed, images
 from dcae_fast import sample as sampling
-from dcae_fast.data.manifest import DataError, tensors_hash
+from dcae_fast.data.manifest import tensors_hash
 from dcae_fast.diffusion import DCAEDiffusion
-from dcae_fast.errors import NotFiniteError
+from dcae_fast.errors import DataError, NotFiniteError
 from dcae_fast.files import leftovers, writing, written_atomically
 from dcae_fast.lock import is_unused
 

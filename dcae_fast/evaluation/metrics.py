@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from dcae_fast.data.manifest import DataError
+from dcae_fast.errors import DataError
 
 from .moments import Moments
 

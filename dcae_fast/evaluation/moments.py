@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from dcae_fast import distributed
-from dcae_fast.data.manifest import DataError
+from dcae_fast.errors import DataError
 from dcae_fast.files import written_atomically
 
 

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dcae_fast import distributed
-from dcae_fast.data.manifest import DataError
 from dcae_fast.data.pictures import CropDataset, Crops, Pictures, collate
+from dcae_fast.errors import DataError
 from dcae_fast.images import MAX_PIXELS
 from dcae_fast.interruption import ignore_interruptions
 

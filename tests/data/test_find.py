@@ -9,7 +9,7 @@ from PIL import Image
 from small_pictures import BROKEN, SIZES, png, save_shard
 
 from dcae_fast.data.find import find_pictures
-from dcae_fast.data.manifest import DataError
+from dcae_fast.errors import DataError
 
 
 def test_class_folders(pictures):

@@ -9,9 +9,10 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 from dcae_fast.data.latents import LatentDataset
-from dcae_fast.data.manifest import DataError, Manifest, Settings
+from dcae_fast.data.manifest import Manifest, Settings
 from dcae_fast.data.pictures import Picture
 from dcae_fast.data.store import ShardStore
+from dcae_fast.errors import DataError
 
 
 def latent(seed: int) -> np.ndarray:

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from dcae_fast.data.manifest import MANIFEST, DataError, Manifest, Settings, Sums, load_manifest, statistics
+from dcae_fast.data.manifest import MANIFEST, Manifest, Settings, Sums, load_manifest, statistics
+from dcae_fast.errors import DataError
 
 SETTINGS = Settings("m", "float32", 64, 0.5, "npy", "abc", (64, 2, 2))
 

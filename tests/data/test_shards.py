@@ -10,9 +10,9 @@ import torch
 from small_pictures import SIZES, png, save_shard
 
 from dcae_fast.data.find import find_pictures
-from dcae_fast.data.manifest import DataError
 from dcae_fast.data.pictures import CropDataset, collate
 from dcae_fast.data.shards import NUMBERS
+from dcae_fast.errors import DataError
 
 
 def crops(pictures):

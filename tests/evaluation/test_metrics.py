@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dcae_fast import images
-from dcae_fast.data.manifest import DataError
+from dcae_fast.errors import DataError
 from dcae_fast.evaluation import metrics
 from dcae_fast.evaluation.labels import class_labels
 from dcae_fast.evaluation.moments import Moments, MomentSums
