@@ -1,11 +1,11 @@
-"""The halves of a block in one call of dcae_fast._C, as the operators call them: the same bits as of their parts."""
+"""The halves of a block in one call of dcae_fast._C, as the operators call them, give the same bits as their parts."""
 
 import pytest
 import torch
-from cuda_extension import CEILINGS, NEEDED, check_in_a_graph, random
+from cuda_extension import CEILINGS, NEEDED, check_in_a_graph, random, relative_error
 
 from dcae_fast import ops
-from dcae_fast.ops import block_halves
+from dcae_fast.ops._block_half import Half
 
 pytestmark = NEEDED
 
@@ -42,8 +42,8 @@ def in_parts(monkeypatch):
 
     def run(call):
         with monkeypatch.context() as patch:
-            for name in ("_found_forward_plans", "_found_gradient_plans"):
-                patch.setattr(block_halves, name, lambda *_: None)
+            for name in ("forward_plans", "backward_plans"):
+                patch.setattr(Half, name, lambda *_: None)
             return call()
 
     return run
@@ -51,17 +51,20 @@ def in_parts(monkeypatch):
 
 @pytest.fixture
 def fused(monkeypatch):
-    """Calls a function that must call these of dcae_fast._C; plans are there after the parts were called."""
+    """Calls a function that must call these of dcae_fast._C, or must not if not `is_fused`.
+
+    The parts must have been called before, so that all plans are there.
+    """
     from dcae_fast import _C
 
-    def run(call, *names):
+    def run(call, *names, is_fused=True):
         called = []
         with monkeypatch.context() as patch:
             for name in names:
                 half = getattr(_C, name)
                 patch.setattr(_C, name, lambda *args, name=name, half=half: called.append(name) or half(*args))
             result = call()
-        assert called == [*names]
+        assert called == ([*names] if is_fused else [])
         return result
 
     return run
@@ -85,7 +88,7 @@ def test_the_same_bits(in_parts, fused, half, form, dtype, options, stream):
         return [*results, *torch.autograd.grad(loss, tensors)]
 
     expected = in_parts(train)
-    assert all(map(torch.equal, fused(train, f"norm_{half}", f"norm_{half}_gradients"), expected))
+    assert all(map(torch.equal, fused(train, f"norm_{half}", f"norm_{half}_backward"), expected))
 
 
 @pytest.mark.parametrize("half", ["attention", "mlp"])
@@ -106,15 +109,18 @@ def test_frozen_parameters(in_parts, half):
 
 @pytest.mark.parametrize("half", ["attention", "mlp"])
 def test_unaligned_weights(in_parts, fused, half):
-    """Views into a flat buffer, as some optimizers and loaders make them."""
+    """Views into a flat buffer, as some optimizers and loaders make them: PyTorch computes their products."""
     call, tensors = make(half, "parameters", torch.bfloat16)
-    in_parts(call)
-    expected = fused(call, f"norm_{half}")
-    for tensor in tensors[3:]:
-        flat = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device="cuda")
-        tensor.set_(flat[1:].view(tensor.shape).copy_(tensor))
-        assert tensor.data_ptr() % 16
-    assert all(map(torch.equal, fused(call, f"norm_{half}"), expected))
+    expected = in_parts(call)
+    weights = tensors[3:]
+    for unaligned in range(len(weights)):
+        for place, tensor in enumerate(weights):
+            flat = torch.empty(tensor.numel() + 8, dtype=tensor.dtype, device="cuda")
+            offset = 1 if place == unaligned else 0
+            tensor.set_(flat[offset : offset + tensor.numel()].view(tensor.shape).copy_(tensor))
+            assert bool(tensor.data_ptr() % 16) == (place == unaligned)
+        for got, want in zip(fused(call, f"norm_{half}", is_fused=False), expected, strict=True):
+            assert relative_error(got, want.double()) <= CEILINGS[torch.bfloat16]
 
 
 @pytest.mark.parametrize("half", ["attention", "mlp"])

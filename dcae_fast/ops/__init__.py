@@ -3,7 +3,6 @@
 from ._library import ORDINARY, has_kernels
 from ._private import in_transform
 from .bias_act import bias_act
-from .block_halves import norm_attention, norm_mlp
 from .concatenate import concatenate
 from .conv2d import conv2d
 from .conv2d_unshuffle import conv2d_unshuffle
@@ -12,6 +11,8 @@ from .layer_norm import layer_norm
 from .linear import linear
 from .mlp import mlp
 from .multiscale_qkv import multiscale_qkv
+from .norm_attention import norm_attention
+from .norm_mlp import norm_mlp
 from .packed_attention import is_for_few_tokens, packed_attention
 from .relu_linear_attention import relu_linear_attention
 from .rms_norm import rms_norm

@@ -46,8 +46,10 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def epilogue(act: str, bias: torch.Tensor | None) -> str:
-    """The name of one: of an activation, "" if there is none, after a bias if there is one."""
-    return "_".join(filter(None, (act, None if bias is None else "bias"))) or "none"
+    """The name of the epilogue that adds the bias, if there is one, and applies the activation, "" for none."""
+    if bias is None:
+        return act or "none"
+    return f"{act}_bias" if act else "bias"
 
 
 def found_layer(

@@ -1,12 +1,12 @@
-"""Layer norm of the tokens of a residual stream, after a gated branch was added to it if there is one.
+"""Layer norm of a stream of tokens, to which a gated branch may be added first.
 
     s = x + gate · branch,    y = norm(s) · scale + shift,    norm(s) = (s - mean_d(s)) * rsqrt(var_d(s) + eps)
 
-x, branch, s, y: [B, N, D]; scale, shift: [D], or [B, D], an image's own, and then norm is multiplied by 1 + scale, as
-in adaLN; gate: [B, D]. Statistics in fp32; s is of the promoted type of x, branch and gate, y of `dtype`. Source: U-ViT
-(arXiv 2209.12152), DiT (arXiv 2212.09748).
+x, branch, s, y: [B, N, D]; gate: [B, D]. scale and shift are [D], or [B, D], one vector for each image, as in adaLN;
+with [B, D] the factor is 1 + scale. Statistics in fp32. s has the promoted type of x, branch and gate; y has `dtype`.
+Source: U-ViT (arXiv 2209.12152), DiT (arXiv 2212.09748).
 
-The gradient of s, which goes on beside the norm, is added to that of the norm in the same pass.
+The backward pass adds the gradient of s, which the rest of the block uses too, to the gradient of the norm in one pass.
 """
 
 import torch
@@ -22,10 +22,11 @@ from ._library import (
     halves_on_hopper,
     is_hopper,
 )
+from ._parts import as_operator
 
 MOST_CHANNELS = 8192
 CUDA_MOST_CHANNELS = 2048
-CUDA_GRADIENT_WIDTHS = (512, 1152)  # of UViT-S; of UViT-H and DiT-XL, which Triton pads to 2048
+CUDA_BACKWARD_WIDTHS = (512, 1152)  # UViT-S; UViT-H and DiT-XL, whose width Triton pads to 2048
 
 
 def layer_norm_reference(x, scale, shift, eps, branch, gate, dtype):
@@ -71,13 +72,13 @@ def cuda_accepts(x, scale, shift, eps, branch, gate, dtype):
     )
 
 
-def _cuda_accepts_gradient(dy, dsum, total, scale, branch, gate, eps, dtype):
+def _cuda_accepts_backward(dy, dsum, total, scale, branch, gate, eps, dtype):
     tokens = [total] if dsum is None else [total, dsum]
     halves = [dy] if branch is None else [dy, branch, gate]
     if scale.dim() == 2:
         halves.append(scale)
     return (
-        total.shape[2] in CUDA_GRADIENT_WIDTHS
+        total.shape[2] in CUDA_BACKWARD_WIDTHS
         and total.numel() > 0
         and all(tensor.dtype == dtype for tensor in tokens)
         and as_x_or_float32(dy, scale, *tokens)
@@ -99,25 +100,28 @@ layer_norm_backward_op = define(
     layer_norm_backward_reference,
     lambda dy, dsum, *args: _accepts(*args),
     "layer_norm",
-    _cuda_accepts_gradient,
+    _cuda_accepts_backward,
 )
 differentiable_as(layer_norm_op, layer_norm_reference)
 differentiable_as(layer_norm_backward_op, layer_norm_backward_reference)
 
 
-def norm_gradients(backward, dy, dsum, total, scale, shift_dtype, branch, gate, eps, dtype):
-    """Of x, scale, shift, branch and gate; the last two None without a branch. backward: the operator or its like."""
-    dx, dscale, dshift, *rest = backward(dy, dsum, total, scale, branch, gate, eps, dtype)
+def layer_norm_backward(via, dy, dsum, total, scale, shift_dtype, branch, gate, eps, dtype):
+    """The gradients of x, scale, shift, branch and gate; the last two are None without a branch.
+
+    dy, dsum: the gradients of y and s, dsum None if s has none; total: s; dtype: of x. via: see _parts.py.
+    """
+    dx, dscale, dshift, *rest = via(layer_norm_backward_op)(dy, dsum, total, scale, branch, gate, eps, dtype)
     return dx, dscale, dshift.to(shift_dtype), *((None, None) if branch is None else rest)
 
 
-def gradients_of_terms(dsum, gate, x_dtype, branch_dtype):
-    """Of x and branch, from that of the sum: where the gate has none, they are not kept."""
+def sum_backward(dsum, gate, x_dtype, branch_dtype):
+    """The gradients of x and branch, from the gradient of x + gate · branch. Needs neither x nor branch."""
     return dsum.to(x_dtype), (dsum * gate[:, None]).to(branch_dtype)
 
 
 class _LayerNorm(torch.autograd.Function):
-    """(s, y); without a branch s is x itself, so that its gradient comes here."""
+    """(s, y). Without a branch s is x itself, so that the backward pass receives all of the gradient of s."""
 
     @staticmethod
     def forward(ctx, x, scale, shift, eps, branch, gate, dtype):
@@ -135,11 +139,11 @@ class _LayerNorm(torch.autograd.Function):
         summed = branch is None and gate is not None
         dy = torch.zeros_like(total) if dy is None else dy
         terms = (None, None, ctx.eps, total.dtype) if summed else (branch, gate, ctx.eps, x_dtype)
-        dx, dscale, dshift, dbranch, dgate = norm_gradients(
-            layer_norm_backward_op, dy, dsum, total, scale, shift_dtype, *terms
+        dx, dscale, dshift, dbranch, dgate = layer_norm_backward(
+            as_operator, dy, dsum, total, scale, shift_dtype, *terms
         )
         if summed:
-            dx, dbranch = gradients_of_terms(dx, gate, x_dtype, branch_dtype)
+            dx, dbranch = sum_backward(dx, gate, x_dtype, branch_dtype)
         return dx, dscale, dshift, None, dbranch, dgate, None
 
 
@@ -168,11 +172,12 @@ def layer_norm(
     gate: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(s, y): x + gate · branch, and its norm · scale + shift; see the head of this file.
+    """(s, y): s = x + gate · branch and y = norm(s) · scale + shift; see the head of this file.
 
-    Without branch and gate s is x. What goes on beside the norm must be s, not x, for a gradient in one pass. dtype: of
-    y, x.dtype by default. Raises ValueError unless x and branch are [B, N, D], scale and shift both [D] or both [B, D],
-    and gate is [B, D], for which scale must be too.
+    x, branch: [B, N, D]; scale, shift: both [D] or both [B, D]; gate: [B, D], allowed only with a scale of [B, D].
+    dtype: of y, by default the type of x. Without branch and gate s is x. The caller must use the returned s, not x,
+    in the rest of the block, so that the gradient takes one pass. Raises ValueError on shapes that do not fit, and
+    unless branch and gate come together.
     """
     check_norm(x, scale, shift, branch, gate)
     dtype = dtype or x.dtype

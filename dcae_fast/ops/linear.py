@@ -1,33 +1,35 @@
-"""Linear layer with what follows it, in one product.
+"""Linear layer with an optional activation and residual.
 
     y = act(x · weightᵀ + bias) + residual
 
-x: [..., K]; weight: [M, K]; bias: [M]; residual and y: [..., M]. Sums in fp32. In half precision on a GPU, with K and M
-multiples of 8, cuBLASLt computes bias, residual or activation within the product, and nothing is rounded before y is;
-otherwise PyTorch does. The residual may be of higher precision than x, and then y is; a bias of other precision is
-brought to x's, or to y's where it is added within. A float32 weight is rounded to x's precision, for the gradient once
-more: that takes no longer than to keep it and to round its own gradient, which is float32 thus.
+x: [..., K]; weight: [M, K]; bias: [M]; residual and y: [..., M]. Sums in fp32.
 
-"gelu" is the exact one, with erf. In half precision on a GPU cuBLASLt computes both forms of GELU by the tanh
-approximation, which is off by 2e-4 in relative L2 on normal preactivations; rounding them and the result is off by 3e-3
-in bf16, 3e-4 in fp16. Their gradients are exact.
+In half precision on a GPU, with K and M multiples of 8 and tensors aligned to 16 bytes, cuBLASLt adds bias and residual
+or applies the activation within the product, and only y is rounded. In all other cases PyTorch computes the layer. The
+residual may be more precise than x; y then has the residual's type. A bias of another type is converted to the type of
+x, or to the type of y where cuBLASLt adds it.
 
-The gradients are products too: of dy and weight; and of dyᵀ and x, whose epilogue sums dy for the bias. An activation
-gets its gradient from PyTorch; where there is one, and a second layer after it, `mlp` is faster.
+A float32 weight beside half-precision x is allowed for training: it is rounded to the type of x for the product, in the
+forward and again in the backward pass, and its gradient is float32.
+
+"gelu" is the exact GELU, with erf. cuBLASLt computes "gelu" and "gelu_tanh" by the tanh approximation. On normal
+preactivations its relative L2 error is 2e-4; rounding preactivation and result causes an error of 3e-3 in bf16 and 3e-4
+in fp16. The gradients of both forms are exact.
+
+The gradients are two products, dx = dy · weight and dweight = dyᵀ · x; the second one's epilogue sums dy for the bias.
+PyTorch computes the gradient of the activation. For an activation between two layers, `mlp` is faster.
 """
-
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from . import _products
 from ._library import HALVES, define, differentiable, differentiable_as, without_autocast
+from ._parts import as_operator
 from ._private import addmm_activation
 from ._products import as_rows
 
-ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}  # as PyTorch's functions name the approximation
+ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}  # PyTorch's names of the approximation
 
 
 @without_autocast
@@ -42,12 +44,12 @@ def linear_gelu_reference(x, weight, bias, act):
 
 
 @without_autocast
-def linear_input_gradient_reference(dy, weight):
+def linear_backward_input_reference(dy, weight):
     return dy @ weight.to(dy.dtype)
 
 
 @without_autocast
-def linear_weight_gradient_reference(dy, x, bias, dtype):
+def linear_backward_weight_reference(dy, x, bias, dtype):
     dy, x = as_rows(dy).to(dtype), as_rows(x).to(dtype)
     return dy.T @ x, dy.sum(0) if bias else dy.new_empty(0)
 
@@ -56,7 +58,7 @@ def accepts_layer(x, weight, bias, residual):
     return _products.accepts(x, weight, bias, residual) and weight.shape[0] % 8 == 0
 
 
-def launch_layer(x, weight, bias, residual):
+def launch_linear(x, weight, bias, residual):
     weight = weight.to(x.dtype)
 
     def fallback():
@@ -80,17 +82,17 @@ def _launch_linear_gelu(x, weight, bias, act):
     return _products.product(fallback, x, weight, epilogue, right_transposed=True, bias=bias)[0]
 
 
-def _launch_input_gradient(dy, weight):
+def _launch_linear_backward_input(dy, weight):
     weight = weight.to(dy.dtype)
-    return _products.product(lambda: (linear_input_gradient_reference(dy, weight),), dy, weight)[0]
+    return _products.product(lambda: (linear_backward_input_reference(dy, weight),), dy, weight)[0]
 
 
-def _launch_weight_gradient(dy, x, bias, dtype):
+def _launch_linear_backward_weight(dy, x, bias, dtype):
     dy, x = as_rows(dy), as_rows(x)
 
     def fallback():
         if dtype == dy.dtype:
-            return linear_weight_gradient_reference(dy, x, bias, dtype)
+            return linear_backward_weight_reference(dy, x, bias, dtype)
         return torch.mm(dy.T, x, out_dtype=dtype), dy.sum(0, dtype=dtype) if bias else dy.new_empty(0, dtype=dtype)
 
     results = _products.product(fallback, dy, x, "bgrad" if bias else "none", left_transposed=True, dtype=dtype)
@@ -101,7 +103,7 @@ linear_op = define(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual) -> Tensor",
     linear_reference,
     accepts_layer,
-    launch_layer,
+    launch_linear,
 )
 linear_gelu_op = define(
     "linear_gelu(Tensor x, Tensor weight, Tensor? bias, str act) -> Tensor",
@@ -109,42 +111,33 @@ linear_gelu_op = define(
     lambda x, weight, bias, act: accepts_layer(x, weight, bias, None),
     _launch_linear_gelu,
 )
-input_gradient = define(
-    "linear_input_gradient(Tensor dy, Tensor weight) -> Tensor",
-    linear_input_gradient_reference,
+linear_backward_input_op = define(
+    "linear_backward_input(Tensor dy, Tensor weight) -> Tensor",
+    linear_backward_input_reference,
     _products.accepts,
-    _launch_input_gradient,
+    _launch_linear_backward_input,
 )
-weight_gradient = define(
-    "linear_weight_gradient(Tensor dy, Tensor x, bool bias, ScalarType dtype) -> (Tensor, Tensor)",
-    linear_weight_gradient_reference,
+linear_backward_weight_op = define(
+    "linear_backward_weight(Tensor dy, Tensor x, bool bias, ScalarType dtype) -> (Tensor, Tensor)",
+    linear_backward_weight_reference,
     lambda dy, x, bias, dtype: _products.accepts(dy, x) and dy.dtype == x.dtype and dtype in (x.dtype, torch.float32),
-    _launch_weight_gradient,
+    _launch_linear_backward_weight,
 )
 
 
-@dataclass(frozen=True)
-class Gradients:
-    """What the gradients of layers are made of: the two operators above, their kernels, or their references."""
+def linear_backward(via, dy, x, weight, bias, wants):
+    """The gradients of x, weight and bias; None where `wants` says that it is not wanted. dy: of x's type.
 
-    input_gradient: Callable
-    weight_gradient: Callable
-
-    def of_parameters(self, dy, x, weight, bias, wants_weight, wants_bias):
-        """Of weight and bias, each None unless wanted."""
-        if wants_weight:
-            dweight, dbias = self.weight_gradient(dy, x, wants_bias, weight.dtype)
-        else:
-            dweight, dbias = None, as_rows(dy).sum(0, dtype=bias.dtype) if wants_bias else None
-        return dweight, dbias.to(bias.dtype) if wants_bias else None
-
-    def of_layer(self, dy, x, weight, bias, wants_x, wants_weight, wants_bias):
-        """Of x, weight and bias, each None unless wanted. dy: in x's type."""
-        dx = self.input_gradient(dy, weight) if wants_x else None
-        return dx, *self.of_parameters(dy, x, weight, bias, wants_weight, wants_bias)
-
-
-OPERATORS = Gradients(input_gradient, weight_gradient)
+    x is read only for the gradient of the weight. via: see _parts.py.
+    """
+    wants_x, wants_weight, wants_bias = wants
+    dx = via(linear_backward_input_op)(dy, weight) if wants_x else None
+    dweight = dbias = None
+    if wants_weight:
+        dweight, dbias = via(linear_backward_weight_op)(dy, x, wants_bias, weight.dtype)
+    elif wants_bias:
+        dbias = as_rows(dy).sum(0, dtype=bias.dtype)
+    return dx, dweight, dbias.to(bias.dtype) if wants_bias else None
 
 
 def _setup_context(ctx, inputs, output):
@@ -153,17 +146,16 @@ def _setup_context(ctx, inputs, output):
     ctx.x_dtype, ctx.residual_dtype = x.dtype, None if residual is None else residual.dtype
 
 
-def _gradient(ctx, dy):
+def _backward(ctx, dy):
     *wants, wants_residual = ctx.needs_input_grad
-    x, weight, bias = ctx.saved_tensors
     dresidual = dy.to(ctx.residual_dtype) if wants_residual else None
-    return *OPERATORS.of_layer(dy.to(ctx.x_dtype), x, weight, bias, *wants), dresidual
+    return *linear_backward(as_operator, dy.to(ctx.x_dtype), *ctx.saved_tensors, wants), dresidual
 
 
-differentiable(linear_op, _gradient, _setup_context)
+differentiable(linear_op, _backward, _setup_context)
 differentiable_as(linear_gelu_op, linear_gelu_reference)
-differentiable_as(input_gradient, linear_input_gradient_reference)
-differentiable_as(weight_gradient, linear_weight_gradient_reference)
+differentiable_as(linear_backward_input_op, linear_backward_input_reference)
+differentiable_as(linear_backward_weight_op, linear_backward_weight_reference)
 
 
 def check_layer(shape, dtype, weight, bias, residual=None):
@@ -172,7 +164,7 @@ def check_layer(shape, dtype, weight, bias, residual=None):
     if weight.dim() != 2 or not shape or shape[-1] != weight.shape[1] or not known:
         raise ValueError(
             f"x is {dtype} {list(shape)}, weight {weight.dtype} {list(weight.shape)}:"
-            " expected [..., K] and [M, K] of one type, or weight in float32"
+            " expected [..., K] and [M, K] of one type, or a float32 weight beside half-precision x"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias is {list(bias.shape)}; expected [{weight.shape[0]}], one for each output")
@@ -181,7 +173,7 @@ def check_layer(shape, dtype, weight, bias, residual=None):
 
 
 def with_rows(layer, x, *parameters, residual, act):
-    """layer(...) for an x of more than three dimensions; one of four would be an image to the operators."""
+    """layer(...) for an x of more than three dimensions. The operators would take four dimensions for an image."""
     rows = None if residual is None else as_rows(residual)
     return layer(as_rows(x), *parameters, residual=rows, act=act).unflatten(0, x.shape[:-1])
 
@@ -197,10 +189,11 @@ def linear(
     residual: torch.Tensor | None = None,
     act: str = "none",
 ) -> torch.Tensor:
-    """act(x · weightᵀ + bias) + residual; see the head of this file.
+    """act(x · weightᵀ + bias) + residual; precision and types: see the head of this file.
 
-    act: "none", "gelu" or "gelu_tanh". Returns [..., M], contiguous, in the common type of x and residual. Raises
-    ValueError on other activations, shapes that do not fit, and unless weight has x's type, or float32 for half an x.
+    x: [..., K]; weight: [M, K]; bias: [M]; residual: [..., M]; act: "none", "gelu" or "gelu_tanh". Returns [..., M],
+    contiguous, in the promoted type of x and residual. Raises ValueError on other activations, on shapes that do not
+    fit, and unless the weight has the type of x, or is float32 beside half-precision x.
     """
     if act != "none" and act not in ACTIVATIONS:
         raise ValueError(f"act={act!r}; expected one of {('none', *ACTIVATIONS)}")

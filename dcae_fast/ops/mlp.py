@@ -2,10 +2,11 @@
 
     h = x · w1ᵀ + b1,    y = gelu(h) · w2ᵀ + b2 + residual
 
-x: [..., K]; w1: [H, K]; w2: [M, H]; residual and y: [..., M]. Exactness, types and sums as in `linear`.
+x: [..., K]; w1: [H, K]; w2: [M, H]; residual and y: [..., M]. Precision, types and sums are as in `linear`.
 
-For the gradient h is kept, and x for that of w1, as torch.compile would; gelu(h), as large as h, would add a third to
-what a transformer's block keeps. It is computed again in the pass that makes dh, all else lies in products:
+The backward pass needs h, which is kept, and x for the gradient of w1, as with torch.compile. gelu(h) is as large as h
+and would add a third to the memory that a transformer block keeps, so gelu(h) is computed again in the pass that
+computes dh. Everything else is a product:
 
     dg = dy · w2;    dh = dg * gelu'(h), g = gelu(h), db1 = Σ dh
     dw2 = dyᵀ · g, db2 = Σ dy;    dx = dh · w1, dw1 = dhᵀ · x
@@ -16,14 +17,16 @@ import torch.nn.functional as F
 
 from . import _products
 from ._library import KERNEL_DTYPES, define, differentiable, differentiable_as, halves_on_hopper, without_autocast
+from ._parts import as_operator
 from ._products import as_rows
 from .linear import (
     ACTIVATIONS,
-    OPERATORS,
     accepts_layer,
     check_layer,
-    launch_layer,
+    launch_linear,
     linear,
+    linear_backward,
+    linear_backward_input_op,
     linear_reference,
     wants_gradient,
     with_rows,
@@ -57,7 +60,7 @@ def _launch(x, w1, b1, w2, b2, residual, act):
 
     epilogue = _products.epilogue("gelu_aux", b1)
     g, h = _products.product(fallback, x, w1, epilogue, right_transposed=True, bias=b1)
-    return launch_layer(g, w2, b2, residual), h
+    return launch_linear(g, w2, b2, residual), h
 
 
 mlp_op = define(
@@ -75,15 +78,19 @@ gelu_gradient = define(
 )
 
 
-def mlp_gradients(products, gelu_gradient, dy, x, w1, b1, w2, b2, h, act, wants, dh_of_h=None):
-    """Of x, w1, b1, w2 and b2, each None unless wanted. products: a linear layer's Gradients; dy: in x's type."""
+def mlp_backward(via, dy, x, w1, b1, w2, b2, h, act, wants, dh_of_h=None):
+    """The gradients of x, w1, b1, w2 and b2; None where `wants` says that it is not wanted. dy: of x's type.
+
+    x is read only for the gradient of w1. dh_of_h: the gradient of h as a result of the operator, if there is one.
+    via: see _parts.py.
+    """
     wants_x, wants_w1, wants_b1, wants_w2, wants_b2 = wants
-    dh, g, db1 = gelu_gradient(products.input_gradient(dy, w2), h, act, wants_w2)
-    dw2, db2 = products.of_parameters(dy, g, w2, b2, wants_w2, wants_b2)
+    dh, g, db1 = via(gelu_gradient)(via(linear_backward_input_op)(dy, w2), h, act, wants_w2)
+    _, dw2, db2 = linear_backward(via, dy, g, w2, b2, (False, wants_w2, wants_b2))
     del g  # as large as dh
     if dh_of_h is not None:
         dh, db1 = dh + dh_of_h, db1 + as_rows(dh_of_h).sum(0, dtype=db1.dtype)
-    dx, dw1, _ = products.of_layer(dh, x, w1, b1, wants_x, wants_w1, False)
+    dx, dw1, _ = linear_backward(via, dh, x, w1, b1, (wants_x, wants_w1, False))
     return dx, dw1, db1.to(b1.dtype) if wants_b1 else None, dw2, db2
 
 
@@ -91,19 +98,18 @@ def _setup_context(ctx, inputs, output):
     x, w1, b1, w2, b2, residual, ctx.act = inputs
     ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w1, b1, w2, b2, output[1])
     ctx.residual_dtype = None if residual is None else residual.dtype
-    ctx.set_materialize_grads(False)  # nobody but the gradient of the gradient has one for h
+    ctx.set_materialize_grads(False)  # h has a gradient only in the gradient of the gradient
 
 
-def _gradient(ctx, dy, dh_of_h):
+def _backward(ctx, dy, dh_of_h):
     *wants, wants_residual, _ = ctx.needs_input_grad
-    x, *parameters, h = ctx.saved_tensors
-    dy = h.new_zeros(*h.shape[:-1], parameters[2].shape[0]) if dy is None else dy
+    x, w1, b1, w2, b2, h = ctx.saved_tensors
+    dy = h.new_zeros(*h.shape[:-1], w2.shape[0]) if dy is None else dy
     dresidual = dy.to(ctx.residual_dtype) if wants_residual else None
-    dy = dy.to(h.dtype)
-    return *mlp_gradients(OPERATORS, gelu_gradient, dy, x, *parameters, h, ctx.act, wants, dh_of_h), dresidual, None
+    return *mlp_backward(as_operator, dy.to(h.dtype), x, w1, b1, w2, b2, h, ctx.act, wants, dh_of_h), dresidual, None
 
 
-differentiable(mlp_op, _gradient, _setup_context)
+differentiable(mlp_op, _backward, _setup_context)
 differentiable_as(gelu_gradient, gelu_gradient_reference)
 
 
@@ -122,10 +128,11 @@ def mlp(
     residual: torch.Tensor | None = None,
     act: str = "gelu",
 ) -> torch.Tensor:
-    """gelu(x · w1ᵀ + b1) · w2ᵀ + b2 + residual; see the head of this file.
+    """gelu(x · w1ᵀ + b1) · w2ᵀ + b2 + residual; precision and types: see the head of linear.py.
 
-    act: "gelu" or "gelu_tanh". Returns [..., M], contiguous, in the common type of x and residual. Raises ValueError on
-    other activations, shapes that do not fit, and unless the weights have x's type, or float32 for half an x.
+    x: [..., K]; w1: [H, K]; b1: [H]; w2: [M, H]; b2: [M]; residual: [..., M]; act: "gelu" or "gelu_tanh". Returns
+    [..., M], contiguous, in the promoted type of x and residual. Raises ValueError on other activations, on shapes that
+    do not fit, and unless each weight has the type of x, or is float32 beside half-precision x.
     """
     check_activation(act)
     if not wants_gradient(x, w1, b1, w2, b2, residual):

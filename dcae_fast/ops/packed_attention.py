@@ -2,10 +2,11 @@
 
     out = softmax(q kᵀ / √D) v    for each head
 
-qkv: [B, N, 3 * heads * D], channels [q, k, v], each of them [heads, D]; out: [B, N, heads * D]. Softmax in fp32.
-The operator is for few tokens in half precision, where its kernels keep whole heads on chip. It also gives, for the
-backward pass, lse: [B, heads, N] in fp32, the logarithm of the softmax's denominator. The rest goes to
-`scaled_dot_product_attention`, which on Hopper prefers cuDNN where that is recent.
+qkv: [B, N, 3 * heads * D], channels [q, k, v], each [heads, D]; out: [B, N, heads * D]. Softmax in fp32.
+
+The operator is for few tokens in half precision: its kernels keep whole heads on chip. For the backward pass it also
+returns lse: [B, heads, N] in fp32, the logarithm of the softmax's denominator. All other attention goes to
+`scaled_dot_product_attention`, which prefers a recent cuDNN on Hopper.
 """
 
 import torch
@@ -42,7 +43,7 @@ def packed_attention_reference(qkv, num_heads):
 
 @without_autocast
 def packed_attention_backward_reference(dout, qkv, out, lse, num_heads):
-    """From dout and qkv alone, so that it can be differentiated again; the kernel saves time with out and lse."""
+    """Reads only dout and qkv, so that the gradient can be differentiated again. The kernel also uses out and lse."""
     q, k, v = _unpack(_wide(qkv), num_heads)
     scale = q.shape[-1] ** -0.5
     dout = _wide(dout).reshape(*dout.shape[:2], num_heads, q.shape[-1]).transpose(1, 2)
@@ -58,21 +59,21 @@ def fits(dtype, tokens, dim):
     return dtype in HALVES and 0 < tokens <= MAX_TOKENS and dim in HEAD_DIMS
 
 
-def _takes(qkv, num_heads):
+def _accepts(qkv, num_heads):
     return fits(qkv.dtype, qkv.shape[1], qkv.shape[2] // (3 * num_heads))
 
 
-attention_op = define(
+packed_attention_op = define(
     "packed_attention(Tensor qkv, int num_heads) -> (Tensor out, Tensor lse)",
     packed_attention_reference,
-    _takes,
+    _accepts,
     packed_attention_reference,
     lambda qkv, _: halves_on_hopper(qkv),
 )
-attention_backward_op = define(
+packed_attention_backward_op = define(
     "packed_attention_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, int num_heads) -> Tensor",
     packed_attention_backward_reference,
-    lambda dout, qkv, out, lse, num_heads: _takes(qkv, num_heads),
+    lambda dout, qkv, out, lse, num_heads: _accepts(qkv, num_heads),
     packed_attention_backward_reference,
     lambda dout, qkv, out, lse, _: halves_on_hopper(dout, qkv, out),
 )
@@ -84,16 +85,16 @@ def _setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
 
 
-def _gradient(ctx, dout, _):
-    return attention_backward_op(dout, *ctx.saved_tensors, ctx.num_heads), None
+def _backward(ctx, dout, _):
+    return packed_attention_backward_op(dout, *ctx.saved_tensors, ctx.num_heads), None
 
 
-differentiable(attention_op, _gradient, _setup_context)
-differentiable_as(attention_backward_op, packed_attention_backward_reference)
+differentiable(packed_attention_op, _backward, _setup_context)
+differentiable_as(packed_attention_backward_op, packed_attention_backward_reference)
 
 
 def is_for_few_tokens(dtype: torch.dtype, tokens: int, dim: int, device: torch.device) -> bool:
-    """Whether the operator is the fast way for heads of that size; on a CPU its reference stands in for that."""
+    """Whether the operator is the fastest attention for these heads. True on a CPU too, where its reference runs."""
     if device.type == "cuda" and not (_library.HAS_EXTENSION and _library.is_hopper(device)):
         return False
     return device.type in ("cuda", "cpu") and fits(dtype, tokens, dim)
@@ -109,5 +110,5 @@ def packed_attention(qkv: torch.Tensor, num_heads: int) -> torch.Tensor:
             f"qkv is {list(qkv.shape)} with num_heads={num_heads}; expected [B, N, a multiple of 3 * num_heads]"
         )
     if is_for_few_tokens(qkv.dtype, qkv.shape[1], qkv.shape[2] // (3 * num_heads), qkv.device):
-        return attention_op(qkv, num_heads)[0]
+        return packed_attention_op(qkv, num_heads)[0]
     return _pack(F.scaled_dot_product_attention(*_unpack(qkv, num_heads)))

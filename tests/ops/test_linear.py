@@ -223,7 +223,7 @@ def test_gradients_of_biases_are_not_rounded(weights, act):
     db1, db2 = torch.autograd.grad(y, [b1, b2], dy)
     with torch.no_grad():
         _, h = mlp.mlp_op(x, w1, b1, w2, b2, None, act)
-        dh, _, of_columns = mlp.gelu_gradient(linear.input_gradient(dy, w2), h, act, False)
+        dh, _, of_columns = mlp.gelu_gradient(linear.linear_backward_input_op(dy, w2), h, act, False)
     for got, summed in ((db1, dh), (of_columns, dh), (db2, dy)):
         check_sum(got, summed)
     (dbias,) = torch.autograd.grad(ops.linear(x.detach(), w1, b1), b1, dh)

@@ -58,16 +58,17 @@ def launches():
     x, w1, b1, w2, b2, residual = (torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes)
     w1, w2 = w1 / 8**0.5, w2 / 32**0.5
     h = F.linear(x, w1)
-    weight_gradient = linear._launch_weight_gradient, linear.linear_weight_gradient_reference
+    backward_input = linear._launch_linear_backward_input, linear.linear_backward_input_reference
+    backward_weight = linear._launch_linear_backward_weight, linear.linear_backward_weight_reference
     return {
-        "linear": (linear.launch_layer, linear.linear_reference, [x, w1, b1, None]),
-        "linear-residual": (linear.launch_layer, linear.linear_reference, [h, w2, b2, residual]),
-        "linear-no_bias": (linear.launch_layer, linear.linear_reference, [h, w2, None, residual]),
+        "linear": (linear.launch_linear, linear.linear_reference, [x, w1, b1, None]),
+        "linear-residual": (linear.launch_linear, linear.linear_reference, [h, w2, b2, residual]),
+        "linear-no_bias": (linear.launch_linear, linear.linear_reference, [h, w2, None, residual]),
         "gelu": (linear._launch_linear_gelu, linear.linear_gelu_reference, [x, w1, b1, "gelu_tanh"]),
         "gelu-no_bias": (linear._launch_linear_gelu, linear.linear_gelu_reference, [x, w1, None, "gelu_tanh"]),
-        "input_gradient": (linear._launch_input_gradient, linear.linear_input_gradient_reference, [residual, w2]),
-        "weight_gradient": (*weight_gradient, [h, x, True, h.dtype]),
-        "weight_alone": (*weight_gradient, [h, x, False, h.dtype]),
+        "backward_input": (*backward_input, [residual, w2]),
+        "backward_weight": (*backward_weight, [h, x, True, h.dtype]),
+        "backward_weight-no_bias": (*backward_weight, [h, x, False, h.dtype]),
         "mlp": (mlp._launch, mlp.mlp_reference, [x, w1, b1, w2, b2, residual, "gelu_tanh"]),
         "mlp-no_bias": (mlp._launch, mlp.mlp_reference, [x, w1, None, w2, None, None, "gelu_tanh"]),
     }
@@ -108,9 +109,9 @@ def test_found_plans_are_those_that_products_ask_for(bias, residual, weight_dtyp
         _products.found_layer(dtype, 6, w1, _products.epilogue(act, b1))
         if act == "gelu_aux":
             _products.found_layer(dtype, 6, w2, _products.epilogue("", b2), residual)
-    linear._launch_input_gradient(dy, w1)
+    linear._launch_linear_backward_input(dy, w1)
     monkeypatch.setattr(torch, "mm", lambda left, right, out_dtype: left.to(out_dtype) @ right.to(out_dtype))  # CUDA's
-    linear._launch_weight_gradient(dy, y, bias, weight_dtype)
+    linear._launch_linear_backward_weight(dy, y, bias, weight_dtype)
     _products.found_gradients(dtype, 6, w1, bias)
     assert asked == found and len({*asked}) == 5
 
