@@ -50,13 +50,13 @@ def _accepts(x, bias, *_):
 
 
 _NORM = "Tensor? scale, Tensor? mean, Tensor? variance, float eps"
-_forward = define(
+bias_act_op = define(
     f"bias_act(Tensor x, Tensor bias, str act, {_NORM}, Tensor? residual, ScalarType dtype) -> Tensor",
     bias_act_reference,
     _accepts,
     "bias_act",
 )
-_backward = define(
+bias_act_backward_op = define(
     f"bias_act_backward(Tensor dy, Tensor x, Tensor bias, str act, {_NORM}) -> (Tensor, Tensor, Tensor)",
     bias_act_backward_reference,
     lambda dy, *args: _accepts(*args),
@@ -70,15 +70,15 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(x, bias, scale, mean, variance)
 
 
-def _gradient(ctx, dy):
+def _backward(ctx, dy):
     x, bias, scale, mean, variance = ctx.saved_tensors
-    dx, dbias, dscale = _backward(dy, x, bias, ctx.act, scale, mean, variance, ctx.eps)
+    dx, dbias, dscale = bias_act_backward_op(dy, x, bias, ctx.act, scale, mean, variance, ctx.eps)
     dresidual = None if ctx.residual_dtype is None else dy.to(ctx.residual_dtype)
     return dx, dbias, None, None if scale is None else dscale, None, None, None, dresidual, None
 
 
-differentiable(_forward, _gradient, _setup_context)
-differentiable_as(_backward, bias_act_backward_reference)
+differentiable(bias_act_op, _backward, _setup_context)
+differentiable_as(bias_act_backward_op, bias_act_backward_reference)
 
 
 def bias_act(
@@ -103,4 +103,4 @@ def bias_act(
     for part in (bias,) if scale is None else (bias, scale, mean, variance):
         if x.dim() != 4 or part.shape != x.shape[1:2]:
             raise ValueError(f"x is {list(x.shape)}, a parameter {list(part.shape)}: expected [B, C, H, W] and [C]")
-    return _forward(x, bias, act, scale, mean, variance, eps, residual, sum_dtype(x, residual))
+    return bias_act_op(x, bias, act, scale, mean, variance, eps, residual, sum_dtype(x, residual))

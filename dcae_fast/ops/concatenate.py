@@ -19,13 +19,13 @@ def concatenate_backward_reference(dout, left_dtype, right_dtype):
     return dleft.to(left_dtype, copy=True), dright.to(right_dtype, copy=True)
 
 
-_concatenate = define(
+concatenate_op = define(
     "concatenate(Tensor left, Tensor right, ScalarType dtype) -> Tensor",
     concatenate_reference,
     lambda left, right, dtype: all(kind in KERNEL_DTYPES for kind in (left.dtype, right.dtype, dtype)),
     "concatenate",
 )
-_backward = define(
+concatenate_backward_op = define(
     "concatenate_backward(Tensor dout, ScalarType left_dtype, ScalarType right_dtype) -> (Tensor, Tensor)",
     concatenate_backward_reference,
     lambda dout, *dtypes: all(kind in KERNEL_DTYPES for kind in (dout.dtype, *dtypes)),
@@ -37,16 +37,16 @@ def _setup_context(ctx, inputs, output):
     ctx.dtypes = inputs[0].dtype, inputs[1].dtype
 
 
-def _gradient(ctx, dout):
-    return *_backward(dout, *ctx.dtypes), None
+def _backward(ctx, dout):
+    return *concatenate_backward_op(dout, *ctx.dtypes), None
 
 
-differentiable(_concatenate, _gradient, _setup_context)
-differentiable_as(_backward, concatenate_backward_reference)
+differentiable(concatenate_op, _backward, _setup_context)
+differentiable_as(concatenate_backward_op, concatenate_backward_reference)
 
 
 def concatenate(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """[left, right], [B, N, D] twice to [B, N, 2 D], contiguous, in `dtype`. Raises ValueError on other shapes."""
     if left.dim() != 3 or left.shape != right.shape:
         raise ValueError(f"left is {list(left.shape)}, right {list(right.shape)}: expected [B, N, D] twice")
-    return _concatenate(left, right, dtype)
+    return concatenate_op(left, right, dtype)

@@ -25,13 +25,13 @@ def _launch(x, weight, bias):
     return launcher("conv2d", "launch_conv2d_unshuffle")(x, weight, bias)
 
 
-_forward = define(
+conv2d_unshuffle_op = define(
     "conv2d_unshuffle(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     conv2d_unshuffle_reference,
     has_few_channels,
     _launch,
 )
-differentiable_as(_forward, conv2d_unshuffle_reference)
+differentiable_as(conv2d_unshuffle_op, conv2d_unshuffle_reference)
 
 
 def conv2d_unshuffle(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -45,4 +45,4 @@ def conv2d_unshuffle(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
             f"x is {list(x.shape)}, weight {list(weight.shape)}: expected [B, C, H, W] with even H and W, [K, C, 3, 3]"
         )
     check_filters(weight, bias=bias)
-    return _forward(x, weight, bias)
+    return conv2d_unshuffle_op(x, weight, bias)

@@ -43,14 +43,14 @@ def _cuda_accepts(x, weight, bias, *gradient):
     return halves_on_hopper(x, *gradient) and x.shape[1] % 16 == 0 and as_x_or_float32(x, weight, bias)
 
 
-_forward = define(
+depthwise_glu_op = define(
     "depthwise_glu(Tensor x, Tensor weight, Tensor bias) -> Tensor",
     depthwise_glu_reference,
     _accepts,
     "depthwise_glu",
     _cuda_accepts,
 )
-_backward = define(
+depthwise_glu_backward_op = define(
     "depthwise_glu_backward(Tensor dout, Tensor x, Tensor weight, Tensor bias, bool parameters)"
     " -> (Tensor, Tensor, Tensor)",
     depthwise_glu_backward_reference,
@@ -64,14 +64,14 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
-def _gradient(ctx, dout):
+def _backward(ctx, dout):
     wants_parameters = any(ctx.needs_input_grad[1:])
-    dx, *of_parameters = _backward(dout, *ctx.saved_tensors, wants_parameters)
+    dx, *of_parameters = depthwise_glu_backward_op(dout, *ctx.saved_tensors, wants_parameters)
     return dx, *(of_parameters if wants_parameters else (None, None))
 
 
-differentiable(_forward, _gradient, _setup_context)
-differentiable_as(_backward, depthwise_glu_backward_reference)
+differentiable(depthwise_glu_op, _backward, _setup_context)
+differentiable_as(depthwise_glu_backward_op, depthwise_glu_backward_reference)
 
 
 def depthwise_glu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -86,4 +86,4 @@ def depthwise_glu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> 
             f"x {list(x.shape)}, weight {list(weight.shape)}, bias {list(bias.shape)}:"
             " expected [B, 2M, H, W], [2M, 1, 3, 3], [2M]"
         )
-    return _forward(x, weight, bias)
+    return depthwise_glu_op(x, weight, bias)

@@ -30,14 +30,14 @@ def _cuda_accepts(x, depthwise, grouped):
     return sizes and halves_on_hopper(x) and as_x_or_float32(x, depthwise, grouped)
 
 
-_forward = define(
+multiscale_qkv_op = define(
     "multiscale_qkv(Tensor x, Tensor depthwise, Tensor grouped) -> Tensor",
     multiscale_qkv_reference,
     _accepts,
     "multiscale_qkv",
     _cuda_accepts,
 )
-differentiable_as(_forward, multiscale_qkv_reference)
+differentiable_as(multiscale_qkv_op, multiscale_qkv_reference)
 
 
 def multiscale_qkv(x: torch.Tensor, depthwise: torch.Tensor, grouped: torch.Tensor) -> torch.Tensor:
@@ -54,4 +54,4 @@ def multiscale_qkv(x: torch.Tensor, depthwise: torch.Tensor, grouped: torch.Tens
             f"x {list(x.shape)}, depthwise {list(depthwise.shape)}, grouped {list(grouped.shape)}:"
             " expected [B, C, H, W], [C, 1, k, k] with k odd, and [C, D, 1, 1] with C a multiple of D"
         )
-    return _forward(x, depthwise, grouped)
+    return multiscale_qkv_op(x, depthwise, grouped)

@@ -50,14 +50,14 @@ def _cuda_accepts(qkvs, head_dim, _):
     return halves_on_hopper(*qkvs) and head_dim == 32
 
 
-_forward = define(
+relu_linear_attention_op = define(
     "relu_linear_attention(Tensor[] qkvs, int head_dim, float eps) -> Tensor",
     relu_linear_attention_reference,
     _accepts,
     "relu_linear_attention",
     _cuda_accepts,
 )
-_backward = define(
+relu_linear_attention_backward_op = define(
     "relu_linear_attention_backward(Tensor dout, Tensor[] qkvs, int head_dim, float eps) -> Tensor[]",
     relu_linear_attention_backward_reference,
     lambda dout, *args: _accepts(*args),
@@ -70,12 +70,12 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*qkvs)
 
 
-def _gradient(ctx, dout):
-    return _backward(dout, list(ctx.saved_tensors), ctx.head_dim, ctx.eps), None, None
+def _backward(ctx, dout):
+    return relu_linear_attention_backward_op(dout, list(ctx.saved_tensors), ctx.head_dim, ctx.eps), None, None
 
 
-differentiable(_forward, _gradient, _setup_context)
-differentiable_as(_backward, relu_linear_attention_backward_reference)
+differentiable(relu_linear_attention_op, _backward, _setup_context)
+differentiable_as(relu_linear_attention_backward_op, relu_linear_attention_backward_reference)
 
 
 def relu_linear_attention(qkvs: list[torch.Tensor], head_dim: int = 32, eps: float = 1e-15) -> torch.Tensor:
@@ -94,4 +94,4 @@ def relu_linear_attention(qkvs: list[torch.Tensor], head_dim: int = 32, eps: flo
             raise ValueError(f"qkv tensors differ in batch or size: {list(first.shape)} and {list(qkv.shape)}")
     if first is None:
         raise ValueError("qkvs is empty; expected at least one packed qkv tensor")
-    return _forward(qkvs, head_dim, eps)
+    return relu_linear_attention_op(qkvs, head_dim, eps)

@@ -36,13 +36,13 @@ def _accepts(x, weight, *_):
     return x.dtype in KERNEL_DTYPES and weight.dtype in KERNEL_DTYPES and x.shape[1] <= MAX_CHANNELS
 
 
-_forward = define(
+rms_norm_op = define(
     "rms_norm(Tensor x, Tensor weight, Tensor bias, float eps, str act, Tensor? residual, ScalarType dtype) -> Tensor",
     rms_norm_reference,
     _accepts,
     "rms_norm",
 )
-_backward = define(
+rms_norm_backward_op = define(
     "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor bias, float eps, str act)"
     " -> (Tensor, Tensor, Tensor)",
     rms_norm_backward_reference,
@@ -57,13 +57,13 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(x, weight, bias)
 
 
-def _gradient(ctx, dy):
-    dx, dweight, dbias = _backward(dy, *ctx.saved_tensors, ctx.eps, ctx.act)
+def _backward(ctx, dy):
+    dx, dweight, dbias = rms_norm_backward_op(dy, *ctx.saved_tensors, ctx.eps, ctx.act)
     return dx, dweight, dbias, None, None, None if ctx.residual_dtype is None else dy.to(ctx.residual_dtype), None
 
 
-differentiable(_forward, _gradient, _setup_context)
-differentiable_as(_backward, rms_norm_backward_reference)
+differentiable(rms_norm_op, _backward, _setup_context)
+differentiable_as(rms_norm_backward_op, rms_norm_backward_reference)
 
 
 def rms_norm(
@@ -85,4 +85,4 @@ def rms_norm(
         raise ValueError(
             f"x {list(x.shape)}, weight {list(weight.shape)}, bias {list(bias.shape)}: expected [B, C, H, W], [C], [C]"
         )
-    return _forward(x, weight, bias, eps, act, residual, sum_dtype(x, residual, dtype))
+    return rms_norm_op(x, weight, bias, eps, act, residual, sum_dtype(x, residual, dtype))

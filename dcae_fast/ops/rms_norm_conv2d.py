@@ -33,14 +33,14 @@ def _accepts(x, norm_weight, norm_bias, eps, act, weight, bias):
     )
 
 
-_forward = define(
+rms_norm_conv2d_op = define(
     "rms_norm_conv2d(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, str act, Tensor weight, Tensor? bias)"
     " -> Tensor",
     rms_norm_conv2d_reference,
     _accepts,
     "rms_norm_conv2d",
 )
-differentiable_as(_forward, rms_norm_conv2d_reference)
+differentiable_as(rms_norm_conv2d_op, rms_norm_conv2d_reference)
 
 
 def rms_norm_conv2d(
@@ -65,4 +65,4 @@ def rms_norm_conv2d(
             " expected [B, C, H, W], [C], [C], [N, C, 3, 3]"
         )
     check_filters(weight, bias=bias)
-    return _forward(x, norm_weight, norm_bias, eps, act, weight, bias)
+    return rms_norm_conv2d_op(x, norm_weight, norm_bias, eps, act, weight, bias)

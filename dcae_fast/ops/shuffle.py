@@ -72,10 +72,12 @@ def _accepts(x, main, bias, out_channels, factor, scale):
 
 # scale: of the sum over a group, and of the duplicates; 1 / group size for an average
 _SCHEMA = "(Tensor? x, Tensor? main, Tensor? bias, int out_channels, int factor, float scale) -> Tensor"
-_unshuffle = define(
+unshuffle_average_add_op = define(
     "unshuffle_average_add" + _SCHEMA, unshuffle_average_add_reference, _accepts, "unshuffle_average_add"
 )
-_shuffle = define("duplicate_shuffle_add" + _SCHEMA, duplicate_shuffle_add_reference, _accepts, "duplicate_shuffle_add")
+duplicate_shuffle_add_op = define(
+    "duplicate_shuffle_add" + _SCHEMA, duplicate_shuffle_add_reference, _accepts, "duplicate_shuffle_add"
+)
 
 
 def _setup_context(ctx, inputs, output):
@@ -87,8 +89,8 @@ def _setup_context(ctx, inputs, output):
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _gradient_with(adjoint):
-    def gradient(ctx, dout):
+def _backward_with(adjoint):
+    def backward(ctx, dout):
         dx = dmain = dbias = None
         wants_x, wants_main, wants_bias, *_ = ctx.needs_input_grad
         if wants_x:
@@ -106,11 +108,11 @@ def _gradient_with(adjoint):
             dbias = sum_to_channels(dmain.to(wide)).to(ctx.bias_dtype)
         return dx, dmain, dbias, None, None, None
 
-    return gradient
+    return backward
 
 
-differentiable(_unshuffle, _gradient_with(_shuffle), _setup_context)
-differentiable(_shuffle, _gradient_with(_unshuffle), _setup_context)
+differentiable(unshuffle_average_add_op, _backward_with(duplicate_shuffle_add_op), _setup_context)
+differentiable(duplicate_shuffle_add_op, _backward_with(unshuffle_average_add_op), _setup_context)
 
 
 def _check(x, main, bias, factor, moved_size, planes=False):
@@ -142,7 +144,7 @@ def unshuffle_average_add(
     if x is not None and factor**2 * x.shape[1] % out_channels:
         raise ValueError(f"{x.shape[1]} * {factor}² channels do not fall into {out_channels} equal groups")
     scale = 1.0 if x is None else out_channels / (factor**2 * x.shape[1])
-    return _unshuffle(x, main, bias, out_channels, factor, scale)
+    return unshuffle_average_add_op(x, main, bias, out_channels, factor, scale)
 
 
 def duplicate_shuffle_add(
@@ -163,4 +165,4 @@ def duplicate_shuffle_add(
         raise ValueError(f"main's {main.shape[1]} channels are no multiple of factor²={factor**2}")
     if x is not None and factor**2 * out_channels % x.shape[1]:
         raise ValueError(f"{out_channels} * {factor}² channels are no multiple of x's {x.shape[1]}")
-    return _shuffle(x, main, bias, out_channels, factor, 1.0)
+    return duplicate_shuffle_add_op(x, main, bias, out_channels, factor, 1.0)
