@@ -1,4 +1,4 @@
-"""DC-AE and the diffusion transformers in its latent space, in plain PyTorch: the oracle of everything faster."""
+"""DC-AE and the diffusion transformers in its latent space, in plain PyTorch. Fast code is tested against them."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .uvit import UViT
 
 __all__ = ["CoderConfig", "DCAE", "DCAEConfig", "DiT", "DiTConfig", "UViT", "UViTConfig"]
-NETWORKS = {"DCAE": ".autoencoder", "DiT": ".dit", "UViT": ".uvit"}  # imported when used, as they bring PyTorch
+NETWORKS = {"DCAE": ".autoencoder", "DiT": ".dit", "UViT": ".uvit"}  # imported on first use, since they import PyTorch
 
 
 def __getattr__(name: str) -> Any:

@@ -36,9 +36,9 @@ def up_sample(kind: str, in_channels: int, out_channels: int) -> nn.Module:
 
 
 class Encoder(nn.Module):
-    """Image [B, 3, H, W] → latent [B, c, H / f, W / f]. Stages run from full resolution down.
+    """Image [B, 3, H, W] → latent [B, c, H / f, W / f]. The stages run from full resolution down.
 
-    When stage 0 is empty the stem goes straight to stage 1's width and resolution, without a shortcut.
+    If stage 0 has no blocks, the stem maps directly to the width and resolution of stage 1, without a shortcut.
     """
 
     def __init__(self, config: DCAEConfig):
@@ -70,7 +70,7 @@ class Encoder(nn.Module):
         return self.project_out(x) if latent_channels is None else self.partial_latents(x, latent_channels)
 
     def partial_latents(self, x: torch.Tensor, latent_channels: int | list[int]) -> torch.Tensor | list[torch.Tensor]:
-        """The first channels of the latent, or of one latent for each number, from what the stages give."""
+        """The first channels of the latent, or a list of latents for a list of numbers. x: the stages' output."""
         head = self.project_out.op_list[0]
         if isinstance(latent_channels, int):
             return head(x, latent_channels)
@@ -78,9 +78,9 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latent [B, c, h, w] → image [B, 3, h * f, w * f]. Stages are numbered as the encoder's and run in reverse.
+    """Latent [B, c, h, w] → image [B, 3, h * f, w * f]. The stages are numbered as in the encoder and run in reverse.
 
-    When stage 0 is empty the head is an up-sampling layer without shortcut from stage 1's width.
+    If stage 0 has no blocks, the head is an up-sampling layer from the width of stage 1, without a shortcut.
     """
 
     def __init__(self, config: DCAEConfig):
@@ -112,9 +112,10 @@ class Decoder(nn.Module):
 
 
 class DCAE(nn.Module):
-    """Deterministic autoencoder: `encode` gives the latent itself, and neither direction applies `scaling_factor`.
+    """A deterministic autoencoder: `encode` returns the latent, not a distribution.
 
-    Images are in [-1, 1]. Diffusion models see `encode(x) * scaling_factor`.
+    Images are in [-1, 1]. Neither `encode` nor `decode` applies `scaling_factor`. Diffusion models see
+    `encode(x) * scaling_factor`.
     """
 
     def __init__(self, config: DCAEConfig):
@@ -125,7 +126,7 @@ class DCAE(nn.Module):
 
     @classmethod
     def from_name(cls, name: str) -> "DCAE":
-        """The architecture of that name (`zoo.autoencoder_names`) with random weights."""
+        """The architecture with this name (see `zoo.autoencoder_names`), with random weights."""
         kinds.check_name(kinds.AUTOENCODER, name)
         return cls(zoo.autoencoder_config(name))
 
@@ -139,21 +140,21 @@ class DCAE(nn.Module):
         local_files_only: bool = False,
         config: DCAEConfig | None = None,
     ) -> "DCAE":
-        """A trained model on the CPU: float32 parameters whatever the file's type, evaluation mode.
+        """Load a trained model: on the CPU, in evaluation mode, with float32 parameters whatever the file's dtype.
 
-        source: a folder or weight file, a name of the zoo, or a Hugging Face repository; the first of these that it
-        can be. revision, cache_dir, local_files_only: as in huggingface_hub; the latter two for repositories alone.
-        config: instead of the checkpoint's own. Raises `weights.CheckpointError`.
+        source: a folder or weight file, a model name (see `zoo.autoencoder_names`), or a Hugging Face repository, tried
+        in this order. revision, cache_dir, local_files_only: as in huggingface_hub, for repositories only. config:
+        replaces the checkpoint's configuration. Raises `weights.CheckpointError`.
         """
         return checkpoint.load(
             cls, source, config=config, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
         )
 
     def save_pretrained(self, folder: str | os.PathLike, layout: str = "original") -> None:
-        """Weights and config.json in a folder, for `from_pretrained` and the library of that layout.
+        """Write weights and config.json to a folder, for `from_pretrained` and the library that uses the layout.
 
         layout: "original" (DC-Gen, efficientvit) or "diffusers" (`AutoencoderDC`, which has no partial latents).
-        Every file is replaced at once or not at all. Raises ValueError if the layout has no word for this model.
+        Each file is replaced atomically. Raises ValueError if the layout cannot describe this model.
         """
         checkpoint.save(self, folder, layout)
 
@@ -171,7 +172,7 @@ class DCAE(nn.Module):
     ) -> torch.Tensor | list[torch.Tensor]:
         """Image [B, 3, H, W] in [-1, 1] → latent [B, c, H / f, W / f].
 
-        latent_channels: adaptive models alone; the first n channels, or one latent for each n of a list.
+        latent_channels: for adaptive models only; n for the first n channels, or a list for one latent per number.
         Raises TypeError unless x is floating point, ValueError unless it is [B, 3, H, W] with H and W multiples of f.
         """
         ratio = self.spatial_compression_ratio
@@ -184,9 +185,9 @@ class DCAE(nn.Module):
         return self.encoder(x, latent_channels)
 
     def decode(self, z: torch.Tensor | list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
-        """Latent [B, c, h, w] → image [B, 3, h * f, w * f]; adaptive models take fewer channels than c too.
+        """Latent [B, c, h, w] → image [B, 3, h * f, w * f]. Adaptive models also take fewer channels than c.
 
-        z: one latent, or a list of them as `encode` returns for a list of channels; the images are a list then, too.
+        z: a latent, or a list of latents, as `encode` returns for a list of channels. A list gives a list of images.
         Raises TypeError unless each is floating point, ValueError unless each has that shape.
         """
         most = self.config.latent_channels
@@ -211,6 +212,6 @@ class DCAE(nn.Module):
     def _check_latent_channels(self, asked: list[int]) -> None:
         most = self.config.latent_channels
         if not self.config.adaptive:
-            raise ValueError(f"latent_channels={asked}: this model's latents always have {most} channels")
+            raise ValueError(f"latent_channels={asked}; latents of this model always have {most} channels")
         if not all(0 < n <= most for n in asked):
-            raise ValueError(f"latent_channels={asked}: expected numbers from 1 to {most}")
+            raise ValueError(f"latent_channels={asked}; expected numbers from 1 to {most}")

@@ -53,21 +53,21 @@ class ConvLayer(nn.Module):
 
 
 class AdaptiveOutputConvLayer(ConvLayer):
-    """A 3×3 convolution of which the first `out_channels` outputs can be asked for (DC-AE 1.5)."""
+    """A 3×3 convolution that can compute only its first `out_channels` output channels (DC-AE 1.5)."""
 
     def forward(self, x: torch.Tensor, out_channels: int | None = None) -> torch.Tensor:
         return F.conv2d(x, self.conv.weight[:out_channels], self.conv.bias[:out_channels], padding=self.conv.padding)
 
 
 class AdaptiveInputConvLayer(ConvLayer):
-    """A 3×3 convolution that uses as many of its input channels as its input has (DC-AE 1.5)."""
+    """A 3×3 convolution whose input may have fewer channels than its weight (DC-AE 1.5)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.conv2d(x, self.conv.weight[:, : x.shape[1]], self.conv.bias, padding=self.conv.padding)
 
 
 class ResBlock(nn.Module):
-    """norm(conv3×3(act(conv3×3(x)))): the branch alone, without the identity."""
+    """norm(conv3×3(act(conv3×3(x)))): only the branch, without the identity."""
 
     def __init__(self, channels: int, norm: str, act: str):
         super().__init__()
@@ -81,7 +81,7 @@ class ResBlock(nn.Module):
 class GLUMBConv(nn.Module):
     """Gated inverted bottleneck: 1×1 + SiLU to 2rC channels, depthwise 3×3, value · SiLU(gate), 1×1 to C, RMS norm.
 
-    The first half of the channels is the value, the second the gate. The branch alone, without the identity.
+    The first half of the channels is the value, the second half the gate. Only the branch, without the identity.
     """
 
     def __init__(self, channels: int, expand_ratio: int = 4):
@@ -100,9 +100,9 @@ class GLUMBConv(nn.Module):
 class LiteMLA(nn.Module):
     """Multi-scale ReLU linear attention: qkv, one more qkv per scale, attention, 1×1 projection, RMS norm.
 
-    Each scale k adds a qkv made from the first by a k×k depthwise and a grouped 1×1 convolution; all are concatenated,
-    which multiplies the number of heads. `norm_qk` (in no released model) lays qkv out as q, k, v over all heads and
-    gives q and k an RMS norm. The branch alone, without the identity.
+    For each scale k, a k×k depthwise and a grouped 1×1 convolution compute one more qkv from the first one. All are
+    concatenated, which multiplies the number of heads. With `norm_qk` (in no released model) the channels of qkv are
+    q, k, v over all heads, and q and k get an RMS norm. Only the branch, without the identity.
     """
 
     def __init__(self, channels: int, head_dim: int = 32, scales: tuple[int, ...] = (), norm_qk: bool = False):
@@ -158,7 +158,7 @@ class EfficientViTBlock(nn.Module):
 
 
 class OpSequential(nn.Module):
-    """The operations one after the other."""
+    """The operations in sequence."""
 
     def __init__(self, ops: list[nn.Module]):
         super().__init__()

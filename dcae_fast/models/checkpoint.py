@@ -1,9 +1,11 @@
-"""Autoencoder checkpoints, in one of two layouts (see `convert`); how their files are found and read is in `weights`.
+"""Load and save autoencoder checkpoints in two layouts (see `convert`). `finder` finds the files, `weights` reads them.
 
-    original    model.safetensors; {"model_name": a name of the zoo}, else what `convert.config_to_original` gives
-    diffusers   diffusion_pytorch_model.safetensors, whole or in shards; the configuration of `AutoencoderDC`
+    original    model.safetensors; config.json is {"model_name": a name in `zoo`} or what `convert.config_to_original`
+                returns
+    diffusers   diffusion_pytorch_model.safetensors, in one file or in shards; config.json is that of `AutoencoderDC`
 
-A weight file alone takes the config.json beside it, else the configuration of the zoo that its shapes fit.
+A weight file takes its configuration from the config.json in the same folder. Without a config.json, the configuration
+is that of the zoo's model with the same names and shapes.
 """
 
 import os
@@ -38,9 +40,9 @@ Build = Callable[[DCAEConfig], Model]
 
 
 def load(build: Build, source: str | os.PathLike, *, config: DCAEConfig | None, **hub: Any) -> Model:
-    """The model that `build`, the class DCAE, makes of a checkpoint's configuration, with the checkpoint's weights.
+    """Build the model of a checkpoint and load the checkpoint's weights. build: the class DCAE.
 
-    For the other arguments see `DCAE.from_pretrained`. Raises CheckpointError.
+    See `DCAE.from_pretrained` for the other arguments. Raises CheckpointError.
     """
     finder.check_arguments(source, config, DCAEConfig)
     with finder.advised(source, zoo.how_to_get):
@@ -48,7 +50,7 @@ def load(build: Build, source: str | os.PathLike, *, config: DCAEConfig | None, 
 
 
 def load_available(build: Build, source: str | os.PathLike, *, config: DCAEConfig | None = None, **hub: Any) -> Model:
-    """The same, but NotDownloadedError where files are neither here nor to be downloaded."""
+    """Like `load`, but raises NotDownloadedError if files are neither in the cache nor can be downloaded."""
     file = Path(source) if os.path.isfile(source) else None
     hub_ids = {name: zoo.autoencoder_hub_id(name) for name in zoo.AUTOENCODERS}
     names = Names(kinds.AUTOENCODER, zoo.BUNDLED, hub_ids)
@@ -63,20 +65,20 @@ def load_found(
     file: Path | None = None,
     config: DCAEConfig | None = None,
 ) -> Model:
-    """The same from the files that `find` finds in `source`, or from a weight file beside them."""
+    """Like `load`, with the files that `find` finds in `source`. file: the weight file, if it is known."""
     config_file = find(finder.CONFIG)
     given = weights.read_json(config_file) if config_file else {}
     if config is None and given:
         if kinds.of_config(given) == kinds.DIFFUSION_MODEL:
-            raise OtherKindError(f"{config_file}: of {kinds.TAKEN_BY[kinds.DIFFUSION_MODEL]}")
+            raise OtherKindError(f"{config_file}: the configuration of {kinds.LOADED_BY[kinds.DIFFUSION_MODEL]}")
         config = _parse_config(given, config_file)
     if file is None:
-        # of the layout that config.json is of, or of either layout where there is no config.json
+        # in the layout of config.json; in either layout if there is no config.json
         layouts = ["diffusers" if _is_diffusers(given) else "original"] if given else list(WEIGHTS)
         file = finder.find_first(find, [name for layout in layouts for name in WEIGHTS[layout]], source)
     state = weights.read_weights(file, find)
     if kinds.of_weights(state) == kinds.DIFFUSION_MODEL:
-        raise OtherKindError(f"{file}: the weights of {kinds.TAKEN_BY[kinds.DIFFUSION_MODEL]}")
+        raise OtherKindError(f"{file}: the weights of {kinds.LOADED_BY[kinds.DIFFUSION_MODEL]}")
     try:
         layout = convert.state_dict_layout(state)
     except ValueError as error:
@@ -91,7 +93,7 @@ def load_found(
 
 
 def save(model: nn.Module, folder: str | os.PathLike, layout: str) -> None:
-    """Write a DCAE's weights, then config.json; for the arguments see `DCAE.save_pretrained`."""
+    """Write a DCAE's weights, then config.json. See `DCAE.save_pretrained` for the arguments."""
     if layout not in WEIGHTS:
         raise ValueError(f"layout {layout!r}; expected one of {', '.join(WEIGHTS)}")
     state = model.state_dict()
@@ -111,7 +113,7 @@ def _is_diffusers(config: Mapping) -> bool:
 
 def _parse_config(given: Mapping, path: Path) -> DCAEConfig:
     try:
-        fields.Section(given).same({"_class_name": "AutoencoderDC"})  # of diffusers' models
+        fields.Section(given).same({"_class_name": "AutoencoderDC"})  # diffusers' models always say their class
         if _is_diffusers(given):
             return convert.config_from_diffusers(given)
         if "model_name" in given:
@@ -122,7 +124,10 @@ def _parse_config(given: Mapping, path: Path) -> DCAEConfig:
 
 
 def _infer_config(build: Build, state: Mapping[str, torch.Tensor], layout: str, path: Path) -> DCAEConfig:
-    """The configuration of the zoo that has these names and shapes; what its namesakes do not share is None."""
+    """The configuration of the zoo's models that have these tensor names and shapes.
+
+    If there are several such models, fields in which they differ are None.
+    """
     shapes = {name: tensor.shape for name, tensor in state.items()}
     fits = []
     for name in zoo.AUTOENCODERS:

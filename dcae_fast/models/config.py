@@ -1,4 +1,4 @@
-"""Configurations of the models: what a network is made of, in plain numbers and names. PyTorch is not imported."""
+"""Configurations of the models: their structure in plain numbers and names. Does not import PyTorch."""
 
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -9,20 +9,21 @@ BLOCKS = ("ResBlock", "EViTGLU", "EViTS5GLU")
 NORMS = ("rms", "batch")
 ACTIVATIONS = ("relu", "silu")
 RESAMPLES = {"encoder": ("pixel", "conv"), "decoder": ("pixel", "interpolate")}
-HEAD_DIM = 32  # of the attention in the autoencoder
-# The most that is believed of a configuration: larger numbers are mistakes that would fill the memory.
+HEAD_DIM = 32  # of the autoencoder's attention
+# Upper bounds: larger numbers in a configuration are mistakes that would fill the memory.
 STAGES, WIDEST, DEEPEST, LARGEST_LATENT, MOST_CLASSES = 16, 2**16, 256, 1024, 10**7
 SCALES = (1e-6, 1e6)
 
 
 @dataclass(frozen=True)
 class CoderConfig:
-    """One half of the autoencoder; every tuple has one entry per stage, stage 0 at full resolution.
+    """The encoder or the decoder. Every tuple has one entry per stage; stage 0 is at full resolution.
 
     width, depth: channels and number of blocks. block: "ResBlock", "EViTGLU" (linear attention + gated convolution) or
-    "EViTS5GLU" (the same with a 5×5 scale). norm: "rms" or "batch"; act: "relu" or "silu" (both only of ResBlocks).
+    "EViTS5GLU" (the same with a 5×5 scale). norm: "rms" or "batch"; act: "relu" or "silu" (both for ResBlocks only).
     resample: "pixel" (pixel-shuffle), "conv" (stride-2 convolution, encoder) or "interpolate" (decoder).
-    shortcut: whether the encoder's head or the decoder's stem has one. head_act: before the decoder's last convolution.
+    shortcut: whether the encoder's head or the decoder's stem has a shortcut. head_act: the activation before the
+    decoder's last convolution.
     """
 
     width: tuple[int, ...]
@@ -57,10 +58,10 @@ class CoderConfig:
 
 @dataclass(frozen=True)
 class DCAEConfig:
-    """encoder, decoder: `CoderConfig`; adaptive: latents may use the first channels only (DC-AE 1.5).
+    """encoder, decoder: `CoderConfig`. adaptive: latents may have only their first channels (DC-AE 1.5).
 
-    scaling_factor: what latents are multiplied by before a diffusion model sees them, about 1 / rms; None if unknown.
-    name: the model's name where it is one of `zoo.AUTOENCODERS`; it says nothing about the architecture.
+    scaling_factor: diffusion models see latents multiplied by this factor, about 1 / rms; None if unknown.
+    name: the model's name, if it is one of `zoo.AUTOENCODERS`; not part of the architecture.
     """
 
     latent_channels: int
@@ -88,7 +89,7 @@ class DCAEConfig:
             raise fields.FieldError("decoder.width", self.decoder.width, f"{stages} entries, as the encoder has")
 
     def _check_widths(self, side: str, coder: CoderConfig) -> None:
-        """Raises FieldError for widths between which the shortcuts and pixel-unshuffling cannot go."""
+        """Raise FieldError if shortcuts or pixel-unshuffling cannot connect stages with these widths."""
         last = len(coder.width) - 1
         if coder.shortcut and coder.width[last] % self.latent_channels:
             expected = f"a multiple of latent_channels={self.latent_channels}"
@@ -103,10 +104,11 @@ class DCAEConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
-    """in_channels, input_size: the latent's channels and its side; patch_size: the side of a token, in latent pixels.
+    """in_channels, input_size: channels and side of the latent. patch_size: side of a token, in latent pixels.
 
-    depth, hidden_size, num_heads: blocks, width, attention heads; the hidden layer of an MLP is 4 * hidden_size wide.
-    num_classes: also the null label, "no class", which replaces a training label with class_dropout_prob.
+    depth, hidden_size, num_heads: number of blocks, width, attention heads. The hidden layer of an MLP has width
+    4 * hidden_size. num_classes is also the null label, "no class". In training, the null label replaces a label with
+    probability class_dropout_prob.
     """
 
     in_channels: int
@@ -136,13 +138,13 @@ class TransformerConfig:
 
     @property
     def tokens(self) -> int:
-        """Patches of a latent."""
+        """Number of patches of a latent."""
         return (self.input_size // self.patch_size) ** 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class UViTConfig(TransformerConfig):
-    """depth: without the middle block, half on either side of it; adaptive: latents may have fewer channels (1.5)."""
+    """depth: blocks besides the middle one, half before, half after it. adaptive: latents may have fewer channels."""
 
     adaptive: bool = False
 
@@ -150,12 +152,14 @@ class UViTConfig(TransformerConfig):
         super().__post_init__()
         fields.flag("adaptive", self.adaptive)
         if self.depth % 2:
-            raise fields.FieldError("depth", self.depth, "an even number: a block after the middle for each before it")
+            raise fields.FieldError(
+                "depth", self.depth, "an even number, as many blocks after the middle one as before it"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiTConfig(TransformerConfig):
-    """learn_sigma: whether C further output channels tell the variance of the reverse process (DiT), or not (SiT)."""
+    """learn_sigma: whether C more output channels predict the variance of the reverse process (DiT), or not (SiT)."""
 
     learn_sigma: bool = True
 

@@ -1,7 +1,8 @@
-"""The two layouts of DC-AE checkpoints, and the way from one to the other. Pure functions.
+"""Convert between the two layouts of DC-AE checkpoints. Pure functions.
 
-original    DC-Gen and efficientvit: the names of this package's own modules; a nested configuration
-diffusers   `AutoencoderDC`: other names, attention's 1×1 convolutions as matrices, qkv in three; a flat configuration
+original    DC-Gen and efficientvit: names as in this package's modules; a nested configuration
+diffusers   `AutoencoderDC`: other names, attention's 1×1 convolutions as matrices, qkv in three parts; a flat
+            configuration
 """
 
 import re
@@ -40,7 +41,7 @@ QKV, PROJECTION = ".qkv.conv.weight", ".proj.conv.weight"
 
 
 def state_dict_layout(names: Iterable[str]) -> str:
-    """The layout ("original", "diffusers") that the names of a state dict are of; ValueError if of neither."""
+    """The layout of a state dict with these names: "original" or "diffusers". ValueError if neither."""
     names = list(names)
     for layout, pattern in LAYOUTS.items():
         if any(re.match(pattern, name) for name in names):
@@ -49,10 +50,10 @@ def state_dict_layout(names: Iterable[str]) -> str:
 
 
 def state_dict_to_diffusers(state: "State") -> "State":
-    """A state dict of the original layout in diffusers'; tensors are views.
+    """Convert a state dict from the original layout to that of diffusers; the tensors are views.
 
-    to_q, to_k, to_v are the consecutive thirds of qkv's rows, not queries, keys and values: diffusers concatenates
-    them again before it takes the heads apart.
+    to_q, to_k, to_v are consecutive thirds of the rows of qkv, not queries, keys and values: diffusers concatenates
+    them again before it separates the heads.
     """
     converted = {}
     for name, tensor in state.items():
@@ -65,7 +66,7 @@ def state_dict_to_diffusers(state: "State") -> "State":
 
 
 def state_dict_from_diffusers(state: "State", names: Iterable[str]) -> "State":
-    """The tensors of that original names (a model's own) from a state dict of diffusers' layout."""
+    """Convert a state dict from diffusers' layout to the original one. names: the tensors to return, original names."""
     import torch
 
     converted = {}
@@ -88,27 +89,27 @@ def _qkv_names(renamed: str) -> list[str]:
     return [renamed.replace("qkv.conv", part) for part in ("to_q", "to_k", "to_v")]
 
 
-# This package's word: (the original's, diffusers').
+# This package's term: (the original's term, diffusers' term).
 NORMS = {"rms": ("trms2d", "rms_norm"), "batch": ("bn2d", "batch_norm")}
 RESAMPLES = {
     "encoder": {"pixel": ("ConvPixelUnshuffle", "pixel_unshuffle"), "conv": ("Conv", "conv")},
     "decoder": {"pixel": ("ConvPixelShuffle", "pixel_shuffle"), "interpolate": ("InterpolateConv", "interpolate")},
 }
-# The original's word, which is ours: diffusers' type and scales.
+# The original's term, also used in this package: (diffusers' block type, its scales).
 BLOCKS = {
     "ResBlock": ("ResBlock", ()),
     "EViTGLU": ("EfficientViTBlock", ()),
     "EViTS5GLU": ("EfficientViTBlock", (5,)),
 }
 SAME_ACTIVATIONS = {act: act for act in ACTIVATIONS}
-# What configurations of the original may also say, and must say then; and what they say of where weights come from.
+# Fields that the original's configurations may have, with the only values supported; fields about sources of weights.
 ORIGINAL_DEFAULTS = {
     "": {"use_quant_conv": False},
     "encoder": {"downsample_match_channel": True, "double_latent": False},
     "decoder": {"upsample_match_channel": True},
 }
 ORIGINAL_SOURCES = ("pretrained_path", "pretrained_source", "pretrained_ema")
-# A field of CoderConfig: its name in the original's configuration, and in diffusers'.
+# Fields of CoderConfig: their names in the original's configuration, and in that of diffusers.
 ORIGINAL_NAMES = {
     side: {"width": "width_list", "depth": "depth_list", "block": "block_type", "shortcut": shortcut}
     for side, shortcut in (("encoder", "out_shortcut"), ("decoder", "in_shortcut"))
@@ -138,7 +139,7 @@ DIFFUSERS_FIELDS = (
 
 
 def config_to_original(config: DCAEConfig) -> dict:
-    """The original's nested configuration, ready for JSON; what is the same in every stage is written once."""
+    """The original's nested configuration, ready for JSON. A value that is the same in all stages is written once."""
     channels = {"in_channels": 3, "latent_channels": config.latent_channels}
     encoder = {
         **_coder_to_original(config.encoder),
@@ -173,7 +174,7 @@ def _coder_to_original(coder: CoderConfig) -> dict:
 
 
 def config_from_original(given: Mapping) -> DCAEConfig:
-    """The reverse of `config_to_original`: ValueError, which names the field, for what these models do not have."""
+    """The inverse of `config_to_original`. Unsupported values raise ValueError, which names the field."""
     whole = fields.Section(given)
     encoder, decoder = (fields.Section(whole[side], f"{side}.") for side in ("encoder", "decoder"))
     with fields.renamed(_in_whole(ORIGINAL_NAMES, "{side}.{name}")):
@@ -217,14 +218,14 @@ def _coder_from_original(given: fields.Section, side: str, **options) -> CoderCo
 
 
 def config_to_diffusers(config: DCAEConfig) -> dict:
-    """Keyword arguments of diffusers' `AutoencoderDC`, ready for JSON; without `adaptive`, for which it has no word.
+    """Keyword arguments of diffusers' `AutoencoderDC`, ready for JSON; without `adaptive`, which it does not know.
 
-    An unknown scaling factor is left out. ValueError for what `AutoencoderDC` does not have: other than RMS norm and
-    SiLU in the encoder, and an encoder that begins with a strided convolution.
+    An unknown scaling factor is left out. Raises ValueError for an encoder that `AutoencoderDC` does not support: with
+    other norms than RMS norm, other activations than SiLU, or a strided convolution as its first layer.
     """
     encoder, decoder = config.encoder, config.decoder
     if set(encoder.norm) != {"rms"} or set(encoder.act) != {"silu"}:
-        raise ValueError(f"diffusers' encoder has RMS norm and SiLU alone, not {encoder.norm}, {encoder.act}")
+        raise ValueError(f"diffusers' encoder supports only RMS norm and SiLU, not {encoder.norm}, {encoder.act}")
     if encoder.resample == "conv" and encoder.depth[0] == 0:
         raise ValueError("a strided convolution as the encoder's first layer is not supported in diffusers' layout")
     given = {
@@ -248,9 +249,9 @@ def config_to_diffusers(config: DCAEConfig) -> dict:
 
 
 def config_from_diffusers(given: Mapping) -> DCAEConfig:
-    """The reverse of `config_to_diffusers`: ValueError, which names the field, for what these models do not have.
+    """The inverse of `config_to_diffusers`. Unsupported values raise ValueError, which names the field.
 
-    The two shortcuts and the head's activation may be absent, as in configurations older than these keys.
+    The two shortcuts and the head's activation may be absent, as in older configurations.
     """
     whole = fields.Section(given)
     whole.only(DIFFUSERS_FIELDS)
@@ -295,12 +296,12 @@ def _coder_from_diffusers(given: fields.Section, side: str, **options) -> CoderC
 
 
 def _by_word(table: Mapping[str, tuple[str, str]]) -> dict[str, str]:
-    """This package's word by the original's and by diffusers'."""
+    """The original's or diffusers' term → this package's term."""
     return {word: ours for ours, words in table.items() for word in words}
 
 
 def _in_whole(names: Mapping[str, Mapping[str, str]], form: str) -> dict[str, str]:
-    """The names of the coders' fields as `DCAEConfig` has them: a file's name by "encoder.width" and the like."""
+    """The coders' fields in `DCAEConfig`, as "encoder.width" → their names in the file."""
     return {
         f"{side}.{ours}": form.format(side=side, name=name)
         for side, of_side in names.items()

@@ -1,10 +1,11 @@
-"""Checkpoints of diffusion models; how their files are found and read is in `weights`.
+"""Load and save checkpoints of diffusion models. `finder` finds the files, `weights` reads them.
 
-    repository   model.safetensors, names after "diffusion_model."; {"model_name": a name of `diffusion_zoo`}, else what
-                 `diffusion_zoo.config_to_json` gives; if it has an autoencoder of its own, that in autoencoder/
-    training     the original trainer's .pt: model_state_dict and ema = {decay: moving average}, names after "0."
+    repository   model.safetensors, names with prefix "diffusion_model."; config.json is {"model_name": a name in
+                 `diffusion_zoo`} or what `diffusion_zoo.config_to_json` returns; autoencoder/ may hold its autoencoder
+    training     a .pt of the original trainer: model_state_dict and ema = {decay: moving average}, prefix "0."
 
-A weight file alone takes the config.json beside it, else the configuration of the zoo that its shapes fit.
+A weight file takes its configuration from the config.json in the same folder. Without a config.json, the configuration
+is that of the zoo's model with the same names and shapes.
 """
 
 import os
@@ -28,7 +29,7 @@ from .weights import CheckpointError
 FILES = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "checkpoint.pt"]
 AUTOENCODER = "autoencoder"
 PREFIX = "diffusion_model."
-PREFIXES = (PREFIX, "0.", "uvit.", "dit.")  # of all names, in the original's files of several times
+PREFIXES = (PREFIX, "0.", "uvit.", "dit.")  # of all names; the original has changed it over time
 
 
 def load(
@@ -40,9 +41,9 @@ def load(
     revision: str | None,
     **cache: Any,
 ) -> tuple[DiffusionConfig, UViT | DiT, DCAE]:
-    """The configuration, the network and the autoencoder, both in float32 and evaluation mode.
+    """Return the configuration, the network and the autoencoder, both in float32 and in evaluation mode.
 
-    For the arguments see `DCAEDiffusion.from_pretrained`. Raises CheckpointError.
+    See `DCAEDiffusion.from_pretrained` for the arguments. Raises CheckpointError.
     """
     finder.check_arguments(source, config, DiffusionConfig)
     with finder.advised(source, diffusion_zoo.how_to_get):
@@ -73,12 +74,12 @@ def _load_network(
 
 
 def save(config: DiffusionConfig, network: UViT | DiT, folder: str | os.PathLike) -> None:
-    """Writes the network's weights, then config.json, as a repository has them."""
+    """Write the network's weights, then config.json, in the layout of a repository."""
     save_state(config, network.state_dict(), folder)
 
 
 def save_state(config: DiffusionConfig, state: weights.State, folder: str | os.PathLike) -> None:
-    """The same of the network's state dict."""
+    """Like `save`, with the network's state dict."""
     state = {PREFIX + name: tensor for name, tensor in state.items()}
     weights.write(Path(folder), state, FILES, diffusion_zoo.config_to_json(config))
 
@@ -90,7 +91,7 @@ def _load_autoencoder(
     given: str | os.PathLike | None,
     cache: dict[str, Any],
 ) -> DCAE:
-    """The autoencoder asked for, else the checkpoint's own, else the one that the configuration names."""
+    """The given autoencoder, else the one in the checkpoint, else the one that the configuration names."""
     if given is not None:
         return DCAE.from_pretrained(given, **cache)
     try:
@@ -107,7 +108,7 @@ def _load_autoencoder(
 
 
 def _unwrap(content: Any, ema: bool) -> Any:
-    """The state dict in a file of the trainer, the (first) moving average if there is one and it is wanted."""
+    """The state dict in a file of the original trainer. ema: prefer the (first) moving average, if there is one."""
     if not isinstance(content, dict):
         return content
     averages = content.get("ema") or content.get("ema_model_state_dict")
@@ -124,13 +125,16 @@ def _without_prefix(state: weights.State) -> weights.State:
 
 
 def _with_positions(state: weights.State, config: DiffusionConfig, expected: weights.State) -> weights.State:
-    """With a place, on the meta device, for DiT's position table: not trained, and so not in the trainer's files."""
+    """The state with a placeholder on the meta device for DiT's position table, if the table is absent.
+
+    The table is not trained; the original trainer does not save it.
+    """
     return {"pos_embed": expected["pos_embed"]} | state if isinstance(config.network, DiTConfig) else state
 
 
 def _parse_config(given: Mapping[str, Any], path: Path) -> DiffusionConfig:
     if kinds.of_config(given) == kinds.AUTOENCODER:
-        raise OtherKindError(f"{path}: of {kinds.TAKEN_BY[kinds.AUTOENCODER]}")
+        raise OtherKindError(f"{path}: the configuration of {kinds.LOADED_BY[kinds.AUTOENCODER]}")
     try:
         return diffusion_zoo.config_from_json(given)
     except ValueError as error:
@@ -138,7 +142,7 @@ def _parse_config(given: Mapping[str, Any], path: Path) -> DiffusionConfig:
 
 
 def _infer_config(state: weights.State, path: Path) -> DiffusionConfig:
-    """The configuration of the zoo that has these names and shapes."""
+    """The configuration of the zoo's model that has these tensor names and shapes."""
     fits = []
     for name in diffusion_zoo.DIFFUSION_MODELS:
         config = diffusion_zoo.diffusion_config(name)
@@ -147,7 +151,7 @@ def _infer_config(state: weights.State, path: Path) -> DiffusionConfig:
         if {k: v.shape for k, v in have.items()} == {k: v.shape for k, v in expected.items()}:
             fits.append(config)
     if not fits and kinds.of_weights(state) == kinds.AUTOENCODER:
-        raise OtherKindError(f"{path}: the weights of {kinds.TAKEN_BY[kinds.AUTOENCODER]}")
+        raise OtherKindError(f"{path}: the weights of {kinds.LOADED_BY[kinds.AUTOENCODER]}")
     if not fits:
         raise weights.without_config(path, "no known model")
     if len(set(fits)) > 1:

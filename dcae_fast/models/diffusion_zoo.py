@@ -1,7 +1,7 @@
-"""The released diffusion models: name → network, autoencoder, how it is trained and sampled, where its weights are.
+"""The released diffusion models: name → network, autoencoder, training objective, sampler; and their repositories.
 
-All released ones make pictures of 512 pixels and 1000 classes. Schedulers and samplers have the names of the original
-(DC-Gen).
+All of them generate pictures of 512 x 512 pixels in 1000 classes. Schedulers and samplers have their names from the
+original (DC-Gen).
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 RESOLUTION = 512
 MOST_STEPS = 100_000  # of a sampler
 NETWORKS = {"uvit": UViTConfig, "dit": DiTConfig}
-SAMPLERS_AFTER = {  # by the training, the samplers that fit it
+SAMPLERS_AFTER = {  # training → samplers for it
     "DPM_Solver": ("DPM_Solver",),
     "SiTSampler": ("ODE_dopri5", "ODE_heun2", "SDE"),
     "GaussianDiffusion": ("GaussianDiffusion",),
@@ -28,12 +28,12 @@ SAMPLERS_AFTER = {  # by the training, the samplers that fit it
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionConfig:
-    """network: configuration of the network. autoencoder: of whose latents, a name of `zoo` or a repository.
+    """network: configuration of the network. autoencoder: a name in `zoo` or a Hugging Face repository.
 
-    scaling_factor: what the autoencoder's latents are multiplied by before the network sees them.
-    train_scheduler: "DPM_Solver", "GaussianDiffusion" (noise prediction) or "SiTSampler" (flow). eval_scheduler:
-    the sampler it was released with, one of `SAMPLERS_AFTER` that training, and its num_inference_steps.
-    name: the model's name where it is one of `DIFFUSION_MODELS`.
+    scaling_factor: the network sees the autoencoder's latents multiplied by this factor. train_scheduler: "DPM_Solver",
+    "GaussianDiffusion" (both predict noise) or "SiTSampler" (flow). eval_scheduler, num_inference_steps: the default
+    sampler, one of `SAMPLERS_AFTER[train_scheduler]`, and its number of steps. name: the model's name, if it is one of
+    `DIFFUSION_MODELS`.
     """
 
     network: UViTConfig | DiTConfig
@@ -54,7 +54,7 @@ class DiffusionConfig:
         fields.whole("num_inference_steps", self.num_inference_steps, 1, MOST_STEPS)
 
     def check_sampler(self, sampler: str) -> None:
-        """ValueError unless the sampler fits the training."""
+        """Raise ValueError unless the sampler fits the training."""
         fitting = SAMPLERS_AFTER[self.train_scheduler]
         if sampler not in fitting:
             raise ValueError(f"sampler {sampler!r}; the model was trained for {' or '.join(fitting)}")
@@ -68,7 +68,7 @@ class DiffusionConfig:
 
 
 def config_to_json(config: DiffusionConfig) -> dict[str, Any]:
-    """For a config.json: {"model_name": ...} as the original's for a released model, else everything."""
+    """The content of config.json: {"model_name": ...} for a released model, as in the original; else all fields."""
     if config == DIFFUSION_MODELS.get(config.name):
         return {"model_name": config.name}
     written = {"model": "uvit" if isinstance(config.network, UViTConfig) else "dit", **asdict(config)}
@@ -77,7 +77,7 @@ def config_to_json(config: DiffusionConfig) -> dict[str, Any]:
 
 
 def config_from_json(given: Mapping[str, Any]) -> DiffusionConfig:
-    """The inverse of `config_to_json`; ValueError that names the field for anything else."""
+    """The inverse of `config_to_json`. Unsupported values raise ValueError, which names the field."""
     if "model_name" in given:
         return diffusion_config(zoo.only_name(given, DiffusionConfig.__annotations__))
     section = fields.Section(given)
@@ -151,12 +151,12 @@ BUNDLED = {TINY: ASSETS / TINY}
 
 
 def diffusion_names() -> list[str]:
-    """All names that `diffusion_config` knows; those in `BUNDLED` come with this package, the others from the hub."""
+    """All names that `diffusion_config` knows. Those in `BUNDLED` are in this package, others are downloaded."""
     return [*DIFFUSION_MODELS, *BUNDLED]
 
 
 def diffusion_config(name: str) -> DiffusionConfig:
-    """The configuration of a diffusion model of the zoo; ValueError with the known names for any other."""
+    """The configuration of a diffusion model of the zoo. ValueError, which lists all names, for an unknown one."""
     zoo.check_name("diffusion model", name, diffusion_names())
     if name in BUNDLED:
         return config_from_json(zoo.bundled_config(BUNDLED[name]))
@@ -169,21 +169,21 @@ def diffusion_hub_id(name: str) -> str:
 
 
 def how_to_get(source: str) -> str:
-    """What to do where a diffusion model, of the zoo or of a repository, cannot be downloaded."""
+    """Advice how to get a diffusion model, of the zoo or of a repository, that cannot be downloaded now."""
     folder = source.split("/")[-1]
-    repository, autoencoder = source, "AUTOENCODER"  # the one that its config.json names
+    repository, autoencoder = source, "AUTOENCODER"  # explained below
     if source in DIFFUSION_MODELS:
         repository, autoencoder = diffusion_hub_id(source), zoo.autoencoder_hub_id(diffusion_config(source).autoencoder)
-    return f"""Its weights are downloaded when they are first used. On a machine with a connection that is
+    return f"""Weights are downloaded on first use. On a machine with an internet connection, run
 
     hf download {repository} --local-dir {folder}
     hf download {autoencoder} --local-dir {folder}/autoencoder
 
-and the folder can be taken anywhere; name ./{folder} in place of {source}. It holds
+Copy the folder to this machine, and name ./{folder} in place of {source}. The folder contains
 
     config.json                     the model's name, or its configuration, which names its AUTOENCODER
-    model.safetensors               the transformer's weights, names after "diffusion_model."
-    autoencoder/config.json         the same of the autoencoder
-    autoencoder/model.safetensors   its weights
+    model.safetensors               the transformer's weights, names with prefix "diffusion_model."
+    autoencoder/config.json         the autoencoder's name or configuration
+    autoencoder/model.safetensors   the autoencoder's weights
 
-Instead of model.safetensors it may hold checkpoint.pt, as the original's trainer writes it."""
+Instead of model.safetensors it may contain checkpoint.pt, written by the original trainer."""

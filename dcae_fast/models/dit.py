@@ -1,4 +1,4 @@
-"""DiT (arXiv 2212.09748) in the latent space of DC-AE, and SiT (arXiv 2401.08740): the same, trained as a flow."""
+"""DiT (arXiv 2212.09748) in the latent space of DC-AE, and SiT (arXiv 2401.08740), the same trained as a flow."""
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from .transformer import (
 
 
 def position_table(hidden_size: int, side: int) -> torch.Tensor:
-    """The fixed position embedding of a square of side² tokens, row by row: [1, side², D], float32.
+    """The fixed position embedding for a square of side² tokens, row by row: [1, side², D], float32.
 
     [sin(col · ω), cos(col · ω), sin(row · ω), cos(row · ω)],    ω_j = 10000^(-j / (D / 4)),    j = 0 ... D / 4 - 1
     """
@@ -107,9 +107,9 @@ class DiT(nn.Module):
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Scaled latents, times and labels → the prediction, [B, C, h, w] as x; with learn_sigma, [B, 2C, h, w].
 
-        With learn_sigma the first C channels are the noise, the others the variance: samplers that have no use for it
-        take the first. x: [B, in_channels, input_size, input_size]. t: [B], real. y: [B], integers from 0 to
-        num_classes, which means no class; the values are not checked here (nn.Embedding raises IndexError on a CPU).
+        With learn_sigma the first C channels are the noise, the others the variance; samplers may use only the first.
+        x: [B, in_channels, input_size, input_size]. t: [B], real. y: [B], integers from 0 to num_classes; num_classes
+        means no class. The values of y are not checked here (nn.Embedding raises IndexError on a CPU).
         Raises TypeError or ValueError for inputs of another type or shape.
         """
         check_inputs(self.config, x, t, y, fewest_channels=self.config.in_channels)

@@ -1,4 +1,4 @@
-"""Checks of a configuration's fields. Every error names the field, its value and what was expected of it."""
+"""Checks of a configuration's fields. Every error names the field, its value and the expected value."""
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ SHOWN = 60  # characters of a value in an error
 
 
 class FieldError(ValueError):
-    """A field that a configuration cannot have. field: its name, as width or encoder.width[1]."""
+    """A field with an unsupported value. field: its name, such as width or encoder.width[1]."""
 
     def __init__(self, field: str, value: Any, expected: str):
         super().__init__(field, value, expected)
@@ -23,7 +23,7 @@ class FieldError(ValueError):
 
 
 class AbsentError(ValueError):
-    """A field that a configuration must have. field: its name."""
+    """A required field is absent. field: its name."""
 
     def __init__(self, field: str):
         super().__init__(field)
@@ -59,7 +59,7 @@ def text(field: str, value: Any) -> None:
 
 
 def entries(field: str, value: Any, count: int | None = None) -> Iterator[tuple[str, Any]]:
-    """The entries of a list by their names, as width[1]."""
+    """The entries of a list with their names, such as width[1]."""
     if not isinstance(value, list | tuple):
         raise FieldError(field, value, "a list")
     if count is not None and len(value) != count:
@@ -68,11 +68,11 @@ def entries(field: str, value: Any, count: int | None = None) -> Iterator[tuple[
 
 
 class Section:
-    """The fields that a file gives by name. prefix: what errors put before the names, as "encoder."."""
+    """The fields in a file, or in a part of it. prefix: comes before the names in errors, as in "encoder."."""
 
     def __init__(self, given: Any, prefix: str = ""):
         if not isinstance(given, Mapping):
-            raise FieldError(prefix.rstrip("."), given, "fields by name")
+            raise FieldError(prefix.rstrip("."), given, "an object with named fields")
         self.given, self.prefix = given, prefix
 
     def __getitem__(self, name: str) -> Any:
@@ -84,13 +84,13 @@ class Section:
         return self.given.get(name, default)
 
     def only(self, known: Collection[str]) -> None:
-        """Raises FieldError for a field that is not known. A name that begins with _ is somebody's remark."""
+        """Raise FieldError for an unknown field. A name that begins with _ is a comment."""
         for name, value in self.given.items():
             if name not in known and not name.startswith("_"):
                 raise FieldError(self.prefix + name, value, f"no field but {', '.join(known)}")
 
     def same(self, expected: Mapping[str, Any]) -> None:
-        """Raises FieldError for a field that is given and is not as expected; a list of equals is as one of them."""
+        """Raise FieldError if a field is present with another value. A list of equal values equals one value."""
         for name, value in expected.items():
             if name in self.given and once(self.given[name]) != once(value):
                 raise FieldError(self.prefix + name, self.given[name], repr(value))
@@ -100,13 +100,13 @@ class Section:
         return tuple(self[name]) if isinstance(self[name], list) else self[name]
 
     def word(self, name: str, table: Mapping[str, str], default: str | None = None) -> str:
-        """What the table has for a word, or for the default where the field is absent."""
+        """The table's entry for the word in a field, or for the default if the field is absent."""
         value = self[name] if default is None else self.get(name, default)
         word(self.prefix + name, value, table)
         return table[value]
 
     def words(self, name: str, table: Mapping[str, str], count: int) -> tuple[str, ...]:
-        """What the table has for the words of a list, or `count` times for a single word."""
+        """The table's entries for a list of words; for a single word, its entry `count` times."""
         value = self[name]
         if not isinstance(value, list | tuple):
             return (self.word(name, table),) * count
@@ -115,7 +115,7 @@ class Section:
         return tuple(table[each] for each in value)
 
     def build(self, kind: type) -> Any:
-        """The dataclass that has these fields."""
+        """Make a dataclass of the fields. Raises FieldError or AbsentError."""
         known = {field.name: field for field in fields(kind)}
         self.only(known)
         required = [name for name, field in known.items() if field.default is field.default_factory is MISSING]
@@ -130,7 +130,7 @@ def once(values: Any) -> Any:
 
 @contextmanager
 def renamed(names: Mapping[str, str], prefix: str = "") -> Iterator[None]:
-    """A FieldError from within names its field by these names, and after the prefix."""
+    """Rename the field in a FieldError raised inside: a new name from `names`, after the prefix."""
     try:
         yield
     except FieldError as error:

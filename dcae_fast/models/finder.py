@@ -1,4 +1,4 @@
-"""Files of a checkpoint: found in a folder, in this package, or in a Hugging Face repository."""
+"""Find the files of a checkpoint: in a folder, in this package, or in a Hugging Face repository."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -39,7 +39,7 @@ Finder = Callable[[str], Path | None]
 
 @dataclass(frozen=True)
 class Names:
-    """Models that have a name. kind: what they are; bundled: name → folder; hub_ids: name → Hugging Face repository."""
+    """Models that have names. kind: see `kinds`; bundled: name → folder; hub_ids: name → Hugging Face repository."""
 
     kind: str
     bundled: Mapping[str, Path]
@@ -47,11 +47,11 @@ class Names:
 
 
 def finder(source: str | os.PathLike, names: Names, **hub: Any) -> Finder:
-    """A function from a file name to its path in the source, or None where the source has no such file.
+    """A function file name → path of the file in the source, or None if the source has no such file.
 
-    source: a folder, a name, or a Hugging Face repository; the first of these that it can be. hub: revision, cache_dir
-    and local_files_only, as in `hf_hub_download`. Raises CheckpointError here or when called: NotDownloadedError for
-    what is neither in the local cache nor to be downloaded.
+    source: a folder, a model name, or a Hugging Face repository, tried in this order. hub: revision, cache_dir and
+    local_files_only, as in `hf_hub_download`. `finder` and the function raise CheckpointError; the function raises
+    NotDownloadedError for a file that is not in the local cache and cannot be downloaded.
     """
     name = os.fspath(source)
     if os.path.isdir(name):
@@ -70,12 +70,12 @@ def finder(source: str | os.PathLike, names: Names, **hub: Any) -> Finder:
         raise CheckpointError(f"no such file or folder: {name}")
     if name.count("/") != 1:
         unknown = zoo.unknown_name(names.kind, name, [*names.hub_ids, *names.bundled])
-        raise CheckpointError(f"no such file or folder, nor a Hugging Face repository: {unknown}")
+        raise CheckpointError(f"no such file or folder, and not a Hugging Face repository: {unknown}")
     return _in_repository(name, **hub)
 
 
 def check_arguments(source: Any, config: Any, kind: type) -> None:
-    """TypeError unless these are what from_pretrained takes; kind: of the configuration."""
+    """Raise TypeError for arguments of from_pretrained with a wrong type. kind: the class of the configuration."""
     if not isinstance(source, str | os.PathLike):
         raise TypeError(f"source={source!r}; expected a name, a path or a repository")
     if not isinstance(config, kind | None):
@@ -84,7 +84,7 @@ def check_arguments(source: Any, config: Any, kind: type) -> None:
 
 @contextmanager
 def advised(source: str | os.PathLike, how_to_get: Callable[[str], str]) -> Iterator[None]:
-    """Where files of the source are neither here nor to be downloaded, raises CheckpointError, which says how to."""
+    """Turn a NotDownloadedError raised inside into a CheckpointError with advice how to get the source's files."""
     try:
         yield
     except NotDownloadedError as error:
@@ -92,12 +92,12 @@ def advised(source: str | os.PathLike, how_to_get: Callable[[str], str]) -> Iter
 
 
 def find_first(find: Finder, files: list[str], source: str | os.PathLike) -> Path:
-    """The first of the files that the source has."""
+    """The path of the first of the files that the source has. CheckpointError if it has none of them."""
     not_downloaded = []
     for file in files:
         try:
             path = find(file)
-        except NotDownloadedError as error:  # which does not say whether the repository has that file
+        except NotDownloadedError as error:  # the repository may or may not have this file
             not_downloaded.append(error)
         else:
             if path is not None:
@@ -115,7 +115,7 @@ def _in_repository(name: str, revision: str | None = None, **cache: Any) -> Find
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise CheckpointError(f"{name}: no such file or folder, nor a name that a repository can have") from error
+        raise CheckpointError(f"{name}: no such file or folder, and not a valid name of a repository") from error
     unreachable = _reachability(name, revision)
 
     def find(file: str) -> Path | None:
@@ -123,17 +123,17 @@ def _in_repository(name: str, revision: str | None = None, **cache: Any) -> Find
         why = None if isinstance(there, str) else _why_not_online(cache) or unreachable()
         if why and there is _CACHED_NO_EXIST:
             return None
-        # without a connection huggingface_hub would try six times, for half a minute
+        # without a connection, huggingface_hub would retry for half a minute
         options = cache | ({"local_files_only": True} if why else {})
         try:
             return Path(hf_hub_download(name, file, revision=revision, **options))
         except LocalEntryNotFoundError as error:
             why = why or "the connection was lost"
-            what = f"{name}: not in the local cache, and not to be downloaded: {why}"
+            what = f"{name}: not in the local cache, and cannot be downloaded: {why}"
             raise NotDownloadedError(f"{what}; needed is {file}") from error
         except EntryNotFoundError:
             return None
-        except Exception as error:  # of any of the libraries by which huggingface_hub has spoken HTTP
+        except Exception as error:  # versions of huggingface_hub use several HTTP libraries
             raise CheckpointError(f"{name}: {_failure(file, revision, error)}") from error
 
     return find
@@ -146,7 +146,7 @@ def _why_not_online(cache: Mapping[str, Any]) -> str | None:
 
 
 def _reachability(name: str, revision: str | None) -> Callable[[], str | None]:
-    """A function that tells why the server cannot be reached, if so; it asks the server once, and does not retry."""
+    """A function that returns why the server cannot be reached, or None. It asks the server once, without retries."""
 
     @cache
     def unreachable() -> str | None:

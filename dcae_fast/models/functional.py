@@ -1,4 +1,4 @@
-"""The formulas of DC-AE that are more than one PyTorch call. Plain PyTorch, any device; the oracle of every kernel."""
+"""The formulas of DC-AE in plain PyTorch, for any device. Kernels are tested against them."""
 
 import torch
 import torch.nn.functional as F
@@ -25,13 +25,13 @@ def relu_linear_attention(qkv: torch.Tensor, head_dim: int, eps: float) -> torch
         out_i = Σ_j v_j (k_j · q_i) / (Σ_j k_j · q_i + eps),    q, k = relu(q), relu(k)
 
     qkv: [B, heads * 3 * head_dim, H, W], channels grouped per head as q, k, v; returns [B, heads * head_dim, H, W] in
-    qkv.dtype. With more than head_dim positions the sum is taken as (V Kᵀ) Q, otherwise through the positions'
-    own matrix Kᵀ Q; the function is the same. float16 is raised to float32 in the first form, and the division is
-    always done in float32 or wider, as in the original implementation.
+    qkv.dtype. With more than head_dim positions this computes (V Kᵀ) Q, otherwise V (Kᵀ Q), which is mathematically the
+    same. As in the original implementation, float16 becomes float32 in the first form, and the division is always in
+    float32 or wider.
     """
     batch, channels, height, width = qkv.shape
     positions = height * width
-    with torch.autocast("cpu" if qkv.is_meta else qkv.device.type, enabled=False):  # the meta device has none
+    with torch.autocast("cpu" if qkv.is_meta else qkv.device.type, enabled=False):  # the meta device has no autocast
         q, k, v = qkv.reshape(batch, channels // (3 * head_dim), 3, head_dim, positions).unbind(2)
         q, k = F.relu(q), F.relu(k)
         if positions > head_dim:
@@ -52,7 +52,7 @@ def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
 
 
 def pixel_unshuffle(x: torch.Tensor, factor: int) -> torch.Tensor:
-    """torch.nn.functional.pixel_unshuffle, which returns an empty batch as it is (torch 2.13), for any batch."""
+    """Like torch.nn.functional.pixel_unshuffle, which returns an empty batch unchanged (torch 2.13); also for that."""
     batch, channels, height, width = x.shape
     x = x.reshape(batch, channels, height // factor, factor, width // factor, factor).permute(0, 1, 3, 5, 2, 4)
     return x.reshape(batch, channels * factor**2, height // factor, width // factor)

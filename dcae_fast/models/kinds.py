@@ -1,4 +1,4 @@
-"""The two kinds of models, autoencoders and diffusion models, told apart by their names and configurations."""
+"""Tell the two kinds of models apart, autoencoders and diffusion models, by name, configuration or weights."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -6,14 +6,14 @@ from typing import Any
 from . import diffusion_zoo, zoo
 
 AUTOENCODER, DIFFUSION_MODEL = "autoencoder", "diffusion model"
-TAKEN_BY = {
-    AUTOENCODER: "an autoencoder: DCAE.from_pretrained takes it, and dcae-fast reconstruct, encode, convert and others",
-    DIFFUSION_MODEL: "a diffusion model: DCAEDiffusion.from_pretrained takes it, and dcae-fast sample, eval-diffusion",
+LOADED_BY = {
+    AUTOENCODER: "an autoencoder; load it with DCAE.from_pretrained, or use dcae-fast reconstruct, encode, convert",
+    DIFFUSION_MODEL: "a diffusion model; load it with DCAEDiffusion.from_pretrained, or use dcae-fast sample",
 }
 
 
 def of_name(name: Any) -> str | None:
-    """The kind of the model with that name, or in that repository; None if no model of the zoos has it."""
+    """The kind of the released model with this name or Hugging Face repository; None if there is no such model."""
     if name in (*diffusion_zoo.diffusion_names(), *map(diffusion_zoo.diffusion_hub_id, diffusion_zoo.DIFFUSION_MODELS)):
         return DIFFUSION_MODEL
     return AUTOENCODER if name in (*zoo.autoencoder_names(), *map(zoo.autoencoder_hub_id, zoo.AUTOENCODERS)) else None
@@ -36,13 +36,13 @@ def of_weights(names: Iterable[str]) -> str | None:
 
 
 def other_kind(wanted: str, name: Any) -> str | None:
-    """The text of an error about the name of a model of the other kind; None for any other name."""
+    """The error message if the name is that of a model of the other kind; else None."""
     kind = of_name(name)
-    return None if kind in (None, wanted) else f"{name!r} is {TAKEN_BY[kind]}"
+    return None if kind in (None, wanted) else f"{name!r} is {LOADED_BY[kind]}"
 
 
 def check_name(wanted: str, name: Any) -> None:
-    """ValueError for the name of a model of the other kind."""
+    """Raise ValueError if the name is that of a model of the other kind."""
     text = other_kind(wanted, name)
     if text:
         raise ValueError(text)

@@ -1,6 +1,6 @@
-"""What UViT and DiT share: input checks, embeddings, attention. Attribute names as in the originals.
+"""Parts shared by UViT and DiT: input checks, embeddings, attention. Attribute names as in the originals.
 
-Tokens are [B, N, D]. Attention runs in the dtype that its projection gives: the weights', or autocast's.
+Tokens are [B, N, D]. Attention runs in the dtype of its projection's output: that of the weights or of autocast.
 """
 
 import math
@@ -15,7 +15,7 @@ from .config import TransformerConfig
 def check_inputs(
     config: TransformerConfig, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, fewest_channels: int
 ) -> None:
-    """TypeError or ValueError unless x, t, y are a batch for a network of this configuration. Reads no values."""
+    """Raise TypeError or ValueError unless x, t, y are a batch for this configuration. Reads no values."""
     size, most = config.input_size, config.in_channels
     for name, value in (("x", x), ("t", t), ("y", y)):
         if not isinstance(value, torch.Tensor):
@@ -45,7 +45,7 @@ def sinusoidal_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 class LabelEmbedder(nn.Module):
-    """Labels [B] → [B, D]: a table with one more row, `num_classes`, for the null label.
+    """Labels [B] → [B, D]: a table with one additional row, `num_classes`, for the null label.
 
     In training mode each label becomes the null label with probability `dropout_prob`.
     """
@@ -63,7 +63,7 @@ class LabelEmbedder(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """[B, C, h, w] → tokens [B, N, D]: one for each patch of p × p pixels, row by row."""
+    """[B, C, h, w] → tokens [B, N, D], one per patch of p × p pixels, row by row."""
 
     def __init__(self, in_channels: int, hidden_size: int, patch_size: int):
         super().__init__()
@@ -82,7 +82,7 @@ def unpatchify(x: torch.Tensor, patch_size: int) -> torch.Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head softmax attention; the channels of qkv are [q, k, v], each of them [heads, dim]."""
+    """Multi-head softmax attention. The channels of qkv are [q, k, v], each [heads, dim]."""
 
     def __init__(self, hidden_size: int, num_heads: int, qkv_bias: bool):
         super().__init__()
@@ -99,7 +99,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear to 4D, GELU, linear back to D. approximate: of `torch.nn.GELU`, "none" or "tanh"."""
+    """Linear to 4D, GELU, linear back to D. approximate: as in `torch.nn.GELU`, "none" or "tanh"."""
 
     def __init__(self, hidden_size: int, approximate: str):
         super().__init__()

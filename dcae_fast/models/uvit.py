@@ -1,4 +1,4 @@
-"""UViT (arXiv 2209.12152) in the latent space of DC-AE, and USiT, which is the same network trained as a flow."""
+"""UViT (arXiv 2209.12152) in the latent space of DC-AE, and USiT: the same network, trained as a flow."""
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from .transformer import (
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); with skip, x is first made of [x, skip]. Tokens [B, N, D]."""
+    """x + attention(norm(x)), then x + mlp(norm(x)). With skip, first x = linear([x, skip]). Tokens [B, N, D]."""
 
     def __init__(self, hidden_size: int, num_heads: int, skip: bool = False):
         super().__init__()
@@ -55,7 +55,7 @@ class UViT(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Linear layers and position table N(0, 0.02), biases 0; all else, labels N(0, 1), as PyTorch does it."""
+        """Linear layers and position table N(0, 0.02), biases 0; the rest as in PyTorch, so that labels are N(0, 1)."""
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -67,13 +67,13 @@ class UViT(nn.Module):
         """Scaled latents, times and labels → the prediction, [B, C, h, w] as x.
 
         x: [B, C, input_size, input_size]; C = in_channels, or from 1 to in_channels if adaptive. t: [B], real.
-        y: [B], integers from 0 to num_classes, which means no class; the values are not checked here (nn.Embedding
-        raises IndexError on a CPU). Raises TypeError or ValueError for inputs of another type or shape.
+        y: [B], integers from 0 to num_classes; num_classes means no class. The values are not checked here
+        (nn.Embedding raises IndexError on a CPU). Raises TypeError or ValueError for inputs of another type or shape.
         """
         in_channels, patch_size = self.config.in_channels, self.config.patch_size
         check_inputs(self.config, x, t, y, fewest_channels=1 if self.config.adaptive else in_channels)
         channels = x.shape[1]
-        if channels < in_channels:  # absent channels are zeros, and what is predicted for them is cut off below
+        if channels < in_channels:  # absent channels are zeros; predictions for them are cut off below
             x = F.pad(x, (0, 0, 0, 0, 0, in_channels - channels))
         time = sinusoidal_embedding(t, self.config.hidden_size).to(self.pos_embed.dtype)
         x = torch.cat([self.label_emb(y)[:, None], time[:, None], self.patch_embed(x)], dim=1)

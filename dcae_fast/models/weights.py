@@ -1,4 +1,4 @@
-"""Files of checkpoints: read, checked against a model, and written; `finder` finds them."""
+"""Read the files of checkpoints, check them against a model, and write them. `finder` finds the files."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from dcae_fast.files import written_atomically
 from .finder import CONFIG, PICKLES, Finder
 
 INDEX = ".index.json"
-LISTED = 10  # names of each kind in an error
+LISTED = 10  # names of one kind in an error, at most
 
 State = dict[str, torch.Tensor]
 
@@ -28,10 +28,10 @@ def read_json(path: Path) -> dict:
     except OSError as error:
         raise CheckpointError(f"{path}: not readable: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path}: not readable JSON: it is no text in UTF-8") from error
+        raise CheckpointError(f"{path}: not readable JSON: it is not UTF-8 text") from error
     except RecursionError as error:
         raise CheckpointError(f"{path}: not readable JSON: it is nested too deeply") from error
-    except ValueError as error:  # which says at which line and column
+    except ValueError as error:  # its message has line and column
         raise CheckpointError(f"{path}: not readable JSON: {error}") from error
     if not isinstance(content, dict) or not content:
         raise CheckpointError(f"{path}: expected a JSON object with at least one entry")
@@ -39,15 +39,15 @@ def read_json(path: Path) -> dict:
 
 
 def under_state_dict(content: Any) -> Any:
-    """What a pickle holds under "state_dict", if it does, else all of it."""
+    """The dictionary under the key "state_dict" of a pickle, if there is one; else the whole content."""
     inner = content.get("state_dict") if isinstance(content, dict) else None
     return inner if isinstance(inner, dict) else content
 
 
 def read_weights(path: Path, find: Finder, unwrap: Callable[[Any], Any] = under_state_dict) -> State:
-    """A file's tensors by name; of shards, the ones that its index names, as `find` finds them.
+    """The tensors of a weight file by name. For an index of shards, `find` finds the shards.
 
-    unwrap: from what a pickle holds to the state dict in it. Pickles may hold only weights and plain values.
+    unwrap: content of a pickle → the state dict in it. Pickles may contain only tensors and plain values.
     """
     if path.name.endswith(INDEX):
         return _read_shards(path, find, unwrap)
@@ -64,21 +64,22 @@ def read_weights(path: Path, find: Finder, unwrap: Callable[[Any], Any] = under_
     others = [str(name) for name, value in content.items() if not (isinstance(name, str) and _is_plain(value))]
     if others:
         raise CheckpointError(
-            f"{path}: no state dict where one is expected; no plain tensors at {_listed(others)} "
+            f"{path}: expected a state dict, found no plain tensors at {_listed(others)} "
             f"of the keys {_listed(list(map(str, content)))}"
         )
     return content
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether this is a tensor with data of its own, neither sparse, nested nor quantised."""
+    """Whether this is a dense tensor with data: not on the meta device, not sparse, nested or quantised."""
     strange = not isinstance(value, torch.Tensor) or value.is_meta or value.is_nested or value.is_quantized
     return not strange and value.layout == torch.strided
 
 
 def _read_pickle(path: Path) -> Any:
-    """What torch.save wrote, if it is tensors and plain values. PyTorch's own errors advise to load without safeguards,
-    and are not passed on.
+    """Read a file of torch.save that contains only tensors and plain values.
+
+    PyTorch's own errors are not passed on, since they advise to load without safeguards.
     """
     try:
         with warnings.catch_warnings():
@@ -90,14 +91,14 @@ def _read_pickle(path: Path) -> Any:
         name = re.search(r"GLOBAL ([\w.]+)", str(error))
         if name:
             raise CheckpointError(
-                f"{path}: refused, because to read it would run code: it holds {name[1]}, and may hold tensors and "
-                "plain values alone. Ask for the weights as .safetensors"
+                f"{path}: refused, since reading it would run code: it contains {name[1]}; expected only tensors and "
+                "plain values. Ask for the weights as .safetensors"
             ) from error
         raise CheckpointError(f"{path}: not a readable file of weights: {_what_is_there(path, error)}") from error
 
 
 def _what_is_there(path: Path, error: Exception) -> str:
-    """What is found in place of weights, in words for the user."""
+    """A description of the file's content, for errors."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     with path.open("rb") as file:
@@ -105,10 +106,10 @@ def _what_is_there(path: Path, error: Exception) -> str:
     if not start:
         return "it is empty"
     if start.startswith(b"version https://git-lfs"):
-        return "it is a pointer of Git LFS; `git lfs pull` brings the file itself"
+        return "it is a pointer of Git LFS; `git lfs pull` downloads the file"
     if start.lstrip().startswith(b"<"):
-        return "it is a web page, perhaps an error of the download"
-    return f"its {path.stat().st_size} bytes are cut short, damaged or something else; get the file again"
+        return "it is a web page, perhaps an error page from the download"
+    return f"its {path.stat().st_size} bytes are truncated, damaged or not weights; download the file again"
 
 
 def _read_shards(path: Path, find: Finder, unwrap: Callable[[Any], Any]) -> State:
@@ -127,7 +128,7 @@ def _read_shards(path: Path, find: Finder, unwrap: Callable[[Any], Any]) -> Stat
 
 
 def check(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], path: Path) -> None:
-    """CheckpointError with all that is missing, unexpected, or of another shape or kind."""
+    """Raise CheckpointError that lists tensors that are missing, unexpected, or have another shape or type."""
     missing = [name for name in expected if name not in state]
     unexpected = [str(name) for name in state if name not in expected]
     misfits = []
@@ -144,16 +145,18 @@ def check(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor
 
 
 def _can_become(have: torch.dtype, want: torch.dtype) -> bool:
-    """Whether a tensor may be cast on loading, as by PyTorch: any real one to integers, as a batch norm's counter that
-    was cast with its weights; to floating point only the like, as integers would be weights without their scale.
+    """Whether a tensor may be cast on loading.
+
+    A real tensor may become an integer: a batch norm's counter that was cast along with the weights. Only floating
+    point may become floating point: integers would be quantised weights without their scale.
     """
     return not have.is_complex and (have.is_floating_point or not want.is_floating_point)
 
 
-def without_config(path: Path, shape: str) -> CheckpointError:
-    """The error about weights without a configuration; shape: the models of whose shape they are."""
-    advice = "put its config.json there, or in Python give config="
-    return CheckpointError(f"{path}: no config.json beside it, and of the shape of {shape}; {advice}")
+def without_config(path: Path, models: str) -> CheckpointError:
+    """The error for weights without a configuration. models: the models whose shapes the weights have."""
+    advice = "put its config.json there, or pass config= in Python"
+    return CheckpointError(f"{path}: no config.json beside it, and its shapes are those of {models}; {advice}")
 
 
 def assemble(build: Callable[[], nn.Module], state: State, expected: State) -> nn.Module:
@@ -168,7 +171,7 @@ def assemble(build: Callable[[], nn.Module], state: State, expected: State) -> n
 
 
 def write(folder: Path, state: Mapping[str, torch.Tensor], files: list[str], config: Mapping) -> None:
-    """The weights as files[0], then config.json; files[1] is the index of older shards, which some would prefer."""
+    """Write the weights as files[0], then config.json. Remove files[1], the index of old shards."""
     folder.mkdir(parents=True, exist_ok=True)
     with written_atomically(folder / files[0]) as path:
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata={"format": "pt"})

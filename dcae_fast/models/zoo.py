@@ -1,7 +1,7 @@
-"""The released autoencoders: name → configuration, and where their weights are.
+"""The released autoencoders: name → configuration, and their repositories.
 
-Architectures and scaling factors are those of the original model registry (DC-Gen), of the project's README and of the
-diffusers repositories; a scaling factor that none of them gives is None.
+Architectures and scaling factors come from the original's model registry (DC-Gen), its README and the diffusers
+repositories. A scaling factor that none of them gives is None.
 """
 
 import json
@@ -20,7 +20,7 @@ WIDTH = (128, 256, 512, 512, 1024, 1024, 2048, 2048)
 
 
 def _coder(depth: tuple[int, ...], deep: str = "ResBlock", **options) -> CoderConfig:
-    """ResBlocks in the first three stages and `deep` blocks in the others; RMS norm and SiLU unless given."""
+    """ResBlocks in the first three stages, `deep` blocks in the others. Default: RMS norm and SiLU."""
     stages = len(depth)
     default = {
         "width": WIDTH[:stages],
@@ -79,12 +79,12 @@ BUNDLED = {"dc-ae-tiny": Path(__file__).parents[1] / "assets" / "dc-ae-tiny"}
 
 
 def autoencoder_names() -> list[str]:
-    """All names that `autoencoder_config` knows; those in `BUNDLED` come with this package, the others from the hub."""
+    """All names that `autoencoder_config` knows. Those in `BUNDLED` are in this package, others are downloaded."""
     return [*AUTOENCODERS, *BUNDLED]
 
 
 def autoencoder_config(name: str) -> DCAEConfig:
-    """The configuration of an autoencoder of the zoo; ValueError with the known names for any other."""
+    """The configuration of an autoencoder of the zoo. ValueError, which lists all names, for an unknown one."""
     check_name("autoencoder", name, autoencoder_names())
     if name in BUNDLED:
         return convert.config_from_original(bundled_config(BUNDLED[name]))
@@ -100,7 +100,7 @@ def autoencoder_hub_id(name: str) -> str | None:
 
 
 def check_name(kind: str, name: Any, names: list[str]) -> None:
-    """TypeError unless the name is a string, ValueError unless it is one of the names. kind: of the models named."""
+    """Raise TypeError unless the name is a string, ValueError unless it is one of `names`. kind: of these models."""
     if not isinstance(name, str):
         raise TypeError(f"name={name!r}; expected the name of a model, a string")
     if name not in names:
@@ -108,14 +108,14 @@ def check_name(kind: str, name: Any, names: list[str]) -> None:
 
 
 def unknown_name(kind: str, name: str, names: list[str]) -> str:
-    """The text of an error about a name that is not one of the names."""
+    """The error message for a name that is not one of `names`."""
     close = get_close_matches(name, names, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"unknown {kind} {name!r}; {hint}Known: {', '.join(names)}"
 
 
 def bundled_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model that comes with this package. CheckpointError where it is not there."""
+    """The config.json of a model that is part of this package. Raises CheckpointError if the file is missing."""
     path = folder / "config.json"
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -126,7 +126,7 @@ def bundled_config(folder: Path) -> dict[str, Any]:
 
 
 def only_name(given: Mapping[str, Any], others: Collection[str]) -> str:
-    """The model_name of a config.json; FieldError where one of the other fields, which it decides, stands beside it."""
+    """The model_name of a config.json. FieldError if one of the fields that the name decides is given too."""
     for name in others:
         if name in given:
             raise fields.FieldError(name, given[name], f"nothing beside model_name={given['model_name']!r}")
@@ -135,11 +135,14 @@ def only_name(given: Mapping[str, Any], others: Collection[str]) -> str:
 
 
 def how_to_get(source: str, place: Path | None = None) -> str:
-    """What to do where an autoencoder, of the zoo or a repository, cannot be downloaded; place: where it is sought."""
+    """Advice how to get an autoencoder, of the zoo or of a repository, that cannot be downloaded now.
+
+    place: the folder where the caller looks for it first.
+    """
     repository, folder = (autoencoder_hub_id(source) if source in AUTOENCODERS else source), source.split("/")[-1]
-    what = f"name ./{folder} in place of {source}" if place is None else f"it is sought in {place}"
-    return f"""Its weights are downloaded when they are first used. On a machine with a connection that is
+    target = f"name ./{folder} in place of {source}" if place is None else f"put it at {place}"
+    return f"""Weights are downloaded on first use. On a machine with an internet connection, run
 
     hf download {repository} --local-dir {folder}
 
-and the folder, which holds config.json and model.safetensors, can be taken anywhere; {what}."""
+Copy the folder, which contains config.json and model.safetensors, to this machine, and {target}."""

@@ -151,9 +151,9 @@ def test_old_and_loose_diffusers_configs():
         ("./nowhere", "no such file or folder: ./nowhere"),
         (
             "dc-ae-tiny-uvit-digits",
-            "is a diffusion model: DCAEDiffusion.from_pretrained takes it, and dcae-fast sample",
+            "is a diffusion model; load it with DCAEDiffusion.from_pretrained, or use dcae-fast sample",
         ),
-        ("mit-han-lab/dc-ae-f32c32-in-1.0-dit-xl-in-512px", "is a diffusion model: DCAEDiffusion"),
+        ("mit-han-lab/dc-ae-f32c32-in-1.0-dit-xl-in-512px", "is a diffusion model; load it with DCAEDiffusion"),
         (Path("/nowhere/at/all"), "no such file or folder: /nowhere/at/all"),
     ],
 )
@@ -183,7 +183,7 @@ def test_names_of_another_type(load, name):
     [(DCAE.from_name, "dc-ae-f32c32-in-1.0-uvit-s-in-512px"), (DCAEDiffusion.from_name, "dc-ae-f32c32-in-1.0")],
 )
 def test_names_of_the_other_kind(load, name):
-    with pytest.raises(ValueError, match=f"'{name}' is an? .*: DCAE.*from_pretrained takes it"):
+    with pytest.raises(ValueError, match=f"'{name}' is an? .*; load it with DCAE.*from_pretrained"):
         load(name)
 
 
@@ -215,7 +215,7 @@ def test_long_lists_are_cut(folder):
 @pytest.mark.parametrize(
     "rename, message",
     [
-        ("diffusion_model.{}", "weights of a diffusion model: DCAEDiffusion.from_pretrained takes it"),
+        ("diffusion_model.{}", "weights of a diffusion model; load it with DCAEDiffusion.from_pretrained"),
         ("module.{}", "not the weights of a DC-AE autoencoder; found module."),
     ],
 )
@@ -238,8 +238,14 @@ def test_no_tensors_at_all(folder):
         ("[]", "expected a JSON object"),
         ("{}", "expected a JSON object"),
         ('{"model_name": "dc-ae-f9"}', "unknown autoencoder 'dc-ae-f9'"),
-        ('{"model_name": "dc-ae-tiny-uvit-digits"}', "config.json: of a diffusion model: DCAEDiffusion"),
-        ('{"model": "uvit", "network": {}}', "config.json: of a diffusion model: DCAEDiffusion"),
+        (
+            '{"model_name": "dc-ae-tiny-uvit-digits"}',
+            "config.json: the configuration of a diffusion model; load it with DCAEDiffusion",
+        ),
+        (
+            '{"model": "uvit", "network": {}}',
+            "config.json: the configuration of a diffusion model; load it with DCAEDiffusion",
+        ),
         ('{"_class_name": "AutoencoderKL", "in_channels": 3}', "_class_name='AutoencoderKL'; expected 'AutoencoderDC'"),
         ("[" * 100_000, "not readable JSON"),
         ('{"model_name": ["dc-ae"]}', "not the configuration of a DC-AE"),
@@ -299,7 +305,7 @@ def test_folder_without_weights(folder):
 
 def test_file_alone_of_unknown_shape(folder):
     (folder / "config.json").unlink()
-    with pytest.raises(CheckpointError, match="no config.json beside it.*give config="):
+    with pytest.raises(CheckpointError, match="no config.json beside it.*pass config="):
         DCAE.from_pretrained(folder / "model.safetensors")
     assert_same(DCAE.from_pretrained(folder, config=CONFIG), build())
 
@@ -336,7 +342,11 @@ def test_saving_over_the_file_a_model_was_loaded_from(folder):
     "config, layout, message",
     [
         (CONFIG, "onnx", "layout 'onnx'; expected one of original, diffusers"),
-        (replace(ADAPTIVE, encoder=replace(ADAPTIVE.encoder, act=("relu",) * 2)), "diffusers", "SiLU alone"),
+        (
+            replace(ADAPTIVE, encoder=replace(ADAPTIVE.encoder, act=("relu",) * 2)),
+            "diffusers",
+            "only RMS norm and SiLU",
+        ),
         (replace(ADAPTIVE, encoder=replace(ADAPTIVE.encoder, resample="conv")), "diffusers", "strided convolution"),
     ],
 )

@@ -145,10 +145,10 @@ def test_shapes_tell_the_config_of_a_file_alone(folder, tmp_path, monkeypatch):
     diffusion_zoo.DIFFUSION_MODELS["b"] = UVIT
     assert load(alone, autoencoder=folder / "autoencoder").config == UVIT
     diffusion_zoo.DIFFUSION_MODELS["flow"] = FLOW
-    with pytest.raises(CheckpointError, match="of the shape of a, b, flow; put its config.json there"):
+    with pytest.raises(CheckpointError, match="its shapes are those of a, b, flow; put its config.json there"):
         load(alone)
     diffusion_zoo.DIFFUSION_MODELS.clear()
-    with pytest.raises(CheckpointError, match="of the shape of no known model; put its config.json there"):
+    with pytest.raises(CheckpointError, match="its shapes are those of no known model; put its config.json there"):
         load(alone)
 
 
@@ -211,7 +211,7 @@ def test_unknown_name():
 
 
 def test_an_autoencoder_in_place_of_a_diffusion_model(folder):
-    words = "an autoencoder: DCAE.from_pretrained takes it, and dcae-fast reconstruct"
+    words = "an autoencoder; load it with DCAE.from_pretrained, or use dcae-fast reconstruct"
     for source in ("dc-ae-tiny", "mit-han-lab/dc-ae-f32c32-in-1.0", folder / "autoencoder"):
         with pytest.raises(CheckpointError, match=words):
             load(source)

@@ -49,7 +49,7 @@ def test_name_of_the_zoo_in_the_cache(hub, monkeypatch):
         ("someone/else", None, "someone/else: not in the local cache"),
         ("someone/model", "v2", "someone/model: not in the local cache"),
         ("dc-ae-f32c32-in-1.0", None, "mit-han-lab/dc-ae-f32c32-in-1.0: not in the local cache"),
-        ("not a/repository", None, "not a/repository: no such file or folder, nor a name that a repository can have"),
+        ("not a/repository", None, "not a/repository: no such file or folder, and not a valid name of a repository"),
     ],
 )
 def test_not_in_the_cache(hub, source, revision, message):

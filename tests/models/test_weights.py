@@ -43,8 +43,8 @@ class Hostile:
 @pytest.mark.parametrize(
     "content, message",
     [
-        (Hostile(), r"refused, because to read it would run code: it holds \w+\.mkdir"),
-        (torch.nn.Linear(2, 2), "refused.*it holds torch.nn.modules.linear.Linear"),
+        (Hostile(), r"refused, since reading it would run code: it contains \w+\.mkdir"),
+        (torch.nn.Linear(2, 2), "refused.*it contains torch.nn.modules.linear.Linear"),
         ([torch.zeros(1)], "holds a list; expected a state dict"),
         ({"model": {}, "ema": {}, "step": 3}, "no plain tensors at model, ema, step"),
         ({"state_dict": {"model": {}}}, "no plain tensors at model"),
@@ -65,9 +65,9 @@ def test_pickle_of_something_else(content, message, folder, monkeypatch):
     [
         ("a.safetensors", b"", "it is empty"),
         ("a.pt", b"", "it is empty"),
-        ("a.pt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "`git lfs pull` brings the file itself"),
+        ("a.pt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "`git lfs pull` downloads the file"),
         ("a.safetensors", b"<!DOCTYPE html>", "a web page"),
-        ("a.pt", b"no pickle at all", "its 16 bytes are cut short, damaged or something else"),
+        ("a.pt", b"no pickle at all", "its 16 bytes are truncated, damaged or not weights"),
         ("a.safetensors", header({"a": {"dtype": "F32", "shape": [0, 2**63], "data_offsets": [0, 0]}}), "damaged"),
         ("a.safetensors", header({"a": {"dtype": "F99", "shape": [0], "data_offsets": [0, 0]}}), "damaged"),
     ],
