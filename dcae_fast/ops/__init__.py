@@ -1,4 +1,4 @@
-"""Operators: a plain PyTorch reference, a Triton kernel for CUDA, a gradient, all registered with torch.library."""
+"""Operators registered with torch.library: each has a reference in PyTorch, kernels for CUDA, and a gradient."""
 
 from ._library import ORDINARY, has_kernels
 from ._private import in_transform

@@ -1,4 +1,4 @@
-"""What operators share: activations, their gradients, checks of the bias and the residual, sums to channels."""
+"""Activations and their gradients, checks of biases and residuals, and sums over channels, for several operators."""
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ def check_activation(act: str) -> None:
 
 
 def check_filters(weight: torch.Tensor, **parameters: torch.Tensor | None) -> None:
-    """Raises ValueError unless each parameter that is there has one element for each filter of weight."""
+    """Raises ValueError unless each parameter is None or has one element for each filter of the weight."""
     for name, parameter in parameters.items():
         if parameter is not None and parameter.shape != weight.shape[:1]:
             raise ValueError(f"{name} is {list(parameter.shape)}; expected [{weight.shape[0]}], one for each filter")
@@ -36,7 +36,7 @@ def sum_to_channels(x: torch.Tensor) -> torch.Tensor:
 
 
 def sum_dtype(x: torch.Tensor, residual: torch.Tensor | None, dtype: torch.dtype | None = None) -> torch.dtype:
-    """Type of (x as dtype) + residual; raises ValueError unless their shapes are equal."""
+    """The type of x.to(dtype) + residual. Raises ValueError unless x and residual have the same shape."""
     dtype = dtype or x.dtype
     if residual is None:
         return dtype

@@ -1,12 +1,12 @@
-"""Which of a library's candidates does some work the fastest: timed once for each shape, kept in memory and on disk.
+"""Times the candidates of a library, once for each shape, and remembers the fastest in memory and on disk.
 
-The first suggestion of cuDNN can be 20 % slower than the best of its list. The winners' places in the list are kept in
-one small JSON file for each GPU and version of the library, in $DCAE_FAST_CACHE, else $XDG_CACHE_HOME/dcae_fast, else
-~/.cache/dcae_fast. A file that cannot be read or written, or names a plan that does not work, costs no more than the
-time of another search.
+cuDNN's first suggestion can be 20 % slower than the best candidate of its list. One small JSON file for each GPU and
+version of the library holds the places of the winners in the list. The file lies in $DCAE_FAST_CACHE, else in
+$XDG_CACHE_HOME/dcae_fast, else in ~/.cache/dcae_fast. If the file cannot be read or written, or names a plan that does
+not work, the search is repeated.
 
-Where PyTorch was told to be deterministic, nothing is timed and no file is read: the first candidate that works is
-taken, so that all processes on such GPUs compute the same bits. All candidates are deterministic.
+If PyTorch was told to be deterministic, nothing is timed and no file is read: the first candidate that works is taken,
+so that all processes on GPUs of one model compute the same bits. All candidates are deterministic.
 """
 
 import contextlib
@@ -29,12 +29,12 @@ from ._private import is_cudnn_deterministic, sleep_on_gpu, uses_deterministic_a
 
 MOST_CANDIDATES = 24
 MOST_WORKSPACE = 2**28  # bytes
-HOPELESS = 1.5  # times the best so far: not timed again
+HOPELESS = 1.5  # candidates slower than the best so far by this factor are not timed again
 FINALISTS, ROUNDS = 5, 5
-BURST, PAUSE = 3.0, 0.008  # milliseconds of work, seconds without
-LAUNCH = 200_000  # clock cycles, more than a launch from Python takes
+BURST, PAUSE = 3.0, 0.008  # milliseconds of work, then seconds of rest
+LAUNCH = 200_000  # clock cycles: more than one launch from Python takes
 COMPILERS = 8  # threads
-NO_PLAN = -1  # in the place of a candidate: the fallback is the fastest
+NO_PLAN = -1  # written as the place of the winner if the fallback is the fastest
 
 _plans: dict[tuple, object | None] = {}
 _lock = threading.Lock()
@@ -42,12 +42,12 @@ _lock = threading.Lock()
 
 @dataclass(frozen=True)
 class Library:
-    """Where plans come from.
+    """A library that makes plans.
 
-    work: what they do, in the plural, for the name of the file; version: of the library; takes_first_untimed: whether
-    the first candidate is taken, rather than the fallback, where timing is out of the question or not worth while.
-    fallback_call: milliseconds that the fallback takes longer to call than a plan: it must be faster by as much, or by
-    a tenth.
+    work: what the plans compute, in the plural, part of the file's name. version: of the library. takes_first_untimed:
+    whether the first candidate rather than the fallback is used where timing is impossible or not worthwhile.
+    fallback_call: milliseconds that a call of the fallback takes longer than a call of a plan. The fallback is chosen
+    only if it is faster than the plan by this time, or by a tenth if that is less.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Library:
 
 
 def is_deterministic() -> bool:
-    """Whether PyTorch was told to compute the same bits each time: use_deterministic_algorithms, or cuDNN's flag."""
+    """Whether PyTorch must be deterministic, by torch.use_deterministic_algorithms or by cuDNN's flag."""
     return uses_deterministic_algorithms() or is_cudnn_deterministic()
 
 
@@ -67,7 +67,7 @@ def _key(library: Library, shape: tuple, device: torch.device) -> tuple:
 
 
 def found(library: Library, shape: tuple, device: torch.device) -> object | None:
-    """The plan that `find` has for a shape; None if it has none yet, or `fallback` does the same work faster."""
+    """The plan that `find` found for a shape; None if it found none yet, or if the fallback is faster."""
     return _plans.get(_key(library, shape, device))
 
 
@@ -82,8 +82,9 @@ def find(
 ):
     """The plan for a shape; None if `fallback` does the same work faster.
 
-    shape: all that the choice depends on, besides the GPU. make: the candidates, with a length and `build(place)`. run:
-    calls a plan. A new shape is searched for, which takes up to some seconds, unless a CUDA graph is being captured.
+    shape: everything that the choice depends on besides the GPU. make: makes the candidates, an object with a length
+    and `build(place)`. run: calls a plan. A new shape starts a search, which takes up to some seconds, unless a CUDA
+    graph is being captured.
     """
     key = _key(library, shape, device)
     if key in _plans:
@@ -101,9 +102,9 @@ def find(
             else:
                 plan = _first(make(), (lambda plan: None) if is_capturing else run)
         except torch.OutOfMemoryError:
-            return None  # this time
+            return None  # the next call searches again
         except RuntimeError as error:
-            warnings.warn(f"{library.name} cannot do one of the {library.work}, {shape}: {error}", stacklevel=2)
+            warnings.warn(f"{library.name} cannot compute one of the {library.work}, {shape}: {error}", stacklevel=2)
             plan = None
         if not is_capturing:
             _plans[key] = plan
@@ -117,9 +118,9 @@ def _first(candidates, run: Callable):
 
 
 def _find(library: Library, name: str, make: Callable, run: Callable, fallback: Callable):
-    """The plan that the cache file names, if it works; else that of a search.
+    """The plan that the cache file names, if that plan works; else the result of a search.
 
-    Its place is written there, unless the search had too little memory for some.
+    The result's place is written to the file, unless the search ran out of memory with some candidates.
     """
     file = _cache_file(library)
     candidate, candidates = _read(file).get(name), make()
@@ -134,13 +135,13 @@ def _find(library: Library, name: str, make: Callable, run: Callable, fallback: 
 
 
 def _search(library: Library, candidates, run: Callable, fallback: Callable):
-    """The place of the fastest candidate, its plan, and whether memory sufficed for all of them.
+    """The place of the fastest candidate, its plan, and whether memory sufficed for all candidates.
 
-    A candidate that fails when it is run is left out; where the fallback fails, so does the search.
+    A candidate that fails when it runs is left out. If the fallback fails, the search fails.
 
-    Every candidate is timed once, the best of them and the fallback in short bursts with pauses: after some 50 ms
-    without one the GPU comes to its power limit and slows down, whatever runs then. cuDNN compiles a candidate no more
-    than once, so plans are kept.
+    Every candidate is timed once. The best candidates and the fallback are then timed in short bursts with pauses:
+    after about 50 ms without a pause the GPU reaches its power limit and slows down, whatever it runs. cuDNN compiles
+    each candidate only once, so the plans are kept during the search.
     """
     with ThreadPoolExecutor(COMPILERS) as pool:
         places = range(min(len(candidates), MOST_CANDIDATES))
@@ -150,7 +151,7 @@ def _search(library: Library, candidates, run: Callable, fallback: Callable):
     once, failures = {}, []
     for candidate, call in runs.items():
         with _left_out_on_failure(candidate, once, failures):
-            once[candidate] = _milliseconds(call)  # with what the first call of a kernel costs
+            once[candidate] = _milliseconds(call)  # includes the extra cost of a first call
             if once[candidate] < HOPELESS * min(once.values()):
                 once[candidate] = _milliseconds(call)
     bursts = {candidate: [] for candidate in (NO_PLAN, *sorted(once, key=once.get)[:FINALISTS])}
@@ -179,7 +180,9 @@ def _left_out_on_failure(candidate: int, timings: dict, failures: list[type]) ->
 
 
 def _build(candidates, place: int | None):
-    """A candidate's plan; None if there is no such candidate, or not for this GPU or shape, or it needs much memory."""
+    """A candidate's plan; None if there is no such candidate, if it does not support this GPU or shape, or if it needs
+    too much memory.
+    """
     if place not in range(len(candidates)):
         return None
     try:
@@ -190,7 +193,7 @@ def _build(candidates, place: int | None):
 
 
 def _working_plan(candidates, place: int | None, run: Callable):
-    """A candidate's plan, which was run once; None if there is none, or it fails when it is run."""
+    """A candidate's plan, after one run; None if there is no plan or the run fails."""
     plan = _build(candidates, place)
     try:
         if plan is not None:
@@ -202,7 +205,7 @@ def _working_plan(candidates, place: int | None, run: Callable):
 
 def _record(call: Callable, calls: int = 1) -> tuple[torch.cuda.Event, torch.cuda.Event]:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    sleep_on_gpu(LAUNCH * calls)  # so that launching takes none of the time between the events
+    sleep_on_gpu(LAUNCH * calls)  # so that no launch falls between the events
     start.record()
     for _ in range(calls):
         call()
@@ -221,7 +224,7 @@ def _milliseconds(call: Callable) -> float:
 
 
 def _cache_file(library: Library) -> Path | None:
-    """None for a user without a home, unless another folder is named."""
+    """None if the user has no home folder and no variable names another folder."""
     folder = os.environ.get("DCAE_FAST_CACHE")
     try:
         folder = folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "dcae_fast")

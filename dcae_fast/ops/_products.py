@@ -1,4 +1,4 @@
-"""Matrix products with an epilogue, through the plans of cuBLASLt."""
+"""Matrix products with an epilogue, computed by cuBLASLt."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ import torch
 from . import _plans
 from ._library import HALVES, cuda_extension
 
-RULES = 3  # the edition of those by which candidates are taken and chosen: files of others name other ones
+RULES = 3  # version of the rules that list and choose candidates: part of the cache file's name
 CUBLASLT = _plans.Library(
     "cuBLASLt",
     "products",
@@ -24,9 +24,9 @@ def available() -> bool:
 
 
 def accepts(left: torch.Tensor, right: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """What `product` is for: half precision on a GPU, not empty, rows and addresses of whole 16 bytes.
+    """Whether `product` takes these: half precision on a GPU, not empty, rows and addresses multiples of 16 bytes.
 
-    right, which is to be rounded, and others, vectors and matrices of the result's width, may also be float32.
+    right, which the caller rounds, and others, vectors and matrices of the result's width, may also be float32.
     """
     if not left.is_cuda or left.dtype not in HALVES:
         return False
@@ -55,9 +55,9 @@ def epilogue(act: str, bias: torch.Tensor | None) -> str:
 def found_layer(
     dtype: torch.dtype, rows: int, weight: torch.Tensor, epilogue: str, residual: torch.dtype | None = None
 ) -> object | None:
-    """The plan that `product` has for x · weightᵀ, with so many rows in x, of this type, and a residual of that type.
+    """The plan with which `product` computes x · weightᵀ, for x of this type and number of rows.
 
-    None if it was not called so yet, or if the fallback is faster.
+    residual: its type, None without one. None if `product` has no plan yet, or if its fallback is faster.
     """
     columns, depth = weight.shape
     key = _key(dtype, rows, columns, depth, False, True, residual or dtype, epilogue, residual is not None)
@@ -67,7 +67,7 @@ def found_layer(
 def found_gradients(
     dtype: torch.dtype, rows: int, weight: torch.Tensor, sums: bool
 ) -> tuple[object | None, object | None]:
-    """Those for its gradients, dy · weight and dyᵀ · x, the latter with the sums of dy or without."""
+    """The plans for the gradients, dy · weight and dyᵀ · x. sums: whether dyᵀ · x also sums dy over its rows."""
     columns, depth = weight.shape
     keys = (
         _key(dtype, rows, depth, columns, False, False, dtype, "none", False),
@@ -77,7 +77,7 @@ def found_gradients(
 
 
 def _key(dtype, rows, columns, depth, left_transposed, right_transposed, out_dtype, epilogue, has_residual):
-    """What plans depend on."""
+    """Everything that a plan depends on."""
     transposed = left_transposed, right_transposed
     return dtype, rows, columns, depth, *transposed, out_dtype == torch.float32, epilogue, has_residual
 
@@ -93,11 +93,12 @@ def product(
     residual: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """epilogue(left · right + residual), and what else the epilogue gives; see csrc/plans/product.h.
+    """epilogue(left · right + residual), and further results of the epilogue; see csrc/plans/product.h.
 
-    left: [..., depth], right: [depth, columns], contiguous; those that are said to be are transposed in memory, and
-    then left is a matrix. dtype: of the result [..., columns], by default that of the residual, without one that of
-    left; the bias is brought to it. fallback: the same in PyTorch, for where it is faster or cuBLASLt not at hand.
+    left: [..., depth]; right: [depth, columns]; both contiguous. left_transposed, right_transposed: whether the matrix
+    lies transposed in memory; a transposed left has two dimensions. dtype: of the result [..., columns], by default the
+    type of the residual, or without one the type of left; the bias is converted to it. fallback: the same in PyTorch,
+    used where it is faster or cuBLASLt is not available.
     """
     if not available():
         return fallback()

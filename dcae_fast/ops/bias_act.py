@@ -1,10 +1,10 @@
-"""What follows a convolution without a norm, or with a batch norm in evaluation, in one pass.
+"""Bias or batch norm in evaluation, activation and residual after a convolution, in one pass.
 
     y = act(x + bias) + residual
     y = act((x - mean) * rsqrt(variance + eps) * scale + bias) + residual
 
-x, residual: [B, C, H, W] channels-last; bias, scale, mean, variance: [C]. Computed in fp32; returns x's type promoted
-with the residual's. mean and variance are constants: they get no gradient.
+x, residual, y: [B, C, H, W] channels-last; bias, scale, mean, variance: [C]. Computed in fp32; y has the promoted type
+of x and residual. mean and variance are constants: they get no gradient.
 """
 
 import torch
@@ -18,7 +18,7 @@ def _wide(x):
 
 
 def _normalised(x, scale, mean, variance, eps):
-    """x, or what `scale` is multiplied with; and the factor that x is multiplied with."""
+    """x, normalised if there is a norm, and the factor by which scale and norm together multiply x."""
     if scale is None:
         return _wide(x), 1.0
     channel = (1, -1, 1, 1)
@@ -93,14 +93,15 @@ def bias_act(
 ) -> torch.Tensor:
     """act(x + bias) + residual, or act((x - mean) * rsqrt(variance + eps) * scale + bias) + residual.
 
-    x, residual: [B, C, H, W]; the others: [C]; act: "none", "relu" or "silu". Returns channels-last, of the promoted
-    type of x and residual. Raises ValueError on other shapes or activations, and unless scale, mean and variance come
-    together.
+    x, residual: [B, C, H, W]; bias, scale, mean, variance: [C]; act: "none", "relu" or "silu". Returns [B, C, H, W]
+    channels-last, in the promoted type of x and residual. Raises ValueError on other shapes or activations, and unless
+    scale, mean and variance come together.
     """
     check_activation(act)
     if not (scale is None) == (mean is None) == (variance is None):
         raise ValueError("scale, mean and variance: expected all of them or none")
-    for part in (bias,) if scale is None else (bias, scale, mean, variance):
-        if x.dim() != 4 or part.shape != x.shape[1:2]:
-            raise ValueError(f"x is {list(x.shape)}, a parameter {list(part.shape)}: expected [B, C, H, W] and [C]")
+    parameters = {"bias": bias} if scale is None else {"bias": bias, "scale": scale, "mean": mean, "variance": variance}
+    for name, parameter in parameters.items():
+        if x.dim() != 4 or parameter.shape != x.shape[1:2]:
+            raise ValueError(f"x is {list(x.shape)}, {name} {list(parameter.shape)}: expected [B, C, H, W] and [C]")
     return bias_act_op(x, bias, act, scale, mean, variance, eps, residual, sum_dtype(x, residual))

@@ -1,8 +1,8 @@
-"""Two tensors side by side in a type of choice, in one pass: what the linear layer of a long skip connection reads.
+"""Two tensors converted to a type and concatenated, in one pass: the input of the linear layer of a long skip.
 
-    out = [left, right]    [B, N, D] twice → [B, N, 2 D]
+    out = [left, right]
 
-PyTorch brings each to the type and copies both once more.
+left, right: [B, N, D]; out: [B, N, 2 D], contiguous. PyTorch takes three passes: two conversions and a copy.
 """
 
 import torch
@@ -46,7 +46,10 @@ differentiable_as(concatenate_backward_op, concatenate_backward_reference)
 
 
 def concatenate(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """[left, right], [B, N, D] twice to [B, N, 2 D], contiguous, in `dtype`. Raises ValueError on other shapes."""
+    """[left, right] along the last dimension, in `dtype`.
+
+    left, right: [B, N, D]. Returns [B, N, 2 D], contiguous. Raises ValueError on other shapes.
+    """
     if left.dim() != 3 or left.shape != right.shape:
         raise ValueError(f"left is {list(left.shape)}, right {list(right.shape)}: expected [B, N, D] twice")
     return concatenate_op(left, right, dtype)

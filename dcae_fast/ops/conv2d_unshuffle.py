@@ -2,9 +2,11 @@
 
     y = pixel_unshuffle(conv3x3(x, weight) + bias, 2)
 
-The four pixels that the unshuffle stacks see 3×3 windows of the same 4×4 pixels, so each is a filter of its own, with
-zeros around its nine weights. x: [B, C, H, W] channels-last; weight: [K, C, 3, 3], padding 1; bias: [K]; y: [B, 4 K,
-H / 2, W / 2]. Written once instead of three times; the kernel is for few channels.
+x: [B, C, H, W] channels-last; weight: [K, C, 3, 3], padding 1; bias: [K]; y: [B, 4 K, H / 2, W / 2] channels-last.
+
+The unshuffle stacks four pixels, whose 3×3 windows lie in the same 4×4 pixels. Each of the four becomes a 4×4 filter:
+its nine weights, surrounded by zeros. The result is thus written once instead of three times. The kernel is for few
+channels.
 """
 
 import torch
@@ -35,10 +37,10 @@ differentiable_as(conv2d_unshuffle_op, conv2d_unshuffle_reference)
 
 
 def conv2d_unshuffle(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """pixel_unshuffle(conv(x, weight) + bias, 2); see the head of this file.
+    """pixel_unshuffle(conv3x3(x, weight) + bias, 2); see the head of this file.
 
-    x: [B, C, H, W], H and W even; weight: [K, C, 3, 3]; bias: [K]. Returns [B, 4 K, H / 2, W / 2] channels-last,
-    x.dtype. Raises ValueError on other shapes.
+    x: [B, C, H, W], H and W even; weight: [K, C, 3, 3]; bias: [K]. Returns [B, 4 K, H / 2, W / 2] channels-last, in
+    the type of x. Raises ValueError on other shapes.
     """
     if x.dim() != 4 or x.shape[2] % 2 or x.shape[3] % 2 or weight.shape[1:] != (x.shape[1], 3, 3):
         raise ValueError(

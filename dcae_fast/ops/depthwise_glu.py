@@ -1,9 +1,9 @@
-"""3×3 depthwise convolution with bias, split into value and gate, value · SiLU(gate): one pass.
+"""3×3 depthwise convolution with bias, and value · SiLU(gate) of its two halves of channels, in one pass.
 
     c = depthwise3x3(x, weight) + bias,    y[m] = c[m] * silu(c[M + m])
 
-x: [B, 2M, H, W] channels-last, zero padding 1; weight: [2M, 1, 3, 3]; bias: [2M]; returns [B, M, H, W] in x.dtype, sums
-in fp32. Source: the GLUMBConv of DC-AE (arXiv 2410.10733) and SANA (arXiv 2410.10629).
+x: [B, 2 M, H, W] channels-last, padded by 1 with zeros; weight: [2 M, 1, 3, 3]; bias: [2 M]; y: [B, M, H, W]
+channels-last, in the type of x. Sums in fp32. Source: GLUMBConv of DC-AE (arXiv 2410.10733), SANA (arXiv 2410.10629).
 """
 
 import torch
@@ -39,7 +39,7 @@ def _accepts(x, weight, bias):
 
 
 def _cuda_accepts(x, weight, bias, *gradient):
-    """The CUDA extension's kernels: channels in groups of 16."""
+    """The kernels of the CUDA extension take a multiple of 16 channels."""
     return halves_on_hopper(x, *gradient) and x.shape[1] % 16 == 0 and as_x_or_float32(x, weight, bias)
 
 
@@ -75,15 +75,15 @@ differentiable_as(depthwise_glu_backward_op, depthwise_glu_backward_reference)
 
 
 def depthwise_glu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """value · SiLU(gate) of the 3×3 depthwise convolution of x.
+    """value · SiLU(gate) of the 3×3 depthwise convolution of x; see the head of this file.
 
-    x: [B, 2M, H, W]; weight: [2M, 1, 3, 3]; bias: [2M]. Returns [B, M, H, W] channels-last, x.dtype. Raises
+    x: [B, 2 M, H, W]; weight: [2 M, 1, 3, 3]; bias: [2 M]. Returns [B, M, H, W] channels-last, in the type of x. Raises
     ValueError on other shapes.
     """
     channels = x.shape[1] if x.dim() == 4 else -1
     if channels < 0 or channels % 2 or weight.shape != (channels, 1, 3, 3) or bias.shape != (channels,):
         raise ValueError(
             f"x {list(x.shape)}, weight {list(weight.shape)}, bias {list(bias.shape)}:"
-            " expected [B, 2M, H, W], [2M, 1, 3, 3], [2M]"
+            " expected [B, 2 M, H, W], [2 M, 1, 3, 3], [2 M]"
         )
     return depthwise_glu_op(x, weight, bias)

@@ -1,9 +1,10 @@
-"""One more scale of a multi-scale attention's qkv: depthwise k×k and grouped 1×1 convolution in one pass.
+"""A further scale of q, k and v for multi-scale attention: depthwise k×k, then grouped 1×1 convolution, in one pass.
 
     z[o] = Σ_{c in the group of o} grouped[o, c] · (depthwise[c] ∗ x[c])
 
-x, z: [B, C, H, W] channels-last, zero padding k // 2; depthwise: [C, 1, k, k], k odd; grouped: [C, D, 1, 1], groups of
-D channels. No biases. Sums in fp32; returns x.dtype. Source: EfficientViT (arXiv 2205.14756), SANA's DC-AE.
+x, z: [B, C, H, W] channels-last, x padded by k // 2 with zeros; depthwise: [C, 1, k, k], k odd; grouped: [C, D, 1, 1],
+groups of D channels. No biases. Sums in fp32; z has the type of x. Source: EfficientViT (arXiv 2205.14756), SANA's
+DC-AE.
 """
 
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 
 from ._library import KERNEL_DTYPES, as_x_or_float32, define, differentiable_as, halves_on_hopper
 
-GROUPS = (16, 32, 64)  # channels of a group that the kernel takes
+GROUPS = (16, 32, 64)  # the kernel takes these numbers of channels in a group
 
 
 def multiscale_qkv_reference(x, depthwise, grouped):
@@ -25,7 +26,7 @@ def _accepts(x, depthwise, grouped):
 
 
 def _cuda_accepts(x, depthwise, grouped):
-    """The CUDA extension's kernel: 5×5, groups of 32."""
+    """The kernel of the CUDA extension takes 5×5 windows and groups of 32 channels."""
     sizes = depthwise.shape[2] == 5 and grouped.shape[1] == 32
     return sizes and halves_on_hopper(x) and as_x_or_float32(x, depthwise, grouped)
 
@@ -43,8 +44,8 @@ differentiable_as(multiscale_qkv_op, multiscale_qkv_reference)
 def multiscale_qkv(x: torch.Tensor, depthwise: torch.Tensor, grouped: torch.Tensor) -> torch.Tensor:
     """Grouped 1×1 convolution of the depthwise k×k convolution of x; see the head of this file.
 
-    x: [B, C, H, W]; depthwise: [C, 1, k, k]; grouped: [C, D, 1, 1]. Returns [B, C, H, W] channels-last, x.dtype. Raises
-    ValueError on other shapes.
+    x: [B, C, H, W]; depthwise: [C, 1, k, k], k odd; grouped: [C, D, 1, 1]. Returns [B, C, H, W] channels-last, in the
+    type of x. Raises ValueError on other shapes.
     """
     channels = x.shape[1] if x.dim() == 4 else -1
     size, dim = depthwise.shape[-1], grouped.shape[1]

@@ -1,11 +1,12 @@
-"""ReLU linear attention on packed qkv tensors, one for each scale.
+"""ReLU linear attention on one or more packed qkv tensors, one for each scale.
 
     out_i = Σ_j v_j (k_j · q_i) / (Σ_j k_j · q_i + eps),    q, k = relu(q), relu(k)
 
-qkv: [B, heads * 3 * D, H, W] channels-last, channels grouped per head as q, k, v of D each. The outputs of the scales
-are concatenated along channels: [B, scales * heads * D, H, W], which is what the projection reads. Sums in fp32.
-For H * W ≤ D the reference takes the sum through the H·W × H·W matrix of scores, as the original does; the kernel keeps
-to the linear form, which is the same function. Source: EfficientViT (arXiv 2205.14756), DC-AE (arXiv 2410.10733).
+qkv: [B, heads * 3 * D, H, W] channels-last; the channels of a head are q, k, v, D channels each. The outputs of the
+scales are concatenated along channels to [B, scales * heads * D, H, W], the input of the projection. Sums in fp32.
+
+For H * W ≤ D the reference computes the H·W × H·W matrix of scores first, as the original does. The kernel always uses
+the linear form, which is the same function. Source: EfficientViT (arXiv 2205.14756), DC-AE (arXiv 2410.10733).
 """
 
 import torch
@@ -22,7 +23,7 @@ def relu_linear_attention_reference(qkvs, head_dim, eps):
 
 
 def relu_linear_attention_backward_reference(dout, qkvs, head_dim, eps):
-    """With S = Σ_j k_j v_jᵀ, z = Σ_j k_j: the quotient rule at each position, then through S and z to k and v."""
+    """With S = Σ_j k_j v_jᵀ and z = Σ_j k_j: the quotient rule at each position gives dq, dS and dz; then dk and dv."""
     qkv = torch.cat(qkvs, dim=1)
     batch, channels, height, width = qkv.shape
     heads, positions = channels // (3 * head_dim), height * width
@@ -79,10 +80,11 @@ differentiable_as(relu_linear_attention_backward_op, relu_linear_attention_backw
 
 
 def relu_linear_attention(qkvs: list[torch.Tensor], head_dim: int = 32, eps: float = 1e-15) -> torch.Tensor:
-    """ReLU linear attention of each packed qkv [B, heads * 3 * head_dim, H, W], concatenated along channels.
+    """ReLU linear attention of each packed qkv, concatenated along channels; see the head of this file.
 
-    Returns [B, Σ heads * head_dim, H, W] channels-last in qkv's dtype. Raises ValueError unless all are of one dtype,
-    batch and size and their channels are a multiple of 3 * head_dim.
+    qkvs: each [B, heads * 3 * head_dim, H, W]. Returns [B, Σ heads * head_dim, H, W] channels-last, in the type of the
+    qkvs. Raises ValueError unless there is at least one qkv, all have the same type, batch and size, and their channels
+    are a multiple of 3 * head_dim.
     """
     first = qkvs[0] if qkvs else None
     for qkv in qkvs:

@@ -2,8 +2,8 @@
 
     y = act(x * rsqrt(mean_c(x²) + eps) * weight + bias) + residual
 
-x, residual: [B, C, H, W] channels-last; weight, bias: [C]. Statistics in fp32; the norm's result is of x.dtype unless
-`dtype` is given, the sum of the promoted type. Source: DC-AE's "trms2d" (arXiv 2410.10733, original code).
+x, residual, y: [B, C, H, W] channels-last; weight, bias: [C]. Statistics in fp32. The norm has `dtype`, by default the
+type of x; y has the promoted type of norm and residual. Source: "trms2d" of DC-AE (arXiv 2410.10733, original code).
 """
 
 import torch
@@ -77,8 +77,9 @@ def rms_norm(
 ) -> torch.Tensor:
     """act(x * rsqrt(mean_c(x²) + eps) * weight + bias) + residual.
 
-    x, residual: [B, C, H, W]; weight, bias: [C]; act: "none", "relu" or "silu"; dtype: of the norm, x.dtype by default.
-    Returns channels-last, of dtype promoted with the residual's. Raises ValueError on other shapes or activations.
+    x, residual: [B, C, H, W]; weight, bias: [C]; act: "none", "relu" or "silu"; dtype: of the norm, by default the type
+    of x. Returns [B, C, H, W] channels-last, in the promoted type of `dtype` and residual. Raises ValueError on other
+    shapes or activations.
     """
     check_activation(act)
     if x.dim() != 4 or weight.shape != x.shape[1:2] or bias.shape != x.shape[1:2]:

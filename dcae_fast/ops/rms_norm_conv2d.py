@@ -1,9 +1,10 @@
-"""Channel RMS norm, activation and 3×3 convolution to few channels, as at the end of the decoders.
+"""Channel RMS norm, activation and 3×3 convolution to few channels, the end of a decoder.
 
     y = conv3x3(act(x * rsqrt(mean_c(x²) + eps) * norm_weight + norm_bias), weight) + bias
 
-x: [B, C, H, W] channels-last; norm_weight, norm_bias: [C]; weight: [N, C, 3, 3], padding 1; bias: [N]; y: [B, N, H, W].
-Statistics and sums in fp32; what is convolved, and each tap's sum over the channels, is rounded to x.dtype.
+x: [B, C, H, W] channels-last; norm_weight, norm_bias: [C]; weight: [N, C, 3, 3], padding 1; bias: [N]; y: [B, N, H, W]
+channels-last. Statistics and sums in fp32. The input of the convolution and the sum of each tap over the channels are
+rounded to the type of x.
 """
 
 import torch
@@ -14,7 +15,7 @@ from dcae_fast.models import functional
 from ._elementwise import activate, check_activation, check_filters
 from ._library import HALVES, KERNEL_DTYPES, define, differentiable_as
 
-MOST_CHANNELS, MOST_FILTERS = 1024, 16  # of the kernel
+MOST_CHANNELS, MOST_FILTERS = 1024, 16  # that the kernel takes
 
 
 def rms_norm_conv2d_reference(x, norm_weight, norm_bias, eps, act, weight, bias):
@@ -23,7 +24,7 @@ def rms_norm_conv2d_reference(x, norm_weight, norm_bias, eps, act, weight, bias)
 
 
 def _accepts(x, norm_weight, norm_bias, eps, act, weight, bias):
-    """Half precision of one type; fp32 is better served by `rms_norm` and a library's convolution."""
+    """Half precision of one type. In fp32 `rms_norm` and a library's convolution are faster."""
     return (
         x.dtype in HALVES
         and weight.dtype == x.dtype
@@ -55,7 +56,7 @@ def rms_norm_conv2d(
     """conv3x3(act(rms_norm(x))) + bias; see the head of this file.
 
     x: [B, C, H, W]; norm_weight, norm_bias: [C]; weight: [N, C, 3, 3]; bias: [N]; act: "none", "relu" or "silu".
-    Returns [B, N, H, W] channels-last, x.dtype. Raises ValueError on other shapes or activations.
+    Returns [B, N, H, W] channels-last, in the type of x. Raises ValueError on other shapes or activations.
     """
     check_activation(act)
     channels = x.shape[1:2]

@@ -1,14 +1,15 @@
-"""The space-to-channel shortcuts of DC-AE with the main branch added, each in one pass.
+"""The space-to-channel shortcuts of DC-AE, added to the main branch, each in one pass.
 
     unshuffle_average_add:  out = mean over groups of pixel_unshuffle(x)        + main
     duplicate_shuffle_add:  out = pixel_shuffle(repeat_interleave(x, repeats))  + main
 
-x: [B, C, H, W] channels-last. main, with the bias of its convolution, is either at the output's resolution or still at
-x's, and is then (un)shuffled on the way: the pixel (un)shuffle and the shortcut behind a convolution are one pass. For
-duplicate_shuffle_add it can also be four planes, [4 B, O, H, W]: the output's pixels of each parity, row parity first.
-Without x, main alone is (un)shuffled. As linear maps of x the two are adjoint up to a scale, so each is the other's
-gradient. Summed in fp32; returns the promoted type of x and main. Source: residual autoencoding of DC-AE (arXiv
-2410.10733).
+x: [B, C, H, W] channels-last. main has the resolution of the output or of x. With the resolution of x, main is
+(un)shuffled in the same pass, which thus does both the pixel (un)shuffle and the shortcut after a convolution. For
+duplicate_shuffle_add, main may also be four planes, [4 B, O, H, W]: the output's pixels of each parity, row parity
+first. bias is the bias of the convolution that computed main. Without x only main is (un)shuffled.
+
+As linear maps of x the two operators are adjoint up to a scale, so each is the gradient of the other. Summed in fp32;
+the result has the promoted type of x and main. Source: residual autoencoding in DC-AE (arXiv 2410.10733).
 """
 
 import torch
@@ -63,14 +64,14 @@ def duplicate_shuffle_add_reference(x, main, bias, out_channels, factor, scale):
 
 
 def _accepts(x, main, bias, out_channels, factor, scale):
-    """The kernels take factors 1 and 2, and groups and repeats of a power of two."""
+    """The kernels take factors 1 and 2, and only powers of two as sizes of groups and numbers of repeats."""
     channels = out_channels if x is None else x.shape[1]
     ratio = max(factor**2 * channels // out_channels, factor**2 * out_channels // channels)
     fits = factor in (1, 2) and ratio & (ratio - 1) == 0
     return fits and all(tensor is None or tensor.dtype in KERNEL_DTYPES for tensor in (x, main))
 
 
-# scale: of the sum over a group, and of the duplicates; 1 / group size for an average
+# scale: factor of the sum over a group, or of the duplicates; for an average 1 / the size of a group
 _SCHEMA = "(Tensor? x, Tensor? main, Tensor? bias, int out_channels, int factor, float scale) -> Tensor"
 unshuffle_average_add_op = define(
     "unshuffle_average_add" + _SCHEMA, unshuffle_average_add_reference, _accepts, "unshuffle_average_add"
@@ -116,7 +117,7 @@ differentiable(duplicate_shuffle_add_op, _backward_with(unshuffle_average_add_op
 
 
 def _check(x, main, bias, factor, moved_size, planes=False):
-    """Whether main is still unmoved; raises ValueError where the shapes do not fit."""
+    """Whether main is not (un)shuffled yet. Raises ValueError if the shapes do not fit."""
     unmoved = x is None or main.shape[2:] == x.shape[2:]
     if main.dim() != 4 or (not unmoved and tuple(main.shape[2:]) != moved_size):
         raise ValueError(f"main is {list(main.shape)}; its size must be x's {list(x.shape[2:])} or {list(moved_size)}")
@@ -130,19 +131,20 @@ def _check(x, main, bias, factor, moved_size, planes=False):
 def unshuffle_average_add(
     x: torch.Tensor | None, main: torch.Tensor, bias: torch.Tensor | None = None, factor: int = 2
 ) -> torch.Tensor:
-    """unshuffle_average(x) + main (+ bias): the down-sampling shortcut with the main branch added.
+    """unshuffle_average(x) + main + bias: the down-sampling shortcut, added to the main branch.
 
-    x: [B, C, H, W], or None for main alone. main: [B, O, H / factor, W / factor], or [B, O / factor², H, W], which is
-    unshuffled; bias: its channels. Output channel o averages the factor² C / O consecutive channels of
-    pixel_unshuffle(x). Returns [B, O, H / factor, W / factor] channels-last. Raises ValueError where shapes do not fit.
+    x: [B, C, H, W]; without x only main is computed. main: [B, O, H / factor, W / factor], or [B, O / factor², H, W],
+    which is unshuffled; bias: one element for each channel of main. Output channel o is the average of factor² C / O
+    consecutive channels of pixel_unshuffle(x). Returns [B, O, H / factor, W / factor] channels-last. Raises ValueError
+    on shapes that do not fit.
     """
     height, width = (main if x is None else x).shape[2:]
     unmoved = _check(x, main, bias, factor, (height // factor, width // factor))
     out_channels = main.shape[1] * factor**2 if unmoved else main.shape[1]
     if height % factor or width % factor:
-        raise ValueError(f"{height}x{width} positions are no multiple of factor={factor}")
+        raise ValueError(f"the size {height}x{width} is not a multiple of factor={factor}")
     if x is not None and factor**2 * x.shape[1] % out_channels:
-        raise ValueError(f"{x.shape[1]} * {factor}² channels do not fall into {out_channels} equal groups")
+        raise ValueError(f"x's {x.shape[1]} channels * {factor}² cannot be divided into {out_channels} equal groups")
     scale = 1.0 if x is None else out_channels / (factor**2 * x.shape[1])
     return unshuffle_average_add_op(x, main, bias, out_channels, factor, scale)
 
@@ -150,19 +152,19 @@ def unshuffle_average_add(
 def duplicate_shuffle_add(
     x: torch.Tensor | None, main: torch.Tensor, bias: torch.Tensor | None = None, factor: int = 2
 ) -> torch.Tensor:
-    """duplicate_shuffle(x) + main (+ bias): the up-sampling shortcut with the main branch added.
+    """duplicate_shuffle(x) + main + bias: the up-sampling shortcut, added to the main branch.
 
-    x: [B, C, H, W], or None for main alone. main: [B, O, H * factor, W * factor], or [B, O * factor², H, W], which is
-    shuffled, or with factor 2 the planes [4 B, O, H, W]; bias: its channels. Each channel of x is repeated
-    factor² O / C times in place before the shuffle. Returns [B, O, H * factor, W * factor] channels-last. Raises
-    ValueError where shapes do not fit.
+    x: [B, C, H, W]; without x only main is computed. main: [B, O, H * factor, W * factor], or [B, O * factor², H, W],
+    which is shuffled, or with factor 2 the planes [4 B, O, H, W]; bias: one element for each channel of main. Each
+    channel of x is repeated factor² O / C times, one copy after the other, before the shuffle. Returns
+    [B, O, H * factor, W * factor] channels-last. Raises ValueError on shapes that do not fit.
     """
     height, width = (main if x is None else x).shape[2:]
     unmoved = _check(x, main, bias, factor, (height * factor, width * factor), planes=factor == 2)
     unmoved = unmoved and not _are_planes(x, main)
     out_channels = main.shape[1] // factor**2 if unmoved else main.shape[1]
     if unmoved and main.shape[1] % factor**2:
-        raise ValueError(f"main's {main.shape[1]} channels are no multiple of factor²={factor**2}")
+        raise ValueError(f"main's {main.shape[1]} channels are not a multiple of factor²={factor**2}")
     if x is not None and factor**2 * out_channels % x.shape[1]:
-        raise ValueError(f"{out_channels} * {factor}² channels are no multiple of x's {x.shape[1]}")
+        raise ValueError(f"{out_channels} * {factor}² channels are not a multiple of x's {x.shape[1]}")
     return duplicate_shuffle_add_op(x, main, bias, out_channels, factor, 1.0)

@@ -22,7 +22,7 @@ CASES = {  # half, x's shape, adaLN with a branch, biases, residual
     "mlp-branch-residual": ("mlp", (2, 4, 16), True, True, True),
     "mlp-no_tokens": ("mlp", (2, 0, 16), False, True, True),
 }
-WIDE = {  # what the CUDA extension takes
+WIDE = {  # sizes that the CUDA extension takes
     "attention-wide": ("attention", (3, 66, 144), False, True, True),
     "attention-wide-branch": ("attention", (3, 64, 128), True, True, False),
     "mlp-wide": ("mlp", (3, 66, 144), False, True, True),
@@ -74,7 +74,7 @@ def make(case, dtype, x_dtype=None, weight_dtype=None):
 
 
 def run(function, case, tensors, **options):
-    """Both results and all gradients, for random cotangents; s counts only where there is a branch."""
+    """Both results and all gradients, for random cotangents; s only if there is a branch."""
     half, _, with_branch, _, residual = case
     results = function(half, residual, *tensors, **options)[0 if with_branch else 1 :]
     generator = torch.Generator().manual_seed(1)
@@ -115,7 +115,7 @@ def test_gradients_of_gradients(case):
 @pytest.mark.parametrize("weights", ["half", "float32"])
 @pytest.mark.parametrize("case", [*CASES.values(), *WIDE.values()], ids=[*CASES, *WIDE])
 def test_half_precision(case, weights, dtype):
-    """On a residual stream in float32, with weights of both kinds; as exact as plain modules with half weights."""
+    """x in float32, weights in half precision or float32: as exact as plain modules with half-precision weights."""
     tensors = make(case, dtype, torch.float32, torch.float32 if weights == "float32" else None)
     exact = run(plain, case, [None if t is None else t.detach().double().requires_grad_() for t in tensors])
     eager = run(plain, case, make(case, dtype, torch.float32))
@@ -182,7 +182,7 @@ def test_either_result_alone_and_another_width(case):
 @pytest.mark.parametrize("case", [CASES["attention-branch"], CASES["mlp-branch-residual"]], ids=["attention", "mlp"])
 @pytest.mark.parametrize("frozen, fewer", [((3, 4, 5, 6), 1), ((8,), 2), ((1, 2, 3, 4, 5, 6, 8), 3)], ids=str)
 def test_frozen_parts_keep_less(case, frozen, fewer):
-    """The result of the norm is kept for the gradient of the first weight alone, x and branch for that of the gate."""
+    """Only the gradient of the first weight needs y; only the gradient of the gate needs x and branch."""
     whole, tensors = make(case, torch.float64), make(case, torch.float64)
     tensors = [t.detach() if place in frozen else t for place, t in enumerate(tensors)]
     trained = [t for t in tensors if t.requires_grad]

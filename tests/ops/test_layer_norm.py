@@ -70,7 +70,7 @@ def test_matches_the_formula_in_float64(shape, of_image, branch, dtype):
 
 @every_case
 def test_from_float32_to_half_precision(shape, of_image, branch):
-    """As under autocast: the sum stays in float32, the norm is rounded once."""
+    """The types of autocast: the sum stays in float32, the norm is rounded once."""
     tensors = make(shape, of_image, branch, torch.float32, torch.bfloat16 if of_image else None)
     total, y, *gradients = run(ours, tensors, torch.bfloat16)
     assert total.dtype == torch.float32 and y.dtype == torch.bfloat16
@@ -82,7 +82,7 @@ def test_from_float32_to_half_precision(shape, of_image, branch):
 
 @pytest.mark.parametrize("place", range(3), ids=["x", "branch", "gate"])
 def test_sum_has_the_promoted_type(place):
-    """Of x, branch and gate, as the plain sum and the operator's fake."""
+    """The promoted type of x, branch and gate, as in plain PyTorch and in the operator's fake."""
     tensors = [tensor.detach() for tensor in make(*CASES["branch"], torch.bfloat16)]
     chosen = (0, 3, 4)[place]
     tensors[chosen] = tensors[chosen].float().requires_grad_()
@@ -124,7 +124,7 @@ def test_gradients_of_gradients():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_a_gate_without_gradient(dtype):
-    """Nothing but the sum is kept, and gradients are as exact as with it, also where the branch's is the widest."""
+    """Only the sum is kept. The gradients are as exact as with the terms, also if the branch has the widest type."""
     *tensors, gate = make(*CASES["branch"], dtype)
     tensors[3] = tensors[3].detach().to(torch.promote_types(dtype, torch.float32)).requires_grad_()
     gate = gate.detach()

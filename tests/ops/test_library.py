@@ -1,4 +1,4 @@
-"""What every operator owes to how it is registered: marked tensors, devices, transforms."""
+"""Properties that every operator has by its registration: marked tensors, devices, transforms."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def materialised(tensor: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", [name for name in OPERATORS if name != "depthwise_glu"])  # slow when interpreted
 @pytest.mark.parametrize("mark", MARKS.values(), ids=MARKS)
 def test_marked_tensors(name, mark):
-    """A tensor may be negated or zero by a mark alone, its memory holds something else: each argument, and dy."""
+    """A mark may negate a tensor or make it zero, while its memory holds other values: each argument, and dy."""
     op, shapes = CASES[name]
     tensors = [tensor.detach() for tensor in make(shapes, torch.float32)]
     for place, tensor in enumerate(tensors):
@@ -78,7 +78,7 @@ def test_gradients_of_a_batch_of_cotangents(name):
 
 @every_operator
 def test_transforms(name):
-    """torch.func's gradient and vmap, and forward-mode AD, of the operator itself."""
+    """The gradient and vmap of torch.func, and forward-mode AD, of an operator."""
     op, shapes = CASES[name]
     tensors = [tensor.detach().double() for tensor in make(shapes, torch.float32)]
     want, pull = torch.func.vjp(op, *tensors)

@@ -33,7 +33,7 @@ def plain_mlp(x, w1, b1, w2, b2, residual=None, act="gelu"):
 
 
 def case(function, rows, widths, bias=True, residual=False, act="none"):
-    """The function of ops, the same in plain PyTorch, their arguments' shapes (None: absent) and the activation."""
+    """The function of ops, the same in plain PyTorch, the shapes of their arguments (None: absent), the activation."""
     layers = [shape for k, m in itertools.pairwise(widths) for shape in ((m, k), (m,) if bias else None)]
     plain = {ops.linear: plain_linear, ops.mlp: plain_mlp}[function]
     return function, plain, [(*rows, widths[0]), *layers, (*rows, widths[-1]) if residual else None], act
@@ -62,7 +62,7 @@ every_case = pytest.mark.parametrize("function, plain, shapes, act", CASES.value
 
 
 def make(shapes, dtype, residual_dtype=None, device=DEVICE):
-    """Tensors, None for a shape that is None; the last is the residual. Weights keep the scale of what goes in."""
+    """A tensor for each shape, None for None; the last is the residual. Weights are scaled to keep the variance."""
     generator = torch.Generator().manual_seed(0)
     tensors = []
     for place, shape in enumerate(shapes):
@@ -77,7 +77,7 @@ def make(shapes, dtype, residual_dtype=None, device=DEVICE):
 
 
 def run(function, tensors, act):
-    """The result and the gradients of what is there, for a fixed cotangent."""
+    """The result and the gradients of all tensors that are not None, for a fixed cotangent."""
     y = function(*tensors, act=act)
     generator = torch.Generator().manual_seed(1)  # random: sums that cancel would show the rounding of dy alone
     dy = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
@@ -85,7 +85,7 @@ def run(function, tensors, act):
 
 
 def check_errors(got, eager, exact, ceiling):
-    """On a GPU the products are kernels, and keep below the ceiling; on a CPU they are as exact as PyTorch's."""
+    """On a GPU the products are kernels and stay below the ceiling; on a CPU they are as exact as in PyTorch."""
     for mine, theirs, want in zip(got, eager, exact, strict=True):
         limit = ceiling if DEVICE == "cuda" else allowed(relative_error(theirs, want), mine.dtype, by_kernel=False)
         assert relative_error(mine, want) <= limit
@@ -179,7 +179,7 @@ def test_biases_of_higher_precision():
 
 @pytest.mark.parametrize("name", ["linear", "linear-odd", "linear-gelu", "mlp-residual", "mlp-no_bias"])
 def test_weights_of_higher_precision(name):
-    """They are rounded."""
+    """Float32 weights beside half-precision x are rounded."""
     function, plain, shapes, act = CASES[name]
     tensors = make(shapes, torch.bfloat16)
     for place in (place for place, shape in enumerate(shapes[:-1]) if place and shape and len(shape) == 2):
@@ -201,7 +201,7 @@ LONG = (3001, 768), (1152, 768), (1152,)
 @pytest.mark.parametrize(
     "shapes", [CASES["linear"][2], CASES["linear-odd"][2], LONG if DEVICE == "cuda" else ((3001, 24), (16, 24), (16,))]
 )
-def test_their_gradients_are_not_rounded(shapes):
+def test_gradients_of_float32_weights_are_not_rounded(shapes):
     x, weight, bias = make(shapes[:3], torch.bfloat16)
     weight = weight.detach().float().requires_grad_()
     dy = torch.randn_like(y := ops.linear(x, weight, bias))
@@ -213,7 +213,7 @@ def test_their_gradients_are_not_rounded(shapes):
 @pytest.mark.parametrize("act", APPROXIMATION)
 @pytest.mark.parametrize("weights", ["trained", "frozen"])
 def test_gradients_of_biases_are_not_rounded(weights, act):
-    """Sums in float32 of what is half, as it is."""
+    """The gradients are sums in float32 of the half-precision gradients of the layers' results."""
     x, w1, b1, w2, b2, _ = make(CASES["mlp"][2], torch.bfloat16)
     w1, b1, w2, b2 = (tensor.detach().float().requires_grad_() for tensor in (w1, b1, w2, b2))
     if weights == "frozen":
@@ -231,7 +231,7 @@ def test_gradients_of_biases_are_not_rounded(weights, act):
 
 
 def check_sum(got, summed):
-    """As exact as a sum in float32."""
+    """Checks that the result is as exact as a sum in float32."""
     assert got.dtype == torch.float32
     rows = summed.flatten(0, 1)
     check_errors([got], [rows.float().sum(0)], [rows.double().sum(0)], 1e-6)

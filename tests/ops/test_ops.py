@@ -156,12 +156,12 @@ FIRST = {name.split("-")[0]: name for name in reversed(CASES)}.values()  # a cas
 
 
 def has_library_convolutions(name):
-    """Whether the operator leaves a convolution or its gradient to PyTorch, which rounds as it likes."""
+    """Whether PyTorch, whose rounding differs between machines, computes a convolution or its gradient."""
     return "conv2d" in name or "multiscale" in name
 
 
 def dtypes_of(name):
-    """All types on a GPU. In the interpreter a type changes the casts alone: float16 once for each operator."""
+    """All types on a GPU. In the interpreter a type changes only the casts: float16 once for each operator."""
     return [dtype for dtype in CEILING if DEVICE == "cuda" or dtype != torch.float16 or name in FIRST]
 
 
@@ -252,8 +252,8 @@ def test_gradients_of_the_reference(name):
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_one_gradient_alone(name):
-    """As among all; to the second order it does not depend on what else could have one."""
+def test_only_one_gradient(name):
+    """The gradient of one tensor equals that of a call in which all have one, and can be differentiated again."""
     op, shapes = CASES[name]
     whole = run(op, make(shapes, torch.float32))[1:]
     for wanted, expected in enumerate(whole):
@@ -271,7 +271,7 @@ def test_one_gradient_alone(name):
     "name", ["rms_norm-relu-no_residual", "bias_act-relu-residual", "attention-two_scales", "rms_norm_conv2d"]
 )
 def test_relu_keeps_nan(name):
-    """A result or a gradient that is none must not look like one. cuDNN's convolutions may spread it further."""
+    """NaN must not become a number, in results or gradients. The convolutions of cuDNN may spread NaN further."""
     op, shapes = CASES[name]
     tensors = make(shapes, torch.float32)
     with torch.no_grad():
@@ -285,7 +285,7 @@ def test_relu_keeps_nan(name):
 
 
 class Calls(TorchDispatchMode):
-    """(name, arguments) of what PyTorch's dispatcher was asked for."""
+    """Records (name, arguments) of all operators that PyTorch dispatches."""
 
     def __init__(self):
         super().__init__()
@@ -403,8 +403,8 @@ def test_mixed_precision_sums_are_promoted():
         (lambda x: ops.relu_linear_attention([x, x.double()], 8), "float"),
         (lambda x: ops.depthwise_glu(x, x[0, :, :1, :1], x[0, :, 0, 0]), "expected"),
         (lambda x: ops.unshuffle_average_add(x, x[:, :, :2]), "size must be"),
-        (lambda x: ops.unshuffle_average_add(x[..., :3], x[..., :3]), "no multiple of factor=2"),
-        (lambda x: ops.duplicate_shuffle_add(x, x[:, :22]), "no multiple"),
+        (lambda x: ops.unshuffle_average_add(x[..., :3], x[..., :3]), "not a multiple of factor=2"),
+        (lambda x: ops.duplicate_shuffle_add(x, x[:, :22]), "not a multiple"),
         (lambda x: ops.duplicate_shuffle_add(x, x, x[0, :3, 0, 0]), "bias"),
     ],
 )
@@ -452,7 +452,7 @@ def test_more_than_2_to_the_31_elements(op):
 
 @torch.no_grad()
 def test_a_chain_of_residuals_compiles_in_time():
-    """Inductor of torch 2.11 describes the arguments of an operator that it meets first, the last one here, in full."""
+    """Inductor of torch 2.11 describes all arguments of an operator that it meets first, here the last one."""
 
     def chain(x, weight, bias):
         for _ in range(14):

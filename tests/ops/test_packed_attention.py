@@ -49,7 +49,7 @@ def with_gradient(attention, qkv, heads):
 
 
 def limit(plain, exact, qkv, heads):
-    """For results on qkv, where scaled_dot_product_attention gives `plain`. On a CPU no kernel of ours runs."""
+    """The allowed error on qkv. plain: the result of scaled_dot_product_attention. On a CPU no kernel runs."""
     tokens, dim = qkv.shape[1], qkv.shape[2] // (3 * heads)
     by_kernel = qkv.is_cuda and ops.is_for_few_tokens(qkv.dtype, tokens, dim, qkv.device)
     return allowed(relative_error(plain, exact), qkv.dtype, by_kernel)
@@ -166,7 +166,7 @@ def is_for_few_tokens():
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_an_extension_that_does_not_load(extension_that_does_not_load, monkeypatch, compiled):
-    """A warning says why, once; the operator would be slower then than scaled_dot_product_attention."""
+    """One warning says why. Without the extension scaled_dot_product_attention is faster than the operator."""
     monkeypatch.setattr(_library, "is_hopper", lambda device: True)
     torch._dynamo.reset()
     answer = torch.compile(lambda x: x + is_for_few_tokens(), fullgraph=True, backend="eager")

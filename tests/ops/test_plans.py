@@ -1,4 +1,4 @@
-"""Plans of libraries, cuDNN's above all: right, found once, remembered in a file that may be absent or broken."""
+"""Plans of libraries, mainly cuDNN: right, found once, remembered in a file that may be absent or broken."""
 
 import contextlib
 import json
@@ -55,7 +55,7 @@ class Plan:
 
 
 class Candidates:
-    """Two of four are no plans: one cannot be built, one needs too much memory."""
+    """Four candidates, of which 1 cannot be built and 3 needs too much memory."""
 
     def __len__(self):
         return 4
@@ -68,7 +68,7 @@ class Candidates:
 
 @pytest.fixture
 def no_gpu(monkeypatch):
-    """What `find` asks a GPU."""
+    """Answers what `find` asks a GPU."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
@@ -118,7 +118,7 @@ NO_MEMORY = torch.OutOfMemoryError("out of memory")
 
 @pytest.fixture
 def search(empty_cache, no_gpu, monkeypatch):
-    """search(times): the place that a new process finds. times: what a call takes, or fails with, by place."""
+    """search(times): the place that a new process finds. times: place → the time of a call, or its exception."""
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(_plans, "_record", lambda call, calls=1: call())
     monkeypatch.setattr(_plans, "_elapsed", lambda time: time)
@@ -155,8 +155,8 @@ def test_the_fastest_is_found_and_written(search, empty_cache):
 
 
 @pytest.mark.parametrize("call, time, place", [(0.01, 1.02, 0), (0.01, 1.05, -1), (9.0, 1.09, 0), (9.0, 1.11, -1)])
-def test_the_fallback_must_make_up_for_what_its_call_takes(call, time, place, search):
-    """By three calls, a burst of such work, or a tenth of its time."""
+def test_the_fallback_must_make_up_for_its_calls(call, time, place, search):
+    """By the time of three calls, which are a burst here, or by a tenth of its time."""
     assert search({_plans.NO_PLAN: 1.0, 0: time, 2: 1.4}, fallback_call=call) == place
 
 
@@ -194,18 +194,18 @@ def test_a_broken_file_is_searched_anew(content, search, empty_cache):
 
 @pytest.mark.parametrize("failure", [RuntimeError("CUDNN_STATUS_EXECUTION_FAILED"), NO_MEMORY])
 def test_a_place_whose_plan_fails_when_run_is_corrected(failure, search, empty_cache):
-    """It was written by another driver, or on a larger part of such a GPU."""
+    """The file may come from another driver, or from a GPU of the same name with more memory."""
     (empty_cache / "works-a_GPU-library1.json").write_text(json.dumps({"(8, 8)": 2}))
     assert search(TIMES | {2: failure}) == 0
     assert written(empty_cache) == {"(8, 8)": 2 if failure is NO_MEMORY else 0}
 
 
-# Where the same bits are wanted each time, and from all processes.
+# Deterministic algorithms: the same bits each time, and in all processes.
 
 
 @contextlib.contextmanager
 def same_bits(flag):
-    """The flag of PyTorch that asks for them."""
+    """Sets one of PyTorch's flags for deterministic algorithms."""
     if flag == "cudnn":
         with torch.backends.cudnn.flags(deterministic=True):
             yield
@@ -244,7 +244,7 @@ def test_plans_by_the_clock_and_by_rule_are_kept_apart(flag, empty_cache, no_gpu
 
 @pytest.mark.parametrize("flag", [None, "all", "cudnn", "disabled"])
 def test_flags_of_cudnn_hold_for_torchs_convolution_with_relu(flag, monkeypatch):
-    """cudnn_convolution_relu asks no flag whether it may be used, nor whether it must be deterministic."""
+    """cudnn_convolution_relu itself respects neither the flag that disables cuDNN nor the flags for determinism."""
     calls = []
     fused = lambda x, weight, bias, *_: (calls.append(x), F.relu(F.conv2d(x, weight, bias, padding=1)))[1]  # noqa: E731
     monkeypatch.setattr(torch, "cudnn_convolution_relu", fused)
@@ -283,7 +283,7 @@ def test_a_user_without_a_home(search, empty_cache, monkeypatch):
 
 
 def plan_in_torch(x, weight, stride, padding, epilogue, fallback):
-    """What `find` returns, computed by PyTorch: the operands reach it in the epilogue's order."""
+    """A plan computed by PyTorch, in place of `find`'s; its operands come in the order of the epilogue."""
 
     def plan(x, weight, operands):
         y, operands = F.conv2d(x, weight, None, stride, padding[:2]), iter(operands)
@@ -317,7 +317,7 @@ def test_a_plan_and_its_fallback_compute_the_same(before, act, residual, found, 
 
 @pytest.mark.parametrize("size, aligned", [(5, [True, False, True, False]), (4, [True] * 4)])
 def test_planes_that_begin_between_16_bytes_take_the_fallback(size, aligned, monkeypatch):
-    """12 channels of 5×5 pixels in half precision are no multiple of 16 bytes."""
+    """12 channels of 5×5 pixels in half precision are not a multiple of 16 bytes."""
     planes = []
 
     def find(x, weight, stride, padding, epilogue, fallback):
@@ -448,7 +448,7 @@ def test_the_same_bits_whatever_was_found_before(flag, empty_cache, monkeypatch)
 @pytest.mark.gpu
 @torch.no_grad()
 def test_a_file_that_names_other_plans(empty_cache):
-    """Every place that it may hold gives a result, and the right one."""
+    """Whatever place the file holds, the result is right."""
     x, weight, bias, act, *_ = args = arguments("relu", torch.bfloat16)
     run = lambda: ops.conv2d(x, weight, bias, act, padding=1)  # noqa: E731
     run()

@@ -1,4 +1,4 @@
-"""How layers ask cuBLASLt for their products, and what those refuse."""
+"""How layers ask cuBLASLt for their products, and which arguments the products refuse."""
 
 import importlib
 
@@ -14,7 +14,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class ProductInTorch:
-    """dcae_fast._C.Product in PyTorch: one candidate, which is its own plan."""
+    """Product of dcae_fast._C, in PyTorch: it has one candidate and is its own plan."""
 
     def __init__(self, left, right, left_transposed, right_transposed, out_in_float32, epilogue):
         self.transposed, self.epilogue = (left_transposed, right_transposed), epilogue
@@ -42,7 +42,7 @@ class ProductInTorch:
 
 @pytest.fixture
 def extension(monkeypatch):
-    """A CUDA extension on the CPU, and no search."""
+    """Replaces the CUDA extension by ProductInTorch, and takes its plan without a search."""
 
     class Extension:
         Product = ProductInTorch
@@ -93,7 +93,7 @@ def test_without_the_extension_pytorch_computes_the_same(name, monkeypatch):
 @pytest.mark.parametrize("residual", [None, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 def test_found_plans_are_those_that_products_ask_for(bias, residual, weight_dtype, monkeypatch):
-    """By the same keys, or a half of a block would never find them."""
+    """Both use the same keys; otherwise the halves of a block would never find a plan."""
     asked, found, dtype = [], [], torch.bfloat16
     monkeypatch.setattr(_products, "available", lambda: True)
     monkeypatch.setattr(_plans, "find", lambda library, key, *_: asked.append(key))
