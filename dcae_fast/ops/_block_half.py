@@ -1,38 +1,32 @@
-"""What the two halves of a transformer block, `norm_attention` and `norm_mlp`, share: layer norm and two linear layers.
+"""The common part of `norm_attention` and `norm_mlp`, the two halves of a transformer block.
 
     s = x + gate · branch, or x;    y = norm(s) · scale + shift
-    out = out_layer(core(in_layer(y)))   [+ s]
+    out = core(y · w_inᵀ + b_in) · w_outᵀ + b_out   [+ s]
 
-A half is described once, by a subclass of `Half`: its inputs, its forward and its backward over `via`, see _parts.py.
-The operator, its gradient and the references of both are made from this description. Calling these operators one by one
-from Python takes longer than a small batch takes to compute. Beside the description there is therefore, on Hopper, one
-call of the CUDA extension for all of a half's forward, and one for the backward from out to y. They are used once the
-products have plans, see _products.py, and compute the same bits as the description over kernels.
+A subclass of `Half` describes a half once: its inputs, its forward and its backward over `via`, see _parts.py. The
+operator, its gradient and the references of both are made from this description.
+
+Calls of all these operators from Python take longer than a small batch takes to compute. On Hopper one call of the CUDA
+extension therefore computes the forward of a half, and another one the backward from out to y. These fused calls give
+the same bits as the description over kernels. They are used as soon as the products have plans, see _products.py.
 
 A float32 weight beside half-precision activations is allowed for training: it is rounded for the products, and its
-gradient is float32. In inference the weights should come in `dtype` and aligned to 16 bytes. With a weight or bias that
-is not aligned, the half is computed by its parts, which then fall back to PyTorch.
+gradient is float32. In inference the weights should have type `dtype` and be aligned to 16 bytes. If a weight or bias
+is not aligned, the operators compute the half one after the other, and PyTorch computes the product with that weight.
 """
 
 from functools import partial
-from typing import NamedTuple, get_type_hints
+from typing import get_type_hints
 
 import torch
 from torch import Tensor
 
 from . import _products
-from ._library import (
-    KERNEL_DTYPES,
-    Operator,
-    define,
-    differentiable,
-    differentiable_as,
-    halves_on_hopper,
-)
+from ._library import KERNEL_DTYPES, Operator, define, differentiable, differentiable_as, halves_on_hopper
 from ._parts import as_kernel, as_reference
 from .layer_norm import cuda_accepts, layer_norm_backward, layer_norm_op, sum_backward
 
-INPUTS = {  # of both halves, in order; a half adds its own
+INPUTS = {  # of both halves, in the order of the operators' schemas; a half adds further inputs
     "x": Tensor,
     "scale": Tensor,
     "shift": Tensor,
@@ -58,22 +52,20 @@ SCHEMA_TYPES = {
 
 
 class Half:
-    """The inputs of a half, in a named tuple with the methods below.
-
-    kept: the named tuple that a forward returns after `out`. Its first two fields are `total`, which is s if there is a
-    branch and else empty, and `y`. A subclass adds
+    """A half: the named tuple of its operator's inputs, with methods that compute it. A subclass defines
 
         forward(via):                      out, *kept
         backward(via, dout, kept, wants):  the gradients of y, w_in, b_in, w_out and b_out
-        fused_forward():                   as forward, by the CUDA extension; None where that is not possible
-        fused_backward(dout, kept, wants): as backward, by the CUDA extension; None where that is not possible
+        fused_forward():                   the result of forward by the CUDA extension, or None
+        fused_backward(dout, kept, wants): the result of backward by the CUDA extension, or None
 
-    wants: the tuple of inputs again, with a bool for each: whether its gradient is wanted.
+    name: of the operator. Kept: a named tuple type, the tensors kept for the backward pass. The first two are total,
+    which is s, or empty without a branch, and y. wants: a bool for each input: whether its gradient is wanted.
     """
 
     __slots__ = ()
     name: str
-    kept: type[NamedTuple]
+    Kept: type[tuple]
 
     def norm(self, via):
         """s, total and y."""
@@ -90,8 +82,8 @@ class Half:
         return layer_norm_backward(via, dy, dsum, s, self.scale, self.shift.dtype, *of_branch, self.eps, self.x.dtype)
 
     def forward_plans(self, act):
-        """The plans of both linear layers, with `act` after the first. None where a plan is missing, or where the CUDA
-        extension takes another of the inputs not.
+        """The plans of both linear layers, the first one with activation `act`, "" for none. None if a plan is missing
+        or the CUDA extension does not take the inputs.
         """
         x, dtype, w_in, b_in, w_out, b_out = self.x, self.dtype, self.w_in, self.b_in, self.w_out, self.b_out
         if not (x.is_cuda and _products.available() and _are_aligned(w_in, b_in, w_out, b_out)):
@@ -107,10 +99,11 @@ class Half:
         return (first, second) if takes_norm else None
 
     def backward_plans(self, dout, wants, sums_in, *read):
-        """The plans of the gradients of both linear layers, each for its input and its weight. None where a plan is
-        missing, where not all gradients are wanted, or where the CUDA extension does not take the kept tensors `read`.
+        """The plans for the gradients of both linear layers: of the input and the weight of the first one, then of the
+        second one. None if a plan is missing, if a gradient of a layer's parameter is not wanted, or if the CUDA
+        extension does not take dout, a weight, or the kept tensors `read`.
 
-        sums_in: whether the product for the gradient of w_in also sums that of b_in.
+        sums_in: whether the product for the gradient of w_in also sums over rows, for the gradient of b_in.
         """
         w_in, w_out = self.w_in, self.w_out
         all_wanted = wants.w_in and wants.w_out and (wants.b_in or self.b_in is None)
@@ -127,8 +120,8 @@ class Half:
 
 
 def _are_aligned(*tensors):
-    """Whether the addresses of all that are not None are multiples of 16."""
-    for tensor in tensors:  # a loop, since this runs before each half
+    """Whether the addresses of all tensors that are not None are multiples of 16 bytes."""
+    for tensor in tensors:  # a loop is faster than a generator, and this runs in every call
         if tensor is not None and tensor.data_ptr() % 16:
             return False
     return True
@@ -139,12 +132,13 @@ def _schema(hints: dict[str, type]) -> str:
 
 
 def define_half(half: type[Half]) -> Operator:
-    """Register the operator of a half, and its gradient, whose reference computes what was kept again.
+    """Register the operator of a half and its gradient.
 
-    The operator returns out, *kept; dcae_fast::<name>_backward the gradients of all tensors among the inputs.
+    dcae_fast::<name> returns out, *kept. dcae_fast::<name>_backward returns the gradients of all tensors among the
+    inputs; its reference computes the kept tensors again, so that it can be differentiated.
     """
     hints, kept_hints = (
-        {name: get_type_hints(fields)[name] for name in fields._fields} for fields in (half, half.kept)
+        {name: get_type_hints(fields)[name] for name in fields._fields} for fields in (half, half.Kept)
     )
     tensors, count = [name for name, hint in hints.items() if hint in (Tensor, Tensor | None)], len(hints)
 
@@ -156,9 +150,9 @@ def define_half(half: type[Half]) -> Operator:
         return given.fused_forward() or given.forward(as_kernel)
 
     def backward(via, dout, dtotal, *args):
-        given, kept, wants = half._make(args[:count]), half.kept._make(args[count:-1]), half._make(args[-1])
+        given, kept, wants = half._make(args[:count]), half.Kept._make(args[count:-1]), half._make(args[-1])
         if via is as_reference:
-            kept = half.kept._make(given.forward(as_reference)[1:])
+            kept = half.Kept._make(given.forward(as_reference)[1:])
         fused = given.fused_backward(dout, kept, wants) if via is as_kernel else None
         dy, *of_layers = fused or given.backward(via, dout, kept, wants)
         found = *given.norm_backward(via, dy, dout, dtotal, kept.total), *of_layers
@@ -183,12 +177,12 @@ def define_half(half: type[Half]) -> Operator:
 
 
 def _autograd(half, tensors, backward_op):
-    """The backward of a half's operator and its setup_context. tensors: the inputs that have a gradient."""
+    """backward and setup_context, as `differentiable` takes them. tensors: names of the inputs that are tensors."""
     count = len(half._fields)
 
     def setup_context(ctx, inputs, output):
-        inputs, kept = half._make(inputs), half.kept._make(output[1:])
-        wants = half._make(ctx.needs_input_grad[:count])  # PyTorch may add an argument to those of an operator
+        inputs, kept = half._make(inputs), half.Kept._make(output[1:])
+        wants = half._make(ctx.needs_input_grad[:count])  # PyTorch may append an argument
         ctx.mark_non_differentiable(*output[2:])
         ctx.set_materialize_grads(False)
         if not wants.w_in:  # only the gradient of w_in reads y

@@ -4,8 +4,8 @@
     out = attention(y · w_qkvᵀ + b_qkv) · w_projᵀ + b_proj   [+ s]
 
 x, branch, s: [B, N, D]; scale, shift: [D] or [B, D]; gate: [B, D]; w_qkv: [3 M, D]; w_proj: [D, M]; out: [B, N, D].
-Types and precision are those of `layer_norm`, `linear` and `packed_attention`, whose kernels are used and which keep
-the same tensors for the gradient. On unfused and fused computation, and float32 weights, see _block_half.py.
+The kernels, types, precision and kept tensors are those of `layer_norm`, `linear` and `packed_attention`. For fused
+calls and float32 weights see _block_half.py.
 """
 
 from typing import NamedTuple
@@ -29,10 +29,10 @@ class AttentionKept(NamedTuple):
 
 
 class NormAttention(Half, NamedTuple("NormAttentionInputs", [*INPUTS.items(), ("num_heads", int)])):
-    """The layer in is the one of q, k and v; the layer out is the projection."""
+    """w_in, b_in: w_qkv, b_qkv; w_out, b_out: w_proj, b_proj. attended: the result of the attention."""
 
     __slots__ = ()
-    name, kept = "norm_attention", AttentionKept
+    name, Kept = "norm_attention", AttentionKept
 
     def forward(self, via):
         s, total, y = self.norm(via)

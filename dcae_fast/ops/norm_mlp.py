@@ -3,9 +3,9 @@
     s = x + gate · branch, or x;    y = norm(s) · scale + shift
     out = gelu(y · w1ᵀ + b1) · w2ᵀ + b2   [+ s]
 
-x, branch, s: [B, N, D]; scale, shift: [D] or [B, D]; gate: [B, D]; w1: [H, D]; w2: [D, H]; out: [B, N, D]. Types and
-precision are those of `layer_norm`, `linear` and `mlp`, whose kernels are used and which keep the same tensors for the
-gradient. On unfused and fused computation, and float32 weights, see _block_half.py.
+x, branch, s: [B, N, D]; scale, shift: [D] or [B, D]; gate: [B, D]; w1: [H, D]; w2: [D, H]; out: [B, N, D]. The
+kernels, types, precision and kept tensors are those of `layer_norm`, `linear` and `mlp`. For fused calls and float32
+weights see _block_half.py.
 """
 
 from typing import NamedTuple
@@ -27,10 +27,10 @@ class MlpKept(NamedTuple):
 
 
 class NormMlp(Half, NamedTuple("NormMlpInputs", [*INPUTS.items(), ("act", str), ("trains", bool)])):
-    """trains: whether y and h, the preactivation, are kept for the gradient; both are empty otherwise."""
+    """w_in, b_in: w1, b1; w_out, b_out: w2, b2. trains: whether y and h, the preactivation, are kept, or both empty."""
 
     __slots__ = ()
-    name, kept = "norm_mlp", MlpKept
+    name, Kept = "norm_mlp", MlpKept
 
     def forward(self, via):
         s, total, y = self.norm(via)

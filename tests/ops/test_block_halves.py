@@ -1,5 +1,8 @@
 """`norm_attention` and `norm_mlp` against plain PyTorch: results, gradients, types, registration."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +10,9 @@ from registration import check_registration
 from torch.testing import assert_close
 
 from dcae_fast import ops
+from dcae_fast.ops._block_half import INPUTS
+from dcae_fast.ops.norm_attention import NormAttention
+from dcae_fast.ops.norm_mlp import NormMlp
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS, HEADS, HIDDEN = 1e-5, 2, 48
@@ -207,6 +213,21 @@ def test_frozen_parts_keep_less(case, frozen, fewer):
     want = torch.autograd.grad(plain(case[0], case[4], *tensors)[1].square().sum(), trained)
     assert_close(got, [want, want])
     torch.autograd.gradgradcheck(call, trained, fast_mode=True)
+
+
+@pytest.mark.parametrize("half", [NormAttention, NormMlp])
+def test_the_extension_takes_the_inputs_in_order(half):
+    """The names of the parameters in C++, which are passed by place."""
+    source = (Path(__file__).parents[2] / "csrc" / "bindings" / "block_halves.cpp").read_text()
+
+    def parameters(function):
+        (declared,) = re.findall(rf"Tensors {function}\(([^{{]*)\) {{", source)
+        return [re.sub(r"\W", "", parameter.split()[-1]) for parameter in declared.split(",")]
+
+    assert parameters(half.name) == [*half._fields, "in_plan", "out_plan"]
+    option = half._fields[len(INPUTS)]
+    operands = ["dout", *half.Kept._fields[1:], "w_in", "b_in", "w_out", "b_out", option]
+    assert parameters(f"{half.name}_backward") == [*operands, "in_plan", "w_in_plan", "out_plan", "w_out_plan"]
 
 
 @pytest.mark.parametrize("half, message", [("attention", "w_qkv"), ("mlp", "bias")])
