@@ -25,7 +25,7 @@ class DeviceError(ValueError):
 
 
 class DataError(ValueError):
-    """Pictures or latents on disk that are not what they should be; the message names them."""
+    """Files on disk, such as pictures or latents, are invalid. The message names the files."""
 
 
 class NotFiniteError(FloatingPointError):

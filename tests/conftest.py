@@ -1,7 +1,7 @@
-"""Shared by all tests: reference cases, the comparison with them and its table at the end, and the `gpu` marker.
+"""Shared by all tests: reference cases, comparison with them, a table of the errors, and the `gpu` marker.
 
-The reference is a folder of fixtures computed with the original implementation. It is looked for at
-DCAE_FAST_REFERENCE, else at ../shared/reference beside the repository; tests that need it are skipped without it.
+The reference folder contains fixtures computed with the original implementation. Its path is DCAE_FAST_REFERENCE or, by
+default, ../shared/reference beside the repository. Without the folder, tests that need it are skipped.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
-torch.set_num_threads(1)  # the tests are small, and processes side by side do more than threads
+torch.set_num_threads(1)  # for small tests, several processes are faster than several threads
 
 REFERENCE = Path(os.environ.get("DCAE_FAST_REFERENCE", Path(__file__).parents[2] / "shared" / "reference"))
 NO_REFERENCE = pytest.mark.skipif(
@@ -42,7 +42,7 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Case:
-    """One case of a fixture file; `meta` describes the case, `file_meta` the file."""
+    """One case of a fixture file. `meta` describes the case; `file_meta` describes the file."""
 
     file: str
     name: str
@@ -56,7 +56,7 @@ class Case:
         return self.file_meta["cases"][self.name]
 
     def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
-        """The file's tensors under "<prefix>/", by the rest of their names."""
+        """The file's tensors whose names start with "<prefix>/", by the rest of their names."""
         everything = load_tensors(REFERENCE / "fixtures" / f"{self.file}.safetensors")
         return {k[len(prefix) + 1 :]: v for k, v in everything.items() if k.startswith(f"{prefix}/")}
 
@@ -67,7 +67,7 @@ def pytest_configure(config):
 
 
 def pytest_generate_tests(metafunc):
-    """`@pytest.mark.cases("blocks_*", "core_*", but=["*_float32"])`: globs of files and cases (all)."""
+    """`@pytest.mark.cases("blocks_*", "core_*", but=["*_float32"])`: globs of files, cases and excluded cases."""
     marker = metafunc.definition.get_closest_marker("cases")
     if marker is None:
         return
@@ -100,7 +100,7 @@ def reference() -> Path:
 
 @pytest.fixture
 def open_case(reference) -> type[Case]:
-    """open_case(file, name): one reference case, for tests that choose it themselves."""
+    """open_case(file, name) opens one reference case."""
     return Case
 
 
@@ -108,7 +108,7 @@ def open_case(reference) -> type[Case]:
 def compare(record_property):
     """compare(file, got, expected, limit, what=""): asserts ‖got - expected‖ / ‖expected‖ <= limit, in float64.
 
-    scale: instead of ‖expected‖. Errors are recorded; the one closest to its limit is printed for each file at the end.
+    scale: replaces ‖expected‖. For each file, the error closest to its limit is printed at the end of the run.
     """
 
     def check(file: str, got: torch.Tensor, expected: torch.Tensor, limit: float, what: str = "", scale=None) -> None:
@@ -124,9 +124,9 @@ def compare(record_property):
 
 @pytest.fixture
 def compare_gradients(compare):
-    """compare_gradients(case, gradients, limit): a training case's gradients by parameter name, and their total norm.
+    """compare_gradients(case, gradients, limit) compares gradients by parameter name, and their total norm, to a case.
 
-    Where the fixture has 80 elements of a gradient and its norm, their error is in proportion to the whole gradient.
+    Large gradients have only 80 elements and the norm in the fixture; their error is relative to the whole gradient.
     """
 
     def check(case: Case, gradients: dict[str, torch.Tensor], limit: float) -> None:
@@ -150,7 +150,7 @@ def compare_gradients(compare):
 
 @pytest.fixture
 def full_disk():
-    """No file can grow beyond 4 KiB."""
+    """Limits the size of files to 4 KiB, so that writing a larger file fails."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
     yield
@@ -159,7 +159,7 @@ def full_disk():
 
 @pytest.fixture
 def lock_holder(tmp_path):
-    """lock_holder(folder) starts a process that holds the folder's lock and has a child; returns its number."""
+    """lock_holder(folder) starts a process that holds the folder's lock and has a child; returns its process id."""
     from dcae_fast.lock import locked
 
     processes = []

@@ -1,4 +1,4 @@
-"""A small DCAEDiffusion of random weights, with configurations that fit the small networks of the reference."""
+"""A small DCAEDiffusion with random weights; its configurations fit the small networks of the fixtures."""
 
 from dataclasses import replace
 
@@ -28,7 +28,7 @@ TRAINING = {sampler: training for training, samplers in SAMPLERS_AFTER.items() f
 
 
 def build(config: DiffusionConfig = UVIT) -> DCAEDiffusion:
-    """With no parameter at zero, where DiT's output would not depend on its input."""
+    """A model without zero parameters: with zeros, DiT's output would not depend on its input."""
     torch.manual_seed(0)
     model = DCAEDiffusion(config, config.build(), DCAE(AUTOENCODER)).eval()
     for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""Small functions in the place of the pretrained networks, and processes of several ranks that use them."""
+"""Small functions that replace the pretrained networks, and processes of several ranks that use them."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from dcae_fast.evaluation.moments import Moments
 
 
 def features(pictures: torch.Tensor) -> torch.Tensor:
-    """[n, 6]: mean and deviation of each channel, 0 to 255."""
+    """[n, 6]: mean and standard deviation of each channel, 0 to 255."""
     flat = pictures.double().flatten(2)
     return torch.cat([flat.mean(2), flat.std(2)], 1).float()
 
@@ -41,7 +41,7 @@ STAND_INS |= {"lpips": difference, "clip_iqa": brightness}
 
 
 def use(*names: str) -> dict[str, Callable]:
-    """What `networks.LOADERS` becomes: the stand-ins of these names, all if there are none; the others are missing."""
+    """Loaders for `networks.LOADERS`: the stand-ins with these names (all, if none are given); others are missing."""
 
     def absent(device: torch.device):
         raise OSError("no such file")
@@ -57,7 +57,7 @@ def real_pictures() -> torch.Tensor:
 
 
 def save_references(folder: Path, prefix: str = "") -> list[str]:
-    """What reference-stats would write of `real_pictures`; as options of eval-diffusion, or with a prefix."""
+    """Writes the files of reference-stats for `real_pictures`. Returns options of eval-diffusion that name them."""
     fid, pr, cmmd = folder / "fid.npz", folder / "pr.npy", folder / "cmmd.npy"
     Moments.of(features(real_pictures())).save(fid)
     np.save(pr, features(real_pictures()).numpy())
@@ -66,7 +66,7 @@ def save_references(folder: Path, prefix: str = "") -> list[str]:
 
 
 def eval_diffusion(model: Path, out: Path, samples: int) -> dict[str, float]:
-    """Figures of a model beside `save_references`, computed as those of a model in training are by default."""
+    """The figures of eval-diffusion with the default settings of evaluation in training."""
     settings = ["--samples", f"{samples}", "--cfg", "1.5", "--device", "cpu", "--no-patch", *save_references(out)]
     assert cli.main(["eval-diffusion", "--model", f"{model}", "--out", f"{out}/samples", *settings]) == 0
     return json.loads((out / "samples" / "results.json").read_text())["figures"]
@@ -81,7 +81,7 @@ def _rank(rank: int, ranks: int, port: int, command: list[str], status: int) -> 
 
 
 def run_ranks(ranks: int, command: list[str], status: int = 0) -> None:
-    """The command with the stand-ins on so many ranks, started as torchrun does."""
+    """Runs the command with the stand-ins on `ranks` ranks, started as torchrun starts them."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]

@@ -8,6 +8,7 @@ import tyro
 
 import dcae_fast
 from dcae_fast.data.folders import suffix_of
+from dcae_fast.errors import DataError
 from dcae_fast.models.config import SCALES
 
 from .common import Compute, UsageError, check_integer, check_workers, make_folder, pixel_limit, print_failed
@@ -62,7 +63,6 @@ def cache_latents(
     from dcae_fast.data.cache import settings_of
     from dcae_fast.data.find import find_pictures
     from dcae_fast.data.manifest import MANIFEST
-    from dcae_fast.errors import DataError
     from dcae_fast.memory import out_of_memory_as
     from dcae_fast.models.autoencoder import DCAE
     from dcae_fast.reconstruction import choose_device

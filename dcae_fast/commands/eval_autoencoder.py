@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 import dcae_fast
+from dcae_fast.errors import DataError
 from dcae_fast.files import written_atomically
 from dcae_fast.memory import out_of_memory_as
 from dcae_fast.workers import default_workers
@@ -55,7 +56,6 @@ def eval_autoencoder(
     from dcae_fast import distributed
     from dcae_fast import images as pictures
     from dcae_fast.data.find import find_pictures
-    from dcae_fast.errors import DataError
     from dcae_fast.evaluation import autoencoder, networks
     from dcae_fast.evaluation.moments import Moments
     from dcae_fast.evaluation.pictures import FolderBatches

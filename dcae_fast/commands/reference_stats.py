@@ -4,6 +4,7 @@ from pathlib import Path
 
 import tyro
 
+from dcae_fast.errors import DataError
 from dcae_fast.memory import out_of_memory_as
 from dcae_fast.workers import default_workers
 
@@ -40,14 +41,13 @@ def reference_stats(
     """
     from dcae_fast import distributed
     from dcae_fast.data.find import find_pictures
-    from dcae_fast.errors import DataError
     from dcae_fast.evaluation import networks
     from dcae_fast.evaluation.pictures import FolderBatches, NpzBatches
-    from dcae_fast.evaluation.references import Wanted, write_references
+    from dcae_fast.evaluation.references import OutputFiles, write_references
     from dcae_fast.reconstruction import choose_device
 
-    wanted = Wanted(fid, precision_recall, cmmd)
-    if not wanted.networks:
+    outputs = OutputFiles(fid, precision_recall, cmmd)
+    if not outputs.networks:
         raise UsageError("no output file given; expected at least one of --fid, --precision-recall or --cmmd")
     files = {"--fid": (fid, ".npz"), "--precision-recall": (precision_recall, ".npy"), "--cmmd": (cmmd, ".npy")}
     for option, (path, suffix) in files.items():
@@ -69,8 +69,8 @@ def reference_stats(
                 pictures = distributed.broadcast(find_pictures(images) if distributed.is_main() else None)
                 workers = default_workers() if workers is None else workers
                 batches = FolderBatches(pictures, resolution, batch, workers, limit)
-            found, missing = networks.load_all(wanted.networks, place)
-            written = write_references(batches, wanted, found, place)
+            found, missing = networks.load_all(outputs.networks, place)
+            written = write_references(batches, outputs, found, place)
         except DataError as error:
             raise UsageError(str(error)) from error
         failed = [each for part in distributed.all_gather(batches.failed) for each in part]

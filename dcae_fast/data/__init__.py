@@ -1,1 +1,1 @@
-"""Pictures and latents on disk: datasets of both, the order that training sees them in, and the cache between them."""
+"""Pictures and latents on disk: datasets, the order of training data, and `cache-latents`, which encodes pictures."""

@@ -1,4 +1,4 @@
-"""A folder of latents from pictures: made by all ranks, resumed, described by its manifest."""
+"""The work of `cache-latents`: all ranks encode pictures to a folder of latents, with resuming and a manifest."""
 
 import time
 from dataclasses import dataclass, field, replace
@@ -30,11 +30,12 @@ Store = NpyStore | ShardStore
 
 @dataclass(frozen=True)
 class Report:
-    """What `cache_latents` did on all ranks. skipped: (name, reason) of pictures without a latent, and of shards.
+    """The result of `cache_latents` on all ranks.
 
-    encoded: latents made; kept: latents that were there; changed: pictures that are not what they were when their
-    latents were made; seconds: the slowest rank's, from the first picture read to the last latent written; waited:
-    share of that time in which the devices did not compute, on average.
+    encoded: number of new latents. kept: number of latents that existed already. changed: number of pictures that
+    changed since their latents were encoded. skipped: (name, reason) of each picture or shard that gave no latent.
+    seconds: time of the slowest rank from the first picture read to the last latent written. waited: the fraction of
+    that time in which the devices were idle, averaged over the ranks.
     """
 
     manifest: Manifest
@@ -54,12 +55,16 @@ def settings_of(
     format: str,
     as_original: bool = False,
 ) -> Settings:
-    """The settings of latents that the model makes; scaling_factor: the model's own if None. Raises DataError."""
+    """The settings of the latents of a model.
+
+    name: as the user named the model. scaling_factor: None means the model's scaling factor. Raises DataError if the
+    scaling factor is unknown or the resolution is not a multiple of the model's ratio.
+    """
     factor, ratio = scaling_factor or model.scaling_factor, model.spatial_compression_ratio
     if factor is None:
-        raise DataError(f"scale: none is known for {name}; give one, about 1 / rms of its latents")
+        raise DataError(f"--scale: the scaling factor of {name} is unknown; give one, about 1 / rms of its latents")
     if resolution <= 0 or resolution % ratio:
-        raise DataError(f"resolution {resolution}: expected a multiple of {ratio}, the model's ratio")
+        raise DataError(f"--resolution {resolution}: expected a multiple of {ratio}, the model's compression ratio")
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     shape = model.config.latent_channels, resolution // ratio, resolution // ratio
     return Settings(name, dtype, resolution, factor, format, weights_hash(model.encoder), shape, as_original)
@@ -75,12 +80,12 @@ def cache_latents(
     overwrite: bool = False,
     max_pixels: int = MAX_PIXELS,
 ) -> Report:
-    """Writes the latents that are not there yet, all ranks together, and then the manifest.
+    """Encodes the pictures that have no latent yet, on all ranks together, and then writes the manifest.
 
-    model: patched or not, on its device; settings: by `settings_of`; batch, workers: chosen here if None; overwrite:
-    removes latents that are there; max_pixels: of a picture. Every latent is there and whole, or absent, whenever this
-    is killed; latents of pictures that changed are made anew. Raises DataError where the folder holds other latents,
-    and LockedError where another process works in it.
+    model: on its device, patched or not. settings: from `settings_of`. batch, workers: None chooses them automatically.
+    overwrite: first delete all latents in the folder. max_pixels: limit per picture. Pictures that changed are encoded
+    again. If the process is killed, each latent is either complete or absent. Raises DataError if the folder contains
+    latents with other settings, and LockedError if another process is working in the folder.
     """
     store, empty = STORES[settings.format](folder, pictures.items, settings), Manifest(settings, pictures.classes)
     workers = default_workers() if workers is None else workers
@@ -90,9 +95,9 @@ def cache_latents(
         store.changed = distributed.broadcast(store.changed)
         units = -(-len(pictures.items) // store.unit)
         mine = distributed.share(units)
-        there = store.scan(range(mine.start * store.unit, min(mine.stop * store.unit, len(pictures.items))))
-        kept = {index: sums for part in distributed.all_gather(there) for index, sums in part.items()}
-        if distributed.is_main():  # when no latent is left that was made from something else
+        existing = store.scan(range(mine.start * store.unit, min(mine.stop * store.unit, len(pictures.items))))
+        kept = {index: sums for part in distributed.all_gather(existing) for index, sums in part.items()}
+        if distributed.is_main():  # only now: no latent of a changed picture is left
             save_sources(folder, sources_of(pictures.items))
         distributed.barrier()
         missing = _share_of_missing(len(pictures.items), kept, store.unit)
@@ -104,12 +109,13 @@ def cache_latents(
 
 
 def _prepare(folder: Path, pictures: Pictures, store: Store, manifest: Manifest, overwrite: bool) -> None:
-    """Leaves a folder that has a manifest of these settings and nothing that a killed run left behind, and tells the
-    store which pictures changed.
+    """Checks the settings of an existing folder, removes temporary files of killed runs, and writes the manifest.
+
+    Sets `store.changed` to the keys of the pictures that changed. Raises DataError.
     """
     before = load_manifest(folder)
     if before is None and not is_unused(folder):
-        raise DataError(f"{folder} is not empty and has no {MANIFEST}; take another folder")
+        raise DataError(f"{folder} is not empty and has no {MANIFEST}; choose another folder")
     for leftover in leftovers(folder):
         leftover.unlink()
     if before is not None and overwrite:
@@ -124,7 +130,7 @@ def _prepare(folder: Path, pictures: Pictures, store: Store, manifest: Manifest,
 
 
 def _share_of_missing(count: int, kept: dict[int, Sums], unit: int) -> list[int]:
-    """This rank's part of the numbers that are not kept: whole units, as many for every rank."""
+    """This rank's part of the picture numbers without a kept latent. The ranks' unit counts differ by at most one."""
     units: dict[int, list[int]] = {}
     for index in range(count):
         if index not in kept:
@@ -135,7 +141,7 @@ def _share_of_missing(count: int, kept: dict[int, Sums], unit: int) -> list[int]
 
 @dataclass
 class Outcome:
-    """What became of a rank's pictures, by number, and the seconds that it took and that its device computed."""
+    """The result of one rank, by picture number. seconds: time taken; busy: the part in which the device computed."""
 
     sums: dict[int, Sums] = field(default_factory=dict)
     failed: list[tuple[int, str]] = field(default_factory=list)
@@ -144,7 +150,7 @@ class Outcome:
 
 
 def _encode(dataset: CropDataset, store: Store, encode: BatchEncoder, workers: int) -> Outcome:
-    """Encodes some of the pictures and writes their latents."""
+    """Encodes this rank's pictures and writes their latents."""
     outcome = Outcome()
     workers = min(workers, -(-len(dataset) // encode.batch))
     on_cuda = next(encode.model.parameters()).is_cuda
@@ -152,8 +158,7 @@ def _encode(dataset: CropDataset, store: Store, encode: BatchEncoder, workers: i
     loader = DataLoader(dataset, encode.batch, collate_fn=collate, pin_memory=on_cuda, **options)
     finish = partial(_write, store, not_finite_message(["its latent"], encode.dtype))
     begin = time.perf_counter()
-    quiet = None if distributed.is_main() else True
-    with tqdm(total=len(dataset), unit="image", disable=quiet) as bar:
+    with tqdm(total=len(dataset), unit="image", disable=None if distributed.is_main() else True) as bar:
         for done in encode_batches(loader, encode, store.dtype, finish, store.writers):
             sums, failed = done.result
             outcome.sums |= sums
@@ -168,7 +173,7 @@ def _encode(dataset: CropDataset, store: Store, encode: BatchEncoder, workers: i
 def _write(
     store: Store, reason: str, indices: list[int], latents: torch.Tensor
 ) -> tuple[dict[int, Sums], list[tuple[int, str]]]:
-    """Writes the latents that are finite: their sums by number, and (number, reason) of the others."""
+    """Writes the finite latents. Returns their sums by picture number, and (number, reason) of the others."""
     finite = finite_rows(latents)
     failed = [(index, reason) for index, fine in zip(indices, finite, strict=True) if not fine]
     if failed:
@@ -186,7 +191,7 @@ def _report(
     kept: dict[int, Sums],
     outcomes: list[Outcome],
 ) -> Report:
-    """The report, the same on every rank; the manifest is complete on disk when this returns."""
+    """Writes the final manifest, and returns the report, which is equal on all ranks."""
     made = {index: sums for outcome in outcomes for index, sums in outcome.sums.items()}
     failed = sorted(each for outcome in outcomes for each in outcome.failed)
     skipped = [*pictures.failed, *((pictures.items[index].name, reason) for index, reason in failed)]

@@ -1,4 +1,4 @@
-"""Batches of pictures through an encoder: uploads, computation and downloads of several batches at a time."""
+"""Encodes batches of pictures; uploads, computation and downloads of several batches overlap."""
 
 import time
 from collections import deque
@@ -13,27 +13,27 @@ from dcae_fast.models.autoencoder import DCAE
 
 from .pictures import Crops
 
-LARGEST, ON_CPU = 32, 8  # pictures at once
-BYTES = 2**11  # that the encoder's tensors have for a pixel and byte of the dtype, at most
-SHARE = 0.8  # of the free memory, which they may fill
-DEPTH = 3  # batches that are under way besides the newest
+MAX_BATCH, CPU_BATCH = 32, 8
+BYTES_PER_PIXEL = 2**11  # upper bound on the encoder's tensors, per pixel and per byte of the dtype
+MEMORY_FRACTION = 0.8  # of the free memory
+QUEUED_BATCHES = 3  # in progress at once, besides the newest
 
 
 def automatic_batch(model: DCAE, resolution: int) -> int:
-    """How many pictures of resolution² pixels to encode at once: what the free memory holds, within reason."""
+    """The number of pictures of resolution² pixels that fit in the free memory, at least 1, at most `MAX_BATCH`."""
     weight = next(model.parameters())
     if not weight.is_cuda:
-        return ON_CPU
+        return CPU_BATCH
     free, _ = torch.cuda.mem_get_info(weight.device)
-    fitting = int(SHARE * free / (BYTES * weight.itemsize * resolution**2))
-    return max(1, min(LARGEST, fitting))
+    fitting = int(MEMORY_FRACTION * free / (BYTES_PER_PIXEL * weight.itemsize * resolution**2))
+    return max(1, min(MAX_BATCH, fitting))
 
 
 class BatchEncoder:
-    """Pixels [n, h, w, 3] from 0 to 255 → scaled latents [n, c, h / f, w / f] float32, in calls of `batch` pictures.
+    """Pixels [n, h, w, 3] in 0 … 255 → scaled latents [n, c, h / f, w / f] float32, `batch` pictures per model call.
 
-    A short batch is filled up with its last picture: one shape means one choice of kernels, so that a latent does not
-    depend on how the pictures fell into batches. `batch` is halved where it does not fit in memory.
+    A short batch is padded with copies of its last picture, so that all calls have one shape and use the same kernels:
+    a latent does not depend on the batch its picture is in. After an out-of-memory error, `batch` is halved.
     """
 
     def __init__(self, model: DCAE, scaling_factor: float, batch: int):
@@ -50,7 +50,7 @@ class BatchEncoder:
             except (RuntimeError, MemoryError) as error:
                 if self.batch == 1 or not is_out_of_memory(error):
                     raise
-            self.batch //= 2  # outside of the handler, which keeps the failed call's tensors alive
+            self.batch //= 2  # outside the handler, which keeps the failed call's tensors alive
             torch.cuda.empty_cache()
 
     def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -62,7 +62,7 @@ class BatchEncoder:
 
 
 class Done(NamedTuple):
-    """A batch that is finished: what was read, what `finish` returned, and how long the device computed."""
+    """A finished batch. result: returned by `finish`; seconds: in which the device computed."""
 
     crops: Crops
     result: Any
@@ -76,33 +76,33 @@ def encode_batches(
     finish: Callable[[list[int], torch.Tensor], Any],
     threads: int,
 ) -> Iterator[Done]:
-    """Calls finish(numbers, latents of `dtype` on the CPU) for each batch, in threads that take the batches in order.
+    """Encodes each batch and calls finish(picture numbers, latents in `dtype` on the CPU) in worker threads, in order.
 
-    Several batches are under way, so that neither the device nor the threads wait for each other.
+    Several batches are in progress at once, so that the device and the threads do not wait for each other.
     """
     with ThreadPoolExecutor(threads) as pool:
-        under_way: deque[tuple[Crops, Future]] = deque()
+        queue: deque[tuple[Crops, Future]] = deque()
         launch = Launcher(encode, dtype)
         for crops in batches:
-            under_way.append((crops, pool.submit(_finish, launch(crops.pixels), crops.indices, finish)))
-            if len(under_way) > DEPTH:
-                yield _done(*under_way.popleft())
-        while under_way:
-            yield _done(*under_way.popleft())
+            queue.append((crops, pool.submit(_finish, launch(crops.pixels), crops.indices, finish)))
+            if len(queue) > QUEUED_BATCHES:
+                yield _done(*queue.popleft())
+        while queue:
+            yield _done(*queue.popleft())
 
 
-Latents = Callable[[], tuple[torch.Tensor, float]]  # waits for them; with the seconds that they took
+PendingLatents = Callable[[], tuple[torch.Tensor, float]]  # waits; returns the latents and the seconds of the device
 
 
 class Launcher:
-    """Starts to encode a batch; on CUDA without waiting for anything, the upload beside the batch before."""
+    """Starts to encode a batch. On CUDA it does not wait, and the upload overlaps with the computation before."""
 
     def __init__(self, encode: BatchEncoder, dtype: torch.dtype):
         self.encode, self.dtype = encode, dtype
         self.device = next(encode.model.parameters()).device
         self._upload = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
-    def __call__(self, pixels: torch.Tensor) -> Latents:
+    def __call__(self, pixels: torch.Tensor) -> PendingLatents:
         if len(pixels) == 0:
             return lambda: (torch.empty(0, 0, 0, 0, dtype=self.dtype), 0.0)
         if self._upload is None:
@@ -112,7 +112,7 @@ class Launcher:
             return lambda: (latents, seconds)
         return self._launch_on_cuda(pixels)
 
-    def _launch_on_cuda(self, pixels: torch.Tensor) -> Latents:
+    def _launch_on_cuda(self, pixels: torch.Tensor) -> PendingLatents:
         compute = torch.cuda.current_stream(self.device)
         with torch.cuda.stream(self._upload):
             x = pixels.to(self.device, non_blocking=True)
@@ -132,7 +132,9 @@ class Launcher:
         return wait
 
 
-def _finish(wait: Latents, indices: list[int], finish: Callable[[list[int], torch.Tensor], Any]) -> tuple[Any, float]:
+def _finish(
+    wait: PendingLatents, indices: list[int], finish: Callable[[list[int], torch.Tensor], Any]
+) -> tuple[Any, float]:
     latents, seconds = wait()
     return finish(indices, latents), seconds
 

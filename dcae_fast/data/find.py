@@ -1,4 +1,4 @@
-"""Finding pictures: in class folders, in one folder, or in WebDataset's tar shards."""
+"""Finds pictures in class folders, in a flat folder, or in WebDataset tar shards."""
 
 import os
 import stat
@@ -12,15 +12,15 @@ from .folders import list_files, suffix_of
 from .pictures import Picture, Pictures
 from .shards import read_shards
 
-LONGEST = 255  # bytes of a file's name, in most file systems
+MAX_NAME_BYTES = 255  # of a file name, in most file systems
 
 
 def find_pictures(source: Path, member: str | None = None) -> Pictures:
-    """The pictures in a folder and below, in a folder of tar shards, or in one shard.
+    """The pictures in a folder and its subfolders, in a folder of tar shards, or in one shard.
 
-    The first folder on the way to a file names its class, numbered in the order of names; a folder of pictures alone
-    has no classes. In shards see `read_shards`, and for `member`. Of pictures that would have the same latent none is
-    taken. Raises DataError where there are no pictures, or where it is not clear what is meant.
+    A picture's class is the top-level subfolder; classes are numbered in the order of their names. A folder of
+    pictures without subfolders has no classes. For shards and `member`, see `read_shards`. Pictures whose latents would
+    have the same path all fail. Raises DataError if there are no pictures, or if the files are ambiguous.
     """
     if source.is_file() and suffix_of(source.name) == ".tar":
         pictures = read_shards(source.parent, [source.name], member)
@@ -28,20 +28,22 @@ def find_pictures(source: Path, member: str | None = None) -> Pictures:
         listing = list_files(source)
         shards, loose = listing.with_suffix(".tar"), listing.with_suffix(*picture_suffixes())
         if shards and loose:
-            raise DataError(f"{source / loose[0]}: beside shards; expected pictures in .tar files, or no such files")
+            raise DataError(
+                f"{source / loose[0]}: picture beside .tar shards; expected only pictures or only .tar shards"
+            )
         if member is not None and not shards:
-            raise DataError(f"--member {member}: {source} has no .tar files")
+            raise DataError(f"--member {member}: expected .tar shards in {source}, found none")
         pictures = read_shards(source, shards, member) if shards else _in_folders(source, loose)
         taken = {*shards, *loose}
         pictures.ignored += listing.ignored
-        pictures.ignored += [(name, "not a picture's suffix") for name in listing.files if name not in taken]
+        pictures.ignored += [(name, "no picture suffix") for name in listing.files if name not in taken]
         pictures.failed += listing.failed
     else:
-        raise DataError(f"{source}: no such folder, nor a .tar file")
+        raise DataError(f"{source}: expected a folder or a .tar file, found neither")
     _sort(pictures)
     if not pictures.items:
-        left = [f"{pictures.root / name}: {reason}" for name, reason in (pictures.failed + pictures.ignored)[:20]]
-        raise DataError("\n".join([f"{source}: no pictures here that can be taken", *left]))
+        reasons = [f"{pictures.root / name}: {reason}" for name, reason in (pictures.failed + pictures.ignored)[:20]]
+        raise DataError("\n".join([f"{source}: found no usable pictures", *reasons]))
     return pictures
 
 
@@ -50,7 +52,7 @@ def _in_folders(root: Path, names: Sequence[str]) -> Pictures:
     numbers = {name: number for number, name in enumerate(classes)}
     strays = [name for name in names if classes and "/" not in name]
     if strays:
-        raise DataError(f"{root / strays[0]}: beside class folders; expected pictures in folders, or no folders")
+        raise DataError(f"{root / strays[0]}: picture beside class folders; expected all pictures in folders, or none")
     pictures = Pictures(root, [], classes)
     for name in names:
         path, label = root / name, numbers.get(name.split("/")[0], 0)
@@ -68,14 +70,16 @@ def _in_folders(root: Path, names: Sequence[str]) -> Pictures:
 
 
 def _sort(pictures: Pictures) -> None:
-    """Into the order of their latents' files, without those whose latents would have one name, or one too long."""
+    """Sorts pictures by the path of their latents. Pictures with duplicate or too long latent names become failed."""
     groups: dict[str, list[Picture]] = {}
     for picture in sorted(pictures.items, key=lambda picture: f"{picture.key}.npy".split("/")):
-        if max(len(os.fsencode(part)) for part in f"{picture.key}.npy".split("/")) > LONGEST:
-            pictures.failed.append((picture.name, f"its latent would have a name of more than {LONGEST} bytes"))
+        if max(len(os.fsencode(part)) for part in f"{picture.key}.npy".split("/")) > MAX_NAME_BYTES:
+            pictures.failed.append((picture.name, f"the file name of its latent would exceed {MAX_NAME_BYTES} bytes"))
         else:
             groups.setdefault(picture.key, []).append(picture)
     pictures.items = [group[0] for group in groups.values() if len(group) == 1]
     for key, group in groups.items():
         names = ", ".join(picture.name for picture in group)
-        pictures.failed += [(p.name, f"{names} would all have the latent {key}") for p in group if len(group) > 1]
+        pictures.failed += [
+            (p.name, f"{names} would share the latent {key}; expected unique names") for p in group if len(group) > 1
+        ]

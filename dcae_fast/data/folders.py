@@ -1,4 +1,4 @@
-"""Files in a folder and below."""
+"""Lists the files in a folder and its subfolders."""
 
 import os
 from collections import deque
@@ -8,10 +8,10 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Listing:
-    """Paths from a folder, with "/" between their parts, in the order of the parts.
+    """Paths relative to a folder, with "/" as separator, sorted part by part.
 
-    files: neither hidden nor in hidden folders; ignored: (path, reason) of the rest; failed: (path, reason) of folders
-    that cannot be listed.
+    files: files that are neither hidden nor in hidden folders. ignored: (path, reason) of all others. failed: (path,
+    reason) of folders that cannot be listed.
     """
 
     files: list[str] = field(default_factory=list)
@@ -19,18 +19,19 @@ class Listing:
     failed: list[tuple[str, str]] = field(default_factory=list)
 
     def with_suffix(self, *suffixes: str) -> list[str]:
-        """The files with one of the suffixes, given in lower case."""
+        """The files with one of the suffixes, which must be lower case."""
         return [name for name in self.files if suffix_of(name) in suffixes]
 
 
 def suffix_of(name: str) -> str:
-    """In lower case, with its dot; "" for none."""
+    """The suffix in lower case, with its dot; "" for none."""
     return os.path.splitext(name)[1].lower()
 
 
 def list_files(folder: Path) -> Listing:
-    """The files in a folder and below. Links are followed, but every folder is listed once, under its own path if that
-    is below `folder`; links to folders above it are ignored.
+    """Lists the files in a folder and its subfolders, and follows links.
+
+    Every folder is listed once, under its real path if this is below `folder`. Links to folders above are ignored.
     """
     listing, seen = Listing(), {_identity(each) for each in folder.resolve().parents}
     folders, links = [""], deque()
@@ -39,7 +40,7 @@ def list_files(folder: Path) -> Listing:
         try:
             identity = _identity(folder / path)
             if identity in seen:
-                listing.ignored.append((f"{path}/", "leads to a folder that is read already, or above this one"))
+                listing.ignored.append((f"{path}/", "leads to a folder that is listed already, or to a folder above"))
                 continue
             seen.add(identity)
             with os.scandir(folder / path) as entries:

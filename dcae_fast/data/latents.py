@@ -1,4 +1,4 @@
-"""Folders of latents, written by `dcae-fast cache-latents` or, one .npy file per picture, by the original."""
+"""Reads folders of latents written by `dcae-fast cache-latents`, or by DC-Gen as one .npy file per picture."""
 
 import json
 import math
@@ -20,28 +20,28 @@ SHARDS = "latents-*.safetensors"
 
 
 class LatentDataset(Dataset):
-    """Items (latent float32 [c, h, w], class number); latents are already multiplied by the scaling factor.
+    """Items (latent float32 [c, h, w], class number). Latents are multiplied by the scaling factor.
 
-    Class folders are numbered in the order of their names, and a folder without any has class 0 alone; items are
-    sorted by class, then by name. classes: names by number, empty if flat; manifest: None for the original's folders;
-    shape: [c, h, w]. Raises DataError, here or where an item is read; a latent that is not finite or of another shape
-    is one.
+    Class folders are numbered in the order of their names; without class folders, every item has class 0. Items are
+    sorted by class, then by name. classes: class names by number, empty without class folders. manifest: None for
+    folders of DC-Gen. shape: [c, h, w]. The constructor and item access raise DataError for invalid files, including
+    latents that are not finite or have another shape.
     """
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise DataError(f"{self.folder}: no such folder")
+            raise DataError(f"{self.folder}: no such folder; expected a folder of latents")
         self.manifest = load_manifest(self.folder)
         self._read = open_latents(self.folder, self.manifest)
         if len(self._read) == 0:
-            without = f"{SHARDS} without {MANIFEST}" if any(self.folder.glob(SHARDS)) else "no latents here"
-            raise DataError(f"{self.folder}: {without}; `dcae-fast cache-latents` makes them")
+            found = f"{SHARDS} without {MANIFEST}" if any(self.folder.glob(SHARDS)) else "no latents"
+            raise DataError(f"{self.folder}: expected a folder written by `dcae-fast cache-latents`, found {found}")
         if self.manifest is not None and self.manifest.latents != len(self):
-            told = "is not finished" if self.manifest.latents is None else f"says {self.manifest.latents}"
+            listed = "is not finished" if self.manifest.latents is None else f"lists {self.manifest.latents}"
             raise DataError(
-                f"{self.folder} holds {len(self)} latents, and its manifest.json {told}; "
-                "run the same `dcae-fast cache-latents` to its end"
+                f"{self.folder} contains {len(self)} latents, but its {MANIFEST} {listed}; "
+                "run the same `dcae-fast cache-latents` command again until it finishes"
             )
         self.classes = self._read.classes
         self.shape = tuple(self[0][0].shape if self.manifest is None else self.manifest.settings.shape)
@@ -56,7 +56,7 @@ class LatentDataset(Dataset):
 
 
 def open_latents(folder: Path, manifest: Manifest | None) -> "NpyTree | Shards":
-    """The latents of a folder, which may be unfinished. Raises DataError."""
+    """The latents of a folder, whose manifest may be unfinished. Raises DataError."""
     classes, shape = (None, None) if manifest is None else (manifest.classes, manifest.settings.shape)
     if manifest is not None and manifest.settings.format == "safetensors":
         return Shards(sorted(folder.glob(SHARDS)), classes, shape)
@@ -64,7 +64,7 @@ def open_latents(folder: Path, manifest: Manifest | None) -> "NpyTree | Shards":
 
 
 class NpyTree:
-    """One .npy file per latent, in class folders or flat. shape: expected of all; by default that of the first."""
+    """One .npy file per latent, in class folders or flat. shape: expected of all latents; None means the first's."""
 
     def __init__(self, folder: Path, classes: tuple[str, ...] | None, shape: tuple[int, ...] | None):
         listing = list_files(folder)
@@ -73,11 +73,11 @@ class NpyTree:
         self.folder, self.names = folder, listing.with_suffix(".npy")
         if classes is None:
             classes = tuple(sorted({name.split("/")[0] for name in self.names if "/" in name}))
-        self.classes, self._shape, self._is_first = classes, shape, shape is None
+        self.classes, self._shape, self._is_from_manifest = classes, shape, shape is not None
         self._number = {name: number for number, name in enumerate(classes)}
         strays = [name for name in self.names if classes and name.split("/")[0] not in self._number]
         if strays:
-            raise DataError(f"{folder / strays[0]}: in none of the class folders")
+            raise DataError(f"{folder / strays[0]}: not in a class folder; expected all latents in class folders")
 
     def __len__(self) -> int:
         return len(self.names)
@@ -90,16 +90,16 @@ class NpyTree:
         if self._shape is None:
             self._shape = load_npy(self.path(0)).shape
         if latent.shape != self._shape:
-            like = self.names[0] if self._is_first else MANIFEST
-            shapes = f"{list(latent.shape)}; expected {list(self._shape)}, as in {like}"
-            raise DataError(f"{self.path(index)}: a latent of shape {shapes}")
+            source = MANIFEST if self._is_from_manifest else self.names[0]
+            expected = f"expected {list(self._shape)}, as in {source}"
+            raise DataError(f"{self.path(index)}: latent of shape {list(latent.shape)}; {expected}")
         return latent, self._number[name.split("/")[0]] if self.classes else 0
 
 
 class Shards:
-    """Files of "latents" [n, c, h, w] and "classes" [n]; each is opened once in each process and then stays so.
+    """Safetensors files with "latents" [n, c, h, w] and "classes" [n]. Each process opens a file only once.
 
-    classes: names by number; shape: expected of all latents; neither is checked if None.
+    classes: class names by number. shape: of each latent. None means that classes or shape are not checked.
     """
 
     def __init__(self, paths: list[Path], classes: tuple[str, ...] | None = None, shape: tuple[int, ...] | None = None):
@@ -111,7 +111,7 @@ class Shards:
         return int(self._ends[-1]) if self.paths else 0
 
     def path(self, index: int) -> Path:
-        """A latent's file, and below it the name of its picture, or its number in the file."""
+        """The path of a latent: its file, then the name of its picture or, without names, its row in the file."""
         shard, row = self._place(index)
         names = self._open(shard)[2]
         return self.paths[shard] / (str(row) if names is None else names[row])
@@ -128,7 +128,7 @@ class Shards:
         return shard, index - (int(self._ends[shard - 1]) if shard else 0)
 
     def _open(self, number: int) -> tuple[Any, list[int], list[str] | None]:
-        """A shard's latents, its class numbers, and the names of its pictures if it has them."""
+        """A shard's latents, class numbers, and picture names, if any."""
         if number not in self._files:
             path = self.paths[number]
             try:
@@ -144,32 +144,32 @@ class Shards:
     def _check(self, path: Path, shape: list[int], dtype: str, classes: list[int], names: Any) -> None:
         expected = [len(classes), *(shape[1:] if self._shape is None else self._shape)]
         if shape != expected or 0 in shape[1:] or dtype not in ("F64", "F32", "F16", "BF16"):
-            raise DataError(f"{path}: latents are {dtype} {shape}; expected floats {expected}, each at least 1")
+            raise DataError(f"{path}: latents are {dtype} {shape}; expected floats {expected}, no size 0")
         if names is not None and (not isinstance(names, list) or len(names) != len(classes)):
-            raise DataError(f"{path}: has {len(classes)} latents, but not a name for each")
+            raise DataError(f"{path}: expected {len(classes)} names in its metadata, one per latent")
         most = math.inf if self.classes is None else max(1, len(self.classes))
         for row, label in enumerate(classes):
             if type(label) is not int or not 0 <= label < most:
-                raise DataError(f"{path}: latent {row} has class {label}; expected less than {most}, as in {MANIFEST}")
+                raise DataError(f"{path}: latent {row} has class {label}; expected 0 to {most - 1}, as in {MANIFEST}")
 
     def __getstate__(self) -> dict:
-        return vars(self) | {"_files": {}}  # open files stay in their process
+        return vars(self) | {"_files": {}}  # open files are not passed to other processes
 
 
 def check_latent(latent: torch.Tensor, path: Path) -> None:
-    """Raises DataError, which names the path, for a latent with NaN or infinity."""
+    """Raises DataError, naming `path`, if the latent contains NaN or infinity."""
     if not latent.isfinite().all():
-        raise DataError(f"{path}: has values that are not finite; make it anew, or leave it out")
+        raise DataError(f"{path}: contains NaN or infinity; encode the picture again, or remove this latent")
 
 
 def load_npy(path: Path) -> np.ndarray:
-    """A latent [c, h, w]; raises DataError for a file that is missing, torn or holds something else."""
+    """Reads a latent [c, h, w]. Raises DataError if the file is missing, damaged, or contains something else."""
     try:
         with open(path, "rb") as file:
             latent = np.lib.format.read_array(file, allow_pickle=False)
-    except Exception as error:  # numpy raises anything for a broken header
+    except Exception as error:  # for a broken header, numpy may raise any exception
         pickled = "allow_pickle" in str(error)
-        reason = "holds pickled objects, not numbers" if pickled else getattr(error, "strerror", None) or str(error)
+        reason = "contains pickled objects, not numbers" if pickled else getattr(error, "strerror", None) or str(error)
         raise DataError(f"{path}: not a readable .npy file: {reason}") from error
     if latent.ndim != 3 or latent.dtype.kind != "f" or latent.size == 0:
         raise DataError(f"{path}: {latent.dtype} {list(latent.shape)}; expected floats [c, h, w]")
@@ -177,8 +177,8 @@ def load_npy(path: Path) -> np.ndarray:
 
 
 def load_finite_npy(path: Path) -> torch.Tensor:
-    """A latent [c, h, w] in float32; raises DataError also where it is not finite, or too large for float32."""
-    with np.errstate(over="ignore"):  # `check_latent` says it
+    """Reads a latent [c, h, w] as float32. Raises DataError as `load_npy`, and for values that are not finite."""
+    with np.errstate(over="ignore"):  # `check_latent` reports infinity
         latent = torch.from_numpy(load_npy(path).astype(np.float32))
     check_latent(latent, path)
     return latent

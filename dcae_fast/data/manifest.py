@@ -1,4 +1,4 @@
-"""manifest.json of a folder of latents: what they were made from and how, how many there are, and their statistics."""
+"""manifest.json of a folder of latents: settings of the encoding, number of latents, and statistics."""
 
 import hashlib
 import json
@@ -20,11 +20,11 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class Settings:
-    """What all latents of a folder share.
+    """The settings that all latents of a folder share.
 
-    model: as the user named it; dtype: computed in; resolution: sides of the pictures; scaling_factor: which the
-    latents are multiplied by; format: npy or safetensors; weights: `weights_hash` of the encoder; shape: [c, h, w];
-    as_original: pictures as they lie in their files, or else as a person sees them (`images.as_seen`).
+    model: as the user named it. dtype: of the computation. resolution: side of the square pictures. scaling_factor:
+    the latents are multiplied by it. format: npy or safetensors. weights: `weights_hash` of the encoder. shape: of a
+    latent, [c, h, w]. as_original: pictures are read as DC-Gen reads them (`pictures.to_rgb`), not by `images.as_seen`.
     """
 
     model: str
@@ -37,22 +37,22 @@ class Settings:
     as_original: bool = False
 
     def check_same(self, other: "Settings", folder: Path) -> None:
-        """DataError unless latents with the other settings may lie beside these. A model may have several names."""
+        """Raises DataError unless all settings except `model` are equal: a model can have several names."""
         for field in fields(self):
             mine, theirs = getattr(self, field.name), getattr(other, field.name)
             if field.name != "model" and mine != theirs:
                 raise DataError(
-                    f"{folder} holds latents with {field.name} {theirs}, not {mine}; give the same options as for "
-                    "these, take another folder, or make all anew with --overwrite"
+                    f"{folder} contains latents with {field.name} {theirs}, not {mine}; give the options of these "
+                    "latents, choose another folder, or encode all pictures again with --overwrite"
                 )
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """classes: their names by number, of pictures in class folders. The rest is None or empty until all is done.
+    """classes: class names by number, empty without classes. The other fields are None or empty until the run finishes.
 
-    images: pictures found; latents: made of them; skipped: names of pictures and shards that none could be made of;
-    mean, rms, std: of the scaled latents, all of them; ignored: names of files that are no pictures.
+    images: number of pictures. latents: number of latents. skipped: names of pictures and shards without a latent.
+    mean, rms, std: of all scaled latents. ignored: names of files that are not pictures.
     """
 
     settings: Settings
@@ -71,26 +71,26 @@ class Manifest:
 
 
 def load_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a folder, None if it has none. Raises DataError."""
+    """The manifest of a folder; None if the folder has none. Raises DataError."""
     path = folder / MANIFEST
     if not path.is_file():
         return None
     try:
         content = {"ignored": [], **json.loads(path.read_text())}
-        settings = {"as_original": True, **content.pop("settings")}  # earlier versions had no other way
+        settings = {"as_original": True, **content.pop("settings")}  # the only way in earlier versions
         for each, expected in ((settings, SETTINGS), (content, RESULTS)):
             _check(each, expected)
         lists = {name: tuple(content.pop(name)) for name in ("classes", "skipped", "ignored")}
         return Manifest(Settings(**settings | {"shape": tuple(settings["shape"])}), **lists, **content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        told = error if type(error) is ValueError else repr(error)
-        raise DataError(f"{path}: not a manifest of cached latents: {told}") from error
+        reason = error if type(error) is ValueError else repr(error)
+        raise DataError(f"{path}: not a manifest of cached latents: {reason}") from error
 
 
 def _check(content: dict[str, Any], expected: dict[str, tuple[str, Callable[[Any], bool]]]) -> None:
-    """Raises ValueError for a value that is not what the manifest has under its name, and for other names."""
+    """Raises ValueError for an unknown name, or a value that does not satisfy the condition for its name."""
     for name in content.keys() - expected.keys():
-        raise ValueError(f"{name} is not known; it may be of a later version")
+        raise ValueError(f"{name} is unknown; a later version of dcae_fast may have written this manifest")
     for name, (words, holds) in expected.items():
         if not holds(content.get(name)):
             raise ValueError(f"{name} is {str(content.get(name))[:100]!r}; expected {words}")
@@ -109,7 +109,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _are(number: int | None, holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """Whether a value is a list, of so many values unless None, that are all of a kind."""
+    """A condition: the value is a list of `number` values (None: any number) that all satisfy `holds`."""
     return lambda value: isinstance(value, list) and number in (None, len(value)) and all(map(holds, value))
 
 
@@ -131,12 +131,12 @@ RESULTS |= dict.fromkeys(("mean", "rms", "std"), ("a number or null", _or_none(_
 
 
 def weights_hash(module: nn.Module) -> str:
-    """`tensors_hash` of a state dict."""
+    """`tensors_hash` of the module's state dict."""
     return tensors_hash(module.state_dict())
 
 
 def tensors_hash(tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes, in the order of the names."""
+    """The SHA-256 of all names, dtypes, shapes and bytes, in the order of the names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         tensor = tensor.cpu().contiguous()
@@ -146,7 +146,7 @@ def tensors_hash(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 class Sums(NamedTuple):
-    """Of one latent, in fp64: its elements, their sum and the sum of their squares."""
+    """Of one latent, in float64. count: elements; first: their sum; second: the sum of their squares."""
 
     count: int
     first: float
@@ -155,7 +155,7 @@ class Sums(NamedTuple):
     @classmethod
     def of(cls, latent: np.ndarray) -> "Sums":
         z = latent.astype(np.float64).ravel()
-        with np.errstate(invalid="ignore"):  # `finite` says it
+        with np.errstate(invalid="ignore"):  # the property `finite` reports it
             return cls(z.size, z.sum().item(), np.square(z).sum().item())
 
     @property
@@ -164,9 +164,9 @@ class Sums(NamedTuple):
 
 
 def statistics(sums: Iterable[Sums]) -> dict[str, float]:
-    """mean, rms = √(Σz² / n) and std = √((Σz² - mean Σz) / (n - 1)); empty unless there are two elements.
+    """mean, rms = √(Σz² / n) and std = √((Σz² - mean Σz) / (n - 1)); empty for fewer than two elements.
 
-    The latents' sums are added exactly, so that no order or number of ranks changes a bit.
+    The latents' sums are added without rounding, so that the result does not depend on the order or number of ranks.
     """
     sums = list(sums)
     n = sum(each.count for each in sums)

@@ -1,4 +1,4 @@
-"""Pictures on disk, in files or in tar shards, and their crops, which are the original's."""
+"""Pictures in files or in tar shards, and a dataset of their centre crops, which equal DC-Gen's crops."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -13,14 +13,14 @@ from torch.utils.data import Dataset
 
 from dcae_fast.images import MAX_PIXELS, centre_crop, grey_of_16_bits, opened, pixels_of
 
-Named = list[tuple[str, str]]  # names and what is to be said of each
+Notes = list[tuple[str, str]]  # (name, reason)
 
 
 class Picture(NamedTuple):
-    """name: path from the root, through a shard if in one; key: the same for its latent, without the suffix.
+    """name: path relative to the root; for a shard's member, the shard's path, "/" and the member's path.
 
-    label: class number; shard, offset: where its bytes are in which tar file, "" for a file of its own; size: bytes;
-    time: when the file that holds it was changed, in ns.
+    key: path of its latent, without suffix. label: class number. shard, offset: the tar file and the position in it;
+    shard is "" if the picture is a file. size: in bytes. time: modification time of the picture's file or shard, in ns.
     """
 
     name: str
@@ -34,21 +34,21 @@ class Picture(NamedTuple):
 
 @dataclass
 class Pictures:
-    """Pictures under a folder, in the order of their latents' files. classes: names by number, or empty.
+    """The pictures below a folder, sorted by the path of their latents.
 
-    ignored: (name, reason) of what is no picture; failed: of pictures and shards that cannot be taken; class_members:
-    of each class, where `.cls` members hold names, the first of these members.
+    classes: class names by number; empty without classes. ignored: files that are not pictures. failed: pictures and
+    shards that cannot be used. class_members: for each class name found in `.cls` members, the first such member.
     """
 
     root: Path
     items: list[Picture]
     classes: tuple[str, ...] = ()
-    ignored: Named = field(default_factory=list)
-    failed: Named = field(default_factory=list)
+    ignored: Notes = field(default_factory=list)
+    failed: Notes = field(default_factory=list)
     class_members: dict[str, str] = field(default_factory=dict)
 
     def read(self, number: int, prepare: Callable[[Image.Image], Image.Image], max_pixels: int) -> Image.Image:
-        """A picture by its number, in a form that `prepare` gives it."""
+        """Reads the picture with this number and returns prepare(picture)."""
         picture = self.items[number]
         if not picture.shard:
             with opened(self.root / picture.name, max_pixels) as image:
@@ -61,9 +61,10 @@ class Pictures:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """As torchvision has it, and so the original: not turned as the camera says, and without transparency.
+    """Converts to RGB as torchvision and DC-Gen do: ignores the EXIF rotation, and drops the transparency channel.
 
-    But grey of 16 bits, of which that would leave white, is brought to 8. ValueError for floating point.
+    Only 16-bit grey differs: it is reduced to 8 bits, where torchvision would turn nearly everything white. Raises
+    ValueError for floating-point pixels.
     """
     grey = grey_of_16_bits(image)
     if grey is not None:
@@ -72,9 +73,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 class Crops(NamedTuple):
-    """A batch: pixels [n, side, side, 3] of the pictures numbered `indices`; failed: (number, reason).
+    """A batch of crops. indices: picture numbers. failed: (number, reason) of pictures that could not be read.
 
-    pixels: uint8, or float32 from 0 to 255 where some picture has more than 8 bits.
+    pixels: [n, side, side, 3] uint8, or float32 in 0 … 255 if any picture has more than 8 bits.
     """
 
     pixels: torch.Tensor
@@ -83,9 +84,9 @@ class Crops(NamedTuple):
 
 
 class CropDataset(Dataset):
-    """Some of the pictures, cropped to the centre: items are (number, pixels [resolution, resolution, 3]).
+    """Centre crops of the pictures numbered `indices`: items (number, pixels [resolution, resolution, 3]).
 
-    Of a picture that cannot be read an item is (number, reason). prepare: `to_rgb`, or `images.as_seen`.
+    For a picture that cannot be read, the item is (number, reason). prepare: `to_rgb` or `images.as_seen`.
     """
 
     def __init__(
@@ -108,7 +109,7 @@ class CropDataset(Dataset):
             crop = self.pictures.read(index, self._crop, self.max_pixels)
         except MemoryError:
             return index, "does not fit in memory"
-        except Exception as error:  # Pillow raises anything for a broken file
+        except Exception as error:  # for a broken file, Pillow may raise any exception
             return index, getattr(error, "strerror", None) or str(error) or repr(error)
         return index, torch.from_numpy(pixels_of(crop))
 
@@ -117,7 +118,7 @@ class CropDataset(Dataset):
 
 
 def collate(items: list[tuple[int, torch.Tensor | str]]) -> Crops:
-    """The items of a `CropDataset` as a batch of those that could be read."""
+    """Collates items of a `CropDataset` to a batch of the pictures that could be read."""
     read = [(index, item) for index, item in items if isinstance(item, torch.Tensor)]
     failed = [(index, item) for index, item in items if isinstance(item, str)]
     crops = [item for _, item in read]

@@ -1,4 +1,4 @@
-"""sources.json of a folder of latents: what each latent was made from, so that a picture that changed is noticed."""
+"""sources.json of a folder of latents: name, size and time of each latent's picture, to detect changed pictures."""
 
 import json
 from pathlib import Path
@@ -6,36 +6,36 @@ from pathlib import Path
 from dcae_fast.errors import DataError
 from dcae_fast.files import written_atomically
 
-from .pictures import Named, Picture
+from .pictures import Notes, Picture
 
 SOURCES = "sources.json"
 
-Sources = dict[str, list]  # key of a picture → its name, size in bytes, and time of change in ns
+Sources = dict[str, list]  # key of a picture → its name, size in bytes, and modification time in ns
 
 
 def sources_of(pictures: list[Picture]) -> Sources:
     return {picture.key: [picture.name, picture.size, picture.time] for picture in pictures}
 
 
-def keys_of_failed(sources: Sources, failed: Named) -> set[str]:
-    """The keys of pictures that cannot be taken any more, whether they failed or the shard or folder that has them."""
+def keys_of_failed(sources: Sources, failed: Notes) -> set[str]:
+    """The keys of pictures in `sources` that failed, or whose shard or folder failed."""
     names = {name.rstrip("/") for name, _ in failed}
     folders = tuple(f"{name}/" for name in names)
     return {key for key, (name, *_) in sources.items() if name in names or name.startswith(folders)}
 
 
 def load_sources(folder: Path) -> Sources:
-    """Empty where there is no such file, as in folders of earlier versions. Raises DataError."""
+    """Reads sources.json; empty if there is none, as in folders of earlier versions. Raises DataError."""
     path = folder / SOURCES
     if not path.is_file():
         return {}
     try:
         content = json.loads(path.read_text())
         if not isinstance(content, dict) or not all(map(_is_source, content.values())):
-            raise ValueError("expected a name, a size and a time for each picture")
+            raise ValueError("expected [name, size, time] for each picture")
         return content
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not readable: {error}; --overwrite makes all latents anew") from error
+        raise DataError(f"{path}: cannot be read: {error}; --overwrite encodes all pictures again") from error
 
 
 def save_sources(folder: Path, sources: Sources) -> None:

@@ -1,4 +1,4 @@
-"""Where cached latents lie: which of them are there and valid, and how more are added, each file whole or absent."""
+"""Storage of cached latents in .npy files or shards: finds valid latents, and adds new ones atomically."""
 
 import json
 from collections.abc import Iterable
@@ -23,10 +23,10 @@ READERS = 16
 
 
 class NpyStore:
-    """One .npy file per picture under its own path, as the original has them; bfloat16 is stored as float32.
+    """One .npy file per picture, at the picture's path, as in DC-Gen. bfloat16 is stored as float32.
 
-    unit: so many consecutive latents are written by one process; writers: threads that may write at once; changed: keys
-    of pictures whose latents, if there are any, are of what they were before.
+    unit: one process writes `unit` consecutive latents. writers: number of threads that may write at once. changed:
+    keys of changed pictures, whose existing latents are outdated.
     """
 
     unit, writers = 1, 8
@@ -39,11 +39,11 @@ class NpyStore:
 
     @staticmethod
     def files(folder: Path) -> list[Path]:
-        """All latents in a folder."""
+        """All .npy files in a folder."""
         return [folder / name for name in list_files(folder).with_suffix(".npy")]
 
     def check_strays(self, failed: set[str]) -> None:
-        """Removes the latents of failed pictures, given by key; DataError if another picture has a latent here."""
+        """Removes the latents of failed pictures, given by key. Raises DataError for latents of unknown pictures."""
         known, removed = ({self._path(key) for key in keys} for keys in ({p.key for p in self.pictures}, failed))
         strays = [path for path in self.files(self.folder) if path not in known]
         _refuse(path for path in strays if path not in removed)
@@ -51,7 +51,7 @@ class NpyStore:
             path.unlink()
 
     def scan(self, indices: Iterable[int]) -> dict[int, Sums]:
-        """The sums of those latents that are there and valid, by number; files that are not valid are removed."""
+        """The sums of the valid existing latents, by picture number. Removes invalid and outdated files."""
         with ThreadPoolExecutor(READERS) as pool:
             found = zip(indices, pool.map(self._sums, indices), strict=True)
             return {index: sums for index, sums in found if sums is not None}
@@ -71,24 +71,24 @@ class NpyStore:
         return None
 
     def write(self, indices: list[int], latents: torch.Tensor) -> None:
-        """Adds latents [n, c, h, w], of `dtype` and on the CPU."""
+        """Adds latents [n, c, h, w] on the CPU, in `dtype`."""
         for index, latent in zip(indices, latents.numpy(), strict=True):
             path = self._path(self.pictures[index].key)
             path.parent.mkdir(parents=True, exist_ok=True)
             save_npy(path, latent)
 
     def close(self) -> None:
-        """After the last write."""
+        """Called after the last write."""
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.npy"
 
 
 class ShardStore:
-    """Files of `unit` consecutive pictures: "latents" [n, c, h, w], "classes" [n], and the names in the metadata.
+    """One safetensors file per `unit` consecutive pictures: "latents" [n, c, h, w], "classes" [n], metadata "names".
 
-    A shard is written when a latent of another one comes, or at the end: latents come in order, from one thread.
-    changed: as in `NpyStore`.
+    Latents must arrive in order and from one thread: a shard is written when the first latent of the next shard
+    arrives, or by `close`. unit, writers, changed: as in `NpyStore`.
     """
 
     unit, writers = 1024, 1
@@ -105,32 +105,32 @@ class ShardStore:
         return sorted(folder.glob(SHARDS))
 
     def check_strays(self, failed: set[str]) -> None:
-        """DataError if there is a shard beyond those that the pictures fill."""
+        """Raises DataError if there are more shards than the pictures fill."""
         expected = {self._path(first) for first in range(0, len(self.pictures), self.unit)}
         _refuse(path for path in self.files(self.folder) if path not in expected)
 
     def scan(self, indices: Iterable[int]) -> dict[int, Sums]:
-        """The sums of those latents that are there and valid, by number; the others are removed."""
+        """The sums of the valid existing latents, by picture number. Removes invalid and outdated latents."""
         found = {}
         for first in sorted({index // self.unit * self.unit for index in indices}):
             rows, count = self._load(first)
             found |= {index: Sums.of(latent.float().numpy()) for index, latent in rows.items()}
             if not rows:
                 self._path(first).unlink(missing_ok=True)
-            elif len(rows) < count:  # others are of pictures that are gone or changed
+            elif len(rows) < count:  # the others are outdated: their pictures were removed or changed
                 self._pending = rows
                 self.close()
         return found
 
     def write(self, indices: list[int], latents: torch.Tensor) -> None:
-        """Adds latents [n, c, h, w], of `dtype` and on the CPU."""
+        """Adds latents [n, c, h, w] on the CPU, in `dtype`."""
         for index, latent in zip(indices, latents, strict=True):
             if self._pending and next(iter(self._pending)) // self.unit != index // self.unit:
                 self.close()
             self._pending[index] = latent
 
     def close(self) -> None:
-        """Writes the shard that is begun, with what its file already had."""
+        """Writes the pending latents to their shard, with the valid latents that the shard already has."""
         if not self._pending:
             return
         first = next(iter(self._pending)) // self.unit * self.unit
@@ -146,8 +146,9 @@ class ShardStore:
         self._pending = {}
 
     def _load(self, first: int) -> tuple[dict[int, torch.Tensor], int]:
-        """The valid latents of a shard by number, and how many there are with those of no picture; none if the file is
-        torn or absent.
+        """The valid latents of a shard by picture number, and the number of all latents in the file.
+
+        Returns ({}, 0) if the file is damaged or absent.
         """
         try:
             with safe_open(self._path(first), framework="pt") as file:
@@ -171,7 +172,9 @@ class ShardStore:
 
 def _refuse(strays: Iterable[Path]) -> None:
     for path in strays:
-        raise DataError(f"{path}: of none of the pictures; take another folder, or make all anew with --overwrite")
+        raise DataError(
+            f"{path}: latent of an unknown picture; choose another folder, or encode everything again with --overwrite"
+        )
 
 
 STORES = {"npy": NpyStore, "safetensors": ShardStore}

@@ -1,1 +1,1 @@
-"""How good pictures are: metrics, the networks that some of them need, and whole evaluations."""
+"""Quality of pictures: metrics, the pretrained networks that some metrics need, and complete evaluations."""

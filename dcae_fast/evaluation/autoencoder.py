@@ -1,4 +1,4 @@
-"""Autoencoders on a folder of pictures: how close reconstructions are, and the statistics of the latents."""
+"""Evaluation of autoencoders on a folder of pictures: reconstruction quality, and statistics of the latents."""
 
 import math
 from collections import defaultdict
@@ -11,6 +11,7 @@ from PIL import Image
 from dcae_fast import distributed, images
 from dcae_fast.data.manifest import Sums, statistics
 from dcae_fast.data.pictures import Crops, collate
+from dcae_fast.errors import DataError
 from dcae_fast.finite import finite_rows, not_finite_message
 from dcae_fast.models.autoencoder import DCAE
 
@@ -19,15 +20,15 @@ from .moments import Moments, MomentSums
 from .networks import Network
 from .pictures import FolderBatches, channels_first, progress
 
-COLUMNS = ("mean", "rms", "std", "rfid", "psnr", "ssim", "lpips", "clip_iqa")  # the original's order
+COLUMNS = ("mean", "rms", "std", "rfid", "psnr", "ssim", "lpips", "clip_iqa")  # DC-Gen's order
 NETWORKS = ("ssim", "lpips", "clip_iqa", "fid")
 
 
 @dataclass(frozen=True)
 class Result:
-    """figures: those of `COLUMNS` that could be computed; psnr: of each picture, by its number.
+    """figures: the values of `COLUMNS` that could be computed. psnr: of each picture, by picture number.
 
-    mean, rms and std are of all unscaled latents; all others but rfid are means over pictures.
+    mean, rms and std are over all unscaled latents; rfid is over all pictures; the others are means over pictures.
     """
 
     figures: dict[str, float]
@@ -36,7 +37,7 @@ class Result:
 
 @dataclass
 class Measured:
-    """One model's results on a rank: per picture, by its number, and sums."""
+    """The results of one model on one rank: scores and latent sums by picture number, and sums of features."""
 
     scores: dict[str, dict[int, float]] = field(default_factory=lambda: defaultdict(dict))
     latents: dict[int, Sums] = field(default_factory=dict)
@@ -46,7 +47,7 @@ class Measured:
         self.scores[name].update(zip(indices, values.double().tolist(), strict=True))
 
     def gather(self) -> None:
-        """Takes the other ranks' pictures too."""
+        """Adds the scores and latent sums of the other ranks."""
         parts = distributed.all_gather((dict(self.scores), self.latents))
         names = [name for name in COLUMNS if any(name in scores for scores, _ in parts)]
         self.scores = {name: _merged([scores.get(name, {}) for scores, _ in parts]) for name in names}
@@ -60,11 +61,11 @@ def _merged(parts: list[dict]) -> dict:
 def evaluate(
     batches: FolderBatches, models: dict[str, DCAE], networks: dict[str, Network], reference: Moments | None
 ) -> dict[str, Result]:
-    """Each model's result on all ranks' pictures, by its name.
+    """Each model's result on the pictures of all ranks, by model name.
 
-    networks: those of `NETWORKS` that there are; reference: for rFID, or the pictures' own statistics if None.
-    Of a single picture there is no rFID. A picture for which any model computes NaN or infinity is added to
-    `batches.failed` and counts for no model; the result is empty if no picture is left.
+    networks: the available networks of `NETWORKS`. reference: for rFID; None means the statistics of the pictures.
+    A single picture gives no rFID. If any model computes NaN or infinity for a picture, the picture is added to
+    `batches.failed` and excluded for all models. The result is empty if no picture is left.
     """
     measured, originals = {name: Measured() for name in models}, MomentSums()
     for crops in progress(batches):
@@ -88,7 +89,7 @@ def evaluate(
 
 
 class Reconstructed(NamedTuple):
-    """x, y: pictures and reconstructions, uint8 [n, 3, H, W]; z: latents; finite: of each, whether y and z are."""
+    """x, y: pictures and reconstructions, uint8 [n, 3, H, W]. z: latents. finite: per picture, whether y and z are."""
 
     x: torch.Tensor
     y: torch.Tensor
@@ -101,9 +102,9 @@ class Reconstructed(NamedTuple):
 
 @torch.inference_mode()
 def reconstruct(model: DCAE, pixels: torch.Tensor) -> Reconstructed:
-    """Encodes and decodes pixels, uint8 [n, H, W, 3]; the results are on the model's device.
+    """Encodes and decodes pixels, uint8 [n, H, W, 3]. The results are on the model's device.
 
-    x is what is left of the pictures in the dtype of the model, as in the original.
+    As in DC-Gen, x is the pictures after rounding to the model's dtype.
     """
     weight = next(model.parameters())
     x = channels_first(pixels.to(weight.device, non_blocking=True)).float().div_(255).mul_(2).sub_(1).to(weight.dtype)
@@ -116,7 +117,7 @@ def reconstruct(model: DCAE, pixels: torch.Tensor) -> Reconstructed:
 def _reconstruct_all(
     batches: FolderBatches, crops: Crops, models: dict[str, DCAE]
 ) -> tuple[list[int], dict[str, Reconstructed]]:
-    """Numbers of the pictures for which every model computes finite results, and each model's results for these."""
+    """The numbers of the pictures for which all models give finite results, and each model's results for them."""
     results = {name: reconstruct(model, crops.pixels) for name, model in models.items()}
     rows = []
     for row, index in enumerate(crops.indices):
@@ -132,7 +133,7 @@ def _reconstruct_all(
 
 
 def _measure(measured: Measured, indices: list[int], networks: dict[str, Network], batch: Reconstructed) -> None:
-    """Adds a batch."""
+    """Adds a batch to the results of one model."""
     x, y, z, _ = batch
     measured.latents |= {i: Sums.of(each.numpy()) for i, each in zip(indices, z.float().cpu(), strict=True)}
     measured.add("psnr", indices, images.psnr(y, x))
@@ -149,21 +150,22 @@ def _result(measured: Measured, reference: Moments | None) -> Result:
     figures = statistics(measured.latents.values())
     figures |= {name: math.fsum(each.values()) / len(each) for name, each in measured.scores.items()}
     if reference is not None:
-        figures["rfid"] = frechet_distance(measured.moments.moments(), reference)
+        moments = measured.moments.moments()
+        if len(reference.mu) != len(moments.mu):
+            raise DataError(f"--reference: has features of length {len(reference.mu)}; expected {len(moments.mu)}")
+        figures["rfid"] = frechet_distance(moments, reference)
     return Result({name: figures[name] for name in COLUMNS if name in figures}, measured.scores["psnr"])
 
 
 def examples(batches: FolderBatches, models: dict[str, DCAE], psnr: dict[int, float]) -> Image.Image:
-    """The pictures of the best, the median and the worst PSNR, a row each, beside each model's reconstruction.
+    """A sheet with the pictures of best, median and worst PSNR: a row per picture, with each model's reconstruction.
 
-    Of one or two pictures each has one row.
+    With fewer than three pictures, each picture has one row.
     """
     order = sorted(psnr, key=lambda index: (-psnr[index], index))
-    titles = {
-        order[len(order) // 2]: "median",
-        order[-1]: "worst",
-        order[0]: "best",
-    }  # the later of two for one picture
+    titles = {order[len(order) // 2]: "median"}
+    titles |= {order[-1]: "worst"}  # replaces the title of the same picture
+    titles |= {order[0]: "best"}
     rows = []
     for index in sorted(titles, key=order.index):
         pixels = collate([batches.crops([index])[0]]).pixels

@@ -1,7 +1,7 @@
-"""Samples of a diffusion model, batch by batch, and how close they are to real pictures.
+"""Evaluation of diffusion models: generates samples batch by batch, and compares them with real pictures.
 
-The noise of a batch has a generator of its own, so that the samples depend on neither the number of ranks nor on where
-a run was ended and went on. The original has one generator per rank, seeded seed + rank, that runs on across batches.
+Each batch draws its noise from a separate generator, so that the samples do not depend on the number of ranks or on
+interruptions. DC-Gen uses one generator per rank, seeded with seed + rank, for all batches.
 """
 
 import json
@@ -37,11 +37,11 @@ HASH = "sha256"
 
 @dataclass(frozen=True)
 class Settings:
-    """What all samples of a folder share.
+    """The settings that all samples of a folder share.
 
-    model: as the user named it; weights: hash of the transformer's and the autoencoder's; patch, dtype: how it
-    computes; samples: how many; batch: so many at once; cfg, sampler, steps: see `sample.Request`; seed: of the noise;
-    class_seed: of the classes.
+    model: as the user named it. weights: hash of the transformer's and the autoencoder's weights. patch, dtype: of the
+    computation. samples: total number. batch: pictures per batch. cfg, sampler, steps: see `sample.Request`. seed: of
+    the noise. class_seed: of the classes.
     """
 
     model: str
@@ -57,13 +57,13 @@ class Settings:
     class_seed: int
 
     def noise_seed(self, number: int) -> int:
-        """Of a batch's generator: the seeds of different runs and batches have nothing in common."""
+        """The seed of a batch's generator. Seeds of different runs and batches are independent."""
         return int(np.random.SeedSequence((self.seed, number)).generate_state(1, np.uint64)[0] >> 1)
 
 
 @dataclass(frozen=True)
 class References:
-    """What samples are compared with, where it is given: see `references.Wanted`."""
+    """Reference data that the samples are compared with; None if not given. See `references.OutputFiles`."""
 
     fid: Moments | None = None
     precision_recall: torch.Tensor | None = None
@@ -71,7 +71,7 @@ class References:
 
     @classmethod
     def load(cls, fid: Path | None, precision_recall: Path | None, cmmd: Path | None) -> "References":
-        """Of files of reference-stats, those that are given. Raises DataError."""
+        """Loads the given files of reference-stats. Raises DataError."""
         return cls(
             None if fid is None else Moments.load(fid),
             None if precision_recall is None else load_features(precision_recall),
@@ -84,9 +84,9 @@ class References:
         return ["inception_score"] + ["fid"] * with_features + ["cmmd"] * (self.cmmd is not None)
 
     def check(self, networks: dict[str, Network], device: torch.device, samples: int, prefix: str = "") -> None:
-        """Raises DataError where a reference is not of the features that a network makes, or pictures are too few.
+        """Raises DataError if a reference and its network differ in feature length, or if there are too few pictures.
 
-        prefix: of the options' names in the message.
+        prefix: of the option names in the message.
         """
         blank = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=device)
         lengths = {name: network(blank).shape[1] for name, network in networks.items()}
@@ -104,14 +104,14 @@ class References:
                 raise DataError(f"--{prefix}{option}: has {rows} pictures; expected at least {least}")
             expected = lengths.get(network, length)
             if length != expected:
-                raise DataError(f"--{prefix}{option}: its features have length {length}; expected {expected}")
+                raise DataError(f"--{prefix}{option}: has features of length {length}; expected {expected}")
 
 
 class SampleFolder:
-    """The samples' features, labels and, for an .npz file, pixels, one safetensors file for each batch; PNG files.
+    """A folder of samples: a safetensors file per batch with features, labels and, for save="npz", pixels; PNG files.
 
-    Every file is whole or absent; a batch's has a hash of its content. save: keep the pictures as PNG files, in
-    samples.npz, or not.
+    Every file is written atomically; a batch's file contains a hash of its content. save: keep the pictures as PNG
+    files, in samples.npz, or not at all.
     """
 
     def __init__(self, folder: Path, settings: Settings, classes: int, save: Literal["png", "npz", "none"]):
@@ -120,9 +120,9 @@ class SampleFolder:
         self.batches = -(-settings.samples // settings.batch)
 
     def prepare(self) -> None:
-        """Makes the folder, or checks that what is there has the same settings: else DataError.
+        """Makes the folder, or raises DataError if it contains samples with other settings.
 
-        What killed processes left half written is removed.
+        Removes temporary files of killed processes.
         """
         path, settings = self.folder / MANIFEST, asdict(self.settings)
         if path.exists():
@@ -135,9 +135,9 @@ class SampleFolder:
             if before != settings:
                 names = [name for name in settings if before.get(name) != settings[name]]
                 changes = ", ".join(f"{name} {before.get(name)}, now {settings[name]}" for name in names)
-                raise DataError(f"{self.folder} has samples with {changes}; take another folder")
+                raise DataError(f"{self.folder} contains samples with {changes}; choose another folder")
         elif not is_unused(self.folder):
-            raise DataError(f"{self.folder} is not empty and has no {MANIFEST}; take another folder")
+            raise DataError(f"{self.folder} is not empty and has no {MANIFEST}; choose another folder")
         for leftover in leftovers(self.folder):
             leftover.unlink()
         with writing(self.folder):
@@ -148,25 +148,26 @@ class SampleFolder:
                 (self.folder / name).mkdir(exist_ok=True)
 
     def indices(self, number: int) -> range:
+        """The numbers of the samples in a batch."""
         first = number * self.settings.batch
         return range(first, min(first + self.settings.batch, self.settings.samples))
 
-    def is_whole(self, number: int, networks: dict[str, Network]) -> bool:
-        """Whether a batch has what the networks make of it, and its pictures, all as they were written."""
+    def is_complete(self, number: int, networks: dict[str, Network]) -> bool:
+        """Whether a batch has undamaged features of all networks and, if requested, undamaged pictures."""
         try:
             with safe_open(self._path(number), framework="pt") as file:
-                names, written = set(file.keys()), (file.metadata() or {}).get(HASH)
-                tensors = {name: file.get_tensor(name) for name in names} if written else {}
+                names, stored_hash = set(file.keys()), (file.metadata() or {}).get(HASH)
+                tensors = {name: file.get_tensor(name) for name in names} if stored_hash else {}
         except (OSError, SafetensorError):
             return False
         if not names.issuperset(networks) or (self.save == "npz" and "pictures" not in names):
             return False
-        if written and written != tensors_hash(tensors):  # files of earlier versions have none
+        if stored_hash and stored_hash != tensors_hash(tensors):  # files of earlier versions have no hash
             return False
         return self.save != "png" or all(images.is_whole_png(self._png(index)) for index in self.indices(number))
 
     def write(self, number: int, pictures: torch.Tensor, features: dict[str, torch.Tensor]) -> None:
-        """A batch: pictures uint8 [n, 3, H, W] on the CPU, and features by the networks' names."""
+        """Writes a batch. pictures: uint8 [n, 3, H, W] on the CPU; features: by network name."""
         indices = self.indices(number)
         if self.save == "png":
             for index, picture in zip(indices, pictures, strict=True):
@@ -179,13 +180,13 @@ class SampleFolder:
             save_file(tensors, temporary, {HASH: tensors_hash(tensors)})
 
     def read(self, name: str) -> Iterator[torch.Tensor]:
-        """A tensor of all batches, in their order."""
+        """The tensors with this name of all batches, in order."""
         for number in range(self.batches):
             with safe_open(self._path(number), framework="pt") as file:
                 yield file.get_tensor(name)
 
     def write_npz(self) -> Path:
-        """samples.npz as ADM's: arr_0, the pictures uint8 [N, H, W, 3], and arr_1, the classes; batch by batch."""
+        """Writes samples.npz in ADM's format: arr_0, pictures uint8 [N, H, W, 3], and arr_1, classes."""
         path = self.folder / "samples.npz"
         shape = (self.settings.samples, *next(self.read("pictures")).shape[1:])
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
@@ -207,14 +208,14 @@ class SampleFolder:
 
 @torch.inference_mode()
 def generate(model: DCAEDiffusion, folder: SampleFolder, networks: dict[str, Network]) -> int:
-    """Makes the batches that are not there, all ranks together; returns how many were there.
+    """Generates the missing batches, on all ranks together. Returns the number of batches that existed already.
 
-    Raises NotFiniteError on all ranks, after the other batches, if a batch is not finite; it is not written.
+    A batch that is not finite is not written; after all other batches, NotFiniteError is raised on all ranks.
     """
     distributed.on_main(folder.prepare)
     mine = distributed.share(folder.batches)
-    torn = [number for number in mine if not folder.is_whole(number, networks)]
-    missing = [number for part in distributed.all_gather(torn) for number in part]
+    incomplete = [number for number in mine if not folder.is_complete(number, networks)]
+    missing = [number for part in distributed.all_gather(incomplete) for number in part]
     settings, device = folder.settings, next(model.diffusion_model.parameters()).device
     bad = []
     with tqdm(unit="image", disable=None if distributed.is_main() else True) as bar:
@@ -228,8 +229,9 @@ def generate(model: DCAEDiffusion, folder: SampleFolder, networks: dict[str, Net
             except NotFiniteError as error:
                 bad.append(f"batch {missing[part]}: {error}")
                 continue
-            there = pictures.to(device)
-            folder.write(missing[part], pictures, {name: network(there) for name, network in networks.items()})
+            on_device = pictures.to(device)
+            features = {name: network(on_device) for name, network in networks.items()}
+            folder.write(missing[part], pictures, features)
             bar.update(len(indices))
     bad = [each for part in distributed.all_gather(bad) for each in part]
     if bad:
@@ -238,9 +240,9 @@ def generate(model: DCAEDiffusion, folder: SampleFolder, networks: dict[str, Net
 
 
 def figures(folder: SampleFolder, references: References, names: set[str], device: torch.device) -> dict[str, float]:
-    """What the samples' features give; names: of the networks that there were. Raises ValueError if they do not fit.
+    """The metrics of the samples. names: of the available networks. Raises ValueError for references that do not fit.
 
-    Of fewer than ten samples there is no inception score.
+    With fewer than ten samples, there is no inception score.
     """
     result = {}
     if "fid" in names:

@@ -1,9 +1,9 @@
-"""The classes of the samples that are evaluated."""
+"""The classes of the evaluated samples."""
 
 import torch
 
 
 def class_labels(samples: int, classes: int, seed: int) -> torch.Tensor:
-    """int64 [samples], from a CPU generator of that seed, as the original draws them: as int32, which matters."""
+    """Random classes, int64 [samples], from a CPU generator with this seed. Drawn as int32, as in DC-Gen."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, classes, (samples,), generator=generator, dtype=torch.int32).long()

@@ -1,4 +1,4 @@
-"""Metrics of sets of pictures, from features that a network has made of them; none of them needs its weights."""
+"""Metrics of sets of pictures, computed from features. No network is needed here."""
 
 import math
 import warnings
@@ -11,22 +11,22 @@ from dcae_fast.errors import DataError
 
 from .moments import Moments
 
-ROWS = 4096  # of a matrix of distances, at once
-SPLITS = 10  # of the samples, for the inception score
-NEIGHBOURS = 3  # of a picture, for precision and recall
+ROWS = 4096  # of a distance matrix, computed at once
+SPLITS = 10  # number of parts of the samples, for the inception score
+NEIGHBOURS = 3  # k of the k-th nearest neighbour, for precision and recall
 
 
 def frechet_distance(one: Moments, other: Moments) -> float:
-    """|μ1 - μ2|² + tr(Σ1 + Σ2 - 2 √(Σ1 Σ2)), of which FID is the case of Inception's features.
+    """|μ1 - μ2|² + tr(Σ1 + Σ2 - 2 √(Σ1 Σ2)). With Inception features, this is the FID.
 
-    If the root is not finite, 1e-6 is added to both diagonals, as pytorch-fid does; its imaginary part is rounding.
-    Raises DataError where the features differ in length.
+    If the root is not finite, 1e-6 is added to both diagonals, as in pytorch-fid. The imaginary part of the root is a
+    rounding error and ignored. Raises DataError if the features differ in length.
     """
     from scipy.linalg import LinAlgWarning, sqrtm
 
     if one.mu.shape != other.mu.shape:
-        raise DataError(f"statistics of {len(one.mu)} and of {len(other.mu)} features; expected as many")
-    with warnings.catch_warnings():  # a covariance of fewer pictures than features is singular, which is no fault
+        raise DataError(f"statistics of {len(one.mu)} and {len(other.mu)} features; expected equal numbers")
+    with warnings.catch_warnings():  # with fewer pictures than features, the covariance is singular: no reason to warn
         warnings.simplefilter("ignore", LinAlgWarning)
         root = sqrtm(one.sigma @ other.sigma)
         if not np.isfinite(root).all():
@@ -38,13 +38,13 @@ def frechet_distance(one: Moments, other: Moments) -> float:
 
 
 def inception_score(logits: torch.Tensor, splits: int = SPLITS) -> tuple[float, float]:
-    """exp(mean KL(p(y | x) ‖ p(y))) over each of the splits, in fp64: the mean and the population's deviation.
+    """exp(mean KL(p(y | x) ‖ p(y))) of each split, in float64; returns the mean and population std over the splits.
 
-    logits [N, classes]; rows are permuted first by NumPy's RandomState(2020), as torch-fidelity does. Raises ValueError
-    where there are fewer rows than splits.
+    logits: [N, classes]. As in torch-fidelity, the rows are first permuted by NumPy's RandomState(2020). Raises
+    ValueError if there are fewer rows than splits.
     """
     if len(logits) < splits:
-        raise ValueError(f"{len(logits)} samples; the inception score needs {splits} at least")
+        raise ValueError(f"{len(logits)} samples; the inception score needs at least {splits}")
     order = np.random.RandomState(2020).permutation(len(logits))
     log_p = logits[torch.from_numpy(order)].double().log_softmax(1)
     scores = []
@@ -58,10 +58,10 @@ def inception_score(logits: torch.Tensor, splits: int = SPLITS) -> tuple[float, 
 def precision_recall(
     samples: torch.Tensor, reference: torch.Tensor, neighbours: int = NEIGHBOURS
 ) -> tuple[float, float]:
-    """Shares of the samples inside the reference's manifold, and of the reference inside the samples'.
+    """Precision, the fraction of samples in the reference manifold; recall, the fraction of references in the sample's.
 
-    A manifold is the union of balls around its features [N, F], each as wide as to its `neighbours`-th nearest.
-    Raises ValueError where a set is too small for that.
+    A set's manifold is the union of balls around its features [N, F]; a ball reaches to the `neighbours`-th nearest
+    feature of the set. Raises ValueError if a set has too few features.
     """
     if min(len(samples), len(reference)) <= neighbours:
         sizes = f"{len(samples)} samples and {len(reference)} reference pictures"
@@ -70,14 +70,15 @@ def precision_recall(
 
 
 def _inside(points: torch.Tensor, centres: torch.Tensor, neighbours: int) -> float:
-    """The share of the points that lie in at least one ball."""
-    radii = torch.cat([d.kthvalue(neighbours + 1).values for d in _distances(centres, centres)])  # one is itself
+    """The fraction of the points that lie in at least one ball around the centres."""
+    nearest = neighbours + 1  # the first is the centre itself
+    radii = torch.cat([d.kthvalue(nearest).values for d in _distances(centres, centres)])
     inside = [(d <= radii).any(1).sum().item() for d in _distances(points, centres)]
     return sum(inside) / len(points)
 
 
 def _distances(a: torch.Tensor, b: torch.Tensor) -> Iterator[torch.Tensor]:
-    """|a_i - b_j|², some rows at a time. Sums of squares and a product, in fp64, where nothing cancels."""
+    """|a_i - b_j|² = |a_i|² + |b_j|² - 2 a_i·b_j, `ROWS` rows at a time; in float64, to make cancellation harmless."""
     b = b.double()
     for rows in a.split(ROWS):
         rows = rows.double()
@@ -86,9 +87,9 @@ def _distances(a: torch.Tensor, b: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def maximum_mean_discrepancy(one: torch.Tensor, other: torch.Tensor, sigma: float = 10.0, scale: float = 1000) -> float:
-    """scale · MMD², biased, with the kernel exp(-|a - b|² / 2σ²); CMMD is the case of CLIP's embeddings [N, E].
+    """scale · MMD² (biased estimate) with the kernel exp(-|a - b|² / 2σ²). With CLIP embeddings [N, E], this is CMMD.
 
-    The longer of the two is cut to the length of the shorter, as in the original.
+    As in DC-Gen, the longer set is truncated to the length of the shorter.
     """
     n = min(len(one), len(other))
     one, other = one[:n], other[:n]

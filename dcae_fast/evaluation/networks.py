@@ -1,6 +1,6 @@
-"""The pretrained networks that metrics need, from kept libraries: functions of uint8 pictures [n, 3, H, W].
+"""The pretrained networks that metrics need, as functions of uint8 pictures [n, 3, H, W].
 
-Each is loaded by name with `load`; where a package or a weight file is absent, MissingNetwork says what to do.
+`load` loads a network by name. If a package or a weight file is missing, MissingNetwork explains what to install.
 """
 
 import logging
@@ -24,20 +24,20 @@ ALEXNET_FILE = "alexnet-owt-7be5be79.pth"
 
 
 class MissingNetwork(RuntimeError):
-    """A network that cannot be had; the message says which package or file is missing, and where it goes."""
+    """A network is not available. The message names the missing package or file, and where to put it."""
 
 
 def _source(name: str) -> dict[str, bool]:
-    """Options of `from_pretrained`: if the hub does not answer, the cache alone instead of a minute of asking again."""
+    """Options of `from_pretrained`: only the local cache if the hub does not answer, which avoids long retries."""
     try:
         get_hf_file_metadata(hf_hub_url(name, "config.json"))
-    except Exception:  # of whichever library it uses, or because it is told to be offline
+    except Exception:  # offline mode, or an error of any HTTP library
         return {"local_files_only": True}
     return {}
 
 
 def _ssim(device: torch.device) -> Network:
-    """Structural similarity of each picture and its reference, [n], with torchmetrics' defaults; it has no weights."""
+    """Structural similarity of each picture to its reference, [n], with torchmetrics' defaults. Needs no weights."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     def ssim(pictures: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -50,7 +50,7 @@ def _ssim(device: torch.device) -> Network:
 
 
 def _lpips(device: torch.device) -> Network:
-    """LPIPS of each picture and its reference, [n], by AlexNet."""
+    """LPIPS distance of each picture to its reference, [n], with AlexNet."""
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
     net = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True).net.to(device)
@@ -62,9 +62,9 @@ def _lpips(device: torch.device) -> Network:
 
 
 def _clip_iqa(device: torch.device) -> Network:
-    """The probability of "Good photo." against "Bad photo.", [n], as torchmetrics computes CLIP-IQA.
+    """CLIP-IQA as in torchmetrics: the probability of "Good photo." against "Bad photo.", [n].
 
-    Not by torchmetrics, which reads the outputs of transformers before version 5.
+    torchmetrics itself is not used: it only supports transformers before version 5.
     """
     from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
@@ -89,12 +89,12 @@ def _inception(device: torch.device, *features: str):
 
 
 def _fid(device: torch.device) -> Network:
-    """Inception's 2048 features, for FID, precision and recall.
+    """The 2048 Inception features for FID, precision and recall.
 
-    torch-fidelity's network, on pictures resized as pytorch-fid and the original do: bilinear with half-pixel centres,
-    where torch-fidelity's own resizing has TensorFlow's corners. Weights are the same file, by another name.
+    The network is torch-fidelity's, with the same weights as pytorch-fid's. Pictures are resized as in pytorch-fid and
+    DC-Gen: bilinear with half-pixel centres. torch-fidelity would resize with TensorFlow's corner alignment.
     """
-    import scipy.linalg  # noqa: F401  for the distance: better missing now than after all the pictures
+    import scipy.linalg  # noqa: F401  `frechet_distance` needs SciPy: fail before any picture is computed
 
     layers = dict(_inception(device, "2048").named_children())
     last = list(layers).index("AvgPool") + 1
@@ -108,13 +108,13 @@ def _fid(device: torch.device) -> Network:
 
 
 def _inception_score(device: torch.device) -> Network:
-    """Inception's logits without bias, as torch-fidelity computes them."""
+    """Inception logits without bias, as in torch-fidelity."""
     network = _inception(device, "logits_unbiased")
     return lambda pictures: network(pictures)[0]
 
 
 def _cmmd(device: torch.device) -> Network:
-    """CLIP's embeddings of unit length, for CMMD: bicubic to 336 without antialiasing."""
+    """CLIP embeddings of unit length for CMMD. Pictures are resized to 336 pixels, bicubic without antialiasing."""
     from transformers import CLIPVisionModelWithProjection
 
     model = CLIPVisionModelWithProjection.from_pretrained(CLIP_336, **_source(CLIP_336)).eval().to(device)
@@ -146,22 +146,22 @@ WEIGHTS = {
 
 
 def load(name: str, device: torch.device) -> Network:
-    """One of `LOADERS` on a device, without gradients. Raises MissingNetwork."""
+    """Loads a network of `LOADERS` on a device. It computes without gradients. Raises MissingNetwork."""
     try:
         with _quiet():
             return torch.no_grad()(LOADERS[name](device))
     except ImportError as error:
-        package = error.name or ("torchvision" if "torchvision" in str(error) else "for it")
-        raise MissingNetwork(f"{name}: no package {package}: pip install 'dcae_fast[eval]'") from error
-    except (OSError, RuntimeError) as error:  # URLError is an OSError; RuntimeError: a broken download
+        package = error.name or ("torchvision" if "torchvision" in str(error) else "that it needs")
+        raise MissingNetwork(f"{name}: package {package} is not installed: pip install 'dcae_fast[eval]'") from error
+    except (OSError, RuntimeError) as error:  # OSError includes URLError; RuntimeError: a broken download
         reason = str(error).partition("\n")[0]
-        what = f"its weights cannot be loaded: {reason}\n  {_where(name)}" if name in WEIGHTS else reason
-        raise MissingNetwork(f"{name}: {what}") from error
+        problem = f"cannot load the weights: {reason}\n  {_how_to_get(name)}" if name in WEIGHTS else reason
+        raise MissingNetwork(f"{name}: {problem}") from error
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warnings and log messages of libraries that are imported; what matters is raised."""
+    """Suppresses warnings and log messages of the loaded libraries. Errors are still raised."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -172,24 +172,25 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _where(name: str) -> str:
+def _how_to_get(name: str) -> str:
+    """Instructions to get the weights of a network."""
     source = WEIGHTS[name]
     if source.startswith("https:"):
-        return f"put {source}\n  into {Path(torch.hub.get_dir()) / 'checkpoints'}"
+        return f"download {source}\n  into {Path(torch.hub.get_dir()) / 'checkpoints'}"
     folder = f"models--{source.replace('/', '--')}"
-    return f"with a connection run: hf download {source}\n  and copy {folder} from its cache into {HF_HUB_CACHE}"
+    return f"with internet access, run: hf download {source}\n  then copy {folder} from its cache into {HF_HUB_CACHE}"
 
 
 def load_all(names: Iterable[str], device: torch.device) -> tuple[dict[str, Network], dict[str, str]]:
-    """Those networks that all ranks have, and of the others what `MissingNetwork` says.
+    """The networks that all ranks can load, by name, and the reasons why the others are missing, by name.
 
-    The main process comes first, so that only one downloads, and the others do not look for what it did not find.
+    The main process loads first, so that only one process downloads. The other ranks skip what the main process lacks.
     """
     found, missing = _load_each(names, device) if distributed.is_main() else ({}, {})
     missing = distributed.broadcast(missing)
     if not distributed.is_main():
-        found, lacking = _load_each([name for name in names if name not in missing], device)
-        missing = missing | lacking
+        found, missing_here = _load_each([name for name in names if name not in missing], device)
+        missing = missing | missing_here
     missing = {name: reason for each in distributed.all_gather(missing) for name, reason in each.items()}
     return {name: network for name, network in found.items() if name not in missing}, missing
 

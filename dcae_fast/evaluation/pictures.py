@@ -1,4 +1,4 @@
-"""Batches of pictures to evaluate, from a folder or an .npz file: the same batches on any number of ranks."""
+"""Batches of pictures for evaluation, from a folder or an .npz file, independent of the number of ranks."""
 
 import zipfile
 import zlib
@@ -20,17 +20,18 @@ from dcae_fast.interruption import ignore_interruptions
 
 
 def share_of_batches(count: int, batch: int) -> range:
-    """The numbers of this rank's part of so many pictures: consecutive whole batches, of which the last may be short.
+    """The numbers of this rank's pictures, of `count` in total: consecutive whole batches; the very last may be short.
 
-    What is in a batch does not depend on the number of ranks, nor, then, does what networks compute of it.
+    A batch has the same pictures, and hence the same network outputs, for any number of ranks.
     """
     units = distributed.share(-(-count // batch))
     return range(units.start * batch, min(units.stop * batch, count))
 
 
 class FolderBatches:
-    """Centre crops of a folder's pictures, this rank's; failed: (name, reason) of those that could not be read, or
-    have more than `max_pixels` pixels.
+    """This rank's batches of centre crops of a folder's pictures.
+
+    failed: (name, reason) of the pictures that could not be read or have more than `max_pixels` pixels.
     """
 
     def __init__(self, pictures: Pictures, resolution: int, batch: int, workers: int, max_pixels: int = MAX_PIXELS):
@@ -53,9 +54,9 @@ class FolderBatches:
 
 
 class NpzBatches:
-    """The pictures arr_0, uint8 [N, H, W, 3], of an .npz file, this rank's, read batch by batch, compressed or not.
+    """This rank's batches of the pictures arr_0, uint8 [N, H, W, 3], of an .npz file, such as ADM's reference batches.
 
-    Files of ADM's reference batches are like this. Raises DataError.
+    The file is read batch by batch and may be compressed. Raises DataError.
     """
 
     def __init__(self, path: Path, batch: int):
@@ -80,20 +81,20 @@ class NpzBatches:
         except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise DataError(f"{self.path}: {error}") from error
         if len(content) != size:
-            raise DataError(f"{self.path}: ends too early")
+            raise DataError(f"{self.path}: is truncated; arr_0 lacks data of {self.count} pictures")
         return content
 
 
 @contextmanager
 def _pictures_array(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
-    """The file arr_0.npy in an .npz file, open behind its header, and its shape [N, H, W, 3]."""
+    """Opens arr_0.npy in an .npz file; yields the file, positioned after the header, and the shape [N, H, W, 3]."""
     try:
         archive = zipfile.ZipFile(path)
         file = archive.open("arr_0.npy")
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(file)
-    except Exception as error:  # numpy and zipfile raise anything for a broken file
+    except Exception as error:  # for a broken file, numpy and zipfile may raise any exception
         raise DataError(f"{path}: expected an .npz file with pictures arr_0: {error}") from error
     with archive, file:
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran:
@@ -102,12 +103,12 @@ def _pictures_array(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
 
 
 def channels_first(pixels: torch.Tensor) -> torch.Tensor:
-    """[n, h, w, 3] as [n, 3, h, w], in channels-last."""
+    """[n, h, w, 3] → a view [n, 3, h, w] in channels-last memory format."""
     return pixels.permute(0, 3, 1, 2)
 
 
 def progress(batches: Iterable[Crops]) -> Iterator[Crops]:
-    """The batches, with a bar of the main process's pictures."""
+    """Iterates over the batches; the main process shows a progress bar of its pictures."""
     with tqdm(unit="image", disable=None if distributed.is_main() else True) as bar:
         for crops in batches:
             yield crops

@@ -1,4 +1,4 @@
-"""What generated pictures are compared with: statistics and features of real ones."""
+"""Reference data for the metrics: statistics and features of real pictures, written by reference-stats."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +16,11 @@ from .pictures import FolderBatches, NpzBatches, channels_first, progress
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """Files to write, or None.
+class OutputFiles:
+    """The reference files to write; None means not to write.
 
-    fid: .npz of the mean and covariance of Inception's features; precision_recall: .npy of these features, [N, 2048];
-    cmmd: .npy of CLIP's embeddings, [N, 768]; both in the order of the pictures.
+    fid: .npz file, mean and covariance of Inception features. precision_recall: .npy file, Inception features
+    [N, 2048]. cmmd: .npy file, CLIP embeddings [N, 768]. Features are in the order of the pictures.
     """
 
     fid: Path | None
@@ -34,16 +34,16 @@ class Wanted:
 
 
 def write_references(
-    batches: FolderBatches | NpzBatches, wanted: Wanted, networks: dict[str, Network], device: torch.device
+    batches: FolderBatches | NpzBatches, outputs: OutputFiles, networks: dict[str, Network], device: torch.device
 ) -> list[Path]:
-    """Writes those files whose networks ("fid", "cmmd") are given, all ranks together; returns them.
+    """Writes the files whose networks ("fid", "cmmd") are given, on all ranks together; returns their paths.
 
-    Raises DataError for files that cannot be read, and where there are too few pictures.
+    Raises DataError if files cannot be read, or if there are too few pictures.
     """
     if not networks:
         return []
     sums, kept = MomentSums(), {"fid": [], "cmmd": []}
-    keep = {"fid": wanted.precision_recall, "cmmd": wanted.cmmd}
+    keep = {"fid": outputs.precision_recall, "cmmd": outputs.cmmd}
     for crops in progress(batches):
         pictures = channels_first(crops.pixels.to(device, non_blocking=True))
         for name, network in networks.items():
@@ -53,11 +53,11 @@ def write_references(
             if keep[name]:
                 kept[name].append(features.cpu().numpy())
     written = []
-    if wanted.fid and "fid" in networks:
+    if outputs.fid and "fid" in networks:
         moments = sums.moments()
         if distributed.is_main():
-            moments.save(wanted.fid)
-        written.append(wanted.fid)
+            moments.save(outputs.fid)
+        written.append(outputs.fid)
     for name in networks:
         if keep[name]:
             _save_features(kept[name], keep[name])
@@ -65,25 +65,28 @@ def write_references(
     return written
 
 
-def _save_features(mine: list[np.ndarray], path: Path) -> None:
-    """The ranks' features, one after another, as a float32 .npy file; written by the main process."""
-    parts = [part for rank in distributed.all_gather(mine) for part in rank]
+def _save_features(features: list[np.ndarray], path: Path) -> None:
+    """Concatenates the features of all ranks; the main process writes them as a float32 .npy file."""
+    parts = [part for rank in distributed.all_gather(features) for part in rank]
     if not parts:
-        raise DataError("no pictures could be read")
+        raise DataError(f"{path}: not written: none of the pictures could be read")
     if distributed.is_main():
         path.parent.mkdir(parents=True, exist_ok=True)
         save_npy(path, np.concatenate(parts))
 
 
 def load_features(path: Path) -> torch.Tensor:
-    """Features [N, F] of an .npy file, float32. Raises DataError."""
+    """Reads features [N, F] from an .npy file, as float32. Raises DataError."""
     try:
         features = np.load(path)
-    except Exception as error:  # numpy raises anything for a broken file
-        reason = getattr(error, "strerror", None) or "this is none"  # numpy's reason advises to unpickle the file
+    except Exception as error:  # for a broken file, numpy may raise any exception
+        reason = (
+            getattr(error, "strerror", None) or "not such a file"
+        )  # numpy's message would advise to unpickle the file
         raise DataError(f"{path}: expected an .npy file of features: {reason}") from error
     if not isinstance(features, np.ndarray) or features.ndim != 2 or features.dtype.kind != "f":
-        raise DataError(f"{path}: expected floating-point features [N, F]")
+        found = f"{features.dtype} {list(features.shape)}" if isinstance(features, np.ndarray) else "an archive"
+        raise DataError(f"{path}: expected floating-point features [N, F], found {found}")
     if not np.isfinite(features).all():
-        raise DataError(f"{path}: NaN or infinity in the features; make it anew with reference-stats")
+        raise DataError(f"{path}: NaN or infinity in the features; write the file again with reference-stats")
     return torch.from_numpy(features.astype(np.float32))

@@ -1,4 +1,4 @@
-"""Pictures to cache, and a cache's command line and content."""
+"""Small pictures, the arguments of cache-latents for them, and the contents of folders."""
 
 import io
 import tarfile
@@ -19,7 +19,7 @@ def save_noise(path: Path, width: int, height: int, seed: int) -> None:
 
 
 def save_pictures(folder: Path) -> None:
-    """Two classes and more, sizes above and below 64, and one file that ends too early."""
+    """Three classes, sizes above and below 64, and one truncated file."""
     for seed, (name, size) in enumerate(SIZES.items()):
         save_noise(folder / name, *size, seed)
     whole = (folder / "dog/d.jpg").read_bytes()
@@ -27,9 +27,9 @@ def save_pictures(folder: Path) -> None:
 
 
 def arguments(pictures: Path, out: Path) -> list[str]:
-    """The command: on the CPU with the bundled model at 64 px, in batches of two, no processes to read.
+    """A cache-latents command: on the CPU, with the bundled model at 64 px, batches of two, and no worker processes.
 
-    Not patched: under TRITON_INTERPRET the kernels would take minutes.
+    The model is not patched, since the kernels would take minutes under TRITON_INTERPRET.
     """
     settings = ["--model", "dc-ae-tiny", "--resolution", "64", "--scale", "0.5", "--device", "cpu"]
     return [

@@ -1,4 +1,4 @@
-"""The command cache-latents in this process: layouts, resuming, refusals."""
+"""The command cache-latents, run in this process: layouts, resuming, and refused requests."""
 
 import copy
 import json
@@ -51,7 +51,7 @@ def by_hand(model, path) -> torch.Tensor:
 
 
 def check_half(got: torch.Tensor, model, path, dtype: torch.dtype, device: str = "cpu") -> None:
-    """The error against float32 is at most twice that of the plain model in the same dtype."""
+    """The error against float32 is at most twice the error of the plain model in the same dtype."""
     expected, plain = by_hand(model, path), by_hand(copy.deepcopy(model).to(device, dtype), path)
     assert (got.float() - expected).norm() <= 2 * (plain - expected).norm()
 
@@ -103,7 +103,7 @@ def test_shards(pictures, tmp_path):
     assert len(npy) == len(shards) == 7 and npy.classes == shards.classes == ("cat", "dog", "emu")
     for (one, label), (other, other_label) in zip(npy, shards, strict=True):
         assert torch.equal(one, other) and label == other_label
-    with safe_open(tmp_path / "b" / "latents-000001.safetensors", "pt") as file:  # the broken picture is in this one
+    with safe_open(tmp_path / "b" / "latents-000001.safetensors", "pt") as file:  # this shard lacks the broken picture
         assert file.get_tensor("latents").shape == (2, 64, 2, 2)
         assert json.loads(file.metadata()["names"]) == ["dog/a", "dog/d"]
     one, other = (load_manifest(tmp_path / name) for name in "ab")
@@ -131,7 +131,7 @@ def test_dtypes(pictures, tmp_path, model, format, dtype, stored):
 
 
 @pytest.mark.parametrize("format", ["npy", "safetensors"])
-def test_only_what_is_missing_or_torn_is_made_again(pictures, tmp_path, capsys, format):
+def test_only_missing_or_damaged_latents_are_encoded_again(pictures, tmp_path, capsys, format):
     assert run(pictures, tmp_path, "--format", format) == 1
     whole = contents(tmp_path)
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.suffix != ".json" and path.is_file()}
@@ -148,7 +148,7 @@ def test_only_what_is_missing_or_torn_is_made_again(pictures, tmp_path, capsys, 
 
 
 @pytest.mark.parametrize("format", ["npy", "safetensors"])
-def test_nothing_left_to_do(pictures, tmp_path, capsys, format):
+def test_a_finished_run_encodes_nothing(pictures, tmp_path, capsys, format):
     assert run(pictures / "emu", tmp_path, "--format", format) == 0
     before = contents(tmp_path)
     capsys.readouterr()
@@ -159,7 +159,7 @@ def test_nothing_left_to_do(pictures, tmp_path, capsys, format):
 
 
 @pytest.mark.parametrize("format", ["npy", "safetensors"])
-def test_torn_latents_of_pictures_that_are_broken_now(tmp_path, format):
+def test_damaged_latents_of_broken_pictures_are_removed(tmp_path, format):
     save_noise(tmp_path / "pictures" / "a.png", 64, 64, 0)
     assert run(tmp_path / "pictures", tmp_path / "out", "--format", format) == 0
     (latent,) = (tmp_path / "out").glob(f"*.{format}")
@@ -169,7 +169,7 @@ def test_torn_latents_of_pictures_that_are_broken_now(tmp_path, format):
     assert contents(tmp_path / "out").keys() == {MANIFEST, SOURCES}
 
 
-def test_latents_of_pictures_that_are_gone(tmp_path):
+def test_latents_of_removed_pictures(tmp_path):
     for seed in range(5):
         save_noise(tmp_path / "pictures" / f"{seed}.png", 64, 64, seed)
     command = tmp_path / "pictures", tmp_path / "out", "--format", "safetensors"
@@ -186,7 +186,7 @@ def test_new_pictures_are_added(tmp_path, capsys):
             save_noise(pictures / name, 64, 64, seed)
         assert run(pictures, tmp_path / format, "--format", format) == 0
         save_noise(pictures / "a/1.png", 64, 64, 9)
-        save_noise(pictures / "aa/0.png", 64, 64, 10)  # classes and shards move
+        save_noise(pictures / "aa/0.png", 64, 64, 10)  # class numbers and shards change
         assert run(pictures, tmp_path / format, "--format", format) == 0
         assert run(pictures, tmp_path / f"{format}-new", "--format", format) == 0
         assert contents(tmp_path / format) == contents(tmp_path / f"{format}-new")
@@ -209,7 +209,7 @@ def test_settings_are_not_mixed(pictures, tmp_path, capsys, options, words):
     assert run(pictures / "emu", tmp_path) == 0
     before = contents(tmp_path)
     assert run(pictures / "emu", tmp_path, *options) == 2
-    assert f"{tmp_path} holds latents with {words}" in capsys.readouterr().err
+    assert f"{tmp_path} contains latents with {words}" in capsys.readouterr().err
     assert contents(tmp_path) == before
 
 
@@ -219,9 +219,9 @@ def test_other_weights_and_pictures_are_refused(pictures, tmp_path, model, capsy
         torch.nn.init.zeros_(parameter)
     other.save_pretrained(tmp_path / "model")
     assert run(pictures / "emu", tmp_path / "out", "--model", tmp_path / "model") == 2
-    assert "holds latents with weights" in capsys.readouterr().err
+    assert "contains latents with weights" in capsys.readouterr().err
     assert run(pictures / "cat", tmp_path / "out") == 2
-    assert "f.npy: of none of the pictures" in capsys.readouterr().err
+    assert "f.npy: latent of an unknown picture" in capsys.readouterr().err
     (tmp_path / "out" / MANIFEST).unlink()
     assert run(pictures / "emu", tmp_path / "out") == 2
     assert f"is not empty and has no {MANIFEST}" in capsys.readouterr().err
@@ -265,7 +265,7 @@ ON_CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: 
 
 
 class Small(torch.nn.Module):
-    """A model that has memory for two pictures."""
+    """A model that runs out of memory with more than two pictures."""
 
     def __init__(self, error):
         super().__init__()
@@ -280,7 +280,7 @@ class Small(torch.nn.Module):
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError(), ON_CPU, MemoryError()])
-def test_batches_that_do_not_fit_are_halved(error):
+def test_batches_too_large_for_memory_are_halved(error):
     model, pixels = Small(error), torch.arange(7 * 12, dtype=torch.uint8).view(7, 2, 2, 3)
     encode = BatchEncoder(model, 2.0, 8)
     latents = encode(pixels)
@@ -289,7 +289,7 @@ def test_batches_that_do_not_fit_are_halved(error):
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError(), ON_CPU, MemoryError(), RuntimeError("a fault")])
-def test_a_picture_that_does_not_fit(pictures, tmp_path, monkeypatch, capsys, error):
+def test_a_picture_too_large_for_memory(pictures, tmp_path, monkeypatch, capsys, error):
     def fail(*_):
         raise error
 
@@ -311,7 +311,7 @@ def test_a_failed_write_is_an_error(pictures, tmp_path, monkeypatch, capsys):
     assert "no space left" in capsys.readouterr().err
 
 
-def test_rotation_is_that_of_encode(tmp_path):
+def test_rotation_is_the_same_as_in_encode(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     ramp = np.tile(np.arange(64, dtype=np.uint8)[:, None, None] * 4, (1, 64, 3))
@@ -326,7 +326,7 @@ def test_rotation_is_that_of_encode(tmp_path):
     assert (seen - encoded).norm() < 1e-5 * encoded.norm() < (original - encoded).norm()
 
 
-def test_names_that_are_long_or_no_text(tmp_path, monkeypatch):
+def test_long_names_and_names_that_are_not_text(tmp_path, monkeypatch):
     folder = tmp_path / "p"
     folder.mkdir()
     names = [b"l" * 240 + b".png", b"new\nline.png", b"\xff.png"]
@@ -349,8 +349,8 @@ def test_found_ignored_and_failed_files_are_printed(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert "2 pictures: 1 .avif, 1 .png\n" in out
     names = ", ".join(f"{number}.txt" for number in range(8))
-    assert f"ignored, not a picture's suffix: {names}, ... and 2 more, listed in the manifest\n" in out
-    assert f"failed: {tmp_path / 'p' / 'c.png'}: c.jpg, c.png would all have the latent c\n" in err
+    assert f"ignored, no picture suffix: {names}, ... and 2 more, listed in the manifest\n" in out
+    assert f"failed: {tmp_path / 'p' / 'c.png'}: c.jpg, c.png would share the latent c; expected unique names\n" in err
     manifest = load_manifest(tmp_path / "out")
     assert len(manifest.ignored) == 10 and manifest.skipped == ("c.jpg", "c.png") and manifest.latents == 2
 
@@ -372,7 +372,7 @@ def test_max_pixels(pictures, tmp_path, capsys):
     assert run(pictures / "cat", tmp_path / "out", "--max-pixels", "0") == 2
 
 
-def test_another_run_in_the_folder(pictures, tmp_path, capsys):
+def test_the_folder_is_locked_during_a_run(pictures, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     program = (
         "import fcntl, sys\nfile = open(sys.argv[1], 'w')\nfcntl.lockf(file, fcntl.LOCK_EX)\nprint('held')\ninput()"

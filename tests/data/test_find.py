@@ -1,4 +1,4 @@
-"""Pictures found in folders; in shards see test_shards."""
+"""Finding pictures in folders. For shards, see test_shards."""
 
 import os
 import re
@@ -26,7 +26,7 @@ def test_flat(pictures):
     assert found.classes == () and {item.label for item in found.items} == {0}
 
 
-def test_everything_that_pillow_reads_and_names_of_the_rest(tmp_path):
+def test_all_formats_of_pillow_are_found_and_other_files_listed(tmp_path):
     kinds = {"a.JPG": "JPEG", "b.jfif": "JPEG", "c.avif": "AVIF", "d.jpe": "JPEG", "e.jp2": "JPEG2000", "f.mpo": "JPEG"}
     for name, kind in kinds.items():
         Image.new("RGB", (8, 8)).save(tmp_path / name, kind)
@@ -36,14 +36,14 @@ def test_everything_that_pillow_reads_and_names_of_the_rest(tmp_path):
     assert [item.name for item in found.items] == list(kinds)
     assert sorted(found.ignored) == [
         (".h.png", "hidden"),
-        ("g.mp4", "not a picture's suffix"),
-        ("none", "not a picture's suffix"),
-        ("notes.txt", "not a picture's suffix"),
-        ("scan.pdf", "not a picture's suffix"),
+        ("g.mp4", "no picture suffix"),
+        ("none", "no picture suffix"),
+        ("notes.txt", "no picture suffix"),
+        ("scan.pdf", "no picture suffix"),
     ]
 
 
-def test_one_stem_with_two_suffixes_and_files_that_cannot_be_read(tmp_path):
+def test_duplicate_stems_and_unreadable_files_fail(tmp_path):
     for name in ("a.jpg", "a.png", "b.png"):
         (tmp_path / name).write_bytes(png())
     (tmp_path / "c.png").symlink_to("absent.png")
@@ -51,8 +51,8 @@ def test_one_stem_with_two_suffixes_and_files_that_cannot_be_read(tmp_path):
     found = find_pictures(tmp_path)
     assert [item.name for item in found.items] == ["b.png"]
     assert dict(found.failed) == {
-        "a.jpg": "a.jpg, a.png would all have the latent a",
-        "a.png": "a.jpg, a.png would all have the latent a",
+        "a.jpg": "a.jpg, a.png would share the latent a; expected unique names",
+        "a.png": "a.jpg, a.png would share the latent a; expected unique names",
         "c.png": "No such file or directory",
         "d.png": "not a regular file",
     }
@@ -64,23 +64,23 @@ def test_sizes_and_times(tmp_path):
     assert [(item.size, item.time) for item in find_pictures(tmp_path).items] == [(3, 7)]
 
 
-def test_refused(tmp_path):
+def test_ambiguous_or_empty_folders_are_refused(tmp_path):
     def refuse(words, *options):
         with pytest.raises(DataError, match=re.escape(words)):
             find_pictures(tmp_path, *options)
 
-    refuse("no pictures here")
+    refuse("found no usable pictures")
     (tmp_path / "notes.txt").touch()
-    refuse(f"{tmp_path / 'notes.txt'}: not a picture's suffix")
+    refuse(f"{tmp_path / 'notes.txt'}: no picture suffix")
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "a.png").touch()
-    refuse(f"--member jpg: {tmp_path} has no .tar files", "jpg")
+    refuse(f"--member jpg: expected .tar shards in {tmp_path}, found none", "jpg")
     (tmp_path / "c" / "a.jpg").touch()
-    refuse("would all have the latent c/a")
+    refuse("would share the latent c/a")
     (tmp_path / "b.png").touch()
-    refuse("b.png: beside class folders")
+    refuse("b.png: picture beside class folders")
     shutil.rmtree(tmp_path / "c")
     save_shard(tmp_path / "a.tar", {"a.png": png()})
-    refuse("b.png: beside shards")
-    with pytest.raises(DataError, match="no such folder"):
+    refuse("b.png: picture beside .tar shards")
+    with pytest.raises(DataError, match="expected a folder or a .tar file, found neither"):
         find_pictures(tmp_path / "elsewhere")

@@ -1,4 +1,4 @@
-"""Files below a folder, each once, and what is left out."""
+"""Listing the files below a folder: each once, with ignored and failed ones."""
 
 import os
 
@@ -20,7 +20,7 @@ def test_order_and_hidden_files(tmp_path):
     assert listing.ignored == [(".git/", "hidden"), ("a/._2", "hidden")]
 
 
-def test_a_folder_is_read_once(tmp_path):
+def test_a_folder_is_listed_once(tmp_path):
     root = tmp_path / "root"
     touch(root, "cat/1", "cat/deep/2")
     touch(tmp_path / "elsewhere", "3", "more/4")
@@ -33,7 +33,7 @@ def test_a_folder_is_read_once(tmp_path):
     assert {name for name, _ in listing.ignored} == {f"{name}/" for name in links if name != "other"}
 
 
-def test_links_to_files_and_to_nothing_are_files(tmp_path):
+def test_file_links_and_dangling_links_are_files(tmp_path):
     touch(tmp_path, "1")
     for name, target in {"2": "1", "3": "absent", "4": "4"}.items():
         (tmp_path / name).symlink_to(target)

@@ -1,4 +1,4 @@
-"""A run of cache-latents that is killed and started again leaves what one that is not killed does."""
+"""A cache-latents run that is killed and restarted gives the same files as an uninterrupted run."""
 
 import multiprocessing
 import signal

@@ -1,4 +1,4 @@
-"""Folders of latents as a training run reads them."""
+"""`LatentDataset`: the folders of latents that training reads."""
 
 import pickle
 
@@ -34,7 +34,7 @@ def test_folders_of_the_original(tmp_path, names, labels):
 
 
 def test_classes_of_the_manifest(tmp_path):
-    """A class of which no picture could be read keeps its number."""
+    """A class without readable pictures keeps its number."""
     settings = Settings("m", "float32", 64, 1.0, "npy", "", (4, 2, 2))
     Manifest(settings, ("a", "b", "c"), latents=1).save(tmp_path)
     (tmp_path / "c").mkdir()
@@ -42,16 +42,16 @@ def test_classes_of_the_manifest(tmp_path):
     assert LatentDataset(tmp_path)[0][1] == 2
     (tmp_path / "d").mkdir()
     np.save(tmp_path / "d" / "0.npy", latent(0))
-    with pytest.raises(DataError, match="in none of the class folders"):
+    with pytest.raises(DataError, match="not in a class folder"):
         LatentDataset(tmp_path)
 
 
 @pytest.mark.parametrize("told", [None, 2])
-def test_a_cache_without_an_end(tmp_path, told):
+def test_an_unfinished_cache(tmp_path, told):
     Manifest(Settings("m", "float32", 64, 1.0, "npy", "", (4, 2, 2)), (), latents=told).save(tmp_path)
     np.save(tmp_path / "0.npy", latent(0))
     with pytest.raises(
-        DataError, match="holds 1 latents, and its manifest.json (says 2|is not finished); .* cache-latents"
+        DataError, match="contains 1 latents, but its manifest.json (lists 2|is not finished); .* cache-latents"
     ):
         LatentDataset(tmp_path)
 
@@ -73,13 +73,13 @@ def test_shards_in_processes(tmp_path, monkeypatch):
 
 
 BAD = {
-    "two sizes": (np.zeros((4, 2, 3), np.float32), r"a latent of shape \[4, 2, 3\]; expected \[4, 2, 2\], as in "),
+    "two sizes": (np.zeros((4, 2, 3), np.float32), r"latent of shape \[4, 2, 3\]; expected \[4, 2, 2\], as in "),
     "two dimensions": (np.zeros((4, 2), np.float32), r"float32 \[4, 2\]; expected floats \[c, h, w\]"),
     "integers": (np.zeros((4, 2, 2), np.int64), r"int64 \[4, 2, 2\]; expected floats"),
-    "NaN": (np.full((4, 2, 2), np.nan, np.float32), "has values that are not finite"),
-    "infinity": (np.full((4, 2, 2), np.inf, np.float16), "has values that are not finite"),
-    "too large for float32": (np.full((4, 2, 2), 1e300), "has values that are not finite"),
-    "objects": (np.full((4, 2, 2), None), "not a readable .npy file: holds pickled objects, not numbers"),
+    "NaN": (np.full((4, 2, 2), np.nan, np.float32), "contains NaN or infinity"),
+    "infinity": (np.full((4, 2, 2), np.inf, np.float16), "contains NaN or infinity"),
+    "too large for float32": (np.full((4, 2, 2), 1e300), "contains NaN or infinity"),
+    "objects": (np.full((4, 2, 2), None), "not a readable .npy file: contains pickled objects, not numbers"),
     "empty": (b"", "not a readable .npy file: "),
     "torn": (b"\x93NUMPY\x01\x00v\x00{'descr': '<f4'", "not a readable .npy file: "),
     "a zip file": (b"PK\x03\x04", "not a readable .npy file: "),
@@ -116,11 +116,11 @@ def test_big_endian_and_fortran_order(tmp_path):
         ({"latents": torch.zeros(2, 4, 2, 3)}, r"latents are F32 \[2, 4, 2, 3\]; expected floats \[2, 4, 2, 2\]"),
         ({"latents": torch.zeros(3, 4, 2, 2)}, r"latents are F32 \[3, 4, 2, 2\]; expected floats \[2, 4, 2, 2\]"),
         ({"latents": torch.zeros(2, 4, 2, 2, dtype=torch.int32)}, "latents are I32"),
-        ({"classes": torch.tensor([0, 2])}, "latent 1 has class 2; expected less than 2, as in manifest.json"),
+        ({"classes": torch.tensor([0, 2])}, "latent 1 has class 2; expected 0 to 1, as in manifest.json"),
         ({"classes": torch.tensor([-1, 0])}, "latent 0 has class -1"),
         ({"classes": torch.tensor(0)}, r"latents are F32 \[2, 4, 2, 2\]; expected floats \[1, 4, 2, 2\]"),
         ({"classes": None}, "not a readable shard of latents"),
-        ({"names": "[]"}, "has 2 latents, but not a name for each"),
+        ({"names": "[]"}, "expected 2 names in its metadata, one per latent"),
         ({"names": "torn"}, "not a readable shard of latents"),
     ],
 )
@@ -142,7 +142,7 @@ def test_a_latent_in_a_shard_that_is_not_finite(tmp_path):
     save_file({"latents": z, "classes": torch.tensor([0, 1])}, path, {"names": '["a/x", "b/y"]'})
     dataset = LatentDataset(tmp_path)
     assert dataset[0][1] == 0
-    with pytest.raises(DataError, match=f"{path}/b/y: has values that are not finite"):
+    with pytest.raises(DataError, match=f"{path}/b/y: contains NaN or infinity"):
         dataset[1]
 
 
@@ -154,8 +154,10 @@ def test_a_latent_is_read_once_through_links(tmp_path):
 
 
 def test_no_latents(tmp_path):
-    with pytest.raises(DataError, match="no latents here"):
+    with pytest.raises(DataError, match="expected a folder written by `dcae-fast cache-latents`, found no latents"):
         LatentDataset(tmp_path)
     save_file({"latents": torch.zeros(1, 4, 2, 2)}, tmp_path / "latents-000000.safetensors")
-    with pytest.raises(DataError, match=r"latents-\*.safetensors without manifest.json; `dcae-fast cache-latents`"):
+    with pytest.raises(
+        DataError, match=r"`dcae-fast cache-latents`, found latents-\*.safetensors without manifest.json"
+    ):
         LatentDataset(tmp_path)

@@ -1,4 +1,4 @@
-"""Statistics against the original's, and what a manifest refuses."""
+"""Statistics equal the original's, and invalid manifests are refused."""
 
 import json
 
@@ -35,7 +35,7 @@ def test_round_trip(tmp_path):
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", json.dumps({"settings": {"model": "m"}, "classes": [], "skipped": []})]
 )
-def test_something_else(tmp_path, text):
+def test_files_that_are_not_manifests(tmp_path, text):
     (tmp_path / MANIFEST).write_text(text)
     with pytest.raises(DataError, match="not a manifest"):
         load_manifest(tmp_path)

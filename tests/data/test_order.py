@@ -1,4 +1,4 @@
-"""The order of the data, against the original's."""
+"""The order of the data equals the original's."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Crops of pictures."""
+"""Centre crops of pictures."""
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ def test_crops(pictures):
     assert [found.items[index].name for index, _ in batch.failed] == [BROKEN] and "truncated" in batch.failed[0][1]
     assert [found.items[index].name for index in batch.indices] == sorted(SIZES)
     assert batch.pixels.dtype == torch.uint8 and batch.pixels.shape == (len(SIZES), 64, 64, 3)
-    with Image.open(pictures / "cat/a.png") as image:  # has the size already
+    with Image.open(pictures / "cat/a.png") as image:  # already has the target size
         assert np.array_equal(batch.pixels[0], np.asarray(image))
 
 
@@ -37,7 +37,7 @@ def test_crops_as_the_original(reference, open_case, tmp_path):
 
 
 def test_modes(tmp_path):
-    """Grey of 16 bits is that of 8; others as torchvision has them."""
+    """16-bit grey becomes 8-bit grey; other modes are converted as torchvision converts them."""
     grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "wide.png")
     Image.fromarray(grey).save(tmp_path / "narrow.png")
@@ -66,7 +66,7 @@ def turned_and_transparent(folder):
     frames[0].save(folder / "moving.gif", save_all=True, append_images=frames[1:])
 
 
-def test_crops_as_seen_are_what_encode_reads(tmp_path):
+def test_crops_as_seen_equal_what_encode_reads(tmp_path):
     turned_and_transparent(tmp_path / "p")
     found = find_pictures(tmp_path / "p")
     batch = collate(list(CropDataset(found, range(6), 16, images.as_seen)))
@@ -80,7 +80,7 @@ def test_crops_as_seen_are_what_encode_reads(tmp_path):
     assert only_8_bits.pixels.dtype == torch.uint8
 
 
-def test_crops_as_the_original_are_not_turned(tmp_path):
+def test_crops_as_the_original_are_not_rotated(tmp_path):
     turned_and_transparent(tmp_path / "p")
     found = find_pictures(tmp_path / "p")
     as_original, as_seen = (
@@ -93,7 +93,7 @@ def test_crops_as_the_original_are_not_turned(tmp_path):
     assert differs == {"turned.png", "transparent.png", "palette.png"}
 
 
-def test_pictures_that_are_too_large_are_named(tmp_path):
+def test_too_large_pictures_are_reported(tmp_path):
     for name, size in {"small": (16, 16), "large": (40, 40), "long": (1, 60)}.items():
         Image.new("RGB", size).save(tmp_path / f"{name}.png")
     found = find_pictures(tmp_path)

@@ -1,4 +1,4 @@
-"""cache-latents on two and three ranks, started as torchrun does: the same folder as on one."""
+"""cache-latents on two and three ranks, started as torchrun starts them, gives the same folder as on one."""
 
 import json
 import os
@@ -20,12 +20,12 @@ def free_port() -> int:
 
 
 def run_ranks(function, ranks: int, *args) -> None:
-    """function(rank, ranks, *args) in so many processes, forked so that they need not import anything."""
+    """Runs function(rank, ranks, *args) in `ranks` forked processes, which need no imports."""
     torch.multiprocessing.start_processes(function, (ranks, *args), ranks, start_method="fork")
 
 
 def start(rank: int, ranks: int, port: int, log: Path, commands: list[list[str]]) -> None:
-    """In each process: the commands, one after another; what it wrote and their statuses go into the log folder."""
+    """Runs the commands in each process; writes its output and the exit statuses to the log folder."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(ranks)}
     written = []
@@ -76,11 +76,11 @@ def exchange(rank: int, ranks: int, port: int, log: Path) -> None:
 
 def test_exchange(tmp_path, capfd):
     run_ranks(exchange, 2, free_port(), tmp_path)
-    lines = capfd.readouterr().out.splitlines()  # gloo may write some too
+    lines = capfd.readouterr().out.splitlines()  # gloo may print lines, too
     assert [line for line in lines if "only one line" in line] == ["only one line, from rank 0"]
 
 
-def test_alone(capsys):
+def test_a_single_process(capsys):
     with distributed.process_group(torch.device("cpu")):
         x = torch.ones(2)
         assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)

@@ -1,4 +1,4 @@
-"""What became of the pictures since their latents were made."""
+"""Pictures that changed or disappeared since their latents were encoded."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def paint(path, colour, *times):
 
 @pytest.mark.parametrize("format", ["npy", "safetensors"])
 @pytest.mark.parametrize("when", [1, 4 * 10**18])
-def test_latents_of_pictures_that_changed_are_made_anew(tmp_path, capsys, format, when):
+def test_changed_pictures_are_encoded_again(tmp_path, capsys, format, when):
     for name in "abcd":
         paint(tmp_path / "p" / f"{name}.png", "red", 10**18, 10**18)
     command = tmp_path / "p", tmp_path / "out", "--format", format
@@ -40,13 +40,13 @@ def test_latents_of_pictures_that_changed_are_made_anew(tmp_path, capsys, format
     paint(tmp_path / "p" / "b.png", "blue", when, when)
     capsys.readouterr()
     assert run(*command) == 0
-    told = capsys.readouterr().out
-    assert "1 pictures changed" in told and "1 latents in" in told and "3 latents existed" in told
+    printed = capsys.readouterr().out
+    assert "1 pictures changed" in printed and "1 latents in" in printed and "3 latents existed" in printed
     unchanged = sum(path.stat().st_mtime_ns == time for path, time in before.items())
     assert unchanged == (3 if format == "npy" else 1)
     assert run(tmp_path / "p", tmp_path / "new", "--format", format) == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "new")
-    (tmp_path / "p" / "c.png").write_bytes(b"")  # no latent of what it was remains
+    (tmp_path / "p" / "c.png").write_bytes(b"")  # its old latent is removed
     assert run(*command) == 1 and len(LatentDataset(tmp_path / "out")) == 3
 
 
@@ -64,15 +64,15 @@ def test_members_that_changed(tmp_path, format):
 
 
 @pytest.mark.parametrize("format", ["npy", "safetensors"])
-def test_pictures_that_cannot_be_taken_any_more(tmp_path, capsys, format):
+def test_pictures_that_became_unreadable(tmp_path, capsys, format):
     for name in "ab":
         save_shard(tmp_path / "p" / f"{name}.tar", {"0.png": png(64, 64), "1.png": png(64, 64)})
     command = tmp_path / "p", tmp_path / "out", "--format", format
     assert run(*command) == 0
     (tmp_path / "p" / "a.tar").write_bytes(b"torn")
     save_shard(tmp_path / "p" / "b.tar", {"0.png": png(64, 64), "1.png": png(64, 64), "1.jpg": png(64, 64)})
-    if format == "safetensors":  # of two shards of latents one is left
-        assert run(*command) == 2 and "make all anew with --overwrite" in capsys.readouterr().err
+    if format == "safetensors":  # one of two shards of latents remains
+        assert run(*command) == 2 and "encode everything again with --overwrite" in capsys.readouterr().err
         command += ("--overwrite",)
     assert run(*command) == 1
     assert load_manifest(tmp_path / "out").skipped == ("a.tar", "b.tar/1.png", "b.tar/1.jpg")
@@ -87,25 +87,28 @@ def test_overwrite(pictures, tmp_path, before, after):
     assert run(pictures / "emu", tmp_path / "new", *again) == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "new")
     (tmp_path / "out" / MANIFEST).unlink()
-    assert run(pictures / "emu", tmp_path / "out", *again, "--overwrite") == 2  # whose files these are is not known
+    # without a manifest, nothing shows that the files may be deleted
+    assert run(pictures / "emu", tmp_path / "out", *again, "--overwrite") == 2
 
 
 def test_a_folder_of_an_earlier_version(pictures, tmp_path, capsys):
-    """It has no sources.json, and its pictures were taken as the original takes them."""
+    """The folder has no sources.json, and its pictures were read as the original reads them."""
     assert run(pictures / "cat", tmp_path / "out", "--as-original") == 0
     (tmp_path / "out" / SOURCES).unlink()
     manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
     del manifest["ignored"], manifest["settings"]["as_original"]
     (tmp_path / "out" / MANIFEST).write_text(json.dumps(manifest))
     assert run(pictures / "cat", tmp_path / "out") == 2
-    assert "as_original True, not False; give the same options" in capsys.readouterr().err
+    assert "as_original True, not False; give the options of these latents" in capsys.readouterr().err
     assert run(pictures / "cat", tmp_path / "out", "--as-original") == 0
     assert "3 latents existed already" in capsys.readouterr().out
 
 
-def test_a_garbled_record_of_sources(pictures, tmp_path, capsys):
+def test_an_invalid_sources_file(pictures, tmp_path, capsys):
     assert run(pictures / "emu", tmp_path) == 0
     (tmp_path / SOURCES).write_text('{"f": ["f.png", 1]}')
     assert run(pictures / "emu", tmp_path) == 2
-    assert f"{tmp_path / SOURCES}: not readable: expected a name, a size and a time" in capsys.readouterr().err
+    assert (
+        f"{tmp_path / SOURCES}: cannot be read: expected [name, size, time] for each picture" in capsys.readouterr().err
+    )
     assert run(pictures / "emu", tmp_path, "--overwrite") == 0

@@ -12,7 +12,7 @@ SIZES = {"a.png": (64, 64), "b.png": (150, 70), "c.jpg": (40, 50), "d.png": (64,
 
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory) -> Path:
-    """The bundled photograph, five parts of it, and nothing else."""
+    """A folder with the bundled photograph and five crops of the photograph."""
     folder = tmp_path_factory.mktemp("photographs")
     with Image.open(images.demo_photograph()) as photograph:
         photograph.save(folder / "whole.png")
@@ -24,7 +24,7 @@ def photographs(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def stand_ins(monkeypatch):
-    """stand_ins("fid"): only these of the networks are there, as small functions."""
+    """stand_ins(*names) makes only these networks available, as small functions; without names, all."""
 
     def replace(*names: str) -> None:
         for name, loader in use(*names).items():

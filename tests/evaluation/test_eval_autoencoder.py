@@ -1,4 +1,4 @@
-"""`dcae-fast eval-autoencoder` with the bundled model and stand-ins for the networks."""
+"""`dcae-fast eval-autoencoder` with the bundled model and stand-ins for the pretrained networks."""
 
 import json
 import math
@@ -30,7 +30,7 @@ def results(out) -> dict:
 
 @pytest.fixture(scope="module")
 def expected(photographs) -> dict[str, float]:
-    """Picture by picture, from the model and torchmetrics alone."""
+    """The expected figures, computed picture by picture with only the model and torchmetrics."""
     from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
     model, rows, x, y, z = DCAE.from_pretrained("dc-ae-tiny"), [], [], [], []
@@ -57,14 +57,14 @@ def test_all_metrics(photographs, tmp_path, stand_ins, expected, capsys):
     content = results(tmp_path)
     figures = content["models"]["dc-ae-tiny"]
     assert list(figures) == list(COLUMNS) and content["settings"]["images"] == 6
-    for name in COLUMNS:  # batches of two round differently, and a grey level may flip
+    for name in COLUMNS:  # batches of two round differently, which may change a grey level
         assert figures[name] == pytest.approx(expected[name], rel=1e-3), name
     heading, row = (line.split() for line in capsys.readouterr().out.splitlines()[:2])
     assert heading == "model latent mean rms std rFID PSNR SSIM LPIPS CLIP-IQA".split()
     assert row == ["dc-ae-tiny", *(f"{figures[name]:.4f}" for name in COLUMNS)]
 
 
-def test_pictures_of_the_best_median_and_worst(photographs, tmp_path, stand_ins):
+def test_example_pictures(photographs, tmp_path, stand_ins):
     assert cli.main(command(photographs, tmp_path)) == 0
     with Image.open(tmp_path / "examples.png") as sheet:
         assert sheet.height == 3 * (64 + 64) and sheet.width >= 2 * 64
@@ -72,7 +72,7 @@ def test_pictures_of_the_best_median_and_worst(photographs, tmp_path, stand_ins)
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_agree(photographs, tmp_path, stand_ins, ranks):
-    """Means over pictures to the last bit; sums of features in fp64."""
+    """Means over pictures agree to the last bit; sums of features agree in float64 precision."""
     run_ranks(ranks, command(photographs, tmp_path / "many"))
     assert cli.main(command(photographs, tmp_path / "one")) == 0
     many, one = (results(tmp_path / name)["models"]["dc-ae-tiny"] for name in ("many", "one"))
@@ -100,7 +100,7 @@ def test_against_another_model(photographs, tmp_path, stand_ins):
 
 
 def test_against_eager(photographs, tmp_path, stand_ins, monkeypatch, capsys):
-    """Only the first is patched; the patch is a stand-in, as kernels would take minutes under TRITON_INTERPRET."""
+    """Only the first model is patched. `patch` is a stand-in: kernels would take minutes under TRITON_INTERPRET."""
 
     def patch(model: DCAE, max_memory: None) -> None:
         model.encoder.register_forward_hook(lambda module, args, z: 2 * z)
@@ -124,7 +124,7 @@ def test_a_reference_file(photographs, tmp_path, stand_ins, expected):
 
 
 def test_missing_networks_and_broken_pictures(photographs, tmp_path, stand_ins, capsys):
-    """What can be computed is; the status says that something is not."""
+    """The other figures are computed, and the exit status is 1."""
     stand_ins("clip_iqa")
     assert cli.main(command(photographs, tmp_path)) == 1
     assert list(results(tmp_path)["models"]["dc-ae-tiny"]) == ["mean", "rms", "std", "psnr", "ssim", "clip_iqa"]
@@ -142,14 +142,14 @@ def test_missing_networks_and_broken_pictures(photographs, tmp_path, stand_ins, 
 
 
 def test_a_single_picture(tmp_path, stand_ins):
-    """Has no rFID, and one rank of two has nothing to do."""
+    """A single picture has no rFID, and one of two ranks has nothing to do."""
     photographs = images.demo_photograph().parent
     run_ranks(2, command(photographs, tmp_path))
     assert list(results(tmp_path)["models"]["dc-ae-tiny"]) == [name for name in COLUMNS if name != "rfid"]
 
 
 def test_pictures_that_are_reproduced_exactly(photographs, tmp_path, stand_ins, monkeypatch, capsys):
-    """Their PSNR is infinite, which JSON cannot say."""
+    """An infinite PSNR becomes null in results.json."""
     reconstruct = autoencoder.reconstruct
 
     def exactly(model: DCAE, pixels: torch.Tensor) -> autoencoder.Reconstructed:
@@ -172,7 +172,7 @@ def test_no_picture_can_be_read(tmp_path, stand_ins, capsys):
     assert "no picture could be measured" in errors and "failed: a.png" in errors
 
 
-def test_the_largest_picture(photographs, tmp_path, stand_ins, capsys):
+def test_max_pixels(photographs, tmp_path, stand_ins, capsys):
     assert cli.main(command(photographs, tmp_path, "--max-pixels", "10000")) == 1
     whole, b = sorted(line for line in capsys.readouterr().err.splitlines() if line.startswith("failed: "))[::-1]
     assert whole == "failed: whole.png: has more than 10000 pixels; --max-pixels raises the limit"
@@ -180,19 +180,19 @@ def test_the_largest_picture(photographs, tmp_path, stand_ins, capsys):
     assert json.loads((tmp_path / "results.json").read_text())["settings"]["images"] == 4
 
 
-def test_wrong_requests(photographs, tmp_path, stand_ins, capsys):
+def test_invalid_requests(photographs, tmp_path, stand_ins, capsys):
     Moments.of(torch.rand(5, 3)).save(tmp_path / "short.npz")
     assert cli.main(command(photographs, tmp_path / "short", "--reference", tmp_path / "short.npz")) == 2
     assert not any((tmp_path / "short").iterdir())
-    assert "6 and of 3 features" in capsys.readouterr().err
+    assert "--reference: has features of length 3; expected 6" in capsys.readouterr().err
     for argv in (["--resolution", "50"], ["--batch", "0"], ["--reference", tmp_path / "absent.npz"]):
         assert cli.main(command(photographs, tmp_path / "out", *argv)) == 2
         assert str(argv[1]) in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_results_without_a_place(photographs, tmp_path, stand_ins, monkeypatch, capsys):
-    """Are not computed."""
+def test_an_output_folder_that_cannot_be_made(photographs, tmp_path, stand_ins, monkeypatch, capsys):
+    """Nothing is computed if the output folder cannot be made."""
     monkeypatch.setattr(autoencoder, "evaluate", None)
     (tmp_path / "file").touch()
     assert cli.main(command(photographs, tmp_path / "file" / "out")) == 2

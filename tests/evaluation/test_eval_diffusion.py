@@ -37,7 +37,7 @@ def references(tmp_path_factory) -> list[str]:
 
 
 def command(model: str, out, *argv) -> list[str]:
-    """Eleven samples in batches of two, the last of one."""
+    """Eleven samples in batches of two; the last batch has one sample."""
     settings = ["--samples", "11", "--batch", "2", "--device", "cpu", "--no-patch"]
     return ["eval-diffusion", "--model", model, "--out", str(out), *settings, *map(str, argv)]
 
@@ -53,7 +53,7 @@ def load_npz(out) -> np.ndarray:
 
 
 def test_samples_and_figures(models, references, tmp_path, stand_ins, capsys):
-    """The samples are what the model gives for the classes; the figures what the metrics give for them."""
+    """The samples equal the model's samples of the classes; the figures equal the metrics of these samples."""
     assert cli.main(command(models["uvit"], tmp_path, "--save", "npz", "--cfg", "2", *references)) == 0
     pixels = load_npz(tmp_path)
     assert pixels.shape == (11, 8, 8, 3) and pixels.dtype == np.uint8
@@ -92,7 +92,7 @@ def test_ranks_agree(models, references, tmp_path, stand_ins, ranks):
 
 
 def slowly(run: list[str], batches, last: int) -> None:
-    """The command, ended by nobody but the test: the last of its batches never comes."""
+    """Runs the command, which never finishes its last batch, until the test kills it."""
 
     def features_or_wait(pictures: torch.Tensor) -> torch.Tensor:
         if len(list(batches.glob("[0-9]*"))) >= last:
@@ -103,9 +103,9 @@ def slowly(run: list[str], batches, last: int) -> None:
     cli.main(run)
 
 
-@pytest.mark.parametrize("model", ["uvit", "dit"])  # dit draws noise on the way too
-def test_killed_and_continued(models, references, tmp_path, stand_ins, capsys, model):
-    """kill -9, then a torn file and the rest on two ranks: the same samples and figures."""
+@pytest.mark.parametrize("model", ["uvit", "dit"])  # dit also draws noise in each step
+def test_a_killed_run_is_resumed(models, references, tmp_path, stand_ins, capsys, model):
+    """After kill -9 and a damaged file, two ranks finish the run with the same samples and figures."""
     options = ["--save", "png", "--seed", "3", *references]
     run, batches = command(models[model], tmp_path / "killed", *options), tmp_path / "killed" / "batches"
     process = multiprocessing.get_context("fork").Process(target=slowly, args=(run, batches, 3))
@@ -134,8 +134,8 @@ def test_killed_and_continued(models, references, tmp_path, stand_ins, capsys, m
     assert "6 of 6 batches existed already" in capsys.readouterr().out
 
 
-def test_damaged_samples_are_drawn_again(models, references, tmp_path, stand_ins, capsys):
-    """A bit of a batch, and pictures that are cut or changed; what a killed process left half written is removed."""
+def test_damaged_samples_are_generated_again(models, references, tmp_path, stand_ins, capsys):
+    """Damaged batches and pictures are replaced, and temporary files of killed processes are removed."""
     run = command(models["uvit"], tmp_path, "--save", "png", *references)
     assert cli.main(run) == 0
     whole = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -153,8 +153,8 @@ def test_damaged_samples_are_drawn_again(models, references, tmp_path, stand_ins
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == whole
 
 
-def test_batches_of_earlier_versions_count(models, tmp_path, stand_ins, capsys):
-    """They have no hash."""
+def test_batches_of_earlier_versions_are_kept(models, tmp_path, stand_ins, capsys):
+    """Their files contain no hash."""
     assert cli.main(command(models["uvit"], tmp_path)) == 0
     for path in (tmp_path / "batches").iterdir():
         save_file(load_file(path), path)
@@ -173,7 +173,7 @@ def test_two_evaluations_in_one_folder(models, tmp_path, stand_ins, capsys, lock
 
 
 def test_a_full_disk(models, references, tmp_path, stand_ins, capsys, full_disk):
-    """The file is named and nothing is torn."""
+    """The error names the file, and no file is incomplete."""
     assert cli.main(command(models["uvit"], tmp_path, "--save", "npz", "--samples", 48, *references)) == 2
     assert f"dcae-fast: {tmp_path}/samples.npz: not written: File too large" in capsys.readouterr().err
     assert not list(tmp_path.rglob(".*")) and not (tmp_path / "samples.npz").exists()
@@ -195,7 +195,7 @@ def test_other_settings_need_another_folder(models, tmp_path, stand_ins, capsys)
     assert "not empty" in capsys.readouterr().err
 
 
-def test_a_missing_network_that_comes_later(models, references, tmp_path, stand_ins, capsys):
+def test_a_network_that_is_installed_later(models, references, tmp_path, stand_ins, capsys):
     stand_ins("cmmd")
     run = command(models["uvit"], tmp_path / "one", *references)
     assert cli.main(run) == 1
@@ -218,7 +218,7 @@ def test_a_released_model_without_a_connection(tmp_path, stand_ins, monkeypatch,
     assert "HF_HUB_OFFLINE is set" in error and f"hf download mit-han-lab/{name} --local-dir" in error
 
 
-def test_nothing_is_sampled_for_nothing(models, tmp_path, stand_ins, capsys):
+def test_without_networks_nothing_is_sampled(models, tmp_path, stand_ins, capsys):
     stand_ins("lpips")
     assert cli.main(command(models["uvit"], tmp_path / "out")) == 1
     assert networks.INCEPTION_FILE in capsys.readouterr().err and not list(tmp_path.glob("out/batches/*"))
@@ -226,7 +226,7 @@ def test_nothing_is_sampled_for_nothing(models, tmp_path, stand_ins, capsys):
     assert len(load_npz(tmp_path / "out")) == 11
 
 
-def test_wrong_requests(models, tmp_path, stand_ins, capsys):
+def test_invalid_requests(models, tmp_path, stand_ins, capsys):
     np.save(tmp_path / "wrong.npy", np.zeros((5, 4), np.float32))
     np.save(tmp_path / "flat.npy", np.zeros(5, np.float32))
     for rows in (0, 3, 4):
@@ -238,8 +238,8 @@ def test_wrong_requests(models, tmp_path, stand_ins, capsys):
         (["--steps", "0"], "steps"),
         (["--fid", tmp_path / "absent.npz"], "absent.npz"),
         (["--cmmd", tmp_path / "flat.npy"], "flat.npy"),
-        (["--cmmd", tmp_path / "wrong.npy"], "--cmmd: its features have length 4; expected 6"),
-        (["--precision-recall", tmp_path / "wrong.npy"], "--precision-recall: its features have length 4"),
+        (["--cmmd", tmp_path / "wrong.npy"], "--cmmd: has features of length 4; expected 6"),
+        (["--precision-recall", tmp_path / "wrong.npy"], "--precision-recall: has features of length 4; expected 6"),
         (["--precision-recall", tmp_path / "3.npy"], "--precision-recall: has 3 pictures; expected at least 4"),
         (["--cmmd", tmp_path / "0.npy"], "--cmmd: has 0 pictures; expected at least 1"),
         (["--precision-recall", tmp_path / "4.npy", "--samples", "3"], "--samples 3: expected at least 4 for --prec"),

@@ -1,4 +1,4 @@
-"""The mathematics of the metrics on the original's values, without any network."""
+"""The formulas of the metrics give the original's values. No network is needed."""
 
 import zipfile
 from functools import partial
@@ -80,7 +80,7 @@ def test_inception_score(pipeline):
 
 
 def test_maximum_mean_discrepancy(pipeline, monkeypatch):
-    """The original computes in fp32, where the value has some four digits."""
+    """The original computes in float32, which gives about four correct digits."""
     tensors, expected = pipeline.tensors("cmmd"), pipeline.file_meta["cmmd"]
     one, other = tensors["embeddings_1"], tensors["embeddings_2"]
     got = metrics.maximum_mean_discrepancy(one, other, expected["sigma"], expected["scale"])
@@ -113,7 +113,7 @@ def test_statistics_files(tmp_path):
             Moments.load(tmp_path / f"{name}.npz")
 
 
-GARBLED = b"\x93NUMPY\x01\x00\x10\x00{'a':(((((((((\n      "  # for which numpy raises TokenError
+GARBLED = b"\x93NUMPY\x01\x00\x10\x00{'a':(((((((((\n      "  # numpy raises TokenError for this header
 
 
 def test_damaged_files(tmp_path):
@@ -143,5 +143,5 @@ def test_too_few_pictures():
     for few in (moments, Moments.of):
         with pytest.raises(DataError, match="1 pictures"):
             few(torch.ones(1, 3))
-    with pytest.raises(DataError, match="3 and of 4 features"):
+    with pytest.raises(DataError, match="3 and 4 features"):
         metrics.frechet_distance(moments(torch.randn(9, 3)), moments(torch.randn(9, 4)))

@@ -1,4 +1,4 @@
-"""`dcae-fast reference-stats`: what it writes, from folders and from .npz files."""
+"""`dcae-fast reference-stats`: the files that it writes, from folders and from .npz files."""
 
 import errno
 import logging
@@ -51,7 +51,7 @@ def test_a_folder(photographs, tmp_path, stand_ins, ranks):
 
 @pytest.mark.parametrize("save, ranks", [(np.savez, 1), (np.savez_compressed, 1), (np.savez, 3)])
 def test_a_reference_batch(tmp_path, stand_ins, save, ranks):
-    """Five pictures in batches of two: as many as each file of ADM has they would not fit in memory."""
+    """Five pictures in batches of two, since whole files of ADM would not fit in memory."""
     pixels = np.random.default_rng(0).integers(0, 256, (5, 8, 12, 3), np.uint8)
     save(tmp_path / "VIRTUAL_small.npz", arr_0=pixels)
     run = command(tmp_path / "VIRTUAL_small.npz", tmp_path)
@@ -60,7 +60,7 @@ def test_a_reference_batch(tmp_path, stand_ins, save, ranks):
 
 
 def test_a_missing_network(photographs, tmp_path, stand_ins, capsys):
-    """The other files are written; the message says which file is to be put where."""
+    """The other files are written, and the message says which weight file to put where."""
     stand_ins("cmmd")
     assert cli.main(command(photographs, tmp_path)) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cmmd.npy"]
@@ -71,7 +71,7 @@ def test_a_missing_network(photographs, tmp_path, stand_ins, capsys):
     assert networks.CLIP_336 in capsys.readouterr().err
 
 
-def test_a_silent_hub_is_asked_once(monkeypatch):
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
     def silent(url):
         raise ConnectionError(url)
 
@@ -86,13 +86,13 @@ def test_a_missing_package(monkeypatch):
         raise ModuleNotFoundError("No module named 'torchvision'", name="torchvision")
 
     monkeypatch.setitem(networks.LOADERS, "lpips", loader)
-    reason = r"lpips: no package torchvision: pip install 'dcae_fast\[eval\]'"
+    reason = r"lpips: package torchvision is not installed: pip install 'dcae_fast\[eval\]'"
     with pytest.raises(networks.MissingNetwork, match=reason):
         networks.load("lpips", torch.device("cpu"))
 
 
 def test_libraries_are_quiet(monkeypatch, recwarn, caplog):
-    """Only while they are loaded."""
+    """Warnings are suppressed only while the libraries are loaded."""
     log = logging.getLogger("library")
 
     def loader(device):
@@ -107,7 +107,7 @@ def test_libraries_are_quiet(monkeypatch, recwarn, caplog):
     assert caplog.messages == ["heard"]
 
 
-def test_wrong_requests(photographs, tmp_path, stand_ins, capsys):
+def test_invalid_requests(photographs, tmp_path, stand_ins, capsys):
     def refused(*argv) -> str:
         assert cli.main(["reference-stats", *map(str, argv), "--device", "cpu"]) == 2
         return capsys.readouterr().err
