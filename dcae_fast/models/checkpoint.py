@@ -113,7 +113,7 @@ def _is_diffusers(config: Mapping) -> bool:
 
 def _parse_config(given: Mapping, path: Path) -> DCAEConfig:
     try:
-        fields.Section(given).same({"_class_name": "AutoencoderDC"})  # diffusers' models always say their class
+        fields.Section(given).same({"_class_name": "AutoencoderDC"})  # if present, as in diffusers' models
         if _is_diffusers(given):
             return convert.config_from_diffusers(given)
         if "model_name" in given:

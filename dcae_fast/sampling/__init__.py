@@ -1,18 +1,18 @@
-"""Sampling latents and the losses that train the networks for it, under the original's names.
+"""Samplers of latents, and the losses that train networks for them. Names are those of the original.
 
     network = guided(model, labels, null_label=1000, scale=1.5)
     z = SAMPLERS["DPM_Solver"](network, torch.randn(len(labels), 128, 8, 8))
 
 Every sampler is a function sample(network, noise, steps, generator, run) -> latents:
 
-network: called as network(x, t) with x [B, C, h, w] and t a float in the sampler's own unit of time; returns x.dtype.
-    `guided` makes one of a model. Wrap it to follow the progress or to record the states.
-noise: [B, C, h, w], standard normal, float32 or float64: the start, and the dtype of all arithmetic of the sampler.
-steps: how finely time is divided; each sampler says how often it calls the network. ValueError outside its range.
-generator: for the noise that SDE and GaussianDiffusion add on the way, on the device of `noise`.
-run: how a step is computed, run(network, step, x, *noise) -> x: by `steps.run`, or by something that captures it.
+network: called as network(x, t), with x [B, C, h, w] and the float t in the sampler's unit of time; returns x.dtype.
+    `guided` makes such a function from a model. Wrap the function to show progress or to record states.
+noise: [B, C, h, w], standard normal, float32 or float64: the initial state. The sampler computes in this dtype.
+steps: number of steps; each sampler documents how often it calls the network. ValueError outside the sampler's range.
+generator: for the noise that SDE and GaussianDiffusion add in each step, on the device of `noise`.
+run: computes a step, run(network, step, x, *noise) -> x: `steps.run`, or a function that captures and replays steps.
 
-A sampler belongs to the network's training:
+A sampler fits networks that were trained with the objective in the second column:
 
     sampler                      training           time of the network
     DPM_Solver                   DPM_Solver         1 (least noise) ... 1000

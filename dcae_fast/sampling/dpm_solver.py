@@ -2,7 +2,7 @@
 
     x_t = α_t z + σ_t ε,    σ_t = √(1 - α_t²),    λ_t = ln(α_t / σ_t),    t in [0.001, 1], network time 1000 t
 
-As the original samples: in steps of third order ("fast single-step"), uniform in time, ending at t = 0.001.
+As in the original: steps of third order ("fast single-step"), uniform in time, ending at t = 0.001.
 """
 
 import math
@@ -17,12 +17,12 @@ from .arguments import Network, check
 
 
 def betas() -> torch.Tensor:
-    """β_n of n = 1 ... 1000, float64: linspace(√0.00085, √0.012)²."""
+    """β_n for n = 1 ... 1000, float64: linspace(√0.00085, √0.012)²."""
     return torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
 
 
 def log_alpha(t: torch.Tensor) -> torch.Tensor:
-    """ln α(t), float64: at t = n / 1000 it is ½ Σ_{i<=n} ln(1 - β_i), and linear between these knots."""
+    """ln α(t), float64: ½ Σ_{i<=n} ln(1 - β_i) at the knots t = n / 1000, linear between the knots."""
     table = torch.log1p(-betas()).cumsum(0) / 2
     position = 1000 * t.double() - 1
     left = position.floor().clamp(0, 998).long()
@@ -30,7 +30,7 @@ def log_alpha(t: torch.Tensor) -> torch.Tensor:
 
 
 def orders(steps: int) -> list[int]:
-    """The orders of the updates, which add up to `steps`: as many of order 3 as leave a last one of order 1 or 2."""
+    """The orders of the updates. Their sum is `steps`; all are 3 but the last one or two, and the last is 1 or 2."""
     if steps % 3 == 0:
         return [3] * (steps // 3 - 1) + [2, 1]
     return [3] * (steps // 3) + [steps % 3]
@@ -60,7 +60,7 @@ def sample(
     generator: torch.Generator | None = None,
     run: stepping.Run = stepping.run,
 ) -> torch.Tensor:
-    """Samples in `steps` calls of a network that predicts ε. Deterministic: `generator` is not used."""
+    """Sample in `steps` calls of a network that predicts ε. Deterministic: `generator` is not used."""
     check(noise, steps, least=1)
     points, x = grid(steps), noise
     ends = accumulate(orders(steps))
@@ -71,10 +71,10 @@ def sample(
 
 
 def update(network: Network, x: torch.Tensor, points: Grid, i: int, order: int) -> torch.Tensor:
-    """x at grid point i + order from x at grid point s = i, with the points between as inner points.
+    """x at grid point i + order from x at grid point s = i. The points between them are the inner points.
 
-    D_k = (x_k - σ_k ε̂(x_k)) / α_k is the predicted latent, h_k = λ_k - λ_s, φ_k = exp(-h_k) - 1, 1 and 2 stand for
-    i + 1 and i + 2, and e for the end:
+    D_k = (x_k - σ_k ε̂(x_k)) / α_k is the predicted latent, h_k = λ_k - λ_s, φ_k = exp(-h_k) - 1. The indices 1, 2, e
+    mean i + 1, i + 2 and the end i + order:
 
         E_k = σ_k/σ_s x - α_k φ_k D_s                                the update of order 1
         order 2: x_1 = E_1,  x = E_e - α_e φ_e h_e/(2 h_1) (D_1 - D_s)

@@ -2,7 +2,8 @@
 
     x_t = t z + (1 - t) ε,    v = z - ε,    t from 0 (noise) to 1 (data), network time t
 
-An ordinary or a stochastic differential equation from 0 to 1 whose solution at t is distributed as x_t.
+Each sampler solves an ordinary or a stochastic differential equation from t = 0 to 1. The solution at t has the
+distribution of x_t.
 """
 
 import math
@@ -24,9 +25,10 @@ def ode_dopri5(
 ) -> torch.Tensor:
     """dx = v dt by the adaptive Dormand-Prince method of order 5: torchdiffeq, atol 1e-6, rtol 1e-3.
 
-    The solver chooses its steps by the error over the whole batch and calls the network some 20 to 100 times, also a
-    little past t = 1, from where it interpolates back. `steps`, `generator` and `run` are not used: the first would
-    say at how many times to interpolate, which alters nothing at t = 1. ImportError without torchdiffeq.
+    The solver chooses its steps by the error over the whole batch and calls the network some 20 to 100 times, also at
+    times slightly after t = 1, from which it interpolates back. `steps`, `generator` and `run` are not used: in the
+    original, `steps` is the number of times to interpolate at, which does not change the result at t = 1. Raises
+    ImportError without torchdiffeq.
     """
     try:
         import torchdiffeq
@@ -78,8 +80,8 @@ def sde(
 ) -> torch.Tensor:
     """dx = (v + (1 - t) s) dt + √(2 (1 - t)) dW by Euler-Maruyama: `steps` calls of the network.
 
-    The score s = (t v - x) / (1 - t) follows from the velocity, so that the drift is (1 + t) v - x. On
-    linspace(0, 0.96, steps), and then one step of 0.04 without noise.
+    The score s = (t v - x) / (1 - t) follows from the velocity, so the drift is (1 + t) v - x. The times are
+    linspace(0, 0.96, steps), followed by one step of 0.04 without noise.
     """
     check(noise, steps, least=2)
     last = 0.96

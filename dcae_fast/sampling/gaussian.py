@@ -2,8 +2,8 @@
 
     x_n = √ᾱ_n z + √(1 - ᾱ_n) ε,    ᾱ_n = Π_{i<=n} (1 - β_i),    β = linspace(1e-4, 0.02, 1000),    n = 0 ... 999
 
-The network's time is n. Of its 2C channels the first C are ε̂; the last C, v, place the logarithm of the variance
-between those of its two bounds (1 is the upper): the β̃_n of q(x_{n-1} | x_n, z) and β_n.
+The network's time is n. It returns 2C channels. The first C are ε̂. The last C are v, which interpolates the logarithm
+of the variance between two bounds: β̃_n, the variance of q(x_{n-1} | x_n, z), at v = -1, and β_n at v = 1.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ TIMES = 1000
 
 
 class Tables(NamedTuple):
-    """By time: √ᾱ, √(1 - ᾱ), the logarithms of the bounds β and β̃; and a, b of q's mean a z + b x_n."""
+    """Tables over time: √ᾱ, √(1 - ᾱ), ln β, ln β̃, and a, b of the mean a z + b x_n of q."""
 
     alpha: torch.Tensor
     sigma: torch.Tensor
@@ -30,15 +30,15 @@ class Tables(NamedTuple):
 
 
 def kept_times(steps: int) -> list[int]:
-    """`steps` of the times 0 ... 999, evenly spaced, both ends included."""
+    """`steps` evenly spaced times in 0 ... 999, including both ends."""
     return [round(i * (TIMES - 1) / (steps - 1)) for i in range(steps)]
 
 
 @cache
 def tables(steps: int, dtype: torch.dtype, device: torch.device) -> Tables:
-    """Of the diffusion that only has the kept times, n = 0 ... steps - 1: [steps], computed in float64.
+    """Tables [steps] of the diffusion with the kept times only, n = 0 ... steps - 1, computed in float64.
 
-    β_n = 1 - ᾱ_n / ᾱ_{n-1},    β̃_n = β_n (1 - ᾱ_{n-1}) / (1 - ᾱ_n),    ln β̃_1 also stands in for ln β̃_0 = -∞
+    β_n = 1 - ᾱ_n / ᾱ_{n-1},    β̃_n = β_n (1 - ᾱ_{n-1}) / (1 - ᾱ_n),    ln β̃_1 replaces ln β̃_0 = -∞
     a = √ᾱ_{n-1} β_n / (1 - ᾱ_n),    b = √(1 - β_n) (1 - ᾱ_{n-1}) / (1 - ᾱ_n)
     """
     alpha_bar = (1 - torch.linspace(1e-4, 0.02, TIMES, dtype=torch.float64)).cumprod(0)[kept_times(steps)]
@@ -58,12 +58,11 @@ def model_posterior(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and log-variance, [B, C, h, w], of the model's p(x_{n-1} | x_n).
 
-    out: [B, 2C, h, w], what the network returned for x [B, C, h, w]; n: index into the tables, [B, 1, 1, 1],
-    or () where they are those of one time.
-    ValueError if `out` has no variance.
+    out: [B, 2C, h, w], the network's output for x [B, C, h, w]. n: index into the tables, [B, 1, 1, 1], or () for
+    tables of a single time. Raises ValueError if `out` has no variance.
     """
     if out.shape[1] != 2 * x.shape[1]:
-        raise ValueError(f"the network returned {out.shape[1]} channels; {2 * x.shape[1]} expected: noise and variance")
+        raise ValueError(f"the network returned {out.shape[1]} channels; expected {2 * x.shape[1]}, noise and variance")
     noise, v = out.chunk(2, dim=1)
     clean = (x - tables.sigma[n] * noise) / tables.alpha[n]
     mean = tables.mean_clean[n] * clean + tables.mean_noisy[n] * x
@@ -80,7 +79,8 @@ def sample(
 ) -> torch.Tensor:
     """Ancestral sampling, x_{n-1} ~ p(x_{n-1} | x_n), in `steps` calls of the network, 2 to 1000.
 
-    The predicted latent is not clipped; the last step is the mean. ValueError if the network returns no variance.
+    The predicted latent is not clipped. The last step returns the mean. Raises ValueError if the network returns no
+    variance.
     """
     check(noise, steps, least=2, most=TIMES)
     times, x = kept_times(steps), noise

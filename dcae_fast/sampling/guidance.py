@@ -1,4 +1,4 @@
-"""Classifier-free guidance (arXiv 2207.12598), within an interval of time if wanted (arXiv 2404.07724)."""
+"""Classifier-free guidance (arXiv 2207.12598), optionally in an interval of time only (arXiv 2404.07724)."""
 
 import torch
 
@@ -12,18 +12,19 @@ def guided(
     scale: float = 1.0,
     interval: tuple[float, float] | None = None,
 ) -> Network:
-    """A network(x, t) for the samplers from a network(x, t [B], labels [B]) in evaluation mode.
+    """Make a network(x, t) for the samplers from a network(x, t [B], labels [B]) in evaluation mode.
 
         out = null + scale * (conditional - null)
 
-    on the first C channels, where x is [B, C, h, w]; further ones (the variance of GaussianDiffusion) are the
-    conditional ones. Both come from one batch of 2B, [labels, null_label]. At scale 1, and at times outside
-    `interval`, the network runs on the B labels alone.
+    for the first C channels, where x is [B, C, h, w]. Other channels (the variance in GaussianDiffusion) are taken from
+    the conditional output. Both outputs come from one batch of size 2B, [labels, null_label]. At scale 1, and at times
+    outside `interval`, the network runs only on the B labels.
 
-    labels: [B] integers; null_label: the label for none, num_classes in the original's networks, or one for each, [B].
-    interval: (lo, hi), guidance where lo <= t <= hi, with t the network's own time: in DPM_Solver 1000 is pure noise
-    and 1 data, in GaussianDiffusion 999 and 0, in the ODE and SDE samplers 0 and 1. Without an interval t may also be a
-    tensor [], whose value is not read. TypeError or ValueError unless scale is a finite number and lo <= hi.
+    labels: [B] integers. null_label: the label that means no class, num_classes in the original's networks, or one
+    such label per sample, [B]. interval: (lo, hi), guidance only if lo <= t <= hi, in the network's time: in DPM_Solver
+    1000 is pure noise and 1 is data, in GaussianDiffusion 999 and 0, in the ODE and SDE samplers 0 and 1. Without an
+    interval, t may also be a tensor [], whose value is not read. Raises TypeError or ValueError unless scale is a
+    finite number and lo <= hi.
     """
     check_guidance(scale, interval)
     with_null = torch.cat([labels, torch.zeros_like(labels) + null_label])

@@ -1,11 +1,11 @@
-"""The training losses of the diffusion transformers, and the distribution of their times, under the original's names.
+"""Training losses of the diffusion transformers and the distributions of their times. Names are those of the original.
 
 Each loss is a function loss(network, z, labels, t, noise) -> scalar:
 
-network: called as network(x, t, labels) with x [B, C, h, w], t [B], both in z.dtype, and the labels as given, which
-    it drops by itself in training mode.
-z: [B, C, h, w], the clean latent, scaled, float32 or float64; noise: the same shape, standard normal.
-labels: [B]; t: [B], on the device of z, from `draw_time(batch, device, generator)` of the same objective.
+network: called as network(x, t, labels), with x [B, C, h, w] and t [B] in z.dtype and the given labels. In training
+    mode, the network itself replaces some labels with the null label.
+z: [B, C, h, w], the clean, scaled latent, float32 or float64. noise: the same shape, standard normal.
+labels: [B]. t: [B], on the device of z, from `draw_time(batch, device, generator)` of the same objective.
 """
 
 import math
@@ -28,7 +28,7 @@ class Objective(NamedTuple):
 def draw_dpm_solver_time(
     batch: int, device: torch.device | str | None = None, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Uniform in 1 ... 1000: [batch] int64."""
+    """Times uniform in 1 ... 1000: [batch] int64."""
     return torch.randint(1, 1001, (batch,), device=device, generator=generator)
 
 
@@ -43,7 +43,7 @@ def dpm_solver_loss(
 
 @cache
 def dpm_solver_tables(dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """√ᾱ and √(1 - ᾱ) of t = 0 (the data) ... 1000, [1001], computed in float64."""
+    """√ᾱ and √(1 - ᾱ) for t = 0 (data) ... 1000: [1001], computed in float64."""
     alpha_bar = F.pad((1 - dpm_solver.betas()).cumprod(0), (1, 0), value=1)
     return alpha_bar.sqrt().to(device, dtype), (1 - alpha_bar).sqrt().to(device, dtype)
 
@@ -51,14 +51,14 @@ def dpm_solver_tables(dtype: torch.dtype, device: torch.device) -> tuple[torch.T
 def draw_sit_time(
     batch: int, device: torch.device | str | None = None, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Uniform in [0, 1): [batch]."""
+    """Times uniform in [0, 1): [batch]."""
     return torch.rand(batch, device=device, generator=generator)
 
 
 def sit_loss(
     network: Model, z: torch.Tensor, labels: torch.Tensor, t: torch.Tensor, noise: torch.Tensor
 ) -> torch.Tensor:
-    """mean (v̂ - (z - ε))² at x = t z + (1 - t) ε, t in [0, 1]. Network time t, 1 is the data."""
+    """mean (v̂ - (z - ε))² at x = t z + (1 - t) ε, t in [0, 1]. Network time t; t = 1 is data."""
     t = t.to(z.dtype)
     x = per_sample(t) * z + (1 - per_sample(t)) * noise
     return F.mse_loss(network(x, t, labels).to(z.dtype), z - noise)
@@ -67,7 +67,7 @@ def sit_loss(
 def draw_gaussian_diffusion_time(
     batch: int, device: torch.device | str | None = None, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Uniform in 0 ... 999: [batch] int64."""
+    """Times uniform in 0 ... 999: [batch] int64."""
     return torch.randint(gaussian.TIMES, (batch,), device=device, generator=generator)
 
 
@@ -84,8 +84,8 @@ def gaussian_diffusion_terms(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """mean (ε̂ - ε)² and the variational bound, each [B], at x = √ᾱ_t z + √(1 - ᾱ_t) ε, t in 0 ... 999. Network time t.
 
-    The bound is KL(q(x_{t-1} | x_t, z) ‖ p(x_{t-1} | x_t)), at t = 0 instead -ln p(z | x_0) with p in bins of 2/255;
-    in bits, the mean over the elements. It trains the variance only: its gradient by ε̂ is stopped.
+    The bound is KL(q(x_{t-1} | x_t, z) ‖ p(x_{t-1} | x_t)); at t = 0 it is -ln p(z | x_0), with p over bins of width
+    2/255. It is in bits, the mean over all elements, and trains only the variance: its gradient does not reach ε̂.
     """
     tables, n = gaussian.tables(gaussian.TIMES, z.dtype, z.device), per_sample(t)
     x = tables.alpha[n] * z + tables.sigma[n] * noise
@@ -108,7 +108,7 @@ def normal_kl(
 
 
 def discretized_log_likelihood(z: torch.Tensor, mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
-    """ln of the normal probability of z's bin of width 2/255, at least ln 1e-12; the bins beyond ±0.999 are open."""
+    """ln of the normal probability of z's bin, of width 2/255 and unbounded beyond ±0.999; at least ln 1e-12."""
     inverse_deviation = torch.exp(-log_variance / 2)
     below_upper = normal_cdf(inverse_deviation * (z - mean + 1 / 255))
     below_lower = normal_cdf(inverse_deviation * (z - mean - 1 / 255))

@@ -1,4 +1,4 @@
-"""A step of a fixed-step sampler as a function of tensors alone, which can be captured once and replayed."""
+"""Steps of fixed-step samplers as functions of tensors only, so that a step can be captured once and replayed."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -7,14 +7,14 @@ import torch
 
 from .arguments import Network
 
-TERMS = 8  # more than a step of any sampler has
+TERMS = 8  # an upper bound of the terms in a step
 
 
 class Step(NamedTuple):
-    """function(network, x, times, numbers, *noise) → the next x, for network(x, t) called at each of `times` in turn.
+    """function(network, x, times, numbers, *noise) → the next x. It calls network(x, t) once for each of `times`.
 
-    numbers: what the schedule says of this step, on the device of x and in its dtype. The function reads the value of
-    none of them, nor of times, so that steps which differ in these alone may share a CUDA graph.
+    numbers: coefficients of this step from the schedule, on the device of x and in its dtype. The function does not
+    read the values of numbers and times, so steps that differ only in these can share a CUDA graph.
     """
 
     function: Callable[..., torch.Tensor]
@@ -26,14 +26,14 @@ Run = Callable[..., torch.Tensor]  # run(network, step, x, *noise)
 
 
 def run(network: Network, step: Step, x: torch.Tensor, *noise: torch.Tensor) -> torch.Tensor:
-    """The next x, computed as written."""
+    """The next x, computed directly."""
     return step.function(network, x, step.times, step.numbers, *noise)
 
 
 def linear(
     network: Network, x: torch.Tensor, times: Sequence[float], weights: torch.Tensor, *noise: torch.Tensor
 ) -> torch.Tensor:
-    """A step whose every state is a weighted sum of x, the noise and the network's outputs before it.
+    """A step in which each state is a weighted sum of x, the noise and all earlier outputs of the network.
 
         x_k = Σ_j weights[k - 1, j] terms_j,    terms = [x, *noise, network(x_0, t_0), ..., network(x_{k-1}, t_{k-1})]
 
@@ -48,9 +48,9 @@ def linear(
 
 
 def linear_steps(updates: Sequence[Callable[..., torch.Tensor]], like: torch.Tensor, noises: int = 0) -> list[Step]:
-    """Steps from updates: functions (network, x, *noise) → x that are linear in x, noise and the network's outputs.
+    """Convert updates to steps. Updates are functions (network, x, *noise) → x, linear in x, noise and network outputs.
 
-    Their times and weights are found by calling them with unit vectors, in float64.
+    Calls each update with unit vectors in float64 to find its times and weights.
     """
     found = [weights_of(update, noises) for update in updates]
     shapes = [weights.shape for _, weights in found]
@@ -60,7 +60,7 @@ def linear_steps(updates: Sequence[Callable[..., torch.Tensor]], like: torch.Ten
 
 
 def weights_of(update: Callable[..., torch.Tensor], noises: int) -> tuple[tuple[float, ...], torch.Tensor]:
-    """The times and weights of the step that an update is."""
+    """The times and weights of an update."""
     times, states = [], []
     units = torch.eye(TERMS, dtype=torch.float64)
 

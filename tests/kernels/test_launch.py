@@ -1,4 +1,4 @@
-"""How kernels are launched; kernels on GPUs with less memory than Hopper: smaller tiles, or PyTorch."""
+"""Launching kernels, also on GPUs with less shared memory than Hopper: smaller tiles, or PyTorch."""
 
 import itertools
 import re
@@ -54,7 +54,7 @@ def test_tiles_are_halved_until_they_fit(chip, sides, monkeypatch):
 
 
 def test_without_a_gpu_tiles_fit_into_every_gpu():
-    """Whichever takes more: on Turing it is half precision, on later ones single."""
+    """Tiles are chosen for the GPU that needs more memory: Turing in half precision, later GPUs in single."""
     x = torch.empty(1)
     assert common.fitting(x, 2, (128,), lambda size, a: 512 * size * a) == (32,)
     assert common.fitting(x, 4, (128,), lambda size, a: 512 * size * a) == (16,)

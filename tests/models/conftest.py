@@ -1,4 +1,4 @@
-"""The fixture of the tests of checkpoints."""
+"""A fixture for the tests of checkpoints."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Small autoencoders for the tests of checkpoints, and what these share."""
+"""Small autoencoders and helpers for the tests of checkpoints."""
 
 from pathlib import Path
 
@@ -40,6 +40,6 @@ def assert_same(model: DCAE, expected: DCAE) -> None:
 
 
 def edit_weights(path: Path, edit) -> None:
-    """Rewrites a safetensors file with what `edit` makes of its tensors."""
+    """Replace the tensors in a safetensors file by edit(tensors)."""
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     save_file(edit(tensors), path)

@@ -1,4 +1,4 @@
-"""Whole autoencoders, small ones of every style, against the original implementation and against diffusers."""
+"""Small autoencoders of every style against the original implementation and against diffusers."""
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def test_training_outputs(case, compare):
 
 @pytest.mark.cases("ae_*", "train*")
 def test_training_gradients(case, compare_gradients):
-    """In float64: a float32 convolution on a CPU may add up its bias's gradient one by one, and be 1e-4 off itself."""
+    """In float64: on a CPU, a float32 convolution may sum its bias's gradient sequentially, with an error of 1e-4."""
     model, _, _, loss = training_step(case, torch.float64)
     loss.backward()
     compare_gradients(case, {name: parameter.grad for name, parameter in model.named_parameters()}, GRADIENT)
@@ -68,7 +68,7 @@ def test_training_gradients(case, compare_gradients):
 
 @pytest.mark.cases("ae_*", "small")
 def test_against_diffusers(case, compare):
-    """diffusers' AutoencoderDC with our weights and configuration, converted, does the same."""
+    """diffusers' AutoencoderDC computes the same with our converted weights and configuration."""
     diffusers = pytest.importorskip("diffusers")
     model, image = build(case), case.tensors("small")["image"]
     twin = diffusers.AutoencoderDC(**convert.config_to_diffusers(model.config)).eval()

@@ -43,7 +43,7 @@ def build(case) -> torch.nn.Module:
 
 
 def limit_against_exact(case) -> float:
-    """Twice the original's own error against float64, but no less than LIMIT."""
+    """Twice the error of the original against float64, but at least LIMIT."""
     return max(LIMIT, 2 * case.meta["measured"]["y_rel_l2_vs_exact"])
 
 

@@ -1,4 +1,4 @@
-"""Loading and saving: both layouts, all kinds of sources, diffusers on the other side, and errors."""
+"""Loading and saving autoencoders: both layouts, all kinds of sources, exchange with diffusers, errors."""
 
 import json
 import shutil
@@ -97,7 +97,7 @@ def test_shapes_tell_the_config_of_a_file_alone(layout, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["ae_in_f32", "ae_sana_f32", "ae_in_f64"])
 def test_diffusers_twins(name, reference, tmp_path):
-    """The original's weights under diffusers' names are the original's weights."""
+    """The original's weights, saved with diffusers' names, load as the original's weights."""
     meta = json.loads((reference / "fixtures" / f"{name}.json").read_text())
     shutil.copy(reference / "fixtures" / f"{name}_diffusers.safetensors", tmp_path / "weights.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderDC", **meta["diffusers_config"]}))

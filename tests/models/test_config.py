@@ -1,4 +1,4 @@
-"""Configurations: what cannot be is refused by the name of its field, from Python and from any config.json."""
+"""Configurations: an unsupported value is refused with the name of its field, in Python and in any config.json."""
 
 import copy
 import json
@@ -100,7 +100,7 @@ def test_numbers_of_numpy_are_numbers():
 
 
 def edited(given: dict, path: str, value) -> dict:
-    """The configuration with another value at a path, as encoder.width_list.1."""
+    """The configuration with another value at a path such as encoder.width_list.1."""
     *parents, last = path.split(".")
     given = copy.deepcopy(given)
     inner = given

@@ -36,7 +36,7 @@ def random_batch(model: UViT | DiT, channels: int = 8, batch: int = 3) -> tuple[
 
 
 def randomised(model: torch.nn.Module) -> torch.nn.Module:
-    """With no parameter at zero, where DiT's output would not depend on its input."""
+    """Without zero parameters, with which DiT's output would not depend on its input."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
@@ -90,7 +90,7 @@ def test_training_outputs(case, compare, monkeypatch):
 
 @pytest.mark.cases("diffusion_[us]*it", "train")
 def test_training_gradients(case, compare, compare_gradients):
-    """Of the mean square losses: all but DiT's, which has a second term for the variance."""
+    """Gradients of the mean square losses: all except DiT's, which has a second term for the variance."""
     tensors = case.tensors("train")
     target = tensors[{"DPM_Solver": "noise", "SiTSampler": "target"}[case.meta["train_scheduler"]]]
     model = build(case, class_dropout_prob=0.0).train()
@@ -103,7 +103,7 @@ def test_training_gradients(case, compare, compare_gradients):
 
 
 def test_time_embedding(open_case):
-    """The angle t · ω is off by t · 2^-23 at most, where another exp() rounds the frequency ω <= 1 otherwise."""
+    """Another exp() may round the frequency ω <= 1 differently: the angle t · ω differs by at most t · 2^-23."""
     tables = open_case("diffusion_tables", "").tensors("embedding")
     t = tables.pop("t")
     for dim in (64, 256, 1152):
@@ -162,7 +162,7 @@ def test_initial_weights():
 
 
 def test_epsilons(small):
-    """By reading: a wrong one moves the outputs by 1e-6."""
+    """Reads the epsilons: a wrong one would change the outputs by only 1e-6."""
     norms = [module for module in small.modules() if isinstance(module, torch.nn.LayerNorm)]
     assert {norm.eps for norm in norms} == {1e-6 if isinstance(small, DiT) else 1e-5}
 
@@ -215,7 +215,7 @@ def test_compiles_in_one_graph(small):
 
 @torch.no_grad()
 def test_partial_latents():
-    """As many channels as there are, and the same as a latent whose other channels are zero."""
+    """The result has the input's channels, and equals that for a latent whose other channels are zero."""
     model = randomised(UViT(UViTConfig(**SIZES, patch_size=2, adaptive=True))).eval()
     x, t, y = random_batch(model, channels=5)
     whole = model(torch.cat([x, torch.zeros(3, 3, 4, 4)], dim=1), t, y)

@@ -1,4 +1,4 @@
-"""Loading and saving diffusion models: what the original writes, all kinds of sources, and every error."""
+"""Loading and saving diffusion models: the original's files, all kinds of sources, and every error."""
 
 import json
 import shutil
@@ -64,7 +64,7 @@ def test_other_dtypes_become_float32(dtype, tmp_path):
 
 
 def test_released_models_are_saved_by_name_and_load_their_autoencoder_by_name(folder, tmp_path, monkeypatch):
-    """As the original's repositories are: no autoencoder inside."""
+    """As in the original's repositories, without an autoencoder inside."""
     monkeypatch.setitem(diffusion_zoo.DIFFUSION_MODELS, "dc-ae-test-uvit", replace(UVIT, autoencoder="dc-ae-test"))
     monkeypatch.setitem(zoo.AUTOENCODERS, "dc-ae-test", AUTOENCODER)
     monkeypatch.setitem(zoo.BUNDLED, "dc-ae-test", folder / "autoencoder")
@@ -102,7 +102,7 @@ def test_given_config_comes_first(folder):
 @pytest.mark.parametrize("averages", ["ema", "ema_model_state_dict"])
 @pytest.mark.parametrize("suffix", PICKLES)
 def test_trainer_checkpoints(averages, suffix, folder):
-    """The moving average unless the weights themselves are wanted."""
+    """Loads the moving average, or with ema=False the weights."""
     written = {
         "global_step": 7,
         "model_state_dict": state_of(other_weights(build()), "0."),
@@ -119,7 +119,7 @@ def test_trainer_checkpoints(averages, suffix, folder):
 
 
 def test_folder_of_the_trainer(folder):
-    """checkpoint.pt without a config.json; DiT's fixed position table is not in it."""
+    """A checkpoint.pt without a config.json. It does not contain DiT's fixed position table."""
     model = build(DIT)
     model.diffusion_model.pos_embed.data = DIT.build().pos_embed.data
     model.autoencoder = build().autoencoder

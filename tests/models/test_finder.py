@@ -1,4 +1,4 @@
-"""Where the files of a checkpoint are found: the hub, through its cache, and without a connection."""
+"""Finding the files of a checkpoint on the hub: in its cache, and without a connection."""
 
 import shutil
 from pathlib import Path
@@ -77,7 +77,7 @@ def test_repository_without_weights(hub):
 
 @pytest.fixture
 def answers(monkeypatch) -> list[Exception]:
-    """What the server answers when asked for a file's facts; nothing else may ask it."""
+    """The server's answers to requests for a file's metadata; no other request is allowed."""
     given: list[Exception] = []
 
     def ask(url, **options):
@@ -98,7 +98,7 @@ def answers(monkeypatch) -> list[Exception]:
 
 
 def test_without_a_connection_nothing_is_tried_twice(hub, answers):
-    """It says how to get the weights, as a command to copy."""
+    """The error contains the command to get the weights."""
     answers.append(ConnectionError("no route to host"))
     with pytest.raises(CheckpointError) as error:
         DCAE.from_pretrained("dc-ae-f32c32-in-1.0", cache_dir=hub)

@@ -1,4 +1,4 @@
-"""Files of weights that are damaged, or hold something else."""
+"""Weight files that are damaged or contain something else."""
 
 import json
 import os
@@ -88,7 +88,7 @@ def test_torchscript(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.int32])
 def test_counters_that_were_cast_with_the_rest(dtype, folder):
-    """As PyTorch loads them: the batch norm's number of batches is an integer again."""
+    """As when PyTorch loads them, the batch norm's number of batches becomes an integer again."""
     edit_weights(folder / "model.safetensors", lambda tensors: {
         name: tensor.to(dtype) if "num_batches" in name else tensor for name, tensor in tensors.items()
     })  # fmt: skip

@@ -70,7 +70,7 @@ def test_configurations(name, registry):
 
 
 def test_same_shapes_mean_same_architecture():
-    """So a weight file without a configuration is never given a wrong one."""
+    """So a weight file without a configuration never gets a wrong one."""
     found = {}
     for name in zoo.AUTOENCODERS:
         config = convert.config_to_original(zoo.autoencoder_config(name)) | {"scaling_factor": None}

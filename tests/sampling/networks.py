@@ -19,7 +19,7 @@ def build(case) -> torch.nn.Module:
 
 
 class Recorder:
-    """network(x, t) that keeps the x and t of its calls."""
+    """A network(x, t) that records the x and t of its calls."""
 
     def __init__(self, network):
         self.network, self.states, self.times = network, [], []

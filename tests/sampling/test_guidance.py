@@ -41,7 +41,7 @@ def test_guided(which, scale, open_case, compare):
 
 
 def record(calls: list):
-    """A network whose output tells the label and that has one further channel; keeps the batches it was called with."""
+    """A network whose output depends on the label and has one more channel. Records the batches of its calls."""
 
     def network(x, t, y):
         calls.append((x, t, y))
@@ -76,7 +76,7 @@ def test_interval():
 
 
 def test_half_precision_network():
-    """What the sampler computes with stays in the dtype of its state."""
+    """The guided output has the dtype of the sampler's state."""
     network = guided(lambda x, t, y: x.bfloat16(), torch.tensor([4, 5]), null_label=10, scale=1.5)
     assert network(torch.randn(2, 3, 2, 2), 1.0).dtype == torch.float32
 

@@ -1,4 +1,4 @@
-"""The training losses and their gradients against the original implementation, and the times they are drawn at."""
+"""The training losses, their gradients and the distributions of times against the original implementation."""
 
 import math
 
@@ -41,7 +41,7 @@ def test_losses(case, compare):
 @pytest.mark.cases("diffusion_*", "train")
 @torch.no_grad()
 def test_noisy_latents_and_times(case, compare):
-    """What the network is given."""
+    """The arguments of the network."""
     tensors, given = case.tensors("train"), []
 
     def network(x, t, labels):
@@ -77,7 +77,7 @@ def test_drawn_times_of_the_flow():
 
 
 def test_bins_of_the_likelihood_add_up():
-    """Over all 256 values of 8 bits, whatever the mean and the deviation."""
+    """Over all 256 values of 8 bits, for any mean and deviation."""
     z = torch.linspace(-1, 1, 256, dtype=torch.float64)
     for mean, deviation in [(0.0, 0.5), (0.9, 0.05), (-3.0, 1.0)]:
         log_variance = torch.tensor(2 * math.log(deviation), dtype=torch.float64)
@@ -87,7 +87,7 @@ def test_bins_of_the_likelihood_add_up():
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_training_after_a_loss_in_inference_mode(name):
-    """The tables are kept; so they must not be unfit for gradients."""
+    """The tables are cached, so they must not be inference tensors, which do not allow gradients."""
     z, factor = torch.randn(2, 3, 4, 4), torch.ones((), requires_grad=True)
     objective = OBJECTIVES[name]
 

@@ -1,4 +1,4 @@
-"""Every sampler against the trajectories of the original implementation, and what wrong arguments raise."""
+"""Every sampler against trajectories of the original implementation; errors for wrong arguments."""
 
 import functools
 import sys
@@ -13,7 +13,7 @@ SAMPLES, REPLAY, EXACT, TIMES = 2e-5, 1e-5, 5e-3, 1e-6
 
 
 def scales(case) -> list[tuple[float, dict[str, torch.Tensor]]]:
-    """The guidance scales of a case, with the recording of each."""
+    """The guidance scales of a case, each with its recording."""
     return [(float(scale), case.tensors(f"{case.name}/scale{scale}")) for scale in case.meta["scales"]]
 
 
@@ -23,7 +23,7 @@ def compare_times(times: list[float], expected: torch.Tensor) -> None:
 
 @pytest.fixture
 def step_noise(monkeypatch):
-    """step_noise(tensors): what torch.randn returns from now on, one after the other."""
+    """step_noise(tensors) makes torch.randn return these tensors, one per call."""
 
     def give(tensors: torch.Tensor) -> None:
         remaining = iter(tensors)
@@ -109,7 +109,7 @@ def test_dopri5_with_its_own_steps(case, compare):
 
 
 def test_all_samplers_share_a_signature():
-    """The same start, steps and generator give the same latents; how often each calls the network."""
+    """Equal noise, steps and generator give equal latents. Counts the calls of the network."""
     pytest.importorskip("torchdiffeq")
     noise = torch.randn(2, 3, 4, 4, dtype=torch.float64)
     calls = {"DPM_Solver": 6, "ODE_heun2": 10, "SDE": 6, "GaussianDiffusion": 6}
@@ -127,7 +127,7 @@ def test_all_samplers_share_a_signature():
     [("DPM_Solver", 0), ("ODE_heun2", 1), ("SDE", 1), ("GaussianDiffusion", 1), ("GaussianDiffusion", 1001)],
 )
 def test_wrong_number_of_steps(name, steps):
-    with pytest.raises(ValueError, match=f"steps={steps}; .* expected"):
+    with pytest.raises(ValueError, match=f"steps={steps}; expected "):
         SAMPLERS[name](None, torch.zeros(1, 2, 4, 4), steps)
 
 
@@ -138,7 +138,7 @@ def test_half_precision_noise(name):
 
 
 def test_network_without_variance():
-    with pytest.raises(ValueError, match="network returned 2 channels; 4 expected"):
+    with pytest.raises(ValueError, match="network returned 2 channels; expected 4"):
         gaussian.sample(lambda x, t: x, torch.zeros(1, 2, 4, 4))
 
 

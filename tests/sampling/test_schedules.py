@@ -1,4 +1,4 @@
-"""The noise schedules against the original's tables, the order of the solvers, and diffusers' DDPM."""
+"""Noise schedules against the original's tables, orders of the solvers, and sampling against diffusers' DDPM."""
 
 import math
 
@@ -66,7 +66,7 @@ def test_heun2_is_of_order_2():
 
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_updates_of_dpm_solver_are_of_their_order(order):
-    """On a schedule that is smooth, α² = sigmoid(2 λ), with equal steps of λ."""
+    """With a smooth schedule, α² = sigmoid(2 λ), and equal steps of λ."""
 
     def error(updates: int) -> float:
         lam = torch.linspace(-2, 2, updates * order + 1, dtype=torch.float64)
@@ -88,7 +88,7 @@ def test_updates_of_dpm_solver_are_of_their_order(order):
 
 
 def test_sde_keeps_the_distribution():
-    """The deviation at the end is the data's, within the steps' error and that of 20000 samples."""
+    """The final deviation is that of the data, within the errors of the steps and of 20000 samples."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(20000, 1, 1, 1, generator=generator)
     samples = flow.sde(perfect_velocity, noise, 250, generator)
@@ -97,7 +97,7 @@ def test_sde_keeps_the_distribution():
 
 
 def test_gaussian_diffusion_is_ddpm_of_diffusers(compare):
-    """With the same settings and generator, on a network that depends on state and time."""
+    """With equal settings and generators, for a network that depends on state and time."""
     diffusers = pytest.importorskip("diffusers")
     scheduler = diffusers.DDPMScheduler(variance_type="learned_range", clip_sample=False, timestep_spacing="linspace")
     scheduler.set_timesteps(250)

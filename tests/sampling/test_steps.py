@@ -1,4 +1,4 @@
-"""Steps that are weighted sums, against the updates that they were made from."""
+"""Steps as weighted sums against the updates they were made from."""
 
 from functools import partial
 
