@@ -181,7 +181,7 @@ def test_evaluations_that_cannot_be_made(shared, tmp_path, monkeypatch, capsys):
     for there, argv, words in [
         (["cmmd"], ["--eval-fid", fid], networks.INCEPTION_FILE),
         ([], ["--eval-fid", tmp_path / "absent.npz"], "absent.npz"),
-        ([], ["--eval-cmmd", tmp_path / "short.npy"], "--eval-cmmd: its features have length 4; expected 6"),
+        ([], ["--eval-cmmd", tmp_path / "short.npy"], "--eval-cmmd: has features of length 4; expected 6"),
         ([], ["--eval-cmmd", cmmd, "--eval-samples", 0], "--eval-samples 0: expected at least 1"),
         ([], ["--eval-precision-recall", recall, "--eval-samples", 3], "--eval-samples 3: expected at least 4"),
     ]:
