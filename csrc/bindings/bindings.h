@@ -1,4 +1,4 @@
-// What the files that make up the Python module dcae_fast._C share.
+// Declarations that the files of the Python module dcae_fast._C share.
 #pragma once
 
 #include <torch/csrc/utils/pybind.h>
@@ -18,7 +18,7 @@ void bind_image_operators(pybind11::module_& module);
 void bind_product(pybind11::module_& module);
 void bind_token_operators(pybind11::module_& module);
 
-// Operators that block_halves.cpp calls too; see token_operators.cpp.
+// Operators of token_operators.cpp, which block_halves.cpp calls too.
 std::tuple<at::Tensor, at::Tensor> packed_attention(const at::Tensor& qkv, int64_t num_heads);
 at::Tensor packed_attention_backward(const at::Tensor& dout, const at::Tensor& qkv, const at::Tensor& out,
                                      const at::Tensor& lse, int64_t num_heads);

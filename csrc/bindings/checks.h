@@ -1,5 +1,5 @@
-// Messages and checks of the files that see torch. Messages are put together without streams: those of a statically
-// linked C++ library and of torch's do not mix.
+// Checks of arguments, and their messages. Messages are built without streams: streams of a statically linked C++
+// library and of torch's C++ library do not mix.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -36,7 +36,7 @@ inline DType dtype_of(const char* name, at::ScalarType dtype) {
   return dtype == at::kHalf ? DType::kFloat16 : DType::kBFloat16;
 }
 
-// The device of a CUDA tensor.
+// Checks that x is on a CUDA device, and returns the device.
 inline at::Device on_cuda(const char* name, const at::Tensor& x) {
   require_value(x.is_cuda(), name, " must be on a CUDA device, got ", x.device());
   return x.device();
@@ -44,7 +44,7 @@ inline at::Device on_cuda(const char* name, const at::Tensor& x) {
 
 inline bool is_aligned(const at::Tensor& x) { return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0; }
 
-// Checks that x has this shape and dtype, is on this device, dense in row-major order, and aligned.
+// Checks that x has this shape, dtype and device, is dense in row-major order, and aligned.
 inline void require_dense(const char* name, const at::Tensor& x, at::IntArrayRef sizes, at::ScalarType dtype,
                           at::Device device) {
   require_value(x.sizes() == sizes, name, " must have shape ", sizes, ", got ", x.sizes());

@@ -1,4 +1,4 @@
-// dcae_fast._C.Convolution and ConvolutionPlan: torch tensors in, cuDNN's graphs behind.
+// dcae_fast._C.Convolution and ConvolutionPlan: convolutions of torch tensors through cuDNN's graphs.
 
 #include "plans/convolution.h"
 
@@ -36,7 +36,7 @@ std::array<int64_t, 4> sizes_of(const char* name, const at::Tensor& x) {
   return {x.size(0), x.size(1), x.size(2), x.size(3)};
 }
 
-// A plan with what is needed to call it.
+// A plan, with the shapes and dtypes that its arguments must have.
 struct BoundPlan {
   ConvolutionPlan plan;
   ConvolutionShape shape;
@@ -69,7 +69,7 @@ struct BoundPlan {
   }
 };
 
-// A convolution of these tensors' shapes and dtypes.
+// A convolution for tensors of certain shapes and dtypes.
 struct BoundConvolution {
   ConvolutionShape shape;
   std::vector<EpilogueStep> epilogue;
@@ -103,7 +103,7 @@ struct BoundConvolution {
 void bind_convolution(pybind11::module_& module) {
   namespace py = pybind11;
   const auto no_gil = py::call_guard<py::gil_scoped_release>();
-  py::class_<BoundPlan>(module, "ConvolutionPlan", "A compiled way to run a convolution; safe in several threads.")
+  py::class_<BoundPlan>(module, "ConvolutionPlan", "A compiled way to run a convolution. Threads may share it.")
       .def_property_readonly("workspace_size", [](const BoundPlan& self) { return self.plan.workspace_size(); })
       .def("__call__", &BoundPlan::operator(), py::arg("x"), py::arg("weight"), py::arg("operands"),
            py::arg("out") = std::nullopt, no_gil);

@@ -1,4 +1,5 @@
-// The Python module dcae_fast._C: each function checks its arguments, allocates the result, and launches.
+// Operators of images, channels-last. Each function checks its arguments, allocates the result, and launches the
+// kernels.
 
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -16,7 +17,7 @@ namespace dcae_fast {
 
 namespace {
 
-// Checks that `tensor` is a dense parameter of the given shape on x's device; returns it in x's dtype.
+// Checks that `tensor` is a dense parameter of the given shape on x's device. Returns it in x's dtype.
 at::Tensor parameter(const char* name, const at::Tensor& tensor, const at::Tensor& x, at::IntArrayRef shape) {
   require_value(tensor.sizes() == shape, name, " must have shape ", shape, ", got ", tensor.sizes());
   require_type(tensor.scalar_type() == x.scalar_type() || tensor.scalar_type() == at::kFloat, name, " must be ",
@@ -27,7 +28,7 @@ at::Tensor parameter(const char* name, const at::Tensor& tensor, const at::Tenso
   return tensor.to(x.scalar_type());
 }
 
-// Checks that `tensor` is dense in channels-last and aligned; returns where it starts.
+// Checks that `tensor` is dense in channels-last memory format, and aligned. Returns the address of its data.
 const void* channels_last(const char* name, const at::Tensor& tensor) {
   on_cuda(name, tensor);
   require_value(tensor.dim() == 4 && tensor.is_contiguous(at::MemoryFormat::ChannelsLast), name,
@@ -46,14 +47,14 @@ at::Tensor empty_channels_last(const at::Tensor& like, int64_t channels) {
                    at::MemoryFormat::ChannelsLast);
 }
 
-// The arguments of the convolution, checked, on the current device while this lives.
+// The checked arguments of the depthwise convolution. Makes their device the current one while it exists.
 struct DepthwiseConvolution {
   const void* x;
   c10::cuda::CUDAGuard guard;
   DType dtype;
   int64_t batch;
-  int height, width, channels;  // channels: of the result
-  at::Tensor weight, bias;      // bias: may be undefined
+  int height, width, channels;  // channels: of the gated unit's result
+  at::Tensor weight, bias;      // bias may be undefined
 
   DepthwiseConvolution(const at::Tensor& x, const at::Tensor& weight, const MaybeTensor& bias)
       : x(channels_last("x", x)), guard(x.device()), dtype(dtype_of("x", x.scalar_type())), batch(x.size(0)) {
@@ -171,15 +172,17 @@ at::Tensor multiscale_qkv(const at::Tensor& x, const at::Tensor& depthwise, cons
 }  // namespace
 
 void bind_image_operators(pybind11::module_& module) {
-  module.def("depthwise_glu", &depthwise_glu, pybind11::arg("x"), pybind11::arg("weight"), pybind11::arg("bias"),
-             "c[:, :M] * silu(c[:, M:]) with c the depthwise 3x3 convolution of x, in channels-last.");
-  module.def("depthwise_glu_backward", &depthwise_glu_backward, pybind11::arg("dout"), pybind11::arg("x"),
-             pybind11::arg("weight"), pybind11::arg("bias"), pybind11::arg("parameters") = true,
-             "The gradients of depthwise_glu by x, weight and bias; without `parameters` the last two are empty.");
-  module.def("relu_linear_attention", &relu_linear_attention, pybind11::arg("qkvs"), pybind11::arg("head_dim"),
-             pybind11::arg("eps"), "ReLU linear attention of packed qkv tensors in channels-last, side by side.");
-  module.def("multiscale_qkv", &multiscale_qkv, pybind11::arg("x"), pybind11::arg("depthwise"),
-             pybind11::arg("grouped"), "Grouped 1x1 convolution of the depthwise 5x5 one of x, in channels-last.");
+  namespace py = pybind11;
+  module.def("depthwise_glu", &depthwise_glu, py::arg("x"), py::arg("weight"), py::arg("bias"),
+             "c[:, :M] * silu(c[:, M:]) with c the depthwise 3x3 convolution of x, channels-last.");
+  module.def("depthwise_glu_backward", &depthwise_glu_backward, py::arg("dout"), py::arg("x"), py::arg("weight"),
+             py::arg("bias"), py::arg("parameters") = true,
+             "The gradients of depthwise_glu by x, weight and bias. Without `parameters` the last two are empty.");
+  module.def(
+      "relu_linear_attention", &relu_linear_attention, py::arg("qkvs"), py::arg("head_dim"), py::arg("eps"),
+      "ReLU linear attention of packed qkv tensors, channels-last; the results are concatenated along channels.");
+  module.def("multiscale_qkv", &multiscale_qkv, py::arg("x"), py::arg("depthwise"), py::arg("grouped"),
+             "Depthwise 5x5 convolution of x, then grouped 1x1 convolution, channels-last.");
 }
 
 }  // namespace dcae_fast

@@ -1,4 +1,4 @@
-// dcae_fast._C.Product and ProductPlan: torch tensors in, cuBLASLt behind.
+// dcae_fast._C.Product and ProductPlan: matrix products of torch tensors through cuBLASLt.
 
 #include "product.h"
 
@@ -20,7 +20,7 @@ cudaDataType_t dtype_of(at::ScalarType dtype) {
   }
 }
 
-// A product of tensors of these shapes and dtypes.
+// A product for tensors of certain shapes and dtypes.
 struct BoundProduct {
   std::vector<ProductPlan> plans;
   at::ScalarType dtype, out_dtype;
@@ -95,7 +95,7 @@ void bind_product(pybind11::module_& module) {
   namespace py = pybind11;
   const auto no_gil = py::call_guard<py::gil_scoped_release>();
   module.def("cublaslt_version", &cublasLtGetVersion);
-  py::class_<BoundProductPlan>(module, "ProductPlan", "A way to compute a product; safe in several threads.")
+  py::class_<BoundProductPlan>(module, "ProductPlan", "A way to compute a product. Threads may share it.")
       .def_property_readonly("workspace_size", [](const BoundProductPlan& self) { return self.plan.workspace_size(); })
       .def("__call__", &BoundProductPlan::operator(), py::arg("left"), py::arg("right"), py::arg("bias") = std::nullopt,
            py::arg("residual") = std::nullopt, no_gil);

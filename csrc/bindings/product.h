@@ -1,4 +1,4 @@
-// A plan of cuBLASLt with what is needed to call it with torch tensors; see product.cpp.
+// A plan of cuBLASLt that takes torch tensors; see product.cpp.
 #pragma once
 
 #include <vector>
@@ -12,8 +12,8 @@ struct BoundProductPlan {
   ProductPlan plan;
   at::ScalarType dtype, out_dtype;
 
-  // The result; then the preactivation or the sums that the epilogue gives. If it is not transposed, left may have any
-  // number of dimensions before its last, which the results have too.
+  // Returns the result, then the preactivation or the sums that the epilogue gives. If left is not transposed, it may
+  // have any number of dimensions before its last; the results have them too.
   std::vector<at::Tensor> operator()(const at::Tensor& left, const at::Tensor& right, const MaybeTensor& bias,
                                      const MaybeTensor& residual) const;
 };

@@ -1,4 +1,4 @@
-// Operators of transformers: softmax attention of packed q, k and v, and layer norm of tokens.
+// Operators of tokens: softmax attention of packed q, k and v, layer norm, GELU's gradient; and casts under autocast.
 
 #include <ATen/autocast_mode.h>
 #include <c10/cuda/CUDAException.h>
@@ -15,7 +15,7 @@ namespace dcae_fast {
 
 namespace {
 
-// The arguments of softmax attention, checked, on the current device while this lives.
+// The checked arguments of softmax attention. Makes their device the current one while it exists.
 struct PackedAttention {
   c10::cuda::CUDAGuard guard;
   DType dtype;
@@ -44,8 +44,8 @@ struct PackedAttention {
 
 const void* data_of(const MaybeTensor& x) { return x ? x->const_data_ptr() : nullptr; }
 
-// Of a layer norm, whose tensors are checked. tokens: x, or its sum with the branch; half: the dtype of all that is not
-// in float32.
+// Checks the tensors of a layer norm, and returns its shape. tokens: x, or its sum with the branch; half: the dtype of
+// all tensors that are not in float32.
 LayerNormShape layer_norm_shape(const char* name, const at::Tensor& tokens, const at::Tensor& scale,
                                 const MaybeTensor& branch, const MaybeTensor& gate, at::ScalarType half) {
   const at::Device device = tokens.device();
@@ -185,19 +185,20 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> gelu_gradient(const at::Tensor& d
 
 void bind_token_operators(pybind11::module_& module) {
   namespace py = pybind11;
-  // Without the GIL, which a thread that clears autocast's cache waits for while it keeps others from the cache.
+  // Releases the GIL: a thread that clears autocast's cache holds the cache's lock while it waits for the GIL.
   module.def("autocast_cast", &autocast_cast, py::arg("x"), py::arg("dtype"), py::call_guard<py::gil_scoped_release>(),
-             "x in `dtype`; where an autocast is on, as that casts it: a parameter once, until the autocast ends.");
+             "x in `dtype`. Under autocast a parameter is cast once, and the result kept until autocast ends.");
   module.def("packed_attention", &packed_attention, py::arg("qkv"), py::arg("num_heads"),
-             "Softmax attention of packed q, k and v, and the logarithm of its denominator.");
+             "Softmax attention of packed q, k and v, and the logarithm of the softmax's denominator.");
   module.def("packed_attention_backward", &packed_attention_backward, py::arg("dout"), py::arg("qkv"), py::arg("out"),
              py::arg("lse"), py::arg("num_heads"), "The gradient of packed_attention by qkv.");
   module.def("layer_norm", &layer_norm, py::arg("x"), py::arg("scale"), py::arg("shift"), py::arg("eps"),
              py::arg("branch"), py::arg("gate"), py::arg("dtype"),
-             "x + gate * branch, empty without a branch; and the layer norm of it, scaled and shifted, in `dtype`.");
+             "x + gate * branch, or an empty tensor without a branch; and the sum's layer norm, scaled and shifted, in "
+             "`dtype`.");
   module.def("layer_norm_backward", &layer_norm_backward, py::arg("dy"), py::arg("dsum"), py::arg("total"),
              py::arg("scale"), py::arg("branch"), py::arg("gate"), py::arg("eps"), py::arg("dtype"),
-             "The gradients of x, in `dtype` as total is, of scale, shift, branch and gate.");
+             "The gradients of x, scale, shift, branch and gate. `dtype`: of total and of the gradient of x.");
   module.def("gelu_gradient", &gelu_gradient, py::arg("dg"), py::arg("h"), py::arg("act"), py::arg("wants_g"),
              "The gradient of h from that of gelu(h); gelu(h), empty unless it is wanted; sums of the gradient over "
              "rows, in fp32.");

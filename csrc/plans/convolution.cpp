@@ -1,4 +1,4 @@
-// See convolution.h, and cuDNN's documentation of the backend descriptor types for the attributes.
+// See convolution.h. cuDNN documents the attributes with its backend descriptor types.
 
 #include "convolution.h"
 
@@ -72,7 +72,7 @@ Descriptor pointwise(const std::string& step, const Descriptor& x, const Descrip
   return operation.finalize();
 }
 
-// Whether an engine gives the same result each time and does not trade precision for speed.
+// Whether an engine is deterministic and does not trade precision for speed.
 bool is_exact(const Descriptor& config) {
   Descriptor engine(CUDNN_BACKEND_ENGINE_DESCRIPTOR);
   cudnnBackendDescriptor_t raw = engine.raw();
@@ -86,7 +86,7 @@ bool is_exact(const Descriptor& config) {
   return true;
 }
 
-// cuDNN's suggestions for an operation graph, the best first.
+// cuDNN's suggestions for an operation graph, best first.
 std::vector<Descriptor> engine_configs(const Descriptor& graph) {
   Descriptor heuristics(CUDNN_BACKEND_ENGINEHEUR_DESCRIPTOR);
   heuristics.set(CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH, graph)

@@ -1,5 +1,5 @@
-// Convolution with a fused epilogue through cuDNN's graph API: the mechanism alone. Which of a convolution's candidates
-// is the fastest, and how that is remembered, is decided in Python (dcae_fast/ops/_plans.py).
+// Convolutions with a fused epilogue through cuDNN's graph API. Python chooses the fastest of a convolution's
+// candidates, and remembers the choice (dcae_fast/ops/_plans.py).
 #pragma once
 
 #include <cudnn.h>
@@ -12,7 +12,7 @@
 
 namespace dcae_fast {
 
-// cuDNN's backend descriptors: reference-counted, untyped, finalised once.
+// A backend descriptor of cuDNN: reference-counted, untyped, finalised once.
 class Descriptor {
  public:
   explicit Descriptor(cudnnBackendDescriptorType_t type);
@@ -29,7 +29,7 @@ class Descriptor {
   Descriptor& set(cudnnBackendAttributeName_t name, const std::vector<Descriptor>& values);
   const Descriptor& finalize() const;
 
-  // Copies up to `capacity` values to `values`; returns how many there are.
+  // Copies up to `capacity` values to `values`. Returns the number of values that exist.
   int64_t get(cudnnBackendAttributeName_t name, cudnnBackendAttributeType_t type, int64_t capacity, void* values) const;
 
   cudnnBackendDescriptor_t raw() const { return descriptor_.get(); }
@@ -41,14 +41,14 @@ class Descriptor {
   std::shared_ptr<void> descriptor_;
 };
 
-// One way to run a convolution: a kernel of cuDNN's, compiled. `run` may be called from several threads at once.
+// One way to run a convolution: a compiled kernel of cuDNN. Several threads may call `run` at once.
 class ConvolutionPlan {
  public:
   ConvolutionPlan(cudnnHandle_t handle, const Descriptor& config);
 
   int64_t workspace_size() const { return workspace_size_; }
 
-  // Device pointers: input, weight, output, then the epilogue's operands in its order.
+  // Device pointers: input, weight, output, then the operands of the epilogue in order.
   void run(cudnnHandle_t handle, const std::vector<void*>& pointers, void* workspace) const;
 
  private:
@@ -57,7 +57,7 @@ class ConvolutionPlan {
 };
 
 // y = epilogue(conv(x, weight)): x [n, c, h, w], weight [k, c, r, s], y [n, k, p, q], all channels-last and of one
-// dtype; computed and accumulated in fp32.
+// dtype. Computed and accumulated in fp32.
 struct ConvolutionShape {
   cudnnDataType_t dtype;
   std::array<int64_t, 4> x, weight;
@@ -67,7 +67,7 @@ struct ConvolutionShape {
   std::array<int64_t, 4> output() const;
 };
 
-// One step after the convolution: "bias" (plus an operand [k]), "residual" (plus an operand of y's shape and dtype),
+// One step after the convolution: "bias" (adds an operand [k]), "residual" (adds an operand of y's shape and dtype),
 // "relu" or "silu". dtype: of the operand.
 struct EpilogueStep {
   std::string name;
@@ -82,10 +82,10 @@ class Convolution {
   // Throws std::runtime_error if cuDNN has no such graph.
   Convolution(cudnnHandle_t handle, const ConvolutionShape& shape, const std::vector<EpilogueStep>& epilogue);
 
-  // Deterministic candidates that keep to fp32 sums, those that cuDNN thinks the fastest first.
+  // The number of candidates. All are deterministic and sum in fp32; cuDNN's guess of the fastest comes first.
   int64_t candidates() const { return static_cast<int64_t>(configs_.size()); }
 
-  // Compiles a candidate, which can take half a second. Throws std::runtime_error if cuDNN cannot.
+  // Compiles a candidate, which can take half a second. Throws std::runtime_error if cuDNN cannot run it.
   ConvolutionPlan build(cudnnHandle_t handle, int64_t candidate) const { return {handle, configs_.at(candidate)}; }
 
  private:

@@ -1,5 +1,5 @@
-// See product.h, and cuBLASLt's documentation. To it a dense row-major matrix is a column-major one, transposed, so
-// that the result is Rᵀ·Lᵀ: its A is our R, its B our L, and its rows are our columns.
+// See product.h, and cuBLASLt's documentation. cuBLASLt is column-major: it sees a dense row-major matrix as its
+// transpose, and computes Rᵀ·Lᵀ. Its A is our R, its B our L, and its rows are our columns.
 
 #include "product.h"
 
@@ -51,7 +51,7 @@ struct Descriptors {
     check(cublasLtMatmulDescSetAttribute(&product, name, &value, sizeof(value)));
   }
 
-  // A matrix that is [rows, columns] after it was transposed, if it is.
+  // Describes a matrix that is [rows, columns], stored as its transpose if `transposed`.
   static void layout(cublasLtMatrixLayoutOpaque_t& matrix, cudaDataType_t dtype, int64_t rows, int64_t columns,
                      bool transposed) {
     if (transposed) std::swap(rows, columns);
@@ -59,7 +59,7 @@ struct Descriptors {
   }
 };
 
-// What candidates must keep to.
+// Requirements of candidates.
 struct Preference {
   cublasLtMatmulPreferenceOpaque_t preference;
 
@@ -81,8 +81,8 @@ struct Preference {
   }
 };
 
-// Whether at most four blocks work together. Kernels of cuBLAS 13 with larger clusters have stopped with an illegal
-// instruction (192x104_64x5_4x2) on Hopper where several processes take turns on the GPU.
+// Whether clusters have at most four blocks. On Hopper, kernels of cuBLAS 13 with larger clusters (192x104_64x5_4x2)
+// have stopped with an illegal instruction while several processes shared the GPU.
 bool has_small_clusters(const cublasLtMatmulAlgo_t& algo) {
   uint16_t shape = CUBLASLT_CLUSTER_SHAPE_AUTO;
   size_t written = 0;
@@ -126,7 +126,7 @@ void ProductPlan::run(cublasLtHandle_t handle, const ProductPointers& pointers, 
 }
 
 std::vector<ProductPlan> find_product_plans(cublasLtHandle_t handle, const ProductShape& shape) {
-  // Addresses that are aligned as those to come will be, for all that is looked at.
+  // A stand-in for the pointers of later calls: the heuristic only looks at their alignment.
   const auto* const anywhere = reinterpret_cast<const void*>(uintptr_t{kAlignment});
   const auto& epilogue = shape.epilogue;
   const bool has_vector = epilogue.takes_bias() || epilogue.sums_left();
@@ -151,7 +151,7 @@ cublasLtHandle_t cublaslt_handle(int device) {
   const std::lock_guard<std::mutex> lock(mutex);
   cublasLtHandle_t& handle = handles[device];
   if (handle == nullptr) {
-    // it may allocate memory, which a stream that is captured in this thread would otherwise forbid
+    // cublasLtCreate may allocate memory, which is otherwise forbidden while this thread captures a stream
     auto mode = cudaStreamCaptureModeRelaxed;
     cudaThreadExchangeStreamCaptureMode(&mode);
     const auto status = cublasLtCreate(&handle);

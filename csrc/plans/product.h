@@ -1,5 +1,5 @@
-// Matrix products with a fused epilogue through cuBLASLt: the mechanism alone. Which of a product's candidates is the
-// fastest, and how that is remembered, is decided in Python (dcae_fast/ops/_plans.py).
+// Matrix products with a fused epilogue through cuBLASLt. Python chooses the fastest of a product's candidates, and
+// remembers the choice (dcae_fast/ops/_plans.py).
 #pragma once
 
 #include <cublasLt.h>
@@ -11,10 +11,10 @@
 
 namespace dcae_fast {
 
-// What follows the product L·R, in fp32 before the result is rounded:
-//   none, bias, gelu, gelu_bias     adds a bias [columns], applies GELU in its tanh form
-//   gelu_aux, gelu_aux_bias         the same, and gives GELU's argument, the preactivation [rows, columns]
-//   bgrad                           gives the sums of L over the depth [rows]
+// The step after the product L·R, computed in fp32 before the result is rounded:
+//   none, bias, gelu, gelu_bias     adds a bias [columns], then applies GELU in its tanh form, as the name says
+//   gelu_aux, gelu_aux_bias         as gelu, gelu_bias; also gives GELU's argument, the preactivation [rows, columns]
+//   bgrad                           also gives the sums of L over the depth [rows]
 class Epilogue {
  public:
   // Throws std::invalid_argument on other names.
@@ -29,8 +29,8 @@ class Epilogue {
   cublasLtEpilogue_t code_;
 };
 
-// L [rows, depth] times R [depth, columns], summed in fp32; in memory each is dense, in row-major order, and transposed
-// if the flag says so. out_dtype: of the result, the residual, the bias, the preactivation and the sums.
+// L [rows, depth] times R [depth, columns], summed in fp32. Both are dense in row-major order; left_transposed and
+// right_transposed: whether memory holds the transpose. out_dtype: of result, residual, bias, preactivation and sums.
 struct ProductShape {
   cudaDataType_t dtype, out_dtype;
   int64_t rows, columns, depth;
@@ -38,14 +38,14 @@ struct ProductShape {
   Epilogue epilogue;
 };
 
-// Device pointers, aligned to 16 bytes. The residual, added before the epilogue, may be null; preactivation and vector
-// (the bias or the sums) are those of the epilogue.
+// Device pointers, aligned to 16 bytes. The residual, which is added before the epilogue, may be null. preactivation
+// and vector (the bias or the sums) belong to the epilogue.
 struct ProductPointers {
   const void *left, *right, *residual;
   void *out, *preactivation, *vector;
 };
 
-// One way to compute a product. `run` may be called from several threads at once.
+// One way to compute a product. Several threads may call `run` at once.
 class ProductPlan {
  public:
   ProductPlan(const ProductShape& shape, const cublasLtMatmulHeuristicResult_t& candidate)
@@ -54,7 +54,7 @@ class ProductPlan {
   const ProductShape& shape() const { return shape_; }
   int64_t workspace_size() const { return static_cast<int64_t>(candidate_.workspaceSize); }
 
-  // Throws std::runtime_error if cuBLASLt refuses.
+  // Throws std::runtime_error if cuBLASLt reports an error.
   void run(cublasLtHandle_t handle, const ProductPointers& pointers, void* workspace, cudaStream_t stream) const;
 
  private:
@@ -62,11 +62,12 @@ class ProductPlan {
   cublasLtMatmulHeuristicResult_t candidate_;
 };
 
-// Candidates that give the same result each time, keep to fp32 sums and have clusters of four blocks at the most; those
-// that cuBLASLt thinks the fastest first. There may be none: of a small product, for example.
+// Candidates that are deterministic, sum in fp32, and have clusters of at most four blocks; cuBLASLt's guess of the
+// fastest comes first. There may be none, for example for a small product.
 std::vector<ProductPlan> find_product_plans(cublasLtHandle_t handle, const ProductShape& shape);
 
-// cuBLASLt's handle for the current device, which is this one: made once, kept until the process ends.
+// cuBLASLt's handle for `device`, which must be the current device. It is created once and lives until the process
+// ends.
 cublasLtHandle_t cublaslt_handle(int device);
 
 }  // namespace dcae_fast
