@@ -68,10 +68,9 @@ def load_batches(data: Dataset, order: BatchOrder, workers: int, device: torch.d
 
 
 def generator_of(device: torch.device, seed: int, step: int) -> torch.Generator:
-    """The generator of all random numbers of a step. Its numbers on the CPU and on CUDA differ."""
-    return torch.Generator(device).manual_seed(_seed_of(seed, step))
+    """The generator of all random numbers of a step. Its numbers on the CPU and on CUDA differ.
 
-
-def _seed_of(*numbers: int) -> int:
-    """A seed that is practically certain to differ for other numbers; CPU generators use its lower 32 bits."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    Its seed is a hash, practically certain to differ for another seed or step; CPU generators use its lower 32 bits.
+    """
+    hashed = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0] >> np.uint64(1)
+    return torch.Generator(device).manual_seed(int(hashed))

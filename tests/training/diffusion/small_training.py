@@ -1,4 +1,4 @@
-"""A training that takes a second: a UViT of two blocks on random latents, sixty of three classes."""
+"""A training that takes a second: a UViT of two blocks on sixty random latents of three classes."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from dcae_fast.training.diffusion.task import DiffusionTask
 from dcae_fast.training.engine.loop import Training
 
 CPU = torch.device("cpu")
-ITEMS, SHAPE = 60, (64, 2, 2)  # of dc-ae-tiny, pictures of 64 pixels
+ITEMS, SHAPE = 60, (64, 2, 2)  # latents of dc-ae-tiny for pictures of 64 pixels
 RECIPE = replace(
     RECIPES["uvit-h-f64"],
     network=Architecture(kind="uvit", depth=2, hidden_size=32, num_heads=2, num_classes=3),
@@ -42,7 +42,7 @@ def run_in(folder: Path, **options) -> DiffusionRun:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The result of a training."""
+    """The weights that a training exports at the end."""
     return load_file(folder / "model" / "model.safetensors")
 
 

@@ -1,4 +1,4 @@
-"""A training that is asked to end takes its step, saves and says where; another in its folder is refused."""
+"""A training that is asked to end finishes its step and saves. A second training in the same folder is refused."""
 
 import json
 import multiprocessing
@@ -20,7 +20,7 @@ from dcae_fast.training.engine.log import Log
 
 @pytest.fixture
 def signal_at(monkeypatch):
-    """signal_at(step, signum): sends the signal in a step, to this process and the workers that read its data."""
+    """signal_at(step, signum): sends a signal during a step, to this process and to its workers that read data."""
 
     def set_up(step, signum):
         taken = iter(range(1, 100))
@@ -50,7 +50,7 @@ def test_saved_and_resumed(shared, signal_at, signum, workers):
 
 
 def test_in_the_last_step(shared, signal_at):
-    """The training is done, and ends as if nothing had happened."""
+    """The training is complete and ends without an error."""
     run = run_in(shared / "interrupted-last")
     signal_at(12, signal.SIGTERM)
     train(RECIPE, run, CPU)
@@ -84,7 +84,7 @@ def test_exit_status(shared, tmp_path, signal_at, capsys, signum):
 
 
 def test_before_the_first_step(shared, monkeypatch):
-    """There is nothing to save yet, and nothing in the way of the next attempt."""
+    """Nothing is saved, and the next attempt can begin."""
     run = run_in(shared / "interrupted-early")
 
     def interrupted(*_):

@@ -1,4 +1,4 @@
-"""Trainings in this process: what they learn and write, how they go on, and that options alter no weights."""
+"""Trainings in this process: what they learn and write, how they resume, and that options do not change the weights."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def same_numbers(one: list[dict], other: list[dict]) -> bool:
 
 
 def test_steps_by_the_formulas(shared, tmp_path):
-    """Against a loop with PyTorch's own AdamW, not fused, and the average by its formula."""
+    """The reference is a loop with PyTorch's AdamW, not fused, and the formula of the average."""
     task = DiffusionTask(SHORT, run_in(shared / "formulas"), CPU)
     training = Training(task)
     training.log.close()
@@ -80,8 +80,8 @@ def test_what_a_training_writes(shared):
     assert model.decode(model.generate(labels, cfg_scale=2.0)).shape == (3, 3, 64, 64)
 
 
-def test_going_on_is_exact(shared):
-    """Ended at any step, also before the first checkpoint and right after the last; the log has each line once."""
+def test_resuming_is_exact_from_any_step(shared):
+    """A run may end at any step, also before its first checkpoint or right after one. The log has each line once."""
     for step in (2, 6, 8, 11):
         run = run_in(shared / f"ended{step}")
         train_until(step, RECIPE, run)
@@ -128,7 +128,7 @@ def test_accumulation(shared, accumulate, compare):
 
 
 def test_compiled(shared, compare, monkeypatch):
-    """The names of the weights are those of the bare network, and the average sees every step."""
+    """Compilation does not rename the weights, and the average includes every step."""
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda *args, **kw: compile(*args, **kw, backend="aot_eager"))
     run = run_in(shared / "compiled", compile=True, checkpoint_activations=True, sample_steps=12)
@@ -141,7 +141,7 @@ def test_compiled(shared, compare, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("patch", [False, True])
 def test_cuda_graphs(shared, compare, patch):
-    """Of the compiled network they compute what it computes, also after pauses and when a training goes on."""
+    """They compute what the compiled network computes, also after evaluations and when a training is resumed."""
     device, options = torch.device("cuda"), {"device": "cuda", "compile": True, "patch": patch, "sample_steps": 5}
     plain, graphs = (run_in(shared / f"graphs-{patch}-{on}", cuda_graphs=on, **options) for on in (False, True))
     train(RECIPE, plain, device)
@@ -177,7 +177,7 @@ def test_float16_leaves_out_a_step_that_overflows(shared):
 
 
 def norms_at_steps(run, clip) -> list[torch.Tensor]:
-    """Of the gradients as the optimizer sees them."""
+    """Norms of the gradients that the optimizer sees."""
     training, norms = Training(DiffusionTask(replace(SHORT, clip_grad=clip), run, CPU)), []
     training.log.close()
     trained = training.state.networks[NAME]
@@ -226,7 +226,7 @@ def test_without_an_average(shared):
 
 
 def test_samples_and_evaluation(shared, tmp_path):
-    """Both see the average, alter nothing, and are due every so many steps and at the end."""
+    """Both use the average, change nothing, and are due after every so many steps and at the end."""
     seen = []
 
     def evaluate(model, step):
@@ -249,7 +249,7 @@ def test_samples_and_evaluation(shared, tmp_path):
 
 
 def test_samples_that_are_not_finite(shared, monkeypatch, capsys):
-    """Are not written, and the training goes on."""
+    """They are not written, and the training continues."""
 
     def overflows(*args):
         raise NotFiniteError("NaN or infinity in latent 1")
@@ -262,7 +262,7 @@ def test_samples_that_are_not_finite(shared, monkeypatch, capsys):
 
 
 def test_ended_in_an_evaluation(shared):
-    """Also at a step that has a checkpoint: the run that goes on evaluates then."""
+    """The resumed run evaluates again, also at a step that has a checkpoint."""
     run = run_in(shared / "evaluating", eval_steps=8)
 
     def end(model, step):

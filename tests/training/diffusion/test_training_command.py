@@ -1,4 +1,4 @@
-"""train-diffusion on the command line: recipes, files of options, the estimate, refusals."""
+"""train-diffusion on the command line: recipes, option files, the estimate, errors."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ from dcae_fast.training.engine.config import TrainingError
 from dcae_fast.training.engine.parallel import apply_activation_checkpointing
 from dcae_fast.training.engine.state import autocast
 
-OPTIONS = {  # of small_training.RECIPE
+OPTIONS = {  # the options that give small_training.RECIPE
     "network": {"depth": 2, "hidden_size": 32, "num_heads": 2, "num_classes": 3},
     "autoencoder": "dc-ae-tiny",
     "num_inference_steps": 2,
@@ -55,7 +55,7 @@ def test_the_command_is_the_function(shared, tmp_path, capsys, suffix):
 
 
 def test_recipes_are_the_original_ones(tmp_path):
-    """The table of the original's example commands; and the models are those of the zoo."""
+    """The recipes are the original's example commands, and train the models of the zoo."""
     assert RECIPES.keys() == DESCRIPTIONS.keys()
     table = {
         "uvit-h-f64": ("dc-ae-f64c128-in-1.0-uvit-h-in-512px", 2e-4, 0.03, (0.99, 0.99), 5000, "bfloat16", 1024, 5e5),
@@ -101,7 +101,7 @@ def test_dry_run(shared, tmp_path, capsys):
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_memory_of_the_estimate(shared, precision, checkpointed):
-    """What a real forward pass keeps."""
+    """The estimate equals the memory that a real forward pass stores."""
     config, batch = RECIPE.diffusion_config(LatentDataset(shared / "latents")), 20
     network, kept = build_network(config, 0, CPU), {}
     if checkpointed:
@@ -154,12 +154,12 @@ def test_too_little_memory(shared, tmp_path, monkeypatch, capsys):
 
 
 def test_evaluation(shared, tmp_path, monkeypatch):
-    """Every eval_steps and at the end, as eval-diffusion does it; no bit of the weights differs."""
+    """It computes the figures of eval-diffusion, every eval_steps and at the end, and changes no bit of the weights."""
     monkeypatch.setattr(networks, "LOADERS", use())
     file, out = tmp_path / "options.json", shared / "evaluated"
     file.write_text(json.dumps(OPTIONS))
     (out / "evaluation").mkdir(parents=True)
-    (out / "evaluation" / "samples.json").write_text("of a run that was ended")
+    (out / "evaluation" / "samples.json").write_text("left by a run that was ended")
     shutil.copy(shared / "whole" / "training.json", out)
     argv = ["--eval-samples", 33, "--eval-steps", 8, *save_references(tmp_path, "eval-")]
     assert run("uvit-h-f64", f"@{file}", "--data", shared / "latents", "--out", out, *argv) == 0
@@ -172,7 +172,7 @@ def test_evaluation(shared, tmp_path, monkeypatch):
 
 
 def test_evaluations_that_cannot_be_made(shared, tmp_path, monkeypatch, capsys):
-    """It is said before the first step."""
+    """The error comes before the first step."""
     file, out = tmp_path / "options.json", tmp_path / "run"
     file.write_text(json.dumps(OPTIONS))
     np.save(tmp_path / "short.npy", np.zeros((5, 4), np.float32))
@@ -191,7 +191,7 @@ def test_evaluations_that_cannot_be_made(shared, tmp_path, monkeypatch, capsys):
 
 
 def test_trackers(shared, monkeypatch):
-    """They get what the log file gets."""
+    """They get the numbers of the log file."""
     calls = []
 
     class Writer:

@@ -1,4 +1,4 @@
-"""A training that is killed again and again, at any moment, ends with the weights of one that is not."""
+"""A training that is killed again and again, at any moment, ends with the weights of a training that is not."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ from small_training import RECIPE, assert_equal, weights
 
 PROGRAM = """
 import os, random, signal, sys, time
-import torch._dynamo  # which optimizers would import in every child
+import torch._dynamo  # or optimizers import it in every child
 from pathlib import Path
 from small_training import CPU, RECIPE, run_in
 

@@ -1,4 +1,4 @@
-"""Two processes against one: the same batches, the same weights to rounding, on DDP and FSDP2; and back again."""
+"""Two processes, with DDP or FSDP2, against one: the same batches, and the same weights up to rounding."""
 
 import json
 import os
@@ -32,7 +32,7 @@ HALF = {precision: replace(SHORT, precision=precision) for precision in ("bfloat
 
 
 def trainings(rank: int, folder: Path) -> None:
-    """In each process: one training after another."""
+    """Runs in each process: one training after another."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
     torch.compile = partial(torch.compile, backend="aot_eager")
     networks.LOADERS.update(use())
@@ -59,11 +59,11 @@ def trainings(rank: int, folder: Path) -> None:
             CPU,
         )
     dist.barrier()
-    os._exit(0)  # destroying a gloo group of DDP's may wait forever for a thread that needs the interpreter's lock
+    os._exit(0)  # destroying the gloo group of DDP may wait forever for a thread that needs the GIL
 
 
 def interrupted(rank: int, run: DiffusionRun) -> None:
-    """One of the ranks gets SIGTERM; both save after the same step, and go on."""
+    """One of the ranks gets SIGTERM. Both save after the same step, and the training is resumed."""
     training = Training(DiffusionTask(RECIPE, run, CPU))
     step_taken, taken = training.log.step_taken, iter(range(1, 100))
 
@@ -84,7 +84,7 @@ def interrupted(rank: int, run: DiffusionRun) -> None:
 
 @pytest.fixture(scope="module")
 def folder(shared) -> Path:
-    """With what two processes trained."""
+    """The folder `shared` with the trainings of two processes."""
     for parallel in ("ddp", "fsdp"):
         train_until(6, RECIPE, run_in(shared / f"one-then-{parallel}"))
     save_references(shared)
@@ -93,7 +93,7 @@ def folder(shared) -> Path:
 
 
 def in_one_process(folder: Path, name: str, recipe=RECIPE) -> dict[str, torch.Tensor]:
-    """The training that two processes began, from its beginning in this one: on the same batches."""
+    """The same training as two processes began, on the same batches, but from the beginning in this process."""
     out = folder / f"{name}-in-one-{recipe.precision}"
     out.mkdir()
     settings = json.loads((folder / name / "training.json").read_text())
@@ -112,7 +112,7 @@ def test_as_one_process(folder, name, recipe, compare):
         compare("eager", weights(folder / name)[key], expected, ROUNDING, key)
 
 
-def test_going_on_is_exact(folder):
+def test_resuming_is_exact_on_two_ranks(folder):
     assert_equal(weights(folder / "fsdp-ended"), weights(folder / "fsdp"))
 
 
@@ -123,7 +123,7 @@ def test_interrupted(folder):
 
 @pytest.mark.parametrize("parallel, same", [("ddp", "ddp-alone"), ("fsdp", "fsdp")])
 def test_evaluation(folder, tmp_path, monkeypatch, parallel, same):
-    """It alters no bit, and tells what eval-diffusion does; the one batch of samples is that of the second rank."""
+    """It changes no bit and gives the figures of eval-diffusion. The second rank computes the only batch of samples."""
     out = folder / f"{parallel}-evaluated"
     assert_equal(weights(out), weights(folder / same))
     lines = [line for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "fid" in line]
@@ -133,7 +133,7 @@ def test_evaluation(folder, tmp_path, monkeypatch, parallel, same):
 
 
 @pytest.mark.parametrize("name", ["one-then-ddp", "one-then-fsdp", "fsdp-then-one"])
-def test_going_on_with_other_ranks(folder, name, compare):
+def test_resuming_with_another_number_of_ranks(folder, name, compare):
     if name == "fsdp-then-one":
         train(RECIPE, run_in(folder / name), CPU)
     whole = folder / ("fsdp" if name == "fsdp-then-one" else "whole")
@@ -156,7 +156,7 @@ def test_samples_and_losses_are_those_of_one_process(folder):
 @pytest.mark.parametrize("precision", HALF)
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_half_precision(folder, parallel, precision):
-    """Rounding differs by no more than twice what half precision itself is off."""
+    """Two processes differ from one by at most twice the error of half precision itself."""
     name = f"{parallel}-{precision}"
     one, exact = (in_one_process(folder, name, recipe) for recipe in (HALF[precision], SHORT))
     got = weights(folder / name)
