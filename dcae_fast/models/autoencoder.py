@@ -19,20 +19,20 @@ UP_SAMPLERS = {
 
 
 def stage_block(config: CoderConfig, stage: int) -> nn.Module:
-    kind, width = config.block[stage], config.width[stage]
-    if kind == "ResBlock":
+    block, width = config.block[stage], config.width[stage]
+    if block == "ResBlock":
         return blocks.ResidualBlock(blocks.ResBlock(width, config.norm[stage], config.act[stage]), nn.Identity())
-    return blocks.EfficientViTBlock(width, scales={"EViTGLU": (), "EViTS5GLU": (5,)}[kind])
+    return blocks.EfficientViTBlock(width, scales={"EViTGLU": (), "EViTS5GLU": (5,)}[block])
 
 
-def down_sample(kind: str, in_channels: int, out_channels: int) -> nn.Module:
+def down_sample(resample: str, in_channels: int, out_channels: int) -> nn.Module:
     shortcut = blocks.PixelUnshuffleChannelAveragingDownSampleLayer(in_channels, out_channels, factor=2)
-    return blocks.ResidualBlock(DOWN_SAMPLERS[kind](in_channels, out_channels), shortcut)
+    return blocks.ResidualBlock(DOWN_SAMPLERS[resample](in_channels, out_channels), shortcut)
 
 
-def up_sample(kind: str, in_channels: int, out_channels: int) -> nn.Module:
+def up_sample(resample: str, in_channels: int, out_channels: int) -> nn.Module:
     shortcut = blocks.ChannelDuplicatingPixelShuffleUpSampleLayer(in_channels, out_channels, factor=2)
-    return blocks.ResidualBlock(UP_SAMPLERS[kind](in_channels, out_channels), shortcut)
+    return blocks.ResidualBlock(UP_SAMPLERS[resample](in_channels, out_channels), shortcut)
 
 
 class Encoder(nn.Module):

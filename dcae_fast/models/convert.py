@@ -279,11 +279,11 @@ def config_from_diffusers(given: Mapping) -> DCAEConfig:
 def _coder_from_diffusers(given: fields.Section, side: str, **options) -> CoderConfig:
     width = given.values(f"{side}_block_out_channels")
     stages = len(width) if isinstance(width, tuple) else 1
-    kinds = given.words(f"{side}_block_types", {kind: kind for kind, _ in BLOCKS.values()}, stages)
+    types = given.words(f"{side}_block_types", {type_: type_ for type_, _ in BLOCKS.values()}, stages)
     scales, blocks = f"{side}_qkv_multiscales", []
-    for kind, (name, value) in zip(kinds, fields.entries(scales, given[scales], len(kinds)), strict=True):
-        value = () if kind == "ResBlock" else tuple(each for _, each in fields.entries(name, value))
-        block = {known: block for block, known in BLOCKS.items()}.get((kind, value))
+    for type_, (name, value) in zip(types, fields.entries(scales, given[scales], len(types)), strict=True):
+        value = () if type_ == "ResBlock" else tuple(each for _, each in fields.entries(name, value))
+        block = {known: block for block, known in BLOCKS.items()}.get((type_, value))
         if block is None:
             raise fields.FieldError(name, list(value), "[] or [5]")
         blocks.append(block)

@@ -114,13 +114,13 @@ class Section:
             word(entry, each, table)
         return tuple(table[each] for each in value)
 
-    def build(self, kind: type) -> Any:
+    def build(self, cls: type) -> Any:
         """Make a dataclass of the fields. Raises FieldError or AbsentError."""
-        known = {field.name: field for field in fields(kind)}
+        known = {field.name: field for field in fields(cls)}
         self.only(known)
         required = [name for name, field in known.items() if field.default is field.default_factory is MISSING]
         with renamed({}, self.prefix):
-            return kind(**{name: self[name] for name in known if name in self.given or name in required})
+            return cls(**{name: self[name] for name in known if name in self.given or name in required})
 
 
 def once(values: Any) -> Any:

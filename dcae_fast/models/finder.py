@@ -74,12 +74,12 @@ def finder(source: str | os.PathLike, names: Names, **hub: Any) -> Finder:
     return _in_repository(name, **hub)
 
 
-def check_arguments(source: Any, config: Any, kind: type) -> None:
-    """Raise TypeError for arguments of from_pretrained with a wrong type. kind: the class of the configuration."""
+def check_arguments(source: Any, config: Any, expected: type) -> None:
+    """Raise TypeError for arguments of from_pretrained with a wrong type. expected: the class of the configuration."""
     if not isinstance(source, str | os.PathLike):
         raise TypeError(f"source={source!r}; expected a name, a path or a repository")
-    if not isinstance(config, kind | None):
-        raise TypeError(f"config is {type(config).__name__}; expected {kind.__name__}")
+    if not isinstance(config, expected | None):
+        raise TypeError(f"config is {type(config).__name__}; expected {expected.__name__}")
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from dcae_fast.files import written_atomically
 from .finder import CONFIG, PICKLES, Finder
 
 INDEX = ".index.json"
-LISTED = 10  # names of one kind in an error, at most
+LISTED = 10  # names for one problem in an error, at most
 
 State = dict[str, torch.Tensor]
 
@@ -57,7 +57,7 @@ def read_weights(path: Path, find: Finder, unwrap: Callable[[Any], Any] = under_
         except Exception as error:  # a broken or hostile file may raise anything
             raise CheckpointError(f"{path}: not a readable safetensors file: {_what_is_there(path, error)}") from error
     if path.suffix not in PICKLES:
-        raise CheckpointError(f"{path}: unknown kind of file; expected .safetensors, {', '.join(PICKLES)}")
+        raise CheckpointError(f"{path}: unknown file type; expected .safetensors, {', '.join(PICKLES)}")
     content = unwrap(_read_pickle(path))
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}; expected a state dict")
@@ -139,7 +139,7 @@ def check(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor
         elif not _can_become(have.dtype, want.dtype):
             misfits.append(f"{name} {have.dtype} instead of {want.dtype}")
     problems = {"missing": missing, "unexpected": unexpected, "unfit": misfits}
-    found = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in problems.items() if names]
+    found = [f"{len(names)} {problem}: {_listed(names)}" for problem, names in problems.items() if names]
     if found:
         raise CheckpointError("\n  ".join([f"{path} does not fit the model:", *found]))
 

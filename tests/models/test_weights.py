@@ -119,7 +119,7 @@ def test_a_bundled_model_without_its_config(folder, monkeypatch):
 
 def test_unknown_kind_of_file(folder):
     (folder / "weights.onnx").touch()
-    with pytest.raises(CheckpointError, match="unknown kind of file"):
+    with pytest.raises(CheckpointError, match="unknown file type"):
         DCAE.from_pretrained(folder / "weights.onnx")
 
 
