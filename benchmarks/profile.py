@@ -28,7 +28,7 @@ LONGEST = 12  # kernels named one by one
 # The first pattern that a kernel's name matches tells its kind.
 KINDS = {
     "Inductor": r"^triton_",
-    "this project's operators": "|".join({*OPERATORS} - {"linear", "mlp", "packed_attention"}) + "|gelu_gradient",
+    "this project's operators": "|".join({*OPERATORS} - {"linear", "mlp", "packed_attention"}) + "|gelu_backward",
     "copy": r"memcpy|memset|copy|nchwtonhwc|nhwctonchw|transpose|catarray",
     "attention": r"attention|flash|fmha|softmax",
     "convolution": r"conv|fprop|winograd|cudnn",

@@ -36,7 +36,7 @@ def test_cmake_configures_and_compiles_with_the_compiler_of_pypi(tmp_path):
     without_toolkit = os.environ | {"PATH": without_nvcc(os.environ["PATH"]), "CUDA_HOME": "", "CUDA_PATH": ""}
     for command in (
         ["cmake", "-G", "Ninja", "-S", ROOT, "-B", tmp_path / "build", *options],
-        ["ninja", "-C", tmp_path / "build", "CMakeFiles/_C.dir/csrc/kernels/gelu_gradient.cu.o"],
+        ["ninja", "-C", tmp_path / "build", "CMakeFiles/_C.dir/csrc/kernels/gelu_backward.cu.o"],
     ):
         result = subprocess.run(command, env=without_toolkit, capture_output=True, text=True)
         assert result.returncode == 0, result.stdout + result.stderr

@@ -25,7 +25,7 @@ at::Tensor packed_attention_backward(const at::Tensor& dout, const at::Tensor& q
 std::tuple<at::Tensor, at::Tensor> layer_norm(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& shift,
                                               double eps, const MaybeTensor& branch, const MaybeTensor& gate,
                                               at::ScalarType dtype);
-std::tuple<at::Tensor, at::Tensor, at::Tensor> gelu_gradient(const at::Tensor& dg, const at::Tensor& h,
+std::tuple<at::Tensor, at::Tensor, at::Tensor> gelu_backward(const at::Tensor& dg, const at::Tensor& h,
                                                              const std::string& act, bool wants_g);
 
 }  // namespace dcae_fast

@@ -86,7 +86,7 @@ FiveTensors norm_mlp_backward(const at::Tensor& dout, const at::Tensor& y, const
                               const BoundProductPlan& w_out_plan) {
   const c10::cuda::CUDAGuard guard(y.device());
   const at::Tensor dhalf = dout.to(y.scalar_type());
-  auto [dh, g, sums] = gelu_gradient(linear_backward_input(out_plan, dhalf, w_out), h, act, true);
+  auto [dh, g, sums] = gelu_backward(linear_backward_input(out_plan, dhalf, w_out), h, act, true);
   const auto [dw_out, db_out] = linear_backward_weight(w_out_plan, dhalf, g, b_out);
   g.reset();  // as large as dh
   const auto [dw_in, none] = linear_backward_weight(w_in_plan, dh, y, std::nullopt);

@@ -161,7 +161,7 @@ std::tuple<at::Tensor, at::Tensor> layer_norm(const at::Tensor& x, const at::Ten
   return {total, y};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> gelu_gradient(const at::Tensor& dg, const at::Tensor& h,
+std::tuple<at::Tensor, at::Tensor, at::Tensor> gelu_backward(const at::Tensor& dg, const at::Tensor& h,
                                                              const std::string& act, bool wants_g) {
   const at::Device device = on_cuda("h", h);
   const c10::cuda::CUDAGuard guard(device);
@@ -174,10 +174,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> gelu_gradient(const at::Tensor& d
   const auto columns = static_cast<int>(h.size(-1));
   const int64_t rows = h.numel() / columns;
   int splits;
-  C10_CUDA_CHECK(gelu_gradient_splits(rows, columns, &splits));
+  C10_CUDA_CHECK(gelu_backward_splits(rows, columns, &splits));
   at::Tensor dh = at::empty_like(h), g = wants_g ? at::empty_like(h) : at::empty({0}, h.options());
   const at::Tensor sums = at::empty({splits, columns}, h.options().dtype(at::kFloat));
-  C10_CUDA_CHECK(launch_gelu_gradient(dg.const_data_ptr(), h.const_data_ptr(), dh.mutable_data_ptr(),
+  C10_CUDA_CHECK(launch_gelu_backward(dg.const_data_ptr(), h.const_data_ptr(), dh.mutable_data_ptr(),
                                       wants_g ? g.mutable_data_ptr() : nullptr, sums.mutable_data_ptr<float>(), rows,
                                       columns, splits, act == "gelu_tanh", dtype, c10::cuda::getCurrentCUDAStream()));
   return {dh, g, sums.sum(0)};
@@ -199,7 +199,7 @@ void bind_token_operators(pybind11::module_& module) {
   module.def("layer_norm_backward", &layer_norm_backward, py::arg("dy"), py::arg("dsum"), py::arg("total"),
              py::arg("scale"), py::arg("branch"), py::arg("gate"), py::arg("eps"), py::arg("dtype"),
              "The gradients of x, scale, shift, branch and gate. `dtype`: of total and of the gradient of x.");
-  module.def("gelu_gradient", &gelu_gradient, py::arg("dg"), py::arg("h"), py::arg("act"), py::arg("wants_g"),
+  module.def("gelu_backward", &gelu_backward, py::arg("dg"), py::arg("h"), py::arg("act"), py::arg("wants_g"),
              "The gradient of h from that of gelu(h); gelu(h), empty unless it is wanted; sums of the gradient over "
              "rows, in fp32.");
 }

@@ -95,10 +95,10 @@ cudaError_t launch_layer_norm_backward(const LayerNormGradientPointers& pointers
 // dh = dg * gelu'(h) and, unless g is null, g = gelu(h).
 //
 // dg, h, dh, g: [rows, columns], columns a positive multiple of 8; tanh: GELU in its tanh form, else with erf. sums:
-// [splits, columns] in fp32, partial sums of dh over the rows. The caller adds up the splits; gelu_gradient_splits
+// [splits, columns] in fp32, partial sums of dh over the rows. The caller adds up the splits; gelu_backward_splits
 // computes their number. The result is deterministic.
-cudaError_t gelu_gradient_splits(int64_t rows, int columns, int* splits);
-cudaError_t launch_gelu_gradient(const void* dg, const void* h, void* dh, void* g, float* sums, int64_t rows,
+cudaError_t gelu_backward_splits(int64_t rows, int columns, int* splits);
+cudaError_t launch_gelu_backward(const void* dg, const void* h, void* dh, void* g, float* sums, int64_t rows,
                                  int columns, int splits, bool tanh, DType dtype, cudaStream_t stream);
 
 }  // namespace dcae_fast

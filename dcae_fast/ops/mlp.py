@@ -40,7 +40,7 @@ def mlp_reference(x, w1, b1, w2, b2, residual, act):
 
 
 @without_autocast
-def gelu_gradient_reference(dg, h, act, wants_g):
+def gelu_backward_reference(dg, h, act, wants_g):
     approximate, wide = ACTIVATIONS[act], torch.promote_types(h.dtype, torch.float32)
     dh = torch.ops.aten.gelu_backward(dg, h, approximate=approximate)
     g = F.gelu(h, approximate=approximate) if wants_g else h.new_empty(0)
@@ -69,11 +69,11 @@ mlp_op = define(
     _accepts,
     _launch,
 )
-gelu_gradient = define(
-    "gelu_gradient(Tensor dg, Tensor h, str act, bool wants_g) -> (Tensor, Tensor, Tensor)",
-    gelu_gradient_reference,
+gelu_backward_op = define(
+    "gelu_backward(Tensor dg, Tensor h, str act, bool wants_g) -> (Tensor, Tensor, Tensor)",
+    gelu_backward_reference,
     lambda dg, h, act, wants_g: dg.dtype == h.dtype and h.dtype in KERNEL_DTYPES,
-    "gelu_gradient",
+    "gelu_backward",
     lambda dg, h, act, wants_g: h.numel() > 0 and h.shape[-1] % 8 == 0 and halves_on_hopper(dg, h),
 )
 
@@ -85,7 +85,7 @@ def mlp_backward(via, dy, x, w1, b1, w2, b2, h, act, wants, dh_of_h=None):
     via: see _parts.py.
     """
     wants_x, wants_w1, wants_b1, wants_w2, wants_b2 = wants
-    dh, g, db1 = via(gelu_gradient)(via(linear_backward_input_op)(dy, w2), h, act, wants_w2)
+    dh, g, db1 = via(gelu_backward_op)(via(linear_backward_input_op)(dy, w2), h, act, wants_w2)
     _, dw2, db2 = linear_backward(via, dy, g, w2, b2, (False, wants_w2, wants_b2))
     del g  # as large as dh
     if dh_of_h is not None:
@@ -110,7 +110,7 @@ def _backward(ctx, dy, dh_of_h):
 
 
 differentiable(mlp_op, _backward, _setup_context)
-differentiable_as(gelu_gradient, gelu_gradient_reference)
+differentiable_as(gelu_backward_op, gelu_backward_reference)
 
 
 def check_activation(act):

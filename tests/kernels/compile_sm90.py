@@ -58,7 +58,7 @@ def main():
     from dcae_fast.kernels.conv2d import launch_conv2d, launch_conv2d_unshuffle
     from dcae_fast.kernels.depthwise_glu import launch_depthwise_glu, launch_depthwise_glu_backward
     from dcae_fast.kernels.duplicate_shuffle_add import launch_duplicate_shuffle_add
-    from dcae_fast.kernels.gelu_gradient import launch_gelu_gradient
+    from dcae_fast.kernels.gelu_backward import launch_gelu_backward
     from dcae_fast.kernels.layer_norm import launch_layer_norm, launch_layer_norm_backward
     from dcae_fast.kernels.multiscale_qkv import launch_multiscale_qkv
     from dcae_fast.kernels.relu_linear_attention import (
@@ -114,7 +114,7 @@ def main():
         launch_concatenate(x, x, half)
         launch_concatenate_backward(y, dtype, dtype)
         for act in ("gelu", "gelu_tanh"):
-            launch_gelu_gradient(y.flatten(0, 1), y.flatten(0, 1), act, True)
+            launch_gelu_backward(y.flatten(0, 1), y.flatten(0, 1), act, True)
     launch_unshuffle_average_add(tensor(2, 256, 64, 64), tensor(2, 128, 64, 64), tensor(128), 512, 2, 0.5)
     launch_duplicate_shuffle_add(tensor(2, 512, 32, 32), tensor(2, 1024, 32, 32), tensor(1024), 256, 2, 1.0)
     launch_duplicate_shuffle_add(tensor(2, 512, 32, 32), tensor(8, 256, 32, 32), tensor(256), 256, 2, 1.0)

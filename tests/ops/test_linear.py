@@ -223,7 +223,7 @@ def test_gradients_of_biases_are_not_rounded(weights, act):
     db1, db2 = torch.autograd.grad(y, [b1, b2], dy)
     with torch.no_grad():
         _, h = mlp.mlp_op(x, w1, b1, w2, b2, None, act)
-        dh, _, of_columns = mlp.gelu_gradient(linear.linear_backward_input_op(dy, w2), h, act, False)
+        dh, _, of_columns = mlp.gelu_backward_op(linear.linear_backward_input_op(dy, w2), h, act, False)
     for got, summed in ((db1, dh), (of_columns, dh), (db2, dy)):
         check_sum(got, summed)
     (dbias,) = torch.autograd.grad(ops.linear(x.detach(), w1, b1), b1, dh)
@@ -265,14 +265,14 @@ def test_a_frozen_weight_keeps_no_input(name):
 @pytest.mark.parametrize("act", APPROXIMATION)
 def test_gelu_is_computed_again_for_a_second_weight_alone(act, monkeypatch):
     x, w1, b1, w2, b2, _ = make(CASES["mlp"][2], KERNEL_DTYPE)
-    first, sizes, gelu_gradient = [x, w1, b1], [], mlp.gelu_gradient
+    first, sizes, gelu_backward_op = [x, w1, b1], [], mlp.gelu_backward_op
 
     def record(*args):
-        dh, g, db1 = gelu_gradient(*args)
+        dh, g, db1 = gelu_backward_op(*args)
         sizes.append(g.numel())
         return dh, g, db1
 
-    monkeypatch.setattr(mlp, "gelu_gradient", record)
+    monkeypatch.setattr(mlp, "gelu_backward_op", record)
     whole = torch.autograd.grad(ops.mlp(*first, w2, b2, act=act).sum(), first)
     frozen = torch.autograd.grad(ops.mlp(*first, w2.detach(), b2, act=act).sum(), first)
     assert_close(frozen, whole, atol=0, rtol=0)

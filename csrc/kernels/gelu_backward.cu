@@ -45,7 +45,7 @@ __device__ Value gelu(float h) {
 // wave.
 template <typename T, bool kTanh, bool kGelu>
 __global__ void __launch_bounds__(32 * kWarps, kBlocks)
-    gelu_gradient_kernel(const T* __restrict__ dg, const T* __restrict__ h, T* __restrict__ dh, T* __restrict__ g,
+    gelu_backward_kernel(const T* __restrict__ dg, const T* __restrict__ h, T* __restrict__ dh, T* __restrict__ g,
                          float* __restrict__ sums, int64_t rows, int columns) {
   __shared__ __align__(16) float shared[kWarps][kColumns];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = blockIdx.x * kColumns + 8 * lane;
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(32 * kWarps, kBlocks)
 
 }  // namespace
 
-cudaError_t gelu_gradient_splits(int64_t rows, int columns, int* splits) {
+cudaError_t gelu_backward_splits(int64_t rows, int columns, int* splits) {
   int processors;
   if (const auto error = count_processors(&processors)) return error;
   const int64_t fit = std::max<int64_t>(kBlocks * processors / divide_up(columns, kColumns), 1);
@@ -93,7 +93,7 @@ cudaError_t gelu_gradient_splits(int64_t rows, int columns, int* splits) {
   return cudaSuccess;
 }
 
-cudaError_t launch_gelu_gradient(const void* dg, const void* h, void* dh, void* g, float* sums, int64_t rows,
+cudaError_t launch_gelu_backward(const void* dg, const void* h, void* dh, void* g, float* sums, int64_t rows,
                                  int columns, int splits, bool tanh, DType dtype, cudaStream_t stream) {
   return with_element(dtype, [&](auto half) {
     using T = decltype(half);
@@ -103,8 +103,8 @@ cudaError_t launch_gelu_gradient(const void* dg, const void* h, void* dh, void* 
           columns);
       return cudaGetLastError();
     };
-    if (g == nullptr) return run(tanh ? gelu_gradient_kernel<T, true, false> : gelu_gradient_kernel<T, false, false>);
-    return run(tanh ? gelu_gradient_kernel<T, true, true> : gelu_gradient_kernel<T, false, true>);
+    if (g == nullptr) return run(tanh ? gelu_backward_kernel<T, true, false> : gelu_backward_kernel<T, false, false>);
+    return run(tanh ? gelu_backward_kernel<T, true, true> : gelu_backward_kernel<T, false, true>);
   });
 }
 

@@ -30,7 +30,7 @@ def _normal(x):
 
 
 @Kernel
-def _gelu_gradient_kernel(
+def _gelu_backward_kernel(
     dg_ptr, h_ptr, dh_ptr, g_ptr, partial_ptr, rows, columns,
     TANH: tl.constexpr, WANTS_G: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -58,7 +58,7 @@ def _gelu_gradient_kernel(
     tl.store(partial_ptr + tl.program_id(1) * columns + column, total, column_mask)
 
 
-def launch_gelu_gradient(dg, h, act, wants_g):
+def launch_gelu_backward(dg, h, act, wants_g):
     columns = h.shape[-1]
     rows = h.numel() // max(columns, 1)
     dh, g = torch.empty_like(h), torch.empty_like(h) if wants_g else h.new_empty(0)
@@ -66,7 +66,7 @@ def launch_gelu_gradient(dg, h, act, wants_g):
     splits = persistent_splits(h, triton.cdiv(rows, BLOCK_ROWS), blocks, per_processor=16)
     partial = torch.empty(splits, columns, dtype=torch.float32, device=h.device)
     if h.numel():
-        _gelu_gradient_kernel[(blocks, splits)](
+        _gelu_backward_kernel[(blocks, splits)](
             dg, h, dh, g, partial, rows, columns,
             TANH=act == "gelu_tanh", WANTS_G=wants_g, BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLUMNS=BLOCK_COLUMNS, num_warps=2,
         )  # fmt: skip
