@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m benchmarks` measures, checks and writes benchmarks/results/<gpu>.json."""
+"""Benchmarks: `python -m benchmarks` checks and times all contenders, and writes benchmarks/results/<gpu>.json."""

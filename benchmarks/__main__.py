@@ -1,4 +1,4 @@
-"""python -m benchmarks: everything that is measured, on this machine; a rehearsal on small shapes without a GPU."""
+"""python -m benchmarks: runs all benchmarks on this machine; without a GPU, a rehearsal on small shapes."""
 
 import argparse
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ PARTS = ("operators", "autoencoder", "memory", "first-call", *NETWORK_PARTS, "pi
 
 
 def records_of(part: str, only: Callable[[str], bool], device: torch.device, ceilings: Ceilings) -> Iterator[dict]:
-    """The records of a part, as they are measured."""
+    """Measures a part of the benchmarks; yields each record when it is complete."""
     if part == "operators":
         yield from operators.benchmark(device, ceilings, only)
         return
@@ -49,18 +49,25 @@ def records_of(part: str, only: Callable[[str], bool], device: torch.device, cei
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--part", nargs="*", choices=PARTS, default=PARTS)
-    parser.add_argument("--only", nargs="*", default=[""], help="parts of the names of workloads and operators")
-    parser.add_argument("--out", type=Path, default=results.default_path(), help="the JSON file (%(default)s)")
+    parser.add_argument("--part", nargs="*", choices=PARTS, default=PARTS, help="parts to run; by default all")
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        default=[""],
+        help="run only workloads and operators whose names contain one of these texts",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=results.default_path(), help="JSON file for the results (default: %(default)s)"
+    )
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ceilings = measure_ceilings(device)
-    print(f"product {ceilings.tflops:.0f} TFLOP/s in bf16, copy {ceilings.copy:.2f} TB/s", flush=True)
+    print(f"matrix product {ceilings.tflops:.0f} TFLOP/s in bf16, copy {ceilings.copy:.2f} TB/s", flush=True)
     for part in options.part:
         for record in records_of(part, lambda name: any(text in name for text in options.only), device, ceilings):
             results.merge(options.out, part, record | {"ceilings": vars(ceilings)})
             print(tables.line(part, record), flush=True)
-    print(f"written to {options.out}")
+    print(f"results are in {options.out}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One direction of an autoencoder: every contender is checked against fp32, then those that are right are timed."""
+"""Benchmarks one direction of an autoencoder: checks each contender against fp32, then times the correct ones."""
 
 import gc
 import math
@@ -16,18 +16,19 @@ from .ceilings import Ceilings
 from .timing import measure, seconds, with_peak_memory
 from .workloads import Workload
 
-FP32_ERROR = 1e-4  # a limit below which no contender is wrong, whatever eager's own error
+FP32_ERROR = 1e-4  # a contender with a smaller error is never wrong, even if eager's error is much smaller
 
 
 def benchmark(
     workload: Workload, device: torch.device, ceilings: Ceilings, reference_tf32: bool = False, **repetitions
 ) -> dict:
-    """The record of a workload: error, peak memory and time of each contender, or why it has no time.
+    """The record of a workload: error, peak memory and time of each contender, or the reason why it has no time.
 
-    reference_tf32: lets the exact result be computed in TF32, whose rounding is a fraction of bf16's, where fp32 would
-    take too long. repetitions: of `timing.measure`. A contender is wrong if its error is more than twice eager's.
+    A contender is wrong if its error is more than twice eager's. reference_tf32: compute the exact result in TF32, for
+    workloads where fp32 would take too long; TF32 rounds much less than bf16. repetitions: arguments of
+    `timing.measure`.
     """
-    torch.compiler.reset()  # what was compiled for the workload before
+    torch.compiler.reset()  # drops the code compiled for the previous workload
     reference = contenders.random_model(workload.model, device)
     half = contenders.half_of(reference, workload)
     exact = exact_result(half, contenders.example(workload, reference, device), reference_tf32)
@@ -49,11 +50,10 @@ def benchmark(
 def trial(
     name: str, workload: Workload, device: torch.device, exact: torch.Tensor | None, limit: float
 ) -> tuple[dict, Callable[[], torch.Tensor] | None]:
-    """Error, peak memory and the first call's seconds of a contender, and a call of it; a failure is the reason not to
-    time it.
+    """The row of a contender (error, peak memory, seconds of the first call), and a function that calls the contender.
 
-    A call on another input goes before, so that one which replays what it computed then is found out. Where there is
-    no exact result the error is None: not checked.
+    A contender that must not be timed has a "failure" in its row, with the reason. The first call gets another input,
+    to detect a contender that repeats its first result. Without an exact result the error is None: not checked.
     """
     run = None
     try:
@@ -72,12 +72,13 @@ def trial(
 
 
 def reason(failure: Exception) -> str:
+    """The failure in one short line."""
     message = str(failure).strip().partition("\n")[0]
     return "out of memory" if "out of memory" in message.lower() else f"{type(failure).__name__}: {message}"[:200]
 
 
 def release() -> None:
-    """Give memory that is not in use back to the device."""
+    """Returns unused cached memory to the device."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -90,7 +91,7 @@ def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
 
 @torch.inference_mode()
 def exact_result(half: nn.Module, x: torch.Tensor, tf32: bool) -> torch.Tensor | None:
-    """half(x) image by image, None where the device cannot do it, for want of memory."""
+    """half(x), computed image by image; None if the device runs out of memory."""
     try:
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
             return torch.cat([half(image[None]) for image in x])
@@ -101,7 +102,7 @@ def exact_result(half: nn.Module, x: torch.Tensor, tf32: bool) -> torch.Tensor |
 
 
 def flops_of(workload: Workload) -> dict[str, int]:
-    """Arithmetic of the plain model, by operator ("convolution", "bmm", ...); counted without computing anything."""
+    """FLOPs of the unpatched model by operator ("convolution", "bmm", ...), counted on fake tensors."""
     with FakeTensorMode(), FlopCounterMode(display=False) as counter:
         model = DCAE.from_name(workload.model).eval()
         contenders.half_of(model, workload)(torch.empty(contenders.input_shape(workload, model)))

@@ -1,4 +1,4 @@
-"""What the machine can do at best: the rates that floors are computed from, measured in the same run."""
+"""The peak rates of the machine, measured in the same run: the basis of the lower bounds ("floors") on times."""
 
 from dataclasses import dataclass
 
@@ -9,13 +9,13 @@ from .timing import measure
 
 @dataclass(frozen=True)
 class Ceilings:
-    """tflops: TFLOP/s of a large bf16 matrix product; copy: TB/s of a large copy on the device, read and written."""
+    """tflops: TFLOP/s of a large bf16 matrix product. copy: TB/s of a large copy on the device, reads plus writes."""
 
     tflops: float
     copy: float
 
     def floor(self, flops: float, bytes_moved: float = 0) -> float:
-        """Milliseconds below which the work cannot be done."""
+        """A lower bound on the time of the work, in milliseconds."""
         return max(flops / (self.tflops * 1e9), bytes_moved / (self.copy * 1e9))
 
 
@@ -25,7 +25,7 @@ def measure_ceilings(device: torch.device) -> Ceilings:
     source = torch.randint(0, 2**15, (elements,), device=device, dtype=torch.int16)
     target = torch.empty_like(source)
     runs = {"product": lambda: a @ b, "copy": lambda: target.copy_(source)}
-    for run in (*runs.values(), *runs.values()):  # warm
+    for run in (*runs.values(), *runs.values()):  # warm-up
         run()
     times = measure(runs, seconds=0.2)
     copied = 2 * source.numel() * source.element_size()

@@ -1,4 +1,4 @@
-"""The contenders: one random model, as it is, channels-last, compiled, patched, or as diffusers' class."""
+"""The contenders: a random model, unchanged, channels-last, compiled, patched, or converted to diffusers' class."""
 
 import copy
 import functools
@@ -47,10 +47,11 @@ def patched_and_bounded(half: nn.Module, workload: Workload) -> None:
 
 @dataclass(frozen=True)
 class Contender:
-    """prepare: what is done to a copy of the encoder or decoder; channels_last: its weights and its input.
+    """How to prepare and call the encoder or decoder.
 
-    diffusers: the same weights in diffusers' AutoencoderDC. times_cudnn: with torch.backends.cudnn.benchmark, under
-    which PyTorch times cuDNN's algorithms in the first call with a shape, as a patched model does without it.
+    prepare: changes a copy of the encoder or decoder. channels_last: memory format of weights and input. diffusers: use
+    diffusers' AutoencoderDC with the same weights. times_cudnn: set torch.backends.cudnn.benchmark, so that PyTorch
+    times cuDNN's algorithms in the first call with a shape; a patched model times them without this flag.
     """
 
     prepare: Callable[[nn.Module, Workload], None]
@@ -79,7 +80,7 @@ def is_available(name: str) -> bool:
 
 @functools.lru_cache(maxsize=1)
 def random_model(name: str, device: torch.device) -> DCAE:
-    """A model with random weights and batch norm statistics, fp32, on the device."""
+    """An fp32 model on the device, with random weights and random batch norm statistics."""
     torch.manual_seed(0)
     with torch.device(device):
         model = DCAE.from_name(name)
@@ -92,7 +93,7 @@ def random_model(name: str, device: torch.device) -> DCAE:
 
 
 def diffusers_twin(model: DCAE) -> nn.Module:
-    """The same model as diffusers' AutoencoderDC."""
+    """The model converted to diffusers' AutoencoderDC."""
     from diffusers import AutoencoderDC
 
     with torch.device(next(model.parameters()).device):
@@ -113,13 +114,13 @@ def input_shape(workload: Workload, model: DCAE) -> tuple[int, int, int, int]:
 
 
 def example(workload: Workload, model: DCAE, device: torch.device) -> torch.Tensor:
-    """A random input, fp32: images, or latents of such images."""
+    """A random fp32 input: images, or latents of the size that such images have."""
     generator = torch.Generator(device).manual_seed(1)
     return torch.randn(input_shape(workload, model), generator=generator, device=device)
 
 
 def prepared(name: str, workload: Workload, device: torch.device) -> tuple[nn.Module, torch.Tensor]:
-    """The contender of that name, a converted and prepared copy of the encoder or decoder; and its input."""
+    """The contender with this name, as a prepared copy of the encoder or decoder, and its input."""
     contender = CONTENDERS[name]
     layout = torch.channels_last if contender.channels_last else torch.contiguous_format
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -131,7 +132,7 @@ def prepared(name: str, workload: Workload, device: torch.device) -> tuple[nn.Mo
 
 
 def caller(name: str, half: nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """half(x) in inference mode, with the contender's flag of cuDNN, as a function without arguments."""
+    """A function without arguments that calls half(x) in inference mode, with the contender's cuDNN flag."""
     times_cudnn = CONTENDERS[name].times_cudnn
 
     @torch.inference_mode()

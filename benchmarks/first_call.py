@@ -1,7 +1,7 @@
-"""How long the first call on a new shape takes: python -m benchmarks.first_call WORKLOAD CONTENDER, in a fresh process.
+"""Time of the first call with a new shape: python -m benchmarks.first_call WORKLOAD CONTENDER, in a fresh process.
 
-Cold, every cache on the disk is empty (Triton's, torch.compile's, convolution plans); warm, a second process finds what
-the first one left there.
+Cold means that all caches on the disk (Triton, torch.compile, convolution plans) are empty. Warm means that a previous
+process has filled them.
 """
 
 import argparse
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def benchmark(workload: Workload) -> dict:
-    """The record of a workload: cold_s and warm_s of each contender, seconds, or why there are none."""
+    """The record of a workload: cold_s and warm_s of each contender in seconds, or the reason for a failure."""
     rows = {}
     for name in filter(contenders.is_available, workload.contenders):
         with tempfile.TemporaryDirectory() as caches:
@@ -37,10 +37,10 @@ def benchmark(workload: Workload) -> dict:
 
 
 def fill_caches(workloads: list[Workload]) -> None:
-    """Compile what torch.compile is going to compile, in as many processes as there are processors.
+    """Fills the disk cache of torch.compile for these workloads, with one process per CPU core.
 
-    Only compiled code stays on the disk: the choices that torch.compile makes by timing kernels are made again, by a
-    process that has the GPU to itself. A failure shows when the contender is called.
+    Only compiled code is cached. The choices that torch.compile makes by timing kernels are not: a process that has the
+    GPU for itself repeats them later. Failures are ignored here; they occur again when the contender is called.
     """
     pairs = [(workload, name) for workload in workloads for name in workload.contenders if "torch.compile" in name]
     environment = {"TORCHINDUCTOR_COMPILE_THREADS": str(max(1, os.cpu_count() // max(1, len(pairs))))}
@@ -50,6 +50,7 @@ def fill_caches(workloads: list[Workload]) -> None:
 
 
 def in_fresh_process(workload: Workload, contender: str, environment: dict[str, str], *options: str) -> float:
+    """The seconds of the first call, measured in a new process."""
     command = [sys.executable, "-m", "benchmarks.first_call", workload.name, contender, *options]
     environment = os.environ | environment
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
@@ -57,23 +58,23 @@ def in_fresh_process(workload: Workload, contender: str, environment: dict[str, 
 
 
 def first_call(workload: Workload, contender: str, device: torch.device) -> float:
-    """Seconds of the first call. The model is on the device before, and the libraries are loaded."""
+    """Seconds of the first call, with the model already on the device and the libraries loaded."""
     half, x = contenders.prepared(contender, workload, device)
     load_libraries(x)
     return seconds(contenders.caller(contender, half, x))
 
 
 def load_libraries(like: torch.Tensor) -> None:
-    """cuDNN and cuBLAS are loaded by the first convolution and product of any model."""
+    """Loads cuDNN and cuBLAS by a convolution and a matrix product."""
     x = like.new_ones(1, 8, 8, 8)
     (F.conv2d(x, x).sum() + (x[0, 0] @ x[0, 0]).sum()).item()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("workload", type=parse)
+    parser.add_argument("workload", type=parse, help="MODEL-DIRECTION-bBATCH-SIZE")
     parser.add_argument("contender", choices=contenders.CONTENDERS)
-    parser.add_argument("--compile-only", action="store_true", help="keep no choice that was made by timing kernels")
+    parser.add_argument("--compile-only", action="store_true", help="do not cache choices made by timing kernels")
     options = parser.parse_args()
     if options.compile_only:
         from torch._inductor import config

@@ -1,4 +1,4 @@
-"""The loss of a small UViT over a training, patched against eager: the same weights, data and noise."""
+"""The training loss of a small UViT, patched and eager, with the same initial weights, data and noise."""
 
 import copy
 
@@ -16,7 +16,7 @@ CLASSES = 10
 
 
 def benchmark(workload: NetworkWorkload, device: torch.device, ceilings: Ceilings) -> dict:
-    """losses: means over windows of steps; difference: the largest relative one from eager's."""
+    """The record: losses, means over windows of steps; difference, the largest relative difference from eager."""
     reference = networks.random_network(workload.network, device)
     rows = {}
     for name in workload.contenders:
@@ -29,7 +29,7 @@ def benchmark(workload: NetworkWorkload, device: torch.device, ceilings: Ceiling
 
 
 def losses(model: nn.Module, batch: int, device: torch.device) -> list[float]:
-    """Latents are a pattern for each class and noise, so that there is something to learn."""
+    """The mean losses of each window. Latents are a pattern per class plus noise, so that the model can learn."""
     config, objective = model.config, OBJECTIVES["DPM_Solver"]
     generator = torch.Generator(device).manual_seed(2)
     patterns = torch.randn(

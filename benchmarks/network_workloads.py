@@ -1,4 +1,4 @@
-"""What is measured of the diffusion transformers: forward, training step, sampling, and which contenders take part."""
+"""The workloads of the diffusion transformers (forward, training step, sampling), and their contenders."""
 
 from dataclasses import dataclass
 
@@ -14,11 +14,10 @@ ALL = (*TRAINED, "patched + CUDA graphs")
 
 @dataclass(frozen=True)
 class NetworkWorkload:
-    """network: FAMILY-SIZE-LATENT; batch: pictures, for guidance twice as many go through the network.
+    """network: FAMILY-SIZE-LATENT. batch: number of pictures; with guidance, the network gets twice as many.
 
-    work: "forward", "training" (one step with AdamW), "step" (of a sampler, with guidance), "samples" (all steps, and
-    decoding) or "loss" (some hundred training steps). checkpointed: every block computes its forward again in the
-    backward.
+    work: "forward", "training" (one step with AdamW), "step" (one guided sampler step), "samples" (all sampler steps
+    and decoding) or "loss" (several hundred training steps). checkpointed: activation checkpointing of every block.
     """
 
     network: str
@@ -65,7 +64,7 @@ NETWORK_WORKLOADS: dict[str, list[NetworkWorkload]] = {  # by part
     "loss-curve": [NetworkWorkload("uvit-s-f64", "loss", 64)],
 }
 
-NETWORK_REHEARSAL: dict[str, list[NetworkWorkload]] = {  # where there is no GPU
+NETWORK_REHEARSAL: dict[str, list[NetworkWorkload]] = {  # for machines without a GPU
     "transformer": _each("uvit-tiny-f64 dit-tiny-f32", "forward", 2, SAMPLED),
     "training": [
         *_each("uvit-tiny-f64 dit-tiny-f64", "training", 2, PAIR),
@@ -77,5 +76,5 @@ NETWORK_REHEARSAL: dict[str, list[NetworkWorkload]] = {  # where there is no GPU
 
 
 def network_workloads(part: str) -> list[NetworkWorkload]:
-    """Those of a part of the benchmarks on this machine."""
+    """The workloads of a part of the benchmarks; small ones on a machine without a GPU."""
     return (NETWORK_WORKLOADS if torch.cuda.is_available() else NETWORK_REHEARSAL)[part]

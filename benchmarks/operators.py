@@ -1,4 +1,4 @@
-"""Each operator at shapes of the released models, against the bytes that it must move or its arithmetic."""
+"""Benchmarks each operator at shapes of the released models; the floor follows from its memory traffic and FLOPs."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,11 +28,11 @@ from .autoencoder import relative_error
 from .ceilings import Ceilings
 from .timing import graphed, measure
 
-CALLS = 10  # in one captured graph
-WRONG = 1e-2  # relative L2 error against fp32, in bf16, above which an operator is reported as wrong and not timed
+CALLS = 10  # per captured graph
+MAX_ERROR = 1e-2  # relative L2 error of bf16 against fp32; an operator with a larger error is wrong and not timed
 Shape = tuple[int, int, int, int]
 
-# name, (B, C, H, W) of the main input; large enough not to stay in the cache. Transformers' layers see B·H·W tokens.
+# Name, and (B, C, H, W) of the main input, which does not fit in the L2 cache. For transformer layers, B·H·W tokens.
 SHAPES: list[tuple[str, Shape]] = [
     ("conv3x3 + bias + silu", (8, 256, 256, 256)),
     ("conv3x3 + bias + silu", (8, 512, 128, 128)),
@@ -64,7 +64,7 @@ SHAPES: list[tuple[str, Shape]] = [
     ("concatenate", (2048, 1152, 66, 1)),
     ("layer_norm gradient", (2048, 1152, 66, 1)),
     *[
-        (name, shape)  # tokens as pixels: UViT-H and DiT-XL on f64 and f32 latents
+        (name, shape)  # H = tokens: UViT-H and DiT-XL on f64 and f32 latents
         for name in ("packed_attention", "packed_attention + gradient")
         for shape in [(2048, 3456, 66, 1), (2048, 3456, 64, 1), (512, 3456, 258, 1), (512, 3456, 256, 1)]
     ],
@@ -74,7 +74,7 @@ SDPA = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFIC
 
 @dataclass
 class Case:
-    """op, reference: functions of the tensors; flops: where arithmetic rather than bandwidth is the limit."""
+    """op, reference: functions of the tensors. flops: set if arithmetic limits the speed, 0 if bandwidth does."""
 
     op: Callable[..., torch.Tensor]
     reference: Callable[..., torch.Tensor]
@@ -132,7 +132,7 @@ def multiscale_qkv(random, b, c, h, w) -> Case:
 
 
 def packed_attention(random, b, c, h, w, gradient: bool = False) -> Case:
-    """Against the fastest backend of scaled_dot_product_attention; with the gradient, forward and backward together."""
+    """The reference is the fastest backend of scaled_dot_product_attention. gradient: time forward and backward."""
     dim = 72 if c % (3 * 72) == 0 else 32
     heads, tokens = c // (3 * dim), h * w
 
@@ -157,7 +157,7 @@ def packed_attention(random, b, c, h, w, gradient: bool = False) -> Case:
 
 
 def concatenate(random, b, c, h, w) -> Case:
-    """From a residual stream in fp32, as UViT's long skips."""
+    """The inputs are a residual stream in fp32, as in UViT's long skip connections."""
     return Case(
         lambda left, right: ops.concatenate(left, right, torch.bfloat16),
         lambda left, right: concatenate_reference(left, right, torch.bfloat16),
@@ -166,7 +166,7 @@ def concatenate(random, b, c, h, w) -> Case:
 
 
 def layer_norm_gradient(random, b, c, h, w) -> Case:
-    """Of the norm of a residual stream in fp32, to which the stream's own is added."""
+    """The gradient of the norm of an fp32 residual stream, added to the gradient of the stream."""
     shape, constants = (b, h * w, c), (None, None, 1e-6, torch.float32)
     return Case(
         lambda *tensors: layer_norm_backward_op(*tensors, *constants)[0],
@@ -177,7 +177,7 @@ def layer_norm_gradient(random, b, c, h, w) -> Case:
 
 def upsample_conv2d(random, b, c, h, w) -> Case:
     weight = random(c // 2, c, 3, 3) / (3 * c**0.5)
-    flops = 4 * 2 * 4 * b * h * w * c * c // 2  # 2×2 products for each of the four parities
+    flops = 4 * 2 * 4 * b * h * w * c * c // 2  # a 2×2 convolution for each of the four output parities
     return Case(ops.upsample_conv2d, upsample_conv2d_reference, [random(b, c, h, w), weight], flops)
 
 
@@ -196,7 +196,7 @@ def rms_norm_conv2d(random, b, c, h, w) -> Case:
 
 
 def linear(random, b, c, h, w, out: float, act: str = "none", residual: bool = False) -> Case:
-    """A layer to out · C channels, on B·H·W tokens; without residual and act also without bias."""
+    """A linear layer to out · C channels on B·H·W tokens. It has a bias only with a residual or an activation."""
     rows, width = b * h * w, round(out * c)
     tensors = [random(rows, c), random(width, c) / c**0.5]
     tensors += [random(width)] if residual or act != "none" else []
@@ -224,7 +224,7 @@ def mlp(random, b, c, h, w) -> Case:
 
 
 def convolution(random, b, c, h, w, act: str = "none", residual: bool = False) -> Case:
-    """What a patched block does with a plain convolution of its own; the weight stays out of `tensors`."""
+    """A convolution as a patched block calls it. Its weight is not in `tensors`, and so not in the memory traffic."""
     conv = nn.Conv2d(c, c, 3, padding=1, device="meta")
     weight, bias = random(c, c, 3, 3) / (3 * c**0.5), random(c)
     conv.weight, conv.bias = nn.Parameter(weight, False), nn.Parameter(bias, False)
@@ -268,7 +268,7 @@ CASES: dict[str, Callable[..., Case]] = {
 
 
 def case(name: str, shape: Shape, device: torch.device) -> Case:
-    """The operator on random bf16 tensors, channels-last; shape: of the main input."""
+    """The operator with random channels-last bf16 tensors. shape: of the main input."""
 
     def random(*size: int) -> torch.Tensor:
         x = torch.randn(size, device=device, dtype=torch.bfloat16)
@@ -278,7 +278,7 @@ def case(name: str, shape: Shape, device: torch.device) -> Case:
 
 
 def shapes(device: torch.device) -> list[tuple[str, Shape]]:
-    """SHAPES; small images on a CPU, where it is a rehearsal."""
+    """`SHAPES`; on a CPU, smaller images for a rehearsal."""
     if device.type == "cuda":
         return SHAPES
     return [(name, (1, c, max(h // 32, 4), max(w // 32, 4))) for name, (_, c, h, w) in SHAPES]
@@ -286,25 +286,25 @@ def shapes(device: torch.device) -> list[tuple[str, Shape]]:
 
 @torch.no_grad()
 def error_of(case: Case) -> float:
-    """Against the reference in fp32."""
+    """The relative L2 error of the operator against its reference in fp32."""
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         return relative_error(case.op(*case.tensors), case.reference(*[tensor.float() for tensor in case.tensors]))
 
 
 def repeated(function: Callable[..., torch.Tensor], tensors: list[torch.Tensor]) -> Callable[[], object]:
-    """CALLS calls without the time of their launches."""
+    """A function that makes `CALLS` calls, without launch overhead."""
     return graphed(torch.inference_mode()(lambda: function(*tensors)), CALLS)
 
 
 def benchmark(device: torch.device, ceilings: Ceilings, only: Callable[[str], bool]) -> Iterator[dict]:
-    """A record for each operator and shape whose name `only` accepts: ms, rate, and its share of the ceiling."""
+    """Yields a record with error, ms, eager_ms and floor_ms for each operator and shape whose name `only` accepts."""
     for name, shape in shapes(device):
         if not only(name):
             continue
         this = case(name, shape, device)
         moved = sum(tensor.nbytes for tensor in (*this.tensors, this.op(*this.tensors)))
         record = {"operator": name, "shape": shape, "bytes": moved, "flops": this.flops, "error": error_of(this)}
-        if record["error"] <= WRONG:
+        if record["error"] <= MAX_ERROR:
             runs = {"ours": repeated(this.op, this.tensors), "eager": repeated(this.reference, this.tensors)}
             times = measure(runs, seconds=0.05)
             record |= {"ms": times["ours"].median / CALLS, "eager_ms": times["eager"].median / CALLS}

@@ -1,7 +1,7 @@
-"""The commands that cache latents and train on them, as a user starts them: images/s, and how long the GPU waited.
+"""Benchmarks cache-latents and train-diffusion as a user runs them: images/s, and how long the GPU waited.
 
-Pictures, latents and weights are random. A row is a command with some options on one GPU, or on all of this machine
-under torchrun; the batch is that of each GPU.
+Pictures, latents and weights are random. A row is a command with its options, on one GPU or, under torchrun, on all
+GPUs of the machine. The batch is per GPU.
 """
 
 import json
@@ -29,33 +29,34 @@ from dcae_fast.models.zoo import BUNDLED
 from .first_call import ROOT
 from .workloads import F32
 
-LATENT, CLASSES = (128, 8, 8), 1000  # of f64 at 512 pixels
+LATENT_SHAPE, CLASSES = (128, 8, 8), 1000  # f64 at 512 pixels
 REPORT = re.compile(r"([\d.]+) images/s; the device waited (\d+) %")
 Options = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """model: for the name alone, options tell the command. alone, together: contender → its options, on one GPU and
-    on several.
+    """model: only part of the workload's name; the options give the command its model. options: of all contenders.
+
+    one_gpu, all_gpus: contender → its options, for runs on one GPU and on all GPUs.
     """
 
     model: str
     command: str
     batch: int
     options: Options
-    alone: dict[str, Options]
-    together: dict[str, Options]
+    one_gpu: dict[str, Options]
+    all_gpus: dict[str, Options]
 
     @property
     def name(self) -> str:
         return f"{self.model}-{self.command}-b{self.batch}"
 
     def rows(self, gpus: int) -> Iterator[tuple[str, int, Options]]:
-        """Contender, number of GPUs, options."""
-        for contender, options in self.alone.items():
+        """Yields contender, number of GPUs and options."""
+        for contender, options in self.one_gpu.items():
             yield contender, 1, (*self.options, *options)
-        for contender, options in self.together.items() if gpus > 1 else ():
+        for contender, options in self.all_gpus.items() if gpus > 1 else ():
             yield f"{contender}, {gpus} GPUs", gpus, (*self.options, *options)
 
 
@@ -87,9 +88,9 @@ def pipelines() -> list[Pipeline]:
 
 
 def benchmark(pipeline: Pipeline) -> Iterator[dict]:
-    """The record: of each contender images_per_s and waited, the share of the time, or why there is none.
+    """Yields the record: images_per_s and the waited fraction of the time of each contender, or a failure.
 
-    It is given after each contender, which may take minutes, so that a run that is ended keeps those it has.
+    The record is yielded again after each contender, which may take minutes, so that an interrupted run loses little.
     """
     measure = {TRAIN: training, CACHE: caching}[pipeline.command]
     rows = {}
@@ -99,18 +100,18 @@ def benchmark(pipeline: Pipeline) -> Iterator[dict]:
             try:
                 rows[contender] = {"gpus": gpus} | run(gpus, options)
             except subprocess.CalledProcessError as failure:
-                rows[contender] = {"failure": complaint(failure.stderr)}
+                rows[contender] = {"failure": error_line(failure.stderr)}
             yield {"workload": pipeline.name, "contenders": dict(rows)}
 
 
-def complaint(stderr: str) -> str:
-    """The line that says what went wrong; torchrun and Python write much beside it."""
+def error_line(stderr: str) -> str:
+    """The line with the error among the other output of torchrun and Python."""
     lines = stderr.strip().splitlines() or ["no message"]
     return next((line for line in lines if line.startswith("dcae-fast: ") or "Error" in line), lines[-1])[:200]
 
 
 def dcae_fast(gpus: int, *words: object) -> str:
-    """Runs dcae-fast on the first GPUs; returns what it prints."""
+    """Runs dcae-fast on the first `gpus` GPUs; returns its output."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"] if gpus > 1 else []
     words = [sys.executable, *launch, "-m", "dcae_fast", *map(str, words)]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
@@ -119,7 +120,7 @@ def dcae_fast(gpus: int, *words: object) -> str:
 
 
 def training(batch: int, folder: Path) -> Callable[[int, Options], dict]:
-    """Measures the second half of some steps, after those that compile and search."""
+    """Measures the second half of a training run; the first half compiles and times kernels."""
     steps, every = (100, 10) if torch.cuda.is_available() else (8, 2)
     make_latents(folder / "latents", 20_000 if torch.cuda.is_available() else 64)
 
@@ -139,7 +140,7 @@ def training(batch: int, folder: Path) -> Callable[[int, Options], dict]:
 
 
 def caching(batch: int, folder: Path) -> Callable[[int, Options], dict]:
-    """Measures the second of two times; the first compiles kernels and times algorithms."""
+    """Measures the second of two runs; the first run compiles and times kernels."""
     on_gpu = torch.cuda.is_available()
     size, pictures = (512, 3000) if on_gpu else (32, 6)
     with ProcessPoolExecutor() as pool:
@@ -164,17 +165,17 @@ def caching(batch: int, folder: Path) -> Callable[[int, Options], dict]:
 
 
 def make_latents(folder: Path, items: int) -> None:
-    """Normal noise, as `cache-latents` writes it."""
+    """Writes latents of normal noise in the format of `cache-latents`."""
     folder.mkdir()
-    latents = {"latents": torch.randn(items, *LATENT), "classes": torch.arange(items) * CLASSES // items}
+    latents = {"latents": torch.randn(items, *LATENT_SHAPE), "classes": torch.arange(items) * CLASSES // items}
     save_file(latents, folder / "latents-000000.safetensors")
-    settings = Settings("dc-ae-f64c128-in-1.0", "float32", 512, 0.2889, "safetensors", "", LATENT)
+    settings = Settings("dc-ae-f64c128-in-1.0", "float32", 512, 0.2889, "safetensors", "", LATENT_SHAPE)
     classes = tuple(f"{number:03d}" for number in range(CLASSES))
     Manifest(settings, classes, items, items).save(folder)
 
 
 def make_picture(folder: Path, size: int, number: int) -> None:
-    """A JPEG file, a little larger than it is needed: gradients and noise."""
+    """Writes a JPEG file with a colour gradient and noise, up to a quarter larger than `size`."""
     folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(number)
     height, width = rng.integers(size, 5 * size // 4, 2)

@@ -1,4 +1,4 @@
-"""Plots of results, PNG. matplotlib comes with the extra `bench`."""
+"""Plots of the results as PNG files. matplotlib comes with the extra `bench`."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 except ImportError as error:
-    raise ImportError("plots need matplotlib: pip install -e '.[bench]'") from error
+    raise ImportError("plots need matplotlib, which is not installed: pip install -e '.[bench]'") from error
 
 COLOURS = {
     "eager": "#b8bec6",
@@ -32,13 +32,13 @@ STYLE = {
 
 
 def save(figure: Figure, path: Path) -> None:
-    """The same results give the same bytes."""
+    """Writes a PNG without version metadata, so that the same results give the same bytes."""
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
 @matplotlib.rc_context(STYLE)
 def speed(records: list[dict], path: Path) -> None:
-    """For each workload a bar for each main contender: its time in multiples of the floor; encoding, decoding."""
+    """Bars for each workload and main contender: time in multiples of the floor, for encoding and decoding."""
     columns = [[record for record in records if record["direction"] == direction] for direction in DIRECTIONS]
     figure = Figure(figsize=(10, 1 + 0.6 * max(map(len, columns))), layout="constrained")
     most = max(in_floors(record, name) for record in records for name in MAIN)
@@ -53,7 +53,7 @@ def speed(records: list[dict], path: Path) -> None:
 
 
 def draw_bars(axes, records: list[dict]) -> None:
-    """A group of bars for each record, with the milliseconds, or the failure, at their ends; a line at the floor."""
+    """A group of bars for each record, labelled with milliseconds or the failure, and a line at the floor."""
     height = 0.8 / len(MAIN)
     for index, name in enumerate(MAIN):
         places = [row + (index - (len(MAIN) - 1) / 2) * height for row in range(len(records))]
@@ -67,13 +67,13 @@ def draw_bars(axes, records: list[dict]) -> None:
 
 
 def in_floors(record: dict, name: str) -> float:
-    """Time of a main contender in multiples of the floor, 0 where there is none."""
+    """The time of a main contender in multiples of the floor; 0 if it has no time."""
     return (best(record["contenders"], name) or {}).get("ms", 0) / record["floor_ms"]
 
 
 @matplotlib.rc_context(STYLE)
 def memory(records: list[dict], path: Path) -> None:
-    """Peak memory above, time below, against the side of the image; encoding, decoding."""
+    """Peak memory (top) and time (bottom) over the side of the image, for encoding and decoding."""
     figure = Figure(figsize=(10, 6), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True, sharey="row")
     for row, quantity in zip(panels, ("peak_gib", "ms"), strict=True):
@@ -98,7 +98,7 @@ def memory(records: list[dict], path: Path) -> None:
 
 
 def draw_lines(axes, records: list[dict], quantity: str) -> None:
-    """A line for each contender; a cross at the upper edge, with the reason, where it failed."""
+    """A line for each contender; a cross at the upper edge, with the reason, marks a failure."""
     for name in dict.fromkeys(name for record in records for name in record["contenders"]):
         rows = {record["size"]: record["contenders"][name] for record in records if name in record["contenders"]}
         points = {size: row[quantity] for size, row in rows.items() if row.get(quantity) is not None}
@@ -112,7 +112,7 @@ def draw_lines(axes, records: list[dict], quantity: str) -> None:
 
 @matplotlib.rc_context(STYLE)
 def networks(records: list[dict], path: Path) -> None:
-    """For each workload of a transformer a bar for each contender: its share of the ceiling, and images/s."""
+    """Bars for each workload of a transformer and contender: fraction of the ceiling, labelled with images/s."""
     names = [name for name in COLOURS if any(name in record["contenders"] for record in records)]
     bars = [(record, name) for record in records for name in names if name in record["contenders"]]
     figure = Figure(figsize=(10, 1 + 0.2 * len(bars) + 0.2 * len(records)), layout="constrained")
@@ -138,7 +138,7 @@ def networks(records: list[dict], path: Path) -> None:
 
 @matplotlib.rc_context(STYLE)
 def losses(records: list[dict], path: Path) -> None:
-    """The loss against the step, of each contender."""
+    """The loss of each contender over the training steps."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for record in records:

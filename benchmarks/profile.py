@@ -1,8 +1,8 @@
-"""Where the time of one call goes: python -m benchmarks.profile MODEL encode|decode --batch B --size S, of a diffusion
-transformer python -m benchmarks.profile uvit-h-f64 forward|training --batch B.
+"""Profiles one call by kernel: python -m benchmarks.profile MODEL encode|decode --batch B --size S.
 
-Kernels are grouped by kind, and convolutions and matrix products set beside the plain model's arithmetic at the rate of
-a large product. The record goes to the results file.
+For a diffusion transformer: python -m benchmarks.profile uvit-h-f64 forward|training --batch B. Kernels are grouped by
+kind. The times of convolutions and matrix products are compared with the time that the unpatched model's FLOPs take at
+the rate of a large matrix product. The record is added to the results file.
 """
 
 import argparse
@@ -22,10 +22,10 @@ from .network_workloads import NetworkWorkload
 from .timing import measure
 from .workloads import DIRECTIONS, Workload
 
-CALLS = 3  # profiled
-LONGEST = 12  # kernels named one by one
+CALLS = 3  # profiled calls
+KERNELS_LISTED = 12  # the longest kernels
 
-# The first pattern that a kernel's name matches tells its kind.
+# A kernel has the kind of the first pattern that matches its name.
 KINDS = {
     "Inductor": r"^triton_",
     "this project's operators": "|".join({*OPERATORS} - {"linear", "mlp", "packed_attention"}) + "|gelu_backward",
@@ -42,8 +42,10 @@ def kind_of(kernel: str) -> str:
 
 
 def kernels_of(run, device: torch.device) -> tuple[list[dict], float]:
-    """name, kind, ms and calls of every kernel in one call, the longest first; on a CPU of every aten operator. And the
-    milliseconds from the first kernel's start to the last one's end.
+    """The name, kind, ms and calls of every kernel in one call, longest first, and the span of all kernels.
+
+    On a CPU, aten operators take the place of kernels. The span is the time from the start of the first kernel to the
+    end of the last one, in milliseconds.
     """
     cuda = device.type == "cuda"
     with torch.profiler.profile(activities=torch.profiler.supported_activities()) as profiler:
@@ -53,7 +55,8 @@ def kernels_of(run, device: torch.device) -> tuple[list[dict], float]:
             torch.cuda.synchronize()
 
     def is_kernel(event) -> bool:
-        return (event.device_type == DeviceType.CUDA) == cuda and not event.is_user_annotation  # of an optimizer's step
+        # annotations: of optimizer steps, which span kernels
+        return (event.device_type == DeviceType.CUDA) == cuda and not event.is_user_annotation
 
     kernels = []
     for event in filter(is_kernel, profiler.key_averages()):
@@ -68,7 +71,7 @@ def kernels_of(run, device: torch.device) -> tuple[list[dict], float]:
 
 
 def call_of(workload: Workload | NetworkWorkload, contender: str, device: torch.device) -> Callable[[], object]:
-    """What is profiled, as a function without arguments."""
+    """The profiled call, as a function without arguments."""
     if isinstance(workload, Workload):
         return contenders.caller(contender, *contenders.prepared(contender, workload, device))
     inputs = networks.inputs_of(workload, device)
@@ -77,8 +80,9 @@ def call_of(workload: Workload | NetworkWorkload, contender: str, device: torch.
 
 
 def floors_of(workload: Workload | NetworkWorkload, ceilings: Ceilings) -> dict[str, float]:
-    """Milliseconds that the plain model's arithmetic takes at the ceiling, by kind of kernel; in training three times
-    the forward's, four times where blocks compute theirs again.
+    """The milliseconds that the unpatched model's FLOPs take at the ceiling, by kind of kernel.
+
+    A training step has three times the FLOPs of the forward, or four times with activation checkpointing.
     """
     if isinstance(workload, Workload):
         flops, kinds = flops_of(workload), {}
@@ -91,10 +95,11 @@ def floors_of(workload: Workload | NetworkWorkload, ceilings: Ceilings) -> dict[
 
 
 def profile(workload: Workload | NetworkWorkload, contender: str, device: torch.device, ceilings: Ceilings) -> dict:
-    """The record: by kind ms, calls and floor_ms (None where it is not known); the longest kernels; idle_ms.
+    """The record: ms, calls and floor_ms (None if unknown) by kind of kernel; the longest kernels; idle_ms.
 
-    The kernels' time is short of a timed call's, which may run hotter and slower, and of their span, in which launches
-    wait for the profiler: of both ways to say how long none runs, the GPU's idle time is the lesser.
+    idle_ms, the time without a running kernel, is the smaller of two estimates that are both too large: the time of an
+    unprofiled call, which may run at a lower clock, and the span of the kernels, in which the profiler delays launches,
+    each minus the sum of the kernels' times.
     """
     run = call_of(workload, contender, device)
     for _ in range(3):
@@ -110,19 +115,25 @@ def profile(workload: Workload | NetworkWorkload, contender: str, device: torch.
     busy = sum(kernel["ms"] for kernel in kernels)
     return {
         "workload": workload.name, "contender": contender, "ms": ms, "idle_ms": max(min(ms, span) - busy, 0.0),
-        "kinds": kinds, "kernels": [kernel | {"name": kernel["name"][:160]} for kernel in kernels[:LONGEST]],
+        "kinds": kinds, "kernels": [kernel | {"name": kernel["name"][:160]} for kernel in kernels[:KERNELS_LISTED]],
     }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
+    parser.add_argument("model", help="an autoencoder, or FAMILY-SIZE-LATENT of a transformer, as uvit-h-f64")
     parser.add_argument("work", choices=(*DIRECTIONS, "forward", "training"))
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--size", type=int, default=512, help="side of the images in pixels")
-    parser.add_argument("--checkpointed", action="store_true", help="every block, in training")
-    parser.add_argument("--contender", help="by default a patched one")
-    parser.add_argument("--out", type=Path, default=results.default_path(), help="the JSON file (%(default)s)")
+    parser.add_argument(
+        "--checkpointed", action="store_true", help="activation checkpointing of every block, in training"
+    )
+    parser.add_argument(
+        "--contender", help='default: "patched channels-last" for autoencoders, "patched" for transformers'
+    )
+    parser.add_argument(
+        "--out", type=Path, default=results.default_path(), help="JSON file for the results (default: %(default)s)"
+    )
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.work in DIRECTIONS:

@@ -1,4 +1,4 @@
-"""Results as JSON: one file for each GPU, a list of records for each part, every record stamped."""
+"""Results as JSON: one file per GPU, with a list of records per part. Every record has a stamp."""
 
 import functools
 import importlib.metadata
@@ -16,11 +16,11 @@ from dcae_fast.ops._library import cuda_extension
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-KEYS = ("workload", "contender", "operator", "shape")  # what makes two records of a part the same
+KEYS = ("workload", "contender", "operator", "shape")  # two records of a part are the same if these are equal
 
 
 def default_path() -> Path:
-    """benchmarks/results/<gpu>.json; a rehearsal without a GPU is not kept there."""
+    """benchmarks/results/<gpu>.json; without a GPU, outputs/benchmarks/cpu.json."""
     if torch.cuda.is_available():
         return RESULTS / f"{torch.cuda.get_device_name().replace(' ', '_').lower()}.json"
     return ROOT / "outputs" / "benchmarks" / "cpu.json"
@@ -28,7 +28,7 @@ def default_path() -> Path:
 
 @functools.cache
 def machine() -> dict:
-    """The machine, the versions and the commit, for the stamp of a record."""
+    """The machine, the versions and the commit, for the stamps of records."""
     cuda = torch.cuda.is_available()
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
@@ -58,12 +58,12 @@ def version(package: str) -> str | None:
 
 
 def read(path: Path) -> dict[str, list[dict]]:
-    """part → records; empty where there is no file."""
+    """Part → records; empty if there is no file."""
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def merge(path: Path, part: str, record: dict) -> None:
-    """Put a record into its part of the file, stamped, in place of the same one of an earlier run."""
+    """Adds a stamped record to its part of the file, or replaces the same record of an earlier run."""
     results = read(path)
     record = record | {"stamp": machine() | {"date": datetime.now(timezone.utc).isoformat(timespec="seconds")}}
     record = json.loads(json.dumps(record))

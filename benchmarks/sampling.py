@@ -1,4 +1,4 @@
-"""Sampling: one step with guidance, where contenders take turns; and pictures from labels, sampled and decoded."""
+"""Benchmarks sampling: one guided sampler step, and complete sampling with decoding."""
 
 from functools import partial
 
@@ -19,19 +19,21 @@ from .network_workloads import NetworkWorkload
 from .transformer import Run, interleaved, record_of
 
 SCALE = 6.0
-DECODED_AT_ONCE = 8
+DECODE_BATCH = 8
 
 
 def benchmark(workload: NetworkWorkload, device: torch.device, ceilings: Ceilings) -> dict:
-    """The record of a workload; its arithmetic is that of the network, in batches of twice the pictures."""
+    """The record of a workload. It counts the FLOPs of the network, with twice the pictures because of guidance."""
     torch.compiler.reset()
-    one, calls = (step_rows, 1) if workload.work == "step" else (sample_rows, config_of(workload).num_inference_steps)
-    rows = one(workload, device)
+    if workload.work == "step":
+        rows, calls = step_rows(workload, device), 1
+    else:
+        rows, calls = sample_rows(workload, device), config_of(workload).num_inference_steps
     return record_of(workload, rows, calls * networks.flops_of(workload.network, 2 * workload.batch), ceilings)
 
 
 def step_rows(workload: NetworkWorkload, device: torch.device) -> dict[str, dict]:
-    """One call of the network, and the update: DPM-Solver's of order 1 in its middle, or Gaussian diffusion's."""
+    """Rows for one sampler step: a network call, and the update of DPM-Solver (order 1) or of Gaussian diffusion."""
     reference = networks.random_network(workload.network, device)
     x, _, labels = networks.inputs_of(workload, device)
     noise = (torch.randn_like(x),) if isinstance(reference, DiT) else ()
@@ -47,7 +49,7 @@ def step_rows(workload: NetworkWorkload, device: torch.device) -> dict[str, dict
         return runner(model, -x), runner(model, x)
 
     exact = runner(reference, x)()
-    with networks.autocast(device):  # one for all steps, as in a sampling: it keeps what it has cast
+    with networks.autocast(device):  # around all steps, as in sampling: autocast caches its casts
         return interleaved(workload, prepare, exact)
 
 
@@ -60,14 +62,14 @@ def step_of(model: nn.Module, x: torch.Tensor) -> Step:
 
 
 def config_of(workload: NetworkWorkload) -> diffusion_zoo.DiffusionConfig:
-    """The released model of that size on that latent."""
+    """The configuration of the released model with this network and latent."""
     family, size, latent = workload.network.split("-")
     names = (name for name in diffusion_zoo.DIFFUSION_MODELS if name.startswith(f"dc-ae-{latent}"))
     return diffusion_zoo.diffusion_config(next(name for name in names if f"-{family}-{size}-" in name))
 
 
 def sample_rows(workload: NetworkWorkload, device: torch.device) -> dict[str, dict]:
-    """From labels to pictures: the sampler that the model was released with, and the decoder in bf16."""
+    """Rows for labels to pictures: the sampler of the released model, and the decoder in bf16."""
     config = config_of(workload)
     torch.manual_seed(0)
     with torch.device(device):
@@ -82,7 +84,7 @@ def sample_rows(workload: NetworkWorkload, device: torch.device) -> dict[str, di
             generator = torch.Generator(device).manual_seed(seed)
             with torch.autocast(device.type, torch.bfloat16, enabled):
                 z = model.generate(labels, cfg_scale=SCALE, generator=generator)
-            for part in z.split(DECODED_AT_ONCE):
+            for part in z.split(DECODE_BATCH):
                 model.decode(part)
             return z
 

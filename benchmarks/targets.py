@@ -1,4 +1,4 @@
-"""What the project aims at on one H200, as data, and whether results meet it."""
+"""The project's speed and memory targets on one H200, and whether results meet them."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -7,18 +7,18 @@ from itertools import product
 from .network_workloads import NETWORK_WORKLOADS
 from .workloads import DIRECTIONS, F32, F64, F128, SANA, WORKLOADS
 
-NOMINAL = 790  # TFLOP/s of a large bf16 matrix product, for the floors that targets refer to
+NOMINAL = 790  # TFLOP/s of a large bf16 matrix product; defines the floors in targets
 PATCHED, GRAPHS, BOUNDED = "patched channels-last", "patched + CUDA graphs", "patched, bounded memory"
 
 
 @dataclass(frozen=True)
 class Target:
-    """A bound on a quantity of a contender, as a ratio to that of `against`, both from one run.
+    """A bound on a quantity of a contender, or on its ratio to the same quantity of `against` in the same run.
 
-    part, workload: which record; workload None stands for all of the part, of which the worst counts. against: a
-    contender, for times the fastest of its `forms`; "floor" (the arithmetic at the nominal rate); or None, for the
-    quantity itself. faster: the bound is on against / contender, from below; otherwise on contender / against, from
-    above.
+    part, workload: select the record; workload None means the worst record of the part. against: another contender (for
+    times, the fastest of its `forms`), "floor" (FLOPs at the nominal rate), or None for the quantity itself.
+    faster: the bound is a minimum of against / contender (of the quantity itself without `against`); otherwise, it is a
+    maximum of contender / against.
     """
 
     part: str
@@ -30,7 +30,7 @@ class Target:
     faster: bool = False
 
     def value(self, record: dict) -> float | None:
-        """The figure of one record, None where it was not measured or has failed."""
+        """The quantity or ratio of one record; None if it was not measured or the contender failed."""
         own = record["contenders"].get(self.contender, {})
         if "failure" in own or own.get(self.quantity) is None:
             return None
@@ -54,12 +54,12 @@ class Target:
 
 
 def forms(rows: dict[str, dict], contender: str) -> list[str]:
-    """The contenders that are eager or torch.compile, whatever the memory format or mode, without a patch."""
+    """The unpatched forms of a contender, eager or torch.compile, in any memory format and mode."""
     return [name for name in rows if contender in name and "patched" not in name]
 
 
 def fastest(rows: dict[str, dict], names: Iterable[str]) -> float | None:
-    """Milliseconds of the fastest of these contenders; None if none has a time."""
+    """The milliseconds of the fastest of these contenders; None if none has a time."""
     return min((ms for name in names if (ms := rows.get(name, {}).get("ms"))), default=None)
 
 
@@ -68,7 +68,7 @@ def faster(workload: str, contender: str, against: str, bound: float, part: str 
 
 
 def network(part: str, workload: str, over_eager: float, over_compile: float | None = None) -> list[Target]:
-    """A patched transformer's speed: at least so many times that of eager, and that of torch.compile."""
+    """Targets of a patched transformer: minimum speedups over eager and over torch.compile."""
     bounds = {"eager": over_eager, "torch.compile": over_compile}
     return [faster(workload, "patched", other, bound, part) for other, bound in bounds.items() if bound]
 
@@ -107,17 +107,17 @@ TARGETS = [
     *[Target(part, None, "patched", "error", "eager", 1.0) for part in ("transformer", "training")],
     Target("loss-curve", None, "patched", "difference", None, 0.01),
 ]
-PAPER = {"sampling": 19.1, "training": 17.9}  # DC-AE's ratios of throughput on one H100
-HEADLINE = {  # name → part, and the workloads that are compared: Stable Diffusion's latents and DC-AE's
+PAPER = {"sampling": 19.1, "training": 17.9}  # the throughput ratios in the DC-AE paper, on one H100
+HEADLINE = {  # name → part, workload on Stable Diffusion's latents, workload on DC-AE's latents
     "sampling": ("transformer", "uvit-h-f8p2-forward-b128", "uvit-h-f64-forward-b2048"),
     "training": ("training", "uvit-h-f8p2-training-b256-checkpointed", "uvit-h-f64-training-b4096-checkpointed"),
 }
 
 
 def headline(results: dict[str, list[dict]]) -> list[dict]:
-    """Records of the paper's two ratios: images/s on DC-AE's latents over eager's on Stable Diffusion's.
+    """Records of the paper's two ratios: images/s on DC-AE's latents over eager's images/s on Stable Diffusion's.
 
-    There is a row for each contender on the former, as "ratio"; and the paper's own.
+    A record has a row with "ratio" for each contender on DC-AE's latents, and for the paper.
     """
     records = []
     for name, (part, base, ours) in HEADLINE.items():
@@ -132,7 +132,7 @@ def headline(results: dict[str, list[dict]]) -> list[dict]:
 
 
 def contenders_of(part: str) -> dict[str, tuple[str, ...]]:
-    """Of each workload of a part, those that take part in it."""
+    """The contenders of each workload of a part."""
     if part == "headline":
         workloads = {workload.name: workload.contenders for each in NETWORK_WORKLOADS.values() for workload in each}
         return {name: workloads[ours] for name, (_, _, ours) in HEADLINE.items()}
@@ -144,7 +144,7 @@ VERDICTS = ("met", "missed", "not measured")
 
 @dataclass(frozen=True)
 class Outcome:
-    """verdict: one of VERDICTS; value: the figure, None if there is none."""
+    """verdict: one of `VERDICTS`. value: the measured quantity or ratio; None if there is none."""
 
     target: Target
     value: float | None
@@ -152,7 +152,7 @@ class Outcome:
 
 
 def evaluate(target: Target, results: dict[str, list[dict]]) -> Outcome:
-    """The outcome of a target; a contender that failed or was wrong has missed it."""
+    """The outcome of a target. A contender that failed or was wrong misses its target."""
     records = [
         record
         for record in results.get(target.part, [])

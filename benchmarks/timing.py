@@ -1,4 +1,4 @@
-"""Interleaved timing of several contenders for the same work, in one process, and peak memory."""
+"""Interleaved timing of several contenders in one process, and measurement of peak memory."""
 
 import random
 import statistics
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one call: median, and the 10th and 90th percentile."""
+    """Milliseconds of one call: the median, and the 10th and 90th percentiles."""
 
     median: float
     low: float
@@ -24,10 +24,10 @@ class Timing:
 def measure(
     contenders: dict[str, Callable[[], object]], rounds: int = 4, seconds: float = 0.1, at_least: int = 3
 ) -> dict[str, Timing]:
-    """Time every contender in turn, `rounds` times over, for about `seconds` and at least `at_least` calls each time.
+    """Times all contenders in turns, in `rounds` rounds of about `seconds` and at least `at_least` calls per contender.
 
-    They have been called before, so that nothing is compiled now. The order is drawn anew for every round, so that none
-    always follows one that heats the chip more or less. On a CPU it is a rehearsal: two rounds of one call.
+    The contenders must have been called before, so that nothing is compiled during timing. Every round has a new random
+    order, so that no contender always follows one that heats the chip more. On a CPU: two rounds of one call.
     """
     if not torch.cuda.is_available():
         rounds, seconds, at_least = 2, 0.0, 1
@@ -44,12 +44,12 @@ def measure(
 
 
 def alone(run: Callable[[], object], calls: int = 2) -> Timing:
-    """The time of something that leaves no room for others; it has been called before."""
+    """The time of a contender that needs all memory and so cannot take turns. It must have been called before."""
     return _summary(_times(run, calls))
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """The time of one call, on the clock: of a first one, in which code is compiled and kernels are chosen."""
+    """The wall-clock time of one call, for first calls, which compile code and choose kernels."""
     start = time.perf_counter()
     run()
     if torch.cuda.is_available():
@@ -58,7 +58,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def graphed(run: Callable[[], object], calls: int = 10) -> Callable[[], object]:
-    """`calls` calls in one: on a GPU the replay of a captured graph, so that launches do not count."""
+    """A function that makes `calls` calls; on a GPU, by replaying a captured graph, without launch overhead."""
     run()
     if not torch.cuda.is_available():
         return lambda: [run() for _ in range(calls)]
@@ -71,9 +71,9 @@ def graphed(run: Callable[[], object], calls: int = 10) -> Callable[[], object]:
 
 
 def with_peak_memory(run: Callable[[], T]) -> tuple[T, float]:
-    """The result of one call, and the GiB that it allocated at the most; on a CPU 0.
+    """The result of one call, and the peak of its allocated memory in GiB; 0 on a CPU.
 
-    What was there before, like weights, does not count, nor does the pool that a captured graph keeps.
+    Memory allocated before, such as weights or the pool of a captured graph, does not count.
     """
     if not torch.cuda.is_available():
         return run(), 0.0

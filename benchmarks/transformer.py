@@ -1,6 +1,6 @@
-"""Forward of a diffusion transformer, and what trials of the further parts share.
+"""Benchmarks the forward of a diffusion transformer; also functions shared with the other network benchmarks.
 
-A contender's first samples are checked against fp32: the samples of a batch do not depend on each other.
+Only the first samples of a contender's batch are checked against fp32: samples do not depend on each other.
 """
 
 import math
@@ -15,12 +15,12 @@ from .ceilings import Ceilings
 from .network_workloads import NetworkWorkload
 from .timing import Timing, measure, seconds, with_peak_memory
 
-CHECKED = 4  # samples
+CHECKED = 4  # samples that are checked
 Run = Callable[[], torch.Tensor]
 
 
 def benchmark(workload: NetworkWorkload, device: torch.device, ceilings: Ceilings) -> dict:
-    """The record of a workload: of each contender error, peak memory, time, images/s and MFU, or why it has none."""
+    """The record of a workload: error, peak memory, time, images/s and MFU of each contender, or a failure."""
     torch.compiler.reset()
     reference = networks.random_network(workload.network, device)
     inputs = networks.inputs_of(workload, device)
@@ -52,10 +52,10 @@ def caller(model: nn.Module, inputs: networks.Inputs) -> Run:
 def interleaved(
     workload: NetworkWorkload, prepare: Callable[[str], tuple[Run, Run]], exact: torch.Tensor
 ) -> dict[str, dict]:
-    """The rows of all contenders, which take turns.
+    """The rows of all contenders, which are timed in turns.
 
-    prepare(name): two calls of the same kind, the former on another input, so that a contender which repeats what it
-    computed before is found out; the result of the latter starts like `exact`.
+    prepare(name) returns two functions that call the contender. The first uses another input, to detect a contender
+    that repeats its first result. The result of the second must start with `exact`.
     """
     rows, runs, limit = {}, {}, math.inf
     for name in workload.contenders:
@@ -85,7 +85,7 @@ def times_of(timing: Timing) -> dict[str, float]:
 
 
 def record_of(workload: NetworkWorkload, rows: dict[str, dict], flops: int, ceilings: Ceilings) -> dict:
-    """mfu: the plain network's arithmetic in the time of a call, as a share of the measured ceiling."""
+    """The record of a workload. mfu: the unpatched network's FLOPs per time, as a fraction of the measured ceiling."""
     for row in rows.values():
         if "ms" in row:
             row["images_per_s"] = 1e3 * workload.batch / row["ms"]

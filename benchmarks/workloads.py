@@ -1,4 +1,4 @@
-"""What is measured: directions of autoencoders at batch and image sizes, and which contenders take part."""
+"""The workloads of the autoencoders: direction, batch and image size, and their contenders."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ F32, SANA = "dc-ae-f32c32-in-1.0", "dc-ae-f32c32-sana-1.1"
 F64, F128 = "dc-ae-f64c128-in-1.0", "dc-ae-f128c512-in-1.0"
 DIRECTIONS = ("encode", "decode")
 
-# Names of `contenders.CONTENDERS`; eager goes first, for the others are held to its error.
+# Names of `contenders.CONTENDERS`. eager comes first: its error limits the errors of the others.
 UNCOMPILED = ("eager", "eager channels-last", "patched channels-last", "patched + CUDA graphs")
 COMPILED = (*UNCOMPILED, "torch.compile")
 ALL = (*COMPILED, "patched", "patched + torch.compile", "diffusers patched")
@@ -33,7 +33,7 @@ class Workload:
 
     @property
     def max_memory(self) -> int:
-        """The bound of "patched, bounded memory": 256 bytes for each pixel; the plain decoder takes about 900."""
+        """The memory limit of "patched, bounded memory": 256 bytes per pixel. The unpatched decoder needs about 900."""
         return 256 * self.batch * self.size**2
 
 
@@ -55,7 +55,7 @@ WORKLOADS: dict[str, list[Workload]] = {  # by part
     "first-call": [Workload(F32, "decode", 8, 512, FIRST_CALL)],
 }
 
-REHEARSAL: dict[str, list[Workload]] = {  # where there is no GPU
+REHEARSAL: dict[str, list[Workload]] = {  # for machines without a GPU
     "autoencoder": _both("dc-ae-tiny", 1, 32, UNCOMPILED),
     "memory": _both("dc-ae-tiny", 1, 64, BOUNDED),
     "first-call": [Workload("dc-ae-tiny", "decode", 1, 32, FIRST_CALL[:1])],
@@ -63,17 +63,19 @@ REHEARSAL: dict[str, list[Workload]] = {  # where there is no GPU
 
 
 def workloads(part: str) -> list[Workload]:
-    """Those of a part of the benchmarks on this machine."""
+    """The workloads of a part of the benchmarks; small ones on a machine without a GPU."""
     return (WORKLOADS if torch.cuda.is_available() else REHEARSAL)[part]
 
 
 def parse(name: str) -> Workload:
-    """The workload of that name, of whatever model and sizes. Raises ValueError."""
+    """The workload with this name, for any model and sizes. Raises ValueError."""
     try:
         model, direction, batch, size = name.rsplit("-", 3)
         workload = Workload(model, direction, int(batch.removeprefix("b")), int(size))
     except ValueError:
         workload = None
     if workload is None or workload.name != name or direction not in DIRECTIONS:
-        raise ValueError(f"{name!r} is no workload; expected MODEL-DIRECTION-bBATCH-SIZE")
+        raise ValueError(
+            f"workload {name!r}: expected MODEL-DIRECTION-bBATCH-SIZE, where DIRECTION is encode or decode"
+        )
     return workload

@@ -1,4 +1,4 @@
-"""A rehearsal of the benchmarks on small shapes, and what is made of results."""
+"""A rehearsal of the benchmarks on small shapes, and the evaluation of results."""
 
 import json
 import re
@@ -40,7 +40,7 @@ def records(small_model):
 
 @pytest.fixture
 def contend(monkeypatch):
-    """contend(prepare): the row of a contender whose copy of the model `prepare` has prepared."""
+    """contend(prepare) returns the row of a contender that `prepare` prepares."""
 
     def row(prepare) -> dict:
         monkeypatch.setitem(contenders.CONTENDERS, "rival", contenders.Contender(lambda half, workload: prepare(half)))
@@ -61,7 +61,7 @@ def test_a_wrong_contender_is_not_timed(contend):
     assert row["failure"] == "wrong" and row["error"] == pytest.approx(1e-3, rel=0.1) and "ms" not in row
 
 
-def test_not_a_number_is_wrong(contend):
+def test_nan_is_wrong(contend):
     row = contend(lambda half: half.register_forward_hook(lambda module, args, out: out * float("nan")))
     assert row["failure"] == "wrong" and "ms" not in row
 
@@ -88,13 +88,13 @@ def test_a_contender_that_fails_does_not_stop_the_others(contend, error, failure
 
 
 @pytest.mark.parametrize("name", contenders.CONTENDERS)
-def test_what_is_not_patched_runs_with_the_timed_algorithms_of_cudnn(name):
+def test_unpatched_contenders_time_the_algorithms_of_cudnn(name):
     flags = []
     contenders.caller(name, lambda x: flags.append(torch.backends.cudnn.benchmark), torch.zeros(1))()
     assert flags == ["patched" not in name] and not torch.backends.cudnn.benchmark
 
 
-def test_ratios_are_over_the_fastest_form_of_the_others():
+def test_ratios_compare_with_the_fastest_form():
     times = {"eager": 4.0, "eager channels-last": 3.0, "torch.compile": 2.5, "torch.compile, reduce-overhead": 2.0}
     rows = {name: {"ms": ms} for name, ms in times.items()} | {"patched + torch.compile": {"ms": 0.5}}
     rows["patched channels-last"] = {"ms": 1.0}
@@ -109,14 +109,14 @@ def test_diffusers_twin_is_the_same_model():
     assert record["contenders"]["diffusers patched"]["error"] < 1e-4
 
 
-def test_what_cannot_be_checked_says_so(monkeypatch):
+def test_an_unchecked_contender_has_no_error(monkeypatch):
     monkeypatch.setattr(autoencoder, "exact_result", lambda *args: None)
     record = measured(Workload("small", "decode", 1, 8, ("eager",)))
     assert record["contenders"]["eager"]["error"] is None
     assert "not checked" in tables.contender_table([record])
 
 
-def test_flops_are_those_of_the_released_model(monkeypatch):
+def test_flops_of_the_released_model(monkeypatch):
     monkeypatch.setattr(DCAE, "from_name", classmethod(lambda cls, name: cls(autoencoder_config(name))))
     flops = autoencoder.flops_of(parse("dc-ae-f32c32-in-1.0-decode-b8-512"))
     assert sum(flops.values()) / 8e9 == pytest.approx(2769, rel=1e-3)
@@ -129,7 +129,7 @@ def test_ceilings_and_floor():
     assert Ceilings(tflops=2.0, copy=1.0).floor(flops=4e12, bytes_moved=3e12) == pytest.approx(3000)
 
 
-def test_workloads_have_names_that_can_be_read_back():
+def test_names_of_workloads_are_parsed():
     for workload in (workload for part in WORKLOADS.values() for workload in part):
         again = parse(workload.name)
         assert (again.model, again.direction, again.batch, again.size) == (
@@ -137,7 +137,7 @@ def test_workloads_have_names_that_can_be_read_back():
         )  # fmt: skip
         assert set(workload.contenders) <= set(contenders.CONTENDERS)
         assert workload.contenders[0] == "eager" or workload in WORKLOADS["first-call"]
-    with pytest.raises(ValueError, match="no workload"):
+    with pytest.raises(ValueError, match="expected MODEL-DIRECTION-bBATCH-SIZE"):
         parse("dc-ae-f32c32-in-1.0-decode-8-512")
 
 
@@ -152,7 +152,7 @@ def test_every_target_is_measured(target):
 
 
 def outcome(target: targets.Target, *rows: dict[str, dict]) -> tuple[float | None, str]:
-    """Value and verdict on made-up records; rows: contender → row of each."""
+    """The value and verdict of a target on records with these rows (contender → row)."""
     records = [{"workload": f"w{index}", "flops": 790e9, "contenders": row} for index, row in enumerate(rows)]
     found = targets.evaluate(target, {"p": records})
     return found.value, found.verdict
@@ -186,7 +186,7 @@ def test_operators_are_checked_and_timed(monkeypatch):
     assert all("ms" not in row for row in operators.benchmark(CPU, CEILINGS, lambda name: name == "rms_norm"))
 
 
-def test_first_calls_have_caches_of_their_own(monkeypatch):
+def test_first_calls_use_separate_caches(monkeypatch):
     assert 0 < first_call.first_call(TINY, "eager", CPU) < 60
     seen = []
 
@@ -232,7 +232,7 @@ def test_profile_accounts_for_the_call():
     assert "| convolution |" in tables.profile_table(record) and "aten::" in tables.kernel_table(record)
 
 
-def test_a_record_takes_the_place_of_the_same_one(tmp_path):
+def test_a_record_replaces_the_same_record(tmp_path):
     path = tmp_path / "new" / "gpu.json"
     for part, name, value in (("a", "x", 1), ("a", "y", 2), ("b", "x", 3), ("a", "x", 4)):
         results.merge(path, part, {"workload": name, "value": value})
@@ -244,7 +244,7 @@ def test_a_record_takes_the_place_of_the_same_one(tmp_path):
 
 @pytest.fixture
 def written(records, tmp_path, monkeypatch):
-    """The folder of a report on results of every part, with a contender that ran out of memory."""
+    """A folder with a report on results of every part; one contender ran out of memory."""
     pytest.importorskip("matplotlib")
     from benchmarks import report
 
@@ -284,7 +284,7 @@ def test_report(written):
         assert 10_000 < picture.stat().st_size < 150_000
 
 
-def test_committed_report_is_that_of_the_committed_results():
+def test_the_committed_report_matches_the_committed_results():
     pytest.importorskip("matplotlib")
     from benchmarks import report
 
@@ -297,7 +297,7 @@ def test_committed_report_is_that_of_the_committed_results():
     assert text == "\n" + "\n\n".join(summaries) + "\n", "make bench-report"
 
 
-def test_compiled_workloads_are_compiled_beforehand(monkeypatch):
+def test_caches_of_torch_compile_are_filled_first(monkeypatch):
     compiled = []
     monkeypatch.setattr(first_call, "in_fresh_process", lambda workload, name, *rest: compiled.append((workload, name)))
     workload = Workload("small", "decode", 1, 8, COMPILED)

@@ -1,4 +1,4 @@
-"""A rehearsal of the diffusion transformers' benchmarks on small shapes, and what is made of their results."""
+"""A rehearsal of the diffusion transformers' benchmarks on small shapes, and the evaluation of their results."""
 
 import json
 from dataclasses import replace
@@ -45,7 +45,7 @@ def test_every_contender_is_checked_and_timed(records, part):
 
 @pytest.fixture
 def rival(monkeypatch):
-    """rival(benchmark, workload, prepare): the row of a contender that `prepare` has made of the network."""
+    """rival(benchmark, workload, prepare) returns the row of a contender that `prepare` makes from the network."""
 
     def row(benchmark, workload: NetworkWorkload, prepare) -> dict:
         contender = networks.Contender(lambda model, workload: prepare(model))
@@ -80,7 +80,7 @@ def test_a_contender_that_repeats_its_first_result_is_wrong(rival, work):
 
 
 @pytest.mark.parametrize("module, workload", WORK.values(), ids=WORK)
-def test_a_contender_without_memory_does_not_stop_the_others(rival, module, workload):
+def test_out_of_memory_does_not_stop_the_others(rival, module, workload):
     def fail(model):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
@@ -88,7 +88,7 @@ def test_a_contender_without_memory_does_not_stop_the_others(rival, module, work
 
 
 def test_training_without_memory_for_eager(monkeypatch):
-    """The others are checked against what it does on the few samples that there is memory for."""
+    """The others are checked against eager on a few samples, for which the memory suffices."""
     step, seen = training.stepper, []
 
     def stepper(model, inputs):
@@ -133,7 +133,7 @@ def test_checkpointed_blocks_have_the_same_gradients():
     "network, gflops", [("uvit-h-f64", 66.5), ("uvit-h-f32", 266.4), ("uvit-h-f8p2", 1164.7), ("dit-xl-f32", 237.3)]
 )
 def test_flops(network, gflops):
-    """By hand, for UViT-H: 2 · tokens · weights of linear layers + 4 · tokens² · width · blocks."""
+    """The FLOPs computed by hand; for UViT-H: 2 · tokens · weights of linear layers + 4 · tokens² · width · blocks."""
     assert networks.flops_of(network, 2) / 2e9 == pytest.approx(gflops, rel=1e-3)
 
 
@@ -199,7 +199,7 @@ def test_headline():
 
 
 def test_report(records, tmp_path, monkeypatch):
-    """Of a machine on which the transformers alone were measured."""
+    """The report of a machine on which only the transformers were measured."""
     pytest.importorskip("matplotlib")
     from benchmarks import report, results
 
@@ -231,7 +231,7 @@ def test_profile_accounts_for_the_call(workload):
 
 
 def test_a_profile_counts_no_kernel_twice():
-    """An optimizer's step is annotated, over its kernels."""
+    """The annotation of an optimizer step, which spans its kernels, is not counted."""
     weight = nn.Parameter(torch.ones(3))
     weight.grad = torch.ones(3)
     kernels, span = profile.kernels_of(torch.optim.AdamW([weight]).step, CPU)

@@ -1,4 +1,4 @@
-"""The benchmark of the commands, rehearsed on a CPU, and its table."""
+"""A rehearsal of the commands' benchmark on a CPU, and its table."""
 
 from dataclasses import replace
 
@@ -14,9 +14,9 @@ on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a rehearsal for m
 @on_cpu
 @pytest.mark.parametrize("workload", REHEARSAL, ids=lambda w: w.name)
 def test_rehearsal(workload, monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # of these tests, not of the commands
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # set for the tests; the commands run without it
     wrong_option = ("--data" if workload.command == "train-diffusion" else "--model", "absent")
-    first, record = pipeline.benchmark(replace(workload, alone={"patched": (), "wrong": wrong_option}))
+    first, record = pipeline.benchmark(replace(workload, one_gpu={"patched": (), "wrong": wrong_option}))
     assert first["workload"] == record["workload"] == workload.name
     assert list(first["contenders"]) == ["patched"] and list(record["contenders"]) == ["patched", "wrong"]
     row, wrong = record["contenders"].values()
