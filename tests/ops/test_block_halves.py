@@ -1,5 +1,6 @@
 """`norm_attention` and `norm_mlp` against plain PyTorch: results, gradients, types, registration."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from registration import check_registration
 from torch.testing import assert_close
 
 from dcae_fast import ops
-from dcae_fast.ops._block_half import INPUTS
+from dcae_fast.ops._block_half import INPUTS, Half
+from dcae_fast.ops._parts import as_kernel
 from dcae_fast.ops.norm_attention import NormAttention
 from dcae_fast.ops.norm_mlp import NormMlp
 
@@ -213,6 +215,51 @@ def test_frozen_parts_keep_less(case, frozen, fewer):
     want = torch.autograd.grad(plain(case[0], case[4], *tensors)[1].square().sum(), trained)
     assert_close(got, [want, want])
     torch.autograd.gradgradcheck(call, trained, fast_mode=True)
+
+
+class Extension:
+    """The halves of dcae_fast._C, computed by the description. Plans are strings."""
+
+    def __init__(self):
+        self.called = []
+
+    def norm_attention(self, *args):
+        return self.forward(NormAttention, *args)
+
+    def norm_mlp(self, *args):
+        return self.forward(NormMlp, *args)
+
+    def norm_attention_backward(self, dout, y, qkv, attended, lse, *args):
+        return self.backward(NormAttention, dout, (None, y, qkv, attended, lse), *args)
+
+    def norm_mlp_backward(self, dout, y, h, *args):
+        return self.backward(NormMlp, dout, (None, y, h), *args)
+
+    def forward(self, half, *args):
+        *inputs, first, second = args
+        self.called.append((half.name, first, second))
+        return half(*inputs).forward(as_kernel)
+
+    def backward(self, half, dout, kept, w_in, b_in, w_out, b_out, option, *plans):
+        self.called.append((f"{half.name}_backward", *plans))
+        layers = dict(zip(("w_in", "b_in", "w_out", "b_out"), (w_in, b_in, w_out, b_out), strict=True))
+        inputs = dict.fromkeys(half._fields) | layers | {half._fields[len(INPUTS)]: option}
+        wants = dict.fromkeys(half._fields) | {name: layer is not None for name, layer in layers.items()}
+        return half(**inputs).backward(as_kernel, dout, half.Kept(*kept), half(**wants))
+
+
+@every_case
+def test_fused_calls(case, monkeypatch):
+    half, tensors, extension = case[0], make(case, torch.float32), Extension()
+    expected = run(ours, case, tensors)
+    module = importlib.import_module(f"dcae_fast.ops.norm_{half}")
+    monkeypatch.setattr(module, "cuda_extension", lambda: extension)
+    monkeypatch.setattr(module, "fits", lambda *_: True, raising=False)
+    monkeypatch.setattr(Half, "forward_plans", lambda *_: ("in", "out"))
+    monkeypatch.setattr(Half, "backward_plans", lambda *_: ("in", "w_in", "out", "w_out"))
+    assert_close(run(ours, case, tensors), expected, atol=0, rtol=0)
+    called = [(f"norm_{half}", "in", "out"), (f"norm_{half}_backward", "in", "w_in", "out", "w_out")]
+    assert extension.called == (called if ops.has_kernels(tensors[0]) else [])
 
 
 @pytest.mark.parametrize("half", [NormAttention, NormMlp])
