@@ -1,9 +1,9 @@
-# make demo, test, lint, bench, bench-report or clean. The environment is .venv, made when first needed. VENV names another: with
-# VENV=$VIRTUAL_ENV your own is used, and the torch in it.
+# make demo, test, lint, bench, bench-report or clean. The virtual environment is .venv, created when first needed. VENV sets
+# another path: VENV=$VIRTUAL_ENV uses your active environment and its torch.
 VENV ?= .venv
 PYTHON ?= python3
-# Installed where there is no torch; a CPU build is enough for the tests. PyPI's wheel for Linux is a CUDA build:
-# TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu" takes the small one.
+# Installed if the environment has no torch. A CPU build is enough for the tests. PyPI's Linux wheel is a CUDA build;
+# TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu" installs the smaller CPU build.
 TORCH ?= torch==2.13.0
 RUFF := ruff==0.17.6
 

@@ -1,8 +1,8 @@
-"""The training pictures of dc-ae-tiny-uvit-digits: handwritten digits, drawn large and in colour; and a judge of them.
+"""Training pictures of dc-ae-tiny-uvit-digits, enlarged and coloured handwritten digits, and a classifier for them.
 
-They suit the tiny autoencoder, which keeps broad shapes and colours and blurs fine detail; ten classes that anybody can
-tell apart, of many hands each, so that samples are new digits rather than known pictures; and a classifier can count
-how many of the samples are the digit that was asked for.
+Digits suit the tiny autoencoder, which keeps broad shapes and colours and blurs fine detail. Everybody can tell the ten
+classes apart. Each class has many handwritings, so that samples are new digits rather than copies. A classifier can
+measure how many samples show the requested digit.
 """
 
 import math
@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
 CLASSES = 10
-HELD_OUT = 5  # every fifth digit is kept from the training
+HELD_OUT = 5  # every fifth digit is held out
 
 
 def uniform(shape: tuple[int, ...], low: float, high: float, device: torch.device) -> torch.Tensor:
@@ -22,7 +22,7 @@ def uniform(shape: tuple[int, ...], low: float, high: float, device: torch.devic
 
 
 class Digits:
-    """Batches of scikit-learn's digits (8x8, 16 shades), drawn on a device; those held out, or all others."""
+    """Random batches of scikit-learn's digits (8x8, 16 shades), drawn on a device; held-out digits or all others."""
 
     def __init__(self, size: int, device: torch.device, held_out: bool = False):
         shades, labels = load_digits(return_X_y=True)
@@ -34,8 +34,8 @@ class Digits:
     def draw(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Pictures [count, 3, size, size] in [-1, 1] and their labels [count].
 
-        Each in one light colour on one dark one, both drawn at random. More variety, of light and dark or of shading,
-        makes the shapes much harder to learn for a small network.
+        Each digit has a random light colour on a random dark background. Dark digits or shading would make the shapes
+        much harder to learn for a small network.
         """
         chosen = torch.randint(len(self.labels), (count,), device=self.device)
         paper = uniform((count, 3, 1, 1), 0, 0.4, self.device)
@@ -44,7 +44,7 @@ class Digits:
         return x * 2 - 1, self.labels[chosen]
 
     def enlarge(self, shades: torch.Tensor) -> torch.Tensor:
-        """[B, 1, 8, 8] → how much ink is where, [B, 1, size, size] in [0, 1], a little turned, moved and stretched."""
+        """[B, 1, 8, 8] → ink [B, 1, size, size] in [0, 1], randomly rotated, shifted and stretched by small amounts."""
         count, device = len(shades), self.device
         turn = uniform((count, 1, 1), -0.12, 0.12, device)
         zoom = torch.exp(uniform((count, 1, 1), math.log(1.1), math.log(1.35), device))
@@ -59,7 +59,7 @@ class Digits:
 
 
 class Judge:
-    """A classifier of such pictures by shape alone: a support vector machine on 16x16 maps of where the ink is."""
+    """A classifier of these pictures that sees only the shape: a support vector machine on 16x16 maps of the ink."""
 
     def __init__(self, digits: Digits, batches: int, batch: int = 100):
         maps, labels = [], []
@@ -70,11 +70,11 @@ class Judge:
         self.machine = SVC().fit(np.concatenate(maps), np.concatenate(labels))
 
     def accuracy(self, x: torch.Tensor, labels: torch.Tensor) -> float:
-        """The share of the pictures [B, 3, H, W] that are taken for their labels [B]."""
+        """The fraction of the pictures [B, 3, H, W] that are classified as their labels [B]."""
         return self.machine.score(self.ink(x), labels.cpu().numpy())
 
     @staticmethod
     def ink(x: torch.Tensor) -> np.ndarray:
-        """[B, 3, H, W] → [B, 256]: ink is what is lighter than middle grey."""
+        """Pictures [B, 3, H, W] → maps of the ink [B, 256]. Ink is lighter than middle grey."""
         light = (x.float().mean(dim=1, keepdim=True) > 0).float()
         return F.adaptive_avg_pool2d(light, 16).flatten(1).cpu().numpy()

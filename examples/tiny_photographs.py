@@ -1,4 +1,4 @@
-"""The training pictures of dc-ae-tiny: a few free photographs, and endless different crops of them made on the GPU."""
+"""Training pictures of dc-ae-tiny: a few free photographs, and random augmented crops of them, computed on the GPU."""
 
 import math
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from dcae_fast.images import to_tensor
 
 @dataclass(frozen=True)
 class Photograph:
-    """A file inside an installed package. weight: how often training draws it; 0 holds it out."""
+    """A file in an installed package. weight: relative frequency in training; 0 holds the photograph out."""
 
     package: str
     path: str
@@ -60,11 +60,11 @@ def chance(count: int, probability: float, device: torch.device) -> torch.Tensor
 class Crops:
     """Batches of augmented crops of the photographs, drawn on the device that holds them.
 
-    The photographs, each at several sizes, lie in one tall sheet so that a batch is a single `grid_sample`.
+    One tall sheet contains all photographs, each at several sizes, so that a batch needs only one `grid_sample`.
     """
 
     ZOOMS = (1.0, 0.7, 0.5, 0.35)
-    MARGIN = 3  # repeated pixels around each, for the bicubic filter's reach
+    MARGIN = 3  # repeated pixels around each photograph, for the bicubic filter
 
     def __init__(self, photographs: list[Photograph], size: int, device: torch.device):
         self.size, self.device = size, device
@@ -88,14 +88,14 @@ class Crops:
         self.weights = torch.tensor(weights, device=device)
 
     def draw(self, count: int) -> torch.Tensor:
-        """[count, 3, size, size] in [-1, 1]."""
+        """Random pictures [count, 3, size, size] in [-1, 1]."""
         x = (self.cut(count) * 0.5 + 0.5).clamp(0, 1)
         x = collage(x)
         x = torch.where(chance(count, 0.6, self.device), recolour(x), x)
         return x * 2 - 1
 
     def cut(self, count: int) -> torch.Tensor:
-        """Crops at a random place, scale, stretch, angle and handedness, reflected where they leave it."""
+        """Crops with random position, scale, stretch, rotation and mirroring; reflected beyond the photograph."""
         box = self.boxes[torch.multinomial(self.weights, count, replacement=True)]
         corner, extent = box[:, None, None, :2], box[:, None, None, 2:]
         step = torch.exp(uniform(count, math.log(0.75), math.log(1.3), self.device))  # source pixels per pixel
@@ -118,7 +118,7 @@ class Crops:
 
 
 def collage(x: torch.Tensor) -> torch.Tensor:
-    """On a third of the pictures, an ellipse or a half-plane filled from another picture or with a drawn pattern."""
+    """Fills an ellipse or half-plane in a third of the pictures with another picture or with a pattern."""
     count, device = len(x), x.device
     u, v = coordinates(x)
     turn = uniform(count, 0, 2 * math.pi, device)
@@ -134,7 +134,7 @@ def collage(x: torch.Tensor) -> torch.Tensor:
 
 
 def pattern(x: torch.Tensor) -> torch.Tensor:
-    """A colour gradient with a sine grating on it, one for each picture of x."""
+    """A colour gradient with a sine grating, for each picture of x."""
     count, device = len(x), x.device
     u, v = coordinates(x)
     base, slope_u, slope_v, wave = torch.rand(4, count, 3, 1, 1, device=device)
@@ -146,7 +146,7 @@ def pattern(x: torch.Tensor) -> torch.Tensor:
 
 
 def recolour(x: torch.Tensor) -> torch.Tensor:
-    """Channels permuted, per-channel gamma, contrast, brightness, saturation, and now and then the negative."""
+    """Randomly permutes channels, changes gamma, contrast, brightness and saturation, and inverts a tenth of x."""
     count, device = len(x), x.device
     order = torch.rand(count, 3, device=device).argsort(1)
     shuffled = x[torch.arange(count, device=device)[:, None], order]

@@ -1,4 +1,4 @@
-"""What the training of the tiny models shares: options, the loop, for a given time, and the folder at the end."""
+"""Shared by the training programs of the tiny models: options, a training loop with a time limit, the output folder."""
 
 import argparse
 import copy
@@ -13,17 +13,17 @@ from torch import nn
 from tqdm import tqdm
 
 LEARNING_RATE = 1e-3
-WARM_UP = 0.05  # of the time
+WARM_UP = 0.05  # fraction of the time
 EMA_DECAY = 0.999
 
 
 def learning_rate(progress: float) -> float:
-    """Linear warm-up, then a cosine to zero; progress from 0 to 1."""
+    """Linear warm-up, then cosine decay to zero. progress: from 0 to 1."""
     return LEARNING_RATE * min(progress / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * progress))
 
 
 def clock(seconds: float) -> Iterator[float]:
-    """Fractions of `seconds` that have passed, until it is over, with a progress bar."""
+    """Yields the elapsed fraction of `seconds` until the time is over, and shows a progress bar."""
     start = time.perf_counter()
     with tqdm(total=round(seconds), unit="s", bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} s{postfix}") as bar:
         while (passed := time.perf_counter() - start) < seconds:
@@ -35,7 +35,7 @@ def clock(seconds: float) -> Iterator[float]:
 def train(model: nn.Module, draw_loss: Callable[[], torch.Tensor], minutes: float) -> tuple[nn.Module, int]:
     """Trains `model` in place; returns the moving average of its weights and the number of steps.
 
-    draw_loss: the loss of the model on a new batch. RuntimeError if it is ever infinite or no number.
+    draw_loss: computes the loss of the model on a new batch. Raises RuntimeError if the loss is not finite.
     """
     average = copy.deepcopy(model)
     weights, average_weights = list(model.parameters()), list(average.parameters())
@@ -60,14 +60,14 @@ def train(model: nn.Module, draw_loss: Callable[[], torch.Tensor], minutes: floa
 
 
 def parse_options(description: str, minutes: float) -> argparse.Namespace:
-    """out, minutes (by default those given) and device of the command line."""
+    """Parses --out, --minutes and --device. minutes: the default of --minutes."""
     parser = argparse.ArgumentParser(description=description.partition("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder to make; must not exist")
-    parser.add_argument("--minutes", type=float, default=minutes, help="time to train")
+    parser.add_argument("--out", type=Path, required=True, help="output folder; must not exist")
+    parser.add_argument("--minutes", type=float, default=minutes, help="training time (default: %(default)s)")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     if options.out.exists():
-        parser.error(f"--out {options.out} exists already")
+        parser.error(f"--out {options.out}: exists already; expected a new folder")
     options.out.absolute().parent.mkdir(parents=True, exist_ok=True)
     return options
 
@@ -78,7 +78,7 @@ def device_name(device: torch.device) -> str:
 
 @contextmanager
 def whole_folder(out: Path, card: str) -> Iterator[Path]:
-    """A folder to write to that appears as `out`, with the card, if the block ends without an error."""
+    """Yields a temporary folder, which becomes `out`, with the model card, if the block ends without an error."""
     part = out.with_name(f".{out.name}.part")
     yield part
     (part / "README.md").write_text(card, encoding="utf-8")

@@ -1,8 +1,9 @@
-"""Trains dc-ae-tiny, the bundled demonstration model, from nothing: about seven minutes on one H100.
+"""Trains dc-ae-tiny, the bundled demonstration model, from scratch: about seven minutes on one H100.
 
     python examples/train_tiny.py --out dc-ae-tiny
 
-Needs scikit-image and scikit-learn for their photographs. Writes model.safetensors (float16), config.json and a card.
+Needs the photographs in scikit-image and scikit-learn. Writes model.safetensors (float16), config.json and a model
+card.
 """
 
 import math
@@ -35,7 +36,7 @@ CONFIG = DCAEConfig(
 
 
 def reconstruction_loss(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Mean |y - x| plus the mean absolute difference of each of four octaves (Laplacian pyramid) of y and x."""
+    """Mean |y - x|, plus the mean absolute difference of four levels of the Laplacian pyramids of y and x."""
     rest = y.float() - x
     total = rest.abs().mean()
     for _ in range(4):
@@ -46,7 +47,7 @@ def reconstruction_loss(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def train_autoencoder(model: DCAE, crops: Crops, batch: int, minutes: float) -> tuple[DCAE, int]:
-    """Trains `model` in place for that long; returns the moving average of its weights and the number of steps."""
+    """Trains `model` in place for `minutes`; returns the moving average of its weights and the number of steps."""
 
     def draw_loss() -> torch.Tensor:
         x = crops.draw(batch).contiguous(memory_format=torch.channels_last)
@@ -58,13 +59,13 @@ def train_autoencoder(model: DCAE, crops: Crops, batch: int, minutes: float) -> 
 
 
 def round_to_float16(model: DCAE) -> None:
-    """Weights and running statistics to the nearest float16, kept as float32."""
+    """Rounds weights and running statistics to float16, and stores them as float32."""
     model.half().float()
 
 
 @torch.no_grad()
 def evaluate(model: DCAE) -> tuple[dict[str, tuple[str, float]], float]:
-    """Every photograph, cropped to multiples of 32: name → (size, PSNR in dB); and the rms of seen latents."""
+    """Evaluates all photographs, cropped to multiples of 32: name → (size, PSNR in dB), and the rms of seen latents."""
     results, squares, values = {}, 0.0, 0
     for photograph in tqdm(PHOTOGRAPHS, desc="evaluating"):
         x = fit(to_tensor(photograph.open()), model.spatial_compression_ratio, "crop")
@@ -78,13 +79,13 @@ def evaluate(model: DCAE) -> tuple[dict[str, tuple[str, float]], float]:
 
 CARD = """# dc-ae-tiny
 
-A demonstration, not for use: a DC-AE (arXiv 2410.10733) of {parameters:.2f} M parameters, 32x32 pixels to one position
-of {channels} channels, so that the library can be tried without a download. It was trained from nothing by
+For demonstration only: a DC-AE (arXiv 2410.10733) with {parameters:.2f} M parameters, 32x32 pixels per latent position
+with {channels} channels, to try the library without a download. It was trained from scratch by
 `examples/train_tiny.py` on {seen} photographs for {minutes:g} minutes ({steps} steps of {batch} crops of {size} px)
-on {device}. The released models, of 300 M parameters and more, reconstruct far better.
+on {device}. The released models, with 300 M parameters and more, reconstruct far better.
 
-Weights are stored as float16. PSNR is of the whole photograph at its own size, cropped to multiples of 32, on uint8,
-computed in float32 on a CPU with the weights as stored. Training never saw the held-out photographs.
+Weights are stored as float16. PSNR is computed on the whole uint8 photograph, cropped to multiples of 32; the model
+runs in float32 on a CPU with the weights as stored. Held-out photographs were not used in training.
 
 | photograph | used | size | PSNR (dB) | by, licence |
 |---|---|---|---|---|
@@ -110,7 +111,7 @@ def card(model: DCAE, results: dict[str, tuple[str, float]], **facts: object) ->
 def main() -> None:
     options = parse_options(__doc__, minutes=6.5)
     on_cuda = options.device.type == "cuda"
-    batch, size = (64, 256) if on_cuda else (4, 128)  # on a CPU it is a rehearsal
+    batch, size = (64, 256) if on_cuda else (4, 128)  # on a CPU, a rehearsal
 
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True

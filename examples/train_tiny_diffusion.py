@@ -1,10 +1,10 @@
-"""Trains dc-ae-tiny-uvit-digits, the bundled diffusion model, from nothing: about five minutes on one H200.
+"""Trains dc-ae-tiny-uvit-digits, the bundled diffusion model, from scratch: about five minutes on one H200.
 
     python examples/train_tiny_diffusion.py --out dc-ae-tiny-uvit-digits
 
-A class-conditional UViT on the latents of dc-ae-tiny; the pictures are made of scikit-learn's handwritten digits, see
-tiny_digits.py, which needs scikit-learn. Writes model.safetensors (float16), config.json and a card into the folder,
-and beside it dc-ae-tiny-uvit-digits.png: two samples of each digit at each of three scales of guidance.
+The model is a class-conditional UViT on the latents of dc-ae-tiny. The pictures show the handwritten digits of
+scikit-learn, which must be installed; see tiny_digits.py. Writes model.safetensors (float16), config.json and a model
+card to the folder, and dc-ae-tiny-uvit-digits.png beside the folder: two samples per digit and guidance scale.
 """
 
 from dataclasses import replace
@@ -26,15 +26,15 @@ CONFIG = DiffusionConfig(
         in_channels=64, input_size=SIZE // 32, depth=6, hidden_size=192, num_heads=3, num_classes=CLASSES
     ),
     autoencoder="dc-ae-tiny",
-    scaling_factor=1.0,  # until the latents are known
+    scaling_factor=1.0,  # replaced when the latents are known
     **DPM_SOLVER,
 )
-SCALES = (1.0, 3.0, 6.0)  # of guidance, to report
+SCALES = (1.0, 3.0, 6.0)  # guidance scales in the model card
 
 
 @torch.no_grad()
 def encode(autoencoder: DCAE, digits: Digits, count: int, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents [count, 64, 8, 8], unscaled, and labels [count] of as many pictures."""
+    """Unscaled latents [count, 64, 8, 8] and labels [count] of random pictures."""
     latents, labels = [], []
     for _ in tqdm(range(0, count, batch), desc="encoding", unit="batch"):
         x, y = digits.draw(batch)
@@ -46,7 +46,7 @@ def encode(autoencoder: DCAE, digits: Digits, count: int, batch: int) -> tuple[t
 def train_transformer(
     network: UViT, latents: torch.Tensor, labels: torch.Tensor, batch: int, minutes: float
 ) -> tuple[UViT, int]:
-    """Trains `network` in place on scaled latents; returns the moving average of its weights and how many steps."""
+    """Trains `network` in place on scaled latents; returns the moving average of its weights and the step count."""
     objective, device = OBJECTIVES[CONFIG.train_scheduler], latents.device
 
     def draw_loss() -> torch.Tensor:
@@ -60,7 +60,7 @@ def train_transformer(
 
 @torch.inference_mode()
 def draw(model: DCAEDiffusion, count: int, scale: float, steps: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """`count` samples of each class, pictures [B, 3, H, W] on the model's device, and their labels, seeded."""
+    """`count` samples of each class, as pictures [B, 3, H, W] on the model's device, and their labels. Seed 0."""
     device = next(model.parameters()).device
     labels = torch.arange(CLASSES, device=device).repeat(count)
     z = model.generate(labels, cfg_scale=scale, generator=torch.Generator(device).manual_seed(0), steps=steps)
@@ -69,15 +69,15 @@ def draw(model: DCAEDiffusion, count: int, scale: float, steps: int | None = Non
 
 CARD = """# dc-ae-tiny-uvit-digits
 
-A demonstration, not for use: a class-conditional UViT of {parameters:.2f} M parameters on the latents of dc-ae-tiny, so
-that sampling can be tried without a download. Label n draws the digit n, on {size}x{size} pixels. It was trained from
-nothing by `examples/train_tiny_diffusion.py` for {minutes:g} minutes ({steps} steps of {batch}) on {device},
-on {pictures} pictures made of {digits} handwritten digits of 8x8 pixels: enlarged, a little turned and stretched, and
-drawn in a light colour on a dark one. It draws nothing else, and its digits are as smooth as such small ones are when
-enlarged.
+For demonstration only: a class-conditional UViT with {parameters:.2f} M parameters on the latents of dc-ae-tiny, to
+try sampling without a download. Label n gives the digit n, on {size}x{size} pixels. It was trained from
+scratch by `examples/train_tiny_diffusion.py` for {minutes:g} minutes ({steps} steps of {batch}) on {device},
+on {pictures} pictures of {digits} handwritten digits of 8x8 pixels: enlarged, slightly rotated and stretched, in a
+light colour on a dark one. It draws only digits, and they are as smooth as enlarged small digits.
 
-Weights are stored as float16. The table says how many pictures a classifier, a support vector machine that sees the
-shape alone and was trained on such pictures, takes for the digit they should be; float32, weights as stored.
+Weights are stored as float16. The table gives the fraction of pictures that a classifier recognises as the
+intended digit. The classifier is a support vector machine, trained on the shapes in such pictures. The model runs in
+float32 with the weights as stored.
 
 | pictures | recognised |
 |---|---|
@@ -86,12 +86,12 @@ shape alone and was trained on such pictures, takes for the digit they should be
 
 The digits come with scikit-learn: E. Alpaydin and C. Kaynak, *Optical Recognition of Handwritten Digits*, 1998, UCI
 Machine Learning Repository, https://doi.org/10.24432/C50P49, under CC BY 4.0
-(https://creativecommons.org/licenses/by/4.0/), changed as said above.
+(https://creativecommons.org/licenses/by/4.0/), changed as described above.
 """
 
 
 def evaluate(model: DCAEDiffusion, device: torch.device, count: int, batches: int) -> dict[str, object]:
-    """What the card tells of the quality: of `count` samples of each class, by a judge of so many batches of digits."""
+    """The quality for the card: accuracies of a judge, trained on `batches` batches, on `count` samples per class."""
     judge = Judge(Digits(SIZE, device), batches)
     x, labels = Digits(SIZE, device, held_out=True).draw(count * CLASSES)
     with torch.inference_mode():
@@ -106,7 +106,7 @@ def evaluate(model: DCAEDiffusion, device: torch.device, count: int, batches: in
 def main() -> None:
     options = parse_options(__doc__, minutes=4.0)
     device, on_cuda = options.device, options.device.type == "cuda"
-    pictures, batch = (49152, 512) if on_cuda else (64, 8)  # on a CPU it is a rehearsal
+    pictures, batch = (49152, 512) if on_cuda else (64, 8)  # on a CPU, a rehearsal
     torch.manual_seed(0)
 
     digits, autoencoder = Digits(SIZE, device), DCAE.from_pretrained(CONFIG.autoencoder).to(device)

@@ -1,4 +1,4 @@
-"""The wheel and the editable install: one top-level package, every kernel and asset in it, the console script."""
+"""The wheel and the editable install: one top-level package, all kernels and assets, the console script."""
 
 import importlib
 import os
@@ -16,7 +16,7 @@ NOT_COPIED = shutil.ignore_patterns(".*", "build", "dist", "outputs", "*.egg-inf
 
 
 def build(kind: str, folder: Path) -> zipfile.ZipFile:
-    """A wheel ("wheel" or "editable") of a copy of the sources in folder / "source"."""
+    """Builds a "wheel" or "editable" wheel from a copy of the sources in folder / "source"."""
     source = shutil.copytree(ROOT, folder / "source", ignore=NOT_COPIED)
     program = f"from setuptools import build_meta; build_meta.build_{kind}({str(folder)!r})"
     environment = os.environ | {"DCAE_FAST_BUILD_CUDA": "0"}
@@ -65,13 +65,13 @@ site.addsitedir({str(tmp_path / "site")!r})
 sys.path += {sys.path!r}
 print(importlib.util.find_spec("dcae_fast.kernels").origin)
 """
-    command = [sys.executable, "-S", "-c", program]  # -S: without what else is installed in editable mode
+    command = [sys.executable, "-S", "-c", program]  # -S: ignores other packages installed in editable mode
     found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert found.stdout.strip() == str(tmp_path / "source" / "kernels" / "src" / "__init__.py"), found.stderr
 
 
-def test_folder_kernels_is_no_module():
-    """transformers and diffusers look for a package of that name, also from the root of this repository."""
+def test_the_folder_kernels_is_not_importable():
+    """transformers and diffusers import a package with this name, also when run from the root of this repository."""
     program = "import importlib.util; spec = importlib.util.find_spec('kernels'); print(spec and spec.origin)"
     found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert not found.stdout.startswith(str(ROOT))
@@ -81,7 +81,7 @@ def test_folder_kernels_is_no_module():
     "package, module", [("torch", "dcae_fast.ops._private"), ("triton", "dcae_fast.kernels.launch")]
 )
 def test_bounds_are_the_versions_tried(package, module):
-    """Of the packages whose private interfaces a module uses."""
+    """pyproject.toml bounds the versions of packages whose private interfaces are used."""
     pytest.importorskip(package)
     tried = importlib.import_module(module).TRIED
     major, minor = map(int, tried[-1].split("."))

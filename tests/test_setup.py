@@ -1,4 +1,4 @@
-"""What setup.py decides about the CUDA extension, with a torch, compilers and a GPU that are made up."""
+"""setup.py's decision about the CUDA extension, with simulated torch, compilers and GPUs."""
 
 import importlib.util
 import os
@@ -21,10 +21,10 @@ def program(path: Path, output: str) -> None:
 
 @pytest.fixture
 def decide(tmp_path, monkeypatch):
-    """decide(cuda of torch, nvcc: release of one in CUDA_HOME, ...): setup.py's globals, and what setup() was given."""
+    """decide(cuda, nvcc, ...) runs setup.py with this CUDA of torch and this nvcc in CUDA_HOME; returns its globals."""
 
     def only_there(path):
-        """Not this machine's own compilers."""
+        """Hides the compilers of this machine."""
         return path if path and path.startswith(str(tmp_path)) else None
 
     def run(cuda, nvcc=None, packaged=None, gpu=None, asked="", command="egg_info"):
@@ -60,19 +60,19 @@ def test_builds_with_an_nvcc_that_fits_torch(decide, cuda, nvcc):
 
 
 @pytest.mark.parametrize("cuda, nvcc", [("12.6", "13.0"), ("12.6", "12.4"), ("12.6", "11.8"), ("13.0", "12.9")])
-def test_an_nvcc_that_does_not_fit_is_named_and_left_alone(decide, cuda, nvcc):
+def test_the_reason_names_an_nvcc_that_does_not_fit(decide, cuda, nvcc):
     found = decide(cuda, nvcc)
     assert found.NVCC is None and found.given["ext_modules"] == []
     assert f"home/bin/nvcc of CUDA {nvcc}" in found.REASON and f"CUDA {cuda.split('.')[0]}" in found.REASON
 
 
-def test_an_nvcc_that_does_not_run_is_none(decide, tmp_path):
+def test_an_nvcc_that_does_not_run_is_ignored(decide, tmp_path):
     program(tmp_path / "home" / "bin" / "nvcc", "")
     (tmp_path / "home" / "bin" / "nvcc").write_bytes(b"\x7fELF of another machine")
-    assert "have none" in decide("13.0").REASON
+    assert "contain none" in decide("13.0").REASON
 
 
-def test_brings_the_compiler_of_torchs_cuda_where_there_is_a_hopper_gpu_and_none(decide):
+def test_installs_the_compiler_for_a_hopper_gpu_without_one(decide):
     wanted = ["cuda-toolkit[cccl,crt,cudart,nvcc]==13.2.*"]
     assert decide("13.2", gpu="9.0").given["setup_requires"] == wanted
     assert decide("13.2", nvcc="12.9", gpu="8.0\n9.0").given["setup_requires"] == wanted
@@ -84,27 +84,27 @@ def test_brings_the_compiler_of_torchs_cuda_where_there_is_a_hopper_gpu_and_none
     [
         {"cuda": "13.0"},
         {"cuda": "13.0", "gpu": "8.9"},
-        {"cuda": "12.6", "gpu": "9.0"},  # PyPI's package of nvcc 12 holds none
+        {"cuda": "12.6", "gpu": "9.0"},  # PyPI's package of nvcc 12 contains no compiler
         {"cuda": None, "gpu": "9.0"},
         {"cuda": "13.0", "gpu": "9.0", "nvcc": "13.0"},
         {"cuda": "13.0", "gpu": "9.0", "asked": "0"},
         {"cuda": "13.0", "gpu": "9.0", "command": "editable_wheel"},
     ],
 )
-def test_brings_no_compiler_otherwise(decide, options):
+def test_installs_no_compiler_otherwise(decide, options):
     assert decide(**options).given["setup_requires"] == []
 
 
-def test_takes_the_compiler_that_pip_has_brought(decide):
+def test_uses_the_compiler_that_pip_installed(decide):
     found = decide("13.0", nvcc="12.6", packaged="13.0", command="editable_wheel")
     assert found.NVCC.endswith("site/nvidia/cu13/bin/nvcc") and found.REASON is None
 
 
-def test_an_extension_that_was_asked_for_and_cannot_be_built_is_an_error(decide):
+def test_a_requested_extension_that_cannot_be_built_is_an_error(decide):
     with pytest.raises(SystemExit, match="needs nvcc 12.5 or newer of CUDA 12"):
         decide("12.6", nvcc="11.8", asked="1")
 
 
-def test_says_why_it_is_left_out(decide):
+def test_the_reason_for_skipping(decide):
     assert decide("13.0", "13.0", asked="0").REASON == "DCAE_FAST_BUILD_CUDA=0"
-    assert decide(None, "13.0").REASON == "the installed torch is no CUDA build"
+    assert decide(None, "13.0").REASON == "the installed torch is not a CUDA build"

@@ -1,4 +1,4 @@
-"""The bundled model does what its card says."""
+"""The bundled autoencoder performs as its model card states."""
 
 import re
 

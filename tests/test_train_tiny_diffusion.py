@@ -1,4 +1,4 @@
-"""The training of the tiny diffusion model: its pictures, their judge, and a rehearsal of the whole program."""
+"""The training of the tiny diffusion model: pictures, classifier, and a rehearsal of the complete program."""
 
 import sys
 from dataclasses import replace
@@ -58,11 +58,11 @@ def test_training_reduces_the_loss():
     objective, noise = program.OBJECTIVES["DPM_Solver"], torch.randn(64, 4, 2, 2)
     with torch.no_grad():
         loss = objective.loss(average.eval(), latents, labels, torch.full((64,), 600), noise)
-    assert steps > 20 and loss < 0.7  # 1 for a network that has learnt nothing
+    assert steps > 20 and loss < 0.7  # an untrained network has a loss of 1
 
 
 def test_the_program(tmp_path, monkeypatch):
-    """With pictures of 64 pixels and a smaller network: what it writes can be sampled from."""
+    """With pictures of 64 pixels and a smaller network, the program writes a model that can be sampled."""
     import train_tiny_diffusion as program
 
     network = replace(program.CONFIG.network, input_size=2, depth=2, hidden_size=32, num_heads=2)
