@@ -1,4 +1,4 @@
-"""What the tests of dcae_fast._C share."""
+"""Shared code of the tests of dcae_fast._C."""
 
 import importlib.util
 from collections.abc import Callable
@@ -22,7 +22,7 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def check_in_a_graph(call: Callable[[], torch.Tensor]) -> None:
-    """A replay writes all of the result, and the same one."""
+    """A replay of a CUDA graph writes the whole result, with the same values."""
     expected = call()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

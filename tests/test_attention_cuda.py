@@ -35,7 +35,7 @@ def sdpa(qkv, heads):
 
 
 def check(attention, backward, qkv, dout, heads):
-    """The result, the gradient and each third of it, off by at most twice what eager SDPA is, and below the ceiling."""
+    """Errors of the result, the gradient and each third of it: at most twice eager SDPA's, and below the ceiling."""
     exact, exact_lse = packed_attention_reference(qkv.double(), heads)
     exact_gradient = packed_attention_backward_reference(dout.double(), qkv.double(), None, None, heads)
     leaf = qkv.clone().requires_grad_()
@@ -48,7 +48,7 @@ def check(attention, backward, qkv, dout, heads):
     torch.testing.assert_close(lse.double(), exact_lse, atol=1e-4, rtol=1e-5)
     triples = [(out, exact, eager)]
     triples += [(gradient, exact_gradient, eager_gradient)]
-    if qkv.shape[1] > 2:  # of so few tokens, the gradients of q and k are next to nothing
+    if qkv.shape[1] > 2:  # with fewer tokens the gradients of q and k are close to zero
         triples += list(zip(*(x.chunk(3, -1) for x in triples[1]), strict=True))
     for got, want, plain in triples:
         limit = max(2 * relative_error(plain, want), 4 * torch.finfo(qkv.dtype).eps)
@@ -81,7 +81,7 @@ def test_no_image(attention, backward):
 
 @pytest.mark.parametrize("tokens", [66, 258])
 def test_logits_far_beyond_exp(attention, backward, tokens):
-    """Scores of about ±1e4, of which one key takes all; and equal scores, which give the mean of v."""
+    """Scores of about ±1e4, where one key has all the weight; and equal scores, which give the mean of v."""
     qkv, dout = 30 * random(torch.bfloat16, 2, tokens, 432), random(torch.bfloat16, 2, tokens, 144)
     out, lse = attention(qkv, 2)
     exact, exact_lse = packed_attention_reference(qkv.double(), 2)
@@ -95,7 +95,7 @@ def test_logits_far_beyond_exp(attention, backward, tokens):
 
 @pytest.mark.parametrize("tokens", [66, 258])
 def test_an_image_of_nan_stays_alone(attention, backward, tokens):
-    """Shared memory that blocks leave behind does not reach the next ones."""
+    """Data that earlier blocks left in shared memory does not reach later blocks."""
     qkv, dout = random(torch.bfloat16, 600, tokens, 432), random(torch.bfloat16, 600, tokens, 144)
     out, lse = attention(qkv, 2)
     expected = out[1::2].clone(), backward(dout, qkv, out, lse, 2)[1::2].clone()
@@ -135,7 +135,7 @@ def test_runs_in_a_graph(attention, backward, tokens):
 
 
 def test_the_operator_runs_it(attention, backward):
-    """Through autograd, from strided tensors, compiled or not."""
+    """The operator agrees through autograd, with strided tensors, compiled and not compiled."""
     qkv, dout = random(torch.bfloat16, 66, 4, 432).transpose(0, 1), random(torch.bfloat16, 66, 4, 144).transpose(0, 1)
     out, lse = attention(qkv.contiguous(), 2)
     gradient = backward(dout.contiguous(), qkv.contiguous(), out, lse, 2)

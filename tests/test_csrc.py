@@ -1,4 +1,4 @@
-"""The CUDA sources compile for Hopper without spilling registers, also with the compiler of PyPI. Needs no GPU."""
+"""The CUDA sources compile for Hopper without register spills, also with the compiler from PyPI. Needs no GPU."""
 
 import os
 import re
@@ -12,8 +12,19 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "csrc" / "kernels").glob("*.cu"))
-PACKAGED = Path(sysconfig.get_path("purelib"), "nvidia", "cu13", "bin", "nvcc")  # the extra "cuda" brings it
+PACKAGED = Path(sysconfig.get_path("purelib"), "nvidia", "cu13", "bin", "nvcc")  # installed by the extra "cuda"
 NVCC = shutil.which("nvcc") or (PACKAGED if PACKAGED.is_file() else None)
+
+
+@pytest.mark.parametrize("folder", ["kernels", "plans"])
+def test_only_bindings_see_torch(folder):
+    files = [path for path in (ROOT / "csrc" / folder).iterdir() if path.is_file()]
+    assert files
+    included = {
+        path.name: re.findall(r"#include [<\"](?:torch|ATen|c10|pybind11|bindings)/.*", path.read_text())
+        for path in files
+    }
+    assert not any(included.values()), included
 
 
 @pytest.mark.skipif(NVCC is None, reason="no nvcc on the PATH; pip install '.[cuda]' brings one")
@@ -31,7 +42,7 @@ def test_compiles_without_spills(source, tmp_path):
 @pytest.mark.skipif(not PACKAGED.is_file(), reason="PyPI's compiler is absent; pip install '.[cuda]' brings it")
 @pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("ninja")), reason="no cmake or ninja on the PATH")
 def test_cmake_configures_and_compiles_with_the_compiler_of_pypi(tmp_path):
-    """Where there is a driver and no toolkit. torch is needed to link only."""
+    """As on a machine with a driver and no CUDA toolkit. Only linking would need torch."""
     options = [f"-DCMAKE_CUDA_COMPILER={PACKAGED}", f"-DPython_EXECUTABLE={sys.executable}", f"-DTORCH={tmp_path}"]
     without_toolkit = os.environ | {"PATH": without_nvcc(os.environ["PATH"]), "CUDA_HOME": "", "CUDA_PATH": ""}
     for command in (

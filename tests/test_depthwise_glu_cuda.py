@@ -100,7 +100,7 @@ def test_extreme_values(depthwise_glu, dtype):
 
 
 def test_padding_is_zero_beside_nan(depthwise_glu):
-    """A NaN reaches its neighbours and the gated partner alone: nothing of another row, column or image."""
+    """A NaN reaches only its neighbours and their gated partners, and no other row, column or image."""
     x, weight, bias = inputs(torch.bfloat16, 2, 8, 6, 18)
     x[0, 3, 2, 15] = float("nan")
     expected = torch.zeros(2, 8, 6, 18, dtype=torch.bool, device="cuda")

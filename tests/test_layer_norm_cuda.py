@@ -41,7 +41,7 @@ def backward():
 
 
 def make_norm(form, images, tokens, half, tokens_dtype, scale_dtype=None, width=WIDTH):
-    """x, scale, shift, eps, branch, gate: of a norm with parameters, with an image's own, or with a gated branch."""
+    """x, scale, shift, eps, branch, gate: with parameters, with an image's own scale and shift, or with a branch."""
     shape = images, tokens, width
     of = shape[2:] if form == "parameters" else (images, width)
     scale, shift = (random((scale_dtype or half) if form == "parameters" else half, *of) for _ in range(2))
@@ -57,7 +57,7 @@ def make(form, images, tokens, half, tokens_dtype, scale_dtype=None, dsum=True, 
 
 
 def check(function, reference, names, arguments, dtype, half):
-    """Off by no more than the formula in torch is on the same tensors, or a rounding."""
+    """The error is at most that of the formula in torch on the same tensors, or one rounding."""
     exact = reference(*(a.double() if torch.is_tensor(a) else a for a in arguments), torch.float64)
     eager = reference(*arguments, dtype)
     for name, got, plain, want in zip(names, function(*arguments, dtype), eager, exact, strict=True):
@@ -68,7 +68,7 @@ def check(function, reference, names, arguments, dtype, half):
 
 
 def check_refused(function, arguments, error, message, place, value):
-    """Another value in the place of an argument raises this."""
+    """Replacing an argument by another value raises this error."""
     with pytest.raises(error, match=message):
         function(*arguments[:place], value, *arguments[place + 1 :])
 
@@ -212,7 +212,7 @@ def test_runs_in_a_graph(backward):
 
 
 def test_the_operator_runs_it(backward):
-    """Through autograd, from strided tensors, compiled or not."""
+    """The operator agrees through autograd, with strided tensors, compiled and not compiled."""
     dy, _, x, scale, branch, gate, _ = make("branch", 66, 4, torch.bfloat16, torch.float32)
     leaves = [tensor.requires_grad_() for tensor in (x.transpose(0, 1), scale[:4], branch.transpose(0, 1), gate[:4])]
     shift = torch.zeros_like(leaves[1])

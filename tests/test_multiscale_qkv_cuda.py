@@ -55,7 +55,7 @@ def test_weights_in_float32_are_rounded(multiscale_qkv, dtype):
 
 
 def test_padding_is_zero_beside_nan(multiscale_qkv):
-    """A NaN reaches its 5×5 neighbours in its group of channels alone."""
+    """A NaN reaches only its 5×5 neighbours in its group of channels."""
     x, *weights = inputs(torch.bfloat16, 2, 64, 9, 18)
     x[0, 3, 2, 15] = float("nan")
     expected = torch.zeros(2, 64, 9, 18, dtype=torch.bool, device="cuda")

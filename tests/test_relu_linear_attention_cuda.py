@@ -8,7 +8,7 @@ from dcae_fast.models import functional
 
 pytestmark = NEEDED
 
-SHAPES = [  # batch, heads, height, width; alone and shared by two, four and eight blocks
+SHAPES = [  # batch, heads, height, width; for clusters of one, two, four and eight blocks
     (3, 1, 5, 7),
     (2, 5, 33, 31),
     (8, 32, 16, 16),
@@ -52,7 +52,7 @@ def test_scales_lie_side_by_side(attention):
 
 
 def test_extreme_values(attention):
-    """Sums far beyond the range of float16; all zeros, where the quotient is 0 / eps."""
+    """Sums far beyond the range of float16; and zeros, where the quotient is 0 / eps."""
     large = torch.full((1, 96, 64, 64), 1e4, dtype=torch.float16, device="cuda").contiguous(
         memory_format=torch.channels_last
     )

@@ -1,4 +1,4 @@
-"""What follows a convolution without a norm, or with a batch norm in evaluation: one pass over the tensor."""
+"""Bias or batch norm in evaluation mode, activation and residual after a convolution, in one pass over the tensor."""
 
 import torch
 import triton
@@ -7,12 +7,12 @@ import triton.language as tl
 from .common import activate, activate_backward, like_channels_last, persistent_splits, row_tile, rows_of
 from .launch import Kernel
 
-MOST_CHANNELS = 1024  # of one program
+MOST_CHANNELS = 1024  # of a program
 
 
 @triton.jit
 def _scale_and_shift(bias_ptr, scale_ptr, mean_ptr, variance_ptr, eps, c, mask, HAS_NORM: tl.constexpr):
-    """(s, b) such that x * s + b is the batch norm of x with the bias, or x + bias; and 1 / standard deviation."""
+    """(s, b) such that x * s + b is the batch norm of x, or x + bias without a norm; and 1 / standard deviation."""
     bias = tl.load(bias_ptr + c, mask, 0.0).to(tl.float32)
     if HAS_NORM:
         rstd = tl.rsqrt(tl.load(variance_ptr + c, mask, 1.0).to(tl.float32) + eps)
@@ -49,7 +49,7 @@ def _bias_act_backward_kernel(
     dy_ptr, x_ptr, bias_ptr, scale_ptr, mean_ptr, variance_ptr, dx_ptr, partial_ptr, rows, channels, eps,
     ACT: tl.constexpr, HAS_NORM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dx, and this program's sums for dbias and dscale in partial [splits, 2, channels]."""
+    """Writes dx, and this program's partial sums of dbias and dscale to partial [splits, 2, channels]."""
     blocks_c = tl.cdiv(channels, BLOCK_C)
     split, splits = tl.program_id(0) // blocks_c, tl.num_programs(0) // blocks_c
     c = tl.program_id(0) % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -78,7 +78,7 @@ def _bias_act_backward_kernel(
 def _fold_batch_norm_kernel(
     weight_ptr, bias_ptr, scale_ptr, mean_ptr, variance_ptr, folded_ptr, shift_ptr, size, eps, BLOCK: tl.constexpr
 ):
-    """A program takes BLOCK of the `size` elements of a filter."""
+    """A program computes BLOCK of the `size` elements of a filter."""
     blocks = tl.cdiv(size, BLOCK)
     k, block = tl.program_id(0) // blocks + tl.arange(0, 1), tl.program_id(0) % blocks
     scale, shift, _ = _scale_and_shift(bias_ptr, scale_ptr, mean_ptr, variance_ptr, eps, k, k >= 0, True)
@@ -91,7 +91,7 @@ def _fold_batch_norm_kernel(
 
 
 def launch_fold_batch_norm(weight, bias, scale, mean, variance, eps):
-    """Weight and bias, of weight's type, of the convolution that conv(x, weight) and the batch norm are together."""
+    """Weight and bias, in weight's dtype, of the convolution that equals conv(x, weight) followed by the batch norm."""
     folded, shift = torch.empty_like(weight), torch.empty_like(bias, dtype=weight.dtype)
     filters, size = weight.shape[0], weight.numel() // weight.shape[0]
     _fold_batch_norm_kernel[(filters * triton.cdiv(size, 1024),)](

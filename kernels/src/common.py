@@ -1,4 +1,4 @@
-"""What several kernels share: activations and their derivatives, products, and the shape of a launch."""
+"""Shared code of the kernels: activations and their derivatives, products, and sizes of tiles and grids."""
 
 import functools
 import os
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-LEAST_SIDE = 16  # of a tile in a product
+LEAST_SIDE = 16  # shortest side of a product's tile
 
 
 @triton.jit
@@ -20,7 +20,7 @@ def sigmoid(x):
 
 @triton.jit
 def relu(x):
-    """max(x, 0), and NaN where x is, as PyTorch's."""
+    """max(x, 0); NaN stays NaN, as in PyTorch."""
     return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -48,8 +48,8 @@ def activate_backward(x, dy, ACT: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc):
-    """acc + a @ b in fp32. a is rounded to b's type; products of float32 are as accurate as float32."""
-    if INTERPRETED:  # the interpreter knows no product of bfloat16, and truncates where a GPU rounds to it
+    """acc + a @ b in fp32. a is rounded to b's type. Products of float32 have float32 accuracy."""
+    if INTERPRETED:  # the interpreter has no product of bfloat16, and truncates to bfloat16 where a GPU rounds
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
     else:
         return tl.dot(a.to(b.dtype), b, acc, input_precision="tf32x3")
@@ -58,41 +58,41 @@ def dot(a, b, acc):
 def like_channels_last(
     x: torch.Tensor, shape: tuple[int, ...] | None = None, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """Uninitialised, channels-last, on x's device; x's shape and dtype unless others are given."""
+    """An uninitialised channels-last tensor on x's device, with x's shape and dtype unless others are given."""
     return torch.empty(shape or x.shape, dtype=dtype or x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def promoted(x: torch.Tensor | None, y: torch.Tensor | None) -> torch.dtype:
-    """Type of x + y, where one may be absent."""
+    """The dtype of x + y. One of them may be None."""
     if x is None or y is None:
         return (y if x is None else x).dtype
     return torch.promote_types(x.dtype, y.dtype)
 
 
 def rows_of(x: torch.Tensor) -> int:
-    """Number of positions of [B, C, H, W]: rows of its channels-last matrix."""
+    """The number of positions of [B, C, H, W], which are the rows of its channels-last matrix."""
     return x.shape[0] * x.shape[2] * x.shape[3]
 
 
 def row_tile(channels: int, most_channels: int, elements: int = 4096) -> tuple[int, int]:
-    """(rows, channels) of a tile of about `elements` elements that holds all channels, or `most_channels` of them."""
+    """(rows, channels) of a tile of about `elements` elements, with all channels, but at most `most_channels`."""
     block = triton.next_power_of_2(min(channels, most_channels))
     return max(1, elements // block), block
 
 
 def persistent_splits(x: torch.Tensor, tiles: int, independent: int = 1, per_processor: int = 4) -> int:
-    """Into how many programs to split a loop over `tiles`, when `independent` such loops run side by side.
+    """The number of programs to split a loop over `tiles` into, when `independent` such loops run side by side.
 
-    per_processor: programs that one multiprocessor shall have, of all loops together.
+    per_processor: programs of all loops together for each multiprocessor.
     """
     programs = per_processor * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
     return min(tiles, max(1, programs // max(independent, 1)))
 
 
 class Chip(NamedTuple):
-    """What limits the tiles of a product, in bytes.
+    """Limits of the tiles of a product, in bytes.
 
-    shared_memory: what a program can have; half, single: what an operand's element takes there by its precision.
+    shared_memory: available to a program; half, single: taken there by an operand's element of that precision.
     """
 
     shared_memory: int
@@ -100,12 +100,12 @@ class Chip(NamedTuple):
     single: int
 
 
-TURING = Chip(64 * 1024, half=4, single=4)  # Triton computes its products in float32
-ADA = Chip(99 * 1024, half=2, single=8)  # and those of later GPUs in tf32x3, which splits a float32
+TURING = Chip(64 * 1024, half=4, single=4)  # Triton computes products in float32 on Turing
+ADA = Chip(99 * 1024, half=2, single=8)  # and in tf32x3, which splits a float32, on later GPUs
 
 
 def chips(x: torch.Tensor) -> tuple[Chip, ...]:
-    """That of x's GPU; without one, those with the least memory, so that tiles fit into all."""
+    """The chip of x's GPU. Without a GPU, the chips with the least memory, so that tiles fit into all."""
     return _chips(x.get_device()) if x.is_cuda else (TURING, ADA)
 
 
@@ -119,9 +119,9 @@ def _chips(index: int) -> tuple[Chip, ...]:
 def fitting(
     x: torch.Tensor, itemsize: int, sides: tuple[int, ...], needed: Callable[..., int]
 ) -> tuple[int, ...] | None:
-    """The sides of a product's tiles, the longest halved until they fit into shared memory; None if they never do.
+    """The sides of a product's tiles, the longest halved until the tiles fit into shared memory; None if none fit.
 
-    itemsize: of the operands. needed(size, *sides): bytes of shared memory where an operand's element takes `size`.
+    itemsize: of the operands. needed(size, *sides): bytes of shared memory if an operand's element takes `size` bytes.
     """
 
     def fits(chip: Chip) -> bool:

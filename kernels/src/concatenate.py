@@ -1,4 +1,4 @@
-"""Two matrices of one shape side by side, in another type, and back."""
+"""Concatenates two matrices of one shape along columns, in another dtype; and splits them again."""
 
 import torch
 import triton
@@ -10,7 +10,7 @@ from .launch import Kernel
 
 @triton.jit
 def _tile(rows, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
-    """Of this program: offsets in a half, offsets of its left half in the whole, and which of them exist."""
+    """For this program: offsets in a half, offsets of the left half in the whole, and the mask of valid elements."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     mask = (row < rows)[:, None] & (column < columns)[None, :]

@@ -1,7 +1,8 @@
-"""Convolution of an image with few channels, whose window is a few runs of neighbouring elements.
+"""Convolution of an image with few channels.
 
-A row of the R × S window is S · C elements that lie side by side, in the image as in the weight: R products
-[positions, S · C] @ [S · C, filters] with a weight that stays on chip. What counts is to write the result once.
+A row of the R × S window is S · C contiguous elements, both in the image and in the weight. The convolution therefore
+consists of R products [positions, S · C] @ [S · C, filters], with a weight that stays on chip. Writing the result
+limits the speed.
 """
 
 import triton
@@ -10,7 +11,7 @@ import triton.language as tl
 from .common import activate, dot, fitting, like_channels_last, persistent_splits
 from .launch import Kernel
 
-# of a tile, where it fits: positions, filters in half and in single precision; warps; programs on a multiprocessor
+# of a tile, if it fits: positions, filters in half and in single precision; warps; programs on a multiprocessor
 POSITIONS, BLOCK_K, WARPS, PER_PROCESSOR = 64, {2: 128, 4: 32}, 4, 3
 
 
@@ -19,10 +20,10 @@ def _weight_row(
     weight_ptr, k, t, filters, r: tl.constexpr, C: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     UNSHUFFLE: tl.constexpr,
 ):  # fmt: skip
-    """[S · C, filters]: row r of the windows k, elements t = (column, channel). weight: [filters, R, S, C].
+    """[S · C, filters]: row r of the windows of filters k, elements t = (column, channel). weight: [filters, R, S, C].
 
-    UNSHUFFLE: pixel-unshuffle by 2 behind a convolution with (R - 1) × (S - 1) windows is a convolution with R × S
-    windows and stride 2. Its filter k is that one's filter k // 4, moved to pixel k % 4 of the 2 × 2.
+    UNSHUFFLE: a convolution with (R - 1) × (S - 1) windows, then pixel-unshuffle by 2, is a convolution with R × S
+    windows and stride 2. Its filter k is filter k // 4 of the original, moved to pixel k % 4 of the 2 × 2 pixels.
     """
     if UNSHUFFLE:
         row, column = r - k // 2 % 2, (t // C)[:, None] - (k % 2)[None, :]
@@ -56,10 +57,10 @@ def _conv2d_kernel(
         image = (tile // (tiles_w * tiles_h)).to(tl.int64)
         out_h, out_w = tile // tiles_w % tiles_h * TILE_H, tile % tiles_w * TILE_W
         first_h, first_w = out_h * STRIDE - top, out_w * STRIDE - left
-        element = (first_w + j * STRIDE)[:, None] * C + t[None, :]  # of a row of the image
+        element = (first_w + j * STRIDE)[:, None] * C + t[None, :]  # in a row of the image
         in_row = (element >= 0) & (element < width * C) & (t < S * C)[None, :]
         rows = ()
-        for r in tl.static_range(R):  # all are loaded before the first is waited for
+        for r in tl.static_range(R):  # start all loads before the first wait
             h = first_h + r + i * STRIDE
             row = x_ptr + (image * height + first_h + r) * (width * C)
             inside = in_row & ((h >= 0) & (h < height))[:, None]
@@ -74,7 +75,7 @@ def _conv2d_kernel(
 
 
 def _sides(x, block_k, rows, block_t):
-    """Positions and filters of a tile: all rows of the window stay on chip, those of x twice, and the result."""
+    """Positions and filters of a tile. On chip are all rows of the window, the rows of x twice, and the result."""
     itemsize = x.element_size()
 
     def needed(size, p, k):

@@ -1,7 +1,7 @@
 """3×3 depthwise convolution, bias and SiLU gate in one pass over a channels-last tensor.
 
-Forward, a program walks down a strip of the image; backward, it computes TILE_H × TILE_W positions of BLOCK_C channels
-from nine shifted tiles, which overlap in L1.
+In the forward pass a program walks down a strip of the image. In the backward pass it computes TILE_H × TILE_W
+positions of BLOCK_C channels from nine shifted tiles, which overlap in the L1 cache.
 """
 
 import torch
@@ -37,7 +37,7 @@ def _depthwise(
     x_ptr, taps_ptr, image, h, w, c, c_mask, height, width, channels,
     FLIP: tl.constexpr, POSITIONS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Σ over the nine taps in fp32; taps [9, channels]. FLIP: the transposed convolution."""
+    """Sum over the nine taps, in fp32. taps: [9, channels]. FLIP: transposed convolution."""
     acc = tl.zeros((POSITIONS, BLOCK_C), tl.float32)
     for tap in tl.static_range(9):
         weight = tl.load(taps_ptr + (8 - tap if FLIP else tap) * channels + c, c_mask, 0.0).to(tl.float32)
@@ -71,7 +71,7 @@ def _row(x_ptr, image, h, w, c, c_mask, height, width, channels):
 
 @triton.jit
 def _taps_row(taps_ptr, row: tl.constexpr, c, c_mask, channels):
-    """Three weights of each channel."""
+    """The three weights of a row, for each channel."""
     taps = taps_ptr + 3 * row * channels + c
     left = tl.load(taps, c_mask, 0.0).to(tl.float32)[None, :]
     middle = tl.load(taps + channels, c_mask, 0.0).to(tl.float32)[None, :]
@@ -84,8 +84,9 @@ def _depthwise_glu_forward_kernel(
     x_ptr, taps_ptr, bias_ptr, out_ptr, height, width, half, strips, blocks_w, blocks_c, rows,
     BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A program walks down `rows` rows. What an input row adds to the output rows above, level and below is kept in
-    registers, so that every row is read once, at three shifts."""
+    """A program walks down `rows` rows. Partial sums of the output rows above and level with the next input row stay in
+    registers, so that every input row is read once, at three shifts.
+    """
     pid = tl.program_id(0)
     c = pid % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
     w = pid // blocks_c % blocks_w * BLOCK_W + tl.arange(0, BLOCK_W)
@@ -122,7 +123,7 @@ def _depthwise_glu_gate_backward_kernel(
     dout_ptr, x_ptr, taps_ptr, bias_ptr, dconv_ptr, height, width, half, tiles_h, tiles_w, blocks_c,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the convolution's result, recomputed: [B, 2 * half, H, W]."""
+    """Recomputes the convolution; writes the gradient of its result, dconv [B, 2 * half, H, W]."""
     pid = tl.program_id(0)
     c = pid % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
     c_mask = c < half
@@ -162,11 +163,11 @@ def _depthwise_glu_weight_backward_kernel(
     dconv_ptr, x_ptr, partial_ptr, height, width, channels, tiles, tiles_h, tiles_w, blocks_c, splits,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Sums over a split of the tiles, for the nine taps and then the bias, in partial [splits, 10, channels]."""
+    """Sums over a split of the tiles, of the nine taps, then of the bias, in partial [splits, 10, channels]."""
     split = tl.program_id(0) // blocks_c
     c = tl.program_id(0) % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
     c_mask = c < channels
-    row = tl.arange(0, 16)[:, None]  # ten sums, and six rows of zeros: sizes are powers of two
+    row = tl.arange(0, 16)[:, None]  # ten sums, then six rows of zeros, since sizes are powers of two
     totals = tl.zeros((16, BLOCK_C), tl.float32)
     for tile in range(split, tiles, splits):
         image, h, w = _tile(tile, height, width, tiles_h, tiles_w, TILE_H, TILE_W)
@@ -179,7 +180,7 @@ def _depthwise_glu_weight_backward_kernel(
 
 
 def _sizes(x, channels):
-    """Tiles along height and width, blocks of channels, tiles in all."""
+    """Tiles along height, tiles along width, blocks of channels, and the total number of tiles."""
     tiles_h, tiles_w = triton.cdiv(x.shape[2], TILE["TILE_H"]), triton.cdiv(x.shape[3], TILE["TILE_W"])
     return tiles_h, tiles_w, triton.cdiv(channels, TILE["BLOCK_C"]), x.shape[0] * tiles_h * tiles_w
 
@@ -203,7 +204,7 @@ def launch_depthwise_glu(x, weight, bias):
 
 
 def launch_depthwise_glu_backward(dout, x, weight, bias, parameters):
-    """Gradients by x, and by weight and bias if `parameters`, else empty."""
+    """The gradients by x, weight and bias. Without `parameters` the last two are empty."""
     _, channels, height, width = x.shape
     taps, dconv, dx = _taps(weight), like_channels_last(x), like_channels_last(x)
     tiles_h, tiles_w, blocks_c, tiles = _sizes(x, channels // 2)

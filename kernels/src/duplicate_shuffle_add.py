@@ -1,7 +1,7 @@
-"""Channels repeated in place and moved to space, plus the main branch: [B, C, H, W] → [B, O, H * F, W * F].
+"""Repeats channels, moves them to space, and adds the main branch: [B, C, H, W] → [B, O, H * F, W * F].
 
-Whole channel vectors are loaded, split in registers into the F × F pixels they belong to, and stored, so every access
-is coalesced. Factors 1 and 2, repeats of a power of two.
+A program loads whole channel vectors, splits them in registers into F × F pixels, and stores the pixels, so that every
+access is coalesced. F is 1 or 2, the number of repeats a power of two.
 """
 
 import triton
@@ -10,7 +10,7 @@ import triton.language as tl
 from .common import like_channels_last, promoted
 from .launch import Kernel
 
-BLOCK_U, ELEMENTS = 1024, 4096  # channels before the shuffle, and elements, of a program
+BLOCK_U, ELEMENTS = 1024, 4096  # of a program: channels before the shuffle; elements
 
 
 @triton.jit
@@ -18,7 +18,7 @@ def _store_pixel(
     values, main_ptr, bias_ptr, out_ptr, main_row, row, o, mask, out_channels,
     HAS_MAIN: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """values + main + bias at a row of the output's matrix; main and bias if they have the output's channels."""
+    """Writes values + main + bias to rows of the output's matrix; main and bias if they have the output's channels."""
     offset = row[:, None] * out_channels + o[None, :]
     if HAS_MAIN:
         main = tl.load(main_ptr + main_row[:, None] * out_channels + o[None, :], mask, 0.0)
@@ -34,9 +34,9 @@ def _duplicate_shuffle_add_kernel(
     F: tl.constexpr, REPEATS: tl.constexpr, HAS_X: tl.constexpr, HAS_MAIN: tl.constexpr, HAS_BIAS: tl.constexpr,
     SHUFFLE_MAIN: tl.constexpr, PLANES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_U: tl.constexpr,
 ):  # fmt: skip
-    """positions, width: of the input. A program takes BLOCK_U of the F² · out_channels channels before the shuffle.
+    """positions, width: of the input. A program computes BLOCK_U of the F² · out_channels channels before the shuffle.
 
-    PLANES: main holds the output's four parities one after the other.
+    PLANES: main holds the four parities of the output's pixels one after the other.
     """
     pid = tl.program_id(0)
     p = (pid // blocks_u).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)

@@ -1,4 +1,4 @@
-"""GELU and its gradient in one pass over a matrix, and the sums of the gradient down its columns, in fp32."""
+"""GELU and its gradient in one pass over a matrix, and sums of the gradient down its columns, in fp32."""
 
 import math
 
@@ -13,14 +13,15 @@ DENSITY = tl.constexpr(1 / math.sqrt(2 * math.pi))
 TWICE_SLOPE = tl.constexpr(2 * math.sqrt(2 / math.pi))
 CUBIC = tl.constexpr(0.044715)
 CUBIC_SLOPE = tl.constexpr(3 * 0.044715)
-BLOCK_ROWS, BLOCK_COLUMNS = (32 if INTERPRETED else 2), 512  # the interpreter takes as long for any tile
+BLOCK_ROWS, BLOCK_COLUMNS = (32 if INTERPRETED else 2), 512  # the interpreter takes the same time for any tile
 
 
 @triton.jit
 def _normal(x):
-    """Distribution function and density of the standard normal distribution, the former to 7.5e-8.
+    """Distribution function, with an error below 7.5e-8, and density of the standard normal distribution.
 
-    Source: Abramowitz & Stegun, 26.2.17, which shares the exponential with the density; erf takes longer than memory.
+    Source: Abramowitz & Stegun, 26.2.17. Both share the exponential; with erf the kernel would no longer be limited by
+    memory.
     """
     density = DENSITY * tl.exp(-0.5 * x * x)
     t = 1.0 / (1.0 + 0.2316419 * tl.abs(x))
@@ -34,7 +35,7 @@ def _gelu_backward_kernel(
     dg_ptr, h_ptr, dh_ptr, g_ptr, partial_ptr, rows, columns,
     TANH: tl.constexpr, WANTS_G: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Programs count over (blocks of columns, splits of the rows); sums go to partial [splits, columns]."""
+    """The grid is (blocks of columns, splits of the rows). partial: [splits, columns], partial sums of dh over rows."""
     column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     column_mask = column < columns
     total = tl.zeros((BLOCK_COLUMNS,), tl.float32)

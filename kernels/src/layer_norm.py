@@ -1,6 +1,6 @@
-"""Layer norm of tokens, after a gated branch was added to them if there is one: one program holds whole tokens.
+"""Layer norm of tokens, after adding a gated branch to them if there is one. A program computes whole tokens.
 
-Scale and shift are parameters, or each image's own, as the gate of a branch is.
+Either all images share scale and shift, or each image has its own. The gate of a branch differs for each image.
 """
 
 import torch
@@ -13,7 +13,7 @@ from .launch import Kernel
 
 @triton.jit
 def _normalise(x, mask, width, eps):
-    """norm(x) and 1 / deviation of each row; zero where masked."""
+    """norm(x) and 1 / standard deviation of each row; zero where masked."""
     x = tl.where(mask, x - (tl.sum(x, 1) / width)[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(x * x, 1) / width + eps)
     return x * rstd[:, None], rstd
@@ -55,9 +55,10 @@ def _layer_norm_backward_kernel(
     OF_IMAGE: tl.constexpr, HAS_DSUM: tl.constexpr, HAS_BRANCH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dx and dbranch, and this program's sums for dscale, dshift and dgate in partial [3, images, splits, width].
+    """Writes dx and dbranch, and partial sums of dscale, dshift and dgate to partial [3, images, splits, width].
 
-    Programs count over (images, splits of an image's tokens); where scale and shift are parameters, all is one image.
+    The grid is (images, splits of an image's tokens). If all images share scale and shift, their tokens count as those
+    of one image.
     """
     image, split, splits = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     d = tl.arange(0, BLOCK_D)
@@ -78,7 +79,7 @@ def _layer_norm_backward_kernel(
         dy = tl.load(dy_ptr + offset, mask, 0.0).to(tl.float32)
         x_hat, rstd = _normalise(x, mask, width, eps)
         dx_hat = dy * scale[None, :]
-        along, across = tl.split(tl.sum(tl.join(dx_hat * x_hat, dx_hat), 1) / width)  # both at once
+        along, across = tl.split(tl.sum(tl.join(dx_hat * x_hat, dx_hat), 1) / width)  # one reduction for both
         dx = (dx_hat - across[:, None] - x_hat * along[:, None]) * rstd[:, None]
         if HAS_DSUM:
             dx += tl.load(dsum_ptr + offset, mask, 0.0).to(tl.float32)
@@ -99,7 +100,7 @@ def _layer_norm_backward_kernel(
 
 
 def _backward_elements(total, branch):
-    """Of a tile: what was the fastest on an H200 of the sizes whose registers do not spill."""
+    """Elements of a tile: the fastest size on an H200 among the sizes whose registers do not spill."""
     if total.shape[2] <= 1024:
         return 1024
     if branch is not None:

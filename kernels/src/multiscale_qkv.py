@@ -1,7 +1,7 @@
 """Depthwise k×k convolution and grouped 1×1 convolution in one pass: [B, C, H, W] → [B, C, H, W], groups of D channels.
 
-A program owns the D channels of a group on a tile of pixels. It adds up the taps in fp32 and multiplies by the group's
-D × D matrix; the halo comes from the cache.
+A program computes the D channels of a group on a tile of pixels. It adds up the taps in fp32 and multiplies by the
+group's D × D matrix. The halo comes from the cache.
 """
 
 import triton
@@ -18,7 +18,7 @@ def _multiscale_qkv_kernel(
     x_ptr, taps_ptr, grouped_ptr, out_ptr, height, width, channels, tiles_y, tiles_x,
     D: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Programs count over (groups, columns, rows, batch), the first fastest, so that neighbours share cache lines."""
+    """Programs are numbered by (image, row, column, group), so that neighbours share cache lines."""
     groups = channels // D
     group, tile = tl.program_id(0) % groups, tl.program_id(0) // groups
     p = tl.arange(0, ROWS * COLUMNS)
@@ -36,7 +36,7 @@ def _multiscale_qkv_kernel(
             shift = ((i - K // 2) * width + j - K // 2) * channels
             value = tl.load(x_ptr + offset + shift, inside[:, None], 0.0).to(tl.float32)
             total += value * tl.load(taps_ptr + (i * K + j) * channels + c).to(tl.float32)[None, :]
-    # as in a convolution of its own, the depthwise result is rounded to x's type; tf32 holds half precision exactly
+    # the depthwise result is rounded to x's type, as by a separate convolution; tf32 represents half precision exactly
     PRECISION: tl.constexpr = "tf32x3" if x_ptr.dtype.element_ty == tl.float32 else "tf32"
     total = total.to(out_ptr.dtype.element_ty).to(tl.float32)
     matrix = tl.load(grouped_ptr + c[None, :] * D + d[:, None]).to(tl.float32)

@@ -1,8 +1,8 @@
 """ReLU linear attention on a packed, channels-last qkv: [positions, heads, (q, k, v), D] per image.
 
-With S = Σ_j relu(k_j) v_jᵀ and z = Σ_j relu(k_j) of one head of one image, `state` holds [D + 1, D] in fp32: the rows
-of S, then z. S and z are partial sums over a split of the positions first, so that few images still fill the chip; the
-second kernel applies them: q, k and v are read once and out is written once.
+For one head of one image, S = Σ_j relu(k_j) v_jᵀ and z = Σ_j relu(k_j). A state [D + 1, D] in fp32 holds the rows of S,
+then z. The first kernel computes partial sums of S and z over splits of the positions, so that few images still fill
+the GPU. The second kernel applies S and z to q. q, k and v are read once, and out is written once.
 """
 
 import torch
@@ -21,15 +21,31 @@ def _rows(n, positions, heads, bh, D: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _dot(a, b, DTYPE: tl.constexpr):
-    """a @ b of float32 tiles, more accurate than DTYPE: tf32 has ten bits after the leading one, bfloat16 seven."""
+    """a @ b of float32 tiles, more accurate than DTYPE: tf32 has ten mantissa bits, bfloat16 seven."""
     return tl.dot(a, b, input_precision="tf32" if DTYPE == tl.bfloat16 else "tf32x3")
+
+
+@triton.jit
+def _load_state(state_ptr, index, D: tl.constexpr):
+    """S and z of one state."""
+    d = tl.arange(0, D)
+    state = state_ptr + index.to(tl.int64) * (D + 1) * D
+    return tl.load(state + d[:, None] * D + d[None, :]), tl.load(state + D * D + d)
+
+
+@triton.jit
+def _store_state(state_ptr, index, s, z, D: tl.constexpr):
+    d = tl.arange(0, D)
+    state = state_ptr + index.to(tl.int64) * (D + 1) * D
+    tl.store(state + d[:, None] * D + d[None, :], s)
+    tl.store(state + D * D + d, z)
 
 
 @Kernel
 def _relu_linear_attention_state_kernel(
     qkv_ptr, state_ptr, positions, heads, splits, D: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    # tf32 holds raised half precision exactly
+    # tf32 represents half precision exactly
     PRECISION: tl.constexpr = "tf32x3" if qkv_ptr.dtype.element_ty == tl.float32 else "tf32"
     bh, split = tl.program_id(0) // splits, tl.program_id(0) % splits
     d = tl.arange(0, D)
@@ -43,9 +59,7 @@ def _relu_linear_attention_state_kernel(
         v = tl.load(row + 2 * D, mask, 0.0).to(tl.float32)
         s += tl.dot(tl.trans(k), v, input_precision=PRECISION)
         z += tl.sum(k, 0)
-    state = state_ptr + tl.program_id(0).to(tl.int64) * (D + 1) * D
-    tl.store(state + d[:, None] * D + d[None, :], s)
-    tl.store(state + D * D + d, z)
+    _store_state(state_ptr, tl.program_id(0), s, z, D)
 
 
 @Kernel
@@ -55,9 +69,7 @@ def _relu_linear_attention_apply_kernel(
 ):  # fmt: skip
     bh, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     d = tl.arange(0, D)
-    state = state_ptr + bh.to(tl.int64) * (D + 1) * D
-    s = tl.load(state + d[:, None] * D + d[None, :])
-    z = tl.load(state + D * D + d)
+    s, z = _load_state(state_ptr, bh, D)
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (n < positions)[:, None]
     q = tl.load(qkv_ptr + _rows(n, positions, heads, bh, D, 3) + d[None, :], mask, 0.0)
@@ -72,13 +84,11 @@ def _relu_linear_attention_query_backward_kernel(
     dout_ptr, qkv_ptr, state_ptr, dqkv_ptr, dstate_ptr, positions, heads, splits, out_channels, out_start, eps,
     D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dq, and this split's part of the gradient of S and z."""
+    """Computes dq, and this split's partial sums of the gradients of S and z."""
     DTYPE: tl.constexpr = qkv_ptr.dtype.element_ty
     bh, split = tl.program_id(0) // splits, tl.program_id(0) % splits
     d = tl.arange(0, D)
-    state = state_ptr + bh.to(tl.int64) * (D + 1) * D
-    s = tl.load(state + d[:, None] * D + d[None, :])
-    z = tl.load(state + D * D + d)
+    s, z = _load_state(state_ptr, bh, D)
     ds = tl.zeros((D, D), tl.float32)
     dz = tl.zeros((D,), tl.float32)
     for block in range(split, tl.cdiv(positions, BLOCK_N), splits):
@@ -96,9 +106,7 @@ def _relu_linear_attention_query_backward_kernel(
         tl.store(dqkv_ptr + qkv_row, tl.where(q <= 0.0, 0.0, dq).to(dqkv_ptr.dtype.element_ty), mask)
         ds += _dot(tl.trans(q), dnumerator, DTYPE)
         dz += tl.sum(q * ddenominator[:, None], 0)
-    dstate = dstate_ptr + tl.program_id(0).to(tl.int64) * (D + 1) * D
-    tl.store(dstate + d[:, None] * D + d[None, :], ds)
-    tl.store(dstate + D * D + d, dz)
+    _store_state(dstate_ptr, tl.program_id(0), ds, dz, D)
 
 
 @Kernel
@@ -108,9 +116,7 @@ def _relu_linear_attention_key_value_backward_kernel(
     DTYPE: tl.constexpr = qkv_ptr.dtype.element_ty
     bh, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     d = tl.arange(0, D)
-    dstate = dstate_ptr + bh.to(tl.int64) * (D + 1) * D
-    ds = tl.load(dstate + d[:, None] * D + d[None, :])
-    dz = tl.load(dstate + D * D + d)
+    ds, dz = _load_state(dstate_ptr, bh, D)
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (n < positions)[:, None]
     row = _rows(n, positions, heads, bh, D, 3) + d[None, :]
@@ -123,7 +129,7 @@ def _relu_linear_attention_key_value_backward_kernel(
 
 
 def _sizes(qkv, head_dim, block_n):
-    """Positions, heads, (image, head) pairs, blocks of positions, and splits of them that fill the chip."""
+    """Positions, heads, (image, head) pairs, blocks of positions, and the number of splits that fills the GPU."""
     positions, heads = qkv.shape[2] * qkv.shape[3], qkv.shape[1] // (3 * head_dim)
     pairs, blocks = qkv.shape[0] * heads, triton.cdiv(positions, block_n)
     return positions, heads, pairs, blocks, persistent_splits(qkv, blocks, pairs)

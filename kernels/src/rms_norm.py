@@ -1,4 +1,4 @@
-"""Channel RMS norm with activation and residual: one program holds whole rows (all channels of a position)."""
+"""Channel RMS norm with activation and residual. A program computes whole rows: all channels of a position."""
 
 import torch
 import triton
@@ -34,7 +34,7 @@ def _rms_norm_backward_kernel(
     dy_ptr, x_ptr, weight_ptr, bias_ptr, dx_ptr, partial_ptr, rows, channels, eps,
     ACT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dx, and this program's sums for dweight and dbias in partial [programs, 2, channels]."""
+    """Writes dx, and this program's partial sums of dweight and dbias to partial [programs, 2, channels]."""
     c = tl.arange(0, BLOCK_C)
     c_mask = c < channels
     weight = tl.load(weight_ptr + c, c_mask, 0.0).to(tl.float32)

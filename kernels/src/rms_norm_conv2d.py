@@ -1,8 +1,9 @@
-"""Channel RMS norm, activation and 3×3 convolution to few channels, which is nine weighted sums of each position.
+"""Channel RMS norm, activation and 3×3 convolution to N channels, where N is small.
 
-The first kernel reads a position's channels once, normalises them in registers and multiplies them with all nine taps:
-z [positions, 9 N]. The second adds, for each output, its neighbours' nine z. Where all channels of a position do not
-fit into shared memory, the norm has a kernel of its own, and the convolution is PyTorch's.
+The first kernel reads the channels of a position once, normalises them in registers and multiplies them by all nine
+taps: z [positions, 9 N]. The second kernel computes each output as the sum of nine elements of its neighbours' z. If
+the channels of a position do not fit into shared memory, the kernel of the RMS norm and PyTorch's convolution run
+instead.
 """
 
 import torch
@@ -14,8 +15,8 @@ from .common import activate, dot, fitting, like_channels_last, persistent_split
 from .launch import Kernel
 from .rms_norm import launch_rms_norm
 
-# of the first kernel: elements of x in a tile and of the weight that stays on chip, where they fit; programs on a
-# multiprocessor
+# of the first kernel: elements of x in a tile, and of the weight on chip, if they fit; programs on a multiprocessor;
+# warps and stages of a program
 ELEMENTS, WEIGHTS, PER_PROCESSOR, WARPS, STAGES = 16384, 32768, 2, 4, 1
 TILE_H, TILE_W = 8, 32  # of the second kernel
 
@@ -26,7 +27,7 @@ def _rms_norm_conv2d_taps_kernel(
     N: tl.constexpr, COLUMNS: tl.constexpr, ACT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Column t = N · tap + filter of z. weight: [N, 9, channels]."""
+    """Column t of z is N · tap + filter. weight: [N, 9, channels]."""
     t = tl.program_id(0) % blocks_t * BLOCK_T + tl.arange(0, BLOCK_T)
     c = tl.arange(0, BLOCK_C)
     norm_weight = tl.load(norm_weight_ptr + c, c < channels, 0.0).to(tl.float32)
@@ -68,7 +69,7 @@ def _rms_norm_conv2d_sum_kernel(
 
 
 def _taps(x, norm_weight, norm_bias, eps, act, weight):
-    """z [positions, 9 N], and columns that only round the rows up to whole 16 bytes; None if no tile fits."""
+    """z [positions, 9 N], with columns appended until a row is a multiple of 16 bytes; None if no tile fits."""
     rows, channels, filters = rows_of(x), x.shape[1], weight.shape[0]
     columns = triton.cdiv(9 * filters, 8) * 8
     block_c = triton.next_power_of_2(max(16, channels))

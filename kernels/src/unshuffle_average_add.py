@@ -1,7 +1,7 @@
-"""Space to channel with group averaging, plus the main branch: [B, C, H, W] → [B, O, H / F, W / F].
+"""Moves space to channels, averages groups of channels, and adds the main branch: [B, C, H, W] → [B, O, H / F, W / F].
 
-Whole channel vectors of the F × F pixels are loaded and interleaved in registers, so every access is coalesced. Factors
-1 and 2, groups of a power of two.
+A program loads whole channel vectors of the F × F pixels and interleaves them in registers, so that every access is
+coalesced. F is 1 or 2, the size of a group a power of two.
 """
 
 import triton
@@ -10,7 +10,7 @@ import triton.language as tl
 from .common import like_channels_last, promoted
 from .launch import Kernel
 
-BLOCK_O, ELEMENTS = 256, 4096  # output channels, and elements of the largest operand, of a program
+BLOCK_O, ELEMENTS = 256, 4096  # of a program: output channels; elements of the largest operand
 
 
 @triton.jit
@@ -24,7 +24,7 @@ def _unshuffled(
     if F == 1:
         return tl.load(ptr + p[:, None] * channels + c[None, :], mask, 0.0).to(tl.float32)
     else:
-        row = (p // width) * 2 * (2 * width) + p % width * 2  # of the first pixel, in the input
+        row = (p // width) * 2 * (2 * width) + p % width * 2  # of the first of the F × F pixels, in the input
         pixel = ptr + row[:, None] * channels + c[None, :]
         below = 2 * width * channels
         x00 = tl.load(pixel, mask, 0.0).to(tl.float32)
@@ -40,7 +40,7 @@ def _unshuffle_average_add_kernel(
     F: tl.constexpr, GROUP: tl.constexpr, HAS_X: tl.constexpr, HAS_MAIN: tl.constexpr, HAS_BIAS: tl.constexpr,
     UNSHUFFLE_MAIN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    """height, width: of the output. GROUP: averaged channels. Main is at the output's resolution or is unshuffled."""
+    """height, width: of the output. GROUP: number of averaged channels. UNSHUFFLE_MAIN: main has x's resolution."""
     pid = tl.program_id(0)
     p = (pid // blocks_o).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     first = pid % blocks_o * BLOCK_O

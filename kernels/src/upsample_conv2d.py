@@ -1,4 +1,4 @@
-"""The weights of the four 2×2 convolutions that a 3×3 convolution is behind nearest-neighbour 2× up-sampling."""
+"""Weights of the four 2×2 convolutions that equal nearest-neighbour 2× up-sampling, then a 3×3 convolution."""
 
 import torch
 import triton
@@ -11,7 +11,7 @@ from .launch import Kernel
 def _subpixel_weights_kernel(
     weight_ptr, out_ptr, filters, channels, stride_k, stride_c, stride_tap, BLOCK: tl.constexpr
 ):
-    """out [2, 2, filters, 2, 2, channels]: sums of the taps that fall on the same pixel, for each parity."""
+    """out: [2, 2, filters, 2, 2, channels], for each parity the sums of the taps that fall on the same pixel."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = index < filters * channels
     k, c = index // channels, index % channels
@@ -29,7 +29,7 @@ def _subpixel_weights_kernel(
 
 
 def launch_subpixel_weights(weight):
-    """[K, C, 3, 3] → [4, K, C, 2, 2], each convolution's weight channels-last; for output parities 00, 01, 10, 11."""
+    """[K, C, 3, 3] → [4, K, C, 2, 2]: a channels-last weight for each output parity, 00, 01, 10 and 11."""
     filters, channels = weight.shape[:2]
     out = torch.empty(4, filters, 2, 2, channels, dtype=weight.dtype, device=weight.device)
     stride_k, stride_c, stride_row, stride_column = weight.stride()

@@ -1,4 +1,4 @@
-"""A convolution's weight [K, C, R, S] from contiguous to channels-last."""
+"""Converts a convolution's weight [K, C, R, S] from contiguous to channels-last."""
 
 import triton
 import triton.language as tl

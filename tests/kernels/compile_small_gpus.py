@@ -1,7 +1,7 @@
 """Compile the kernels with the largest tiles for Turing and Ada; print the GPU, name, and bytes of shared memory.
 
-The tiles are those that launchers choose for such a GPU. Compilation stops at LLVM's code: by then it is known what a
-program needs, and machine code takes the longest.
+The launchers choose the tiles for such a GPU. Compilation stops at LLVM IR: the shared memory is known by then, and
+generating machine code takes the longest.
 """
 
 from unittest import mock

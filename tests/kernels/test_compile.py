@@ -1,4 +1,4 @@
-"""Kernels compile on a machine without a GPU: all for Hopper, without spills; the largest for GPUs that hold less."""
+"""Kernels compile without a GPU: all for Hopper, without spills; the largest for GPUs with less shared memory."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ KERNELS = Path(__file__).parents[2] / "kernels" / "src"
 
 
 def printed_by(script, folder):
-    """The words of each line."""
+    """The words of each line that a script prints."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(folder)
     result = subprocess.run([sys.executable, FOLDER / script], capture_output=True, text=True, env=environment)
@@ -34,7 +34,7 @@ def test_all_kernels_compile_for_sm90_without_spills(tmp_path):
 
 
 def test_the_largest_tiles_fit_into_the_shared_memory_of_other_gpus(tmp_path):
-    """Turing's, which has no products of half precision, and Ada's, the least of the others."""
+    """Turing has no products of half precision; Ada has the least shared memory of the other GPUs."""
     needed = printed_by("compile_small_gpus.py", tmp_path)
     limits = {"75": 64 * 1024, "89": 99 * 1024}
     assert {(gpu, name) for gpu, name, _ in needed} == {
