@@ -71,8 +71,7 @@ __global__ void __launch_bounds__(32 * kGluMaxWarps<kBackward>, kWarpsPerSM / kG
     const Strip to = strip(cut, index);
     const int column = to.column + warp * kColumns;
     const int columns = pair < cut.pairs ? cut.width - column : 0;  // that this thread writes
-    const int64_t first_pixel = (static_cast<int64_t>(to.image) * cut.height + to.row) * cut.width + column;
-    Pair* target = out + first_pixel * kParts * cut.pairs + pair;
+    Pair* target = out + first_pixel(cut, to, column) * kParts * cut.pairs + pair;
     int written = 0;  // rows
     const auto write_row = [&](const float (&conv)[2][kColumns][2], const Pair* incoming) {
 #pragma unroll

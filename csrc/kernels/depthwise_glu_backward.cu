@@ -46,8 +46,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kWarpsPerSM / kMaxWarps)
     const Strip to = strip(cut, index);
     const int column = to.column + warp * kColumns;
     const int columns = pair < cut.pairs ? cut.width - column : 0;  // that this thread writes
-    const int64_t first_pixel = (static_cast<int64_t>(to.image) * cut.height + to.row) * cut.width + column;
-    Pair* target = dx + first_pixel * cut.pairs + pair;
+    Pair* target = dx + first_pixel(cut, to, column) * cut.pairs + pair;
     float above[kColumns][2] = {}, level[kColumns][2] = {};  // partial sums of dx: above the next row, level with it
     float d_before[kColumns + 2][2] = {}, x_before[kColumns][2] = {};
 #pragma unroll 1

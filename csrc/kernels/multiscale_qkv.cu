@@ -80,8 +80,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kWarpsPerSM / kMaxWarps)
     // a thread writes four pairs of one column at a time
     const int column = to.column + warp * kColumns + lane / 8, four = first_pair + lane % 8 * 4;
     const bool writes = column < cut.width && four < cut.pairs;
-    const int64_t first_pixel = (static_cast<int64_t>(to.image) * cut.height + to.row) * cut.width + column;
-    Pair* target = out + first_pixel * cut.pairs + four;
+    Pair* target = out + first_pixel(cut, to, column) * cut.pairs + four;
     float sums[kSize - 1][kColumns][2] = {};  // of output rows, from two above the next row to one below it
 #pragma unroll 1
     for (int step = 0; step < cut.steps; ++step) {

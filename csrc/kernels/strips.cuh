@@ -47,6 +47,11 @@ __device__ inline Strip strip(const Cut& cut, int index) {
   return strip;
 }
 
+// The index of the pixel in a column of the image where the strip starts, counted over all images.
+__device__ inline int64_t first_pixel(const Cut& cut, const Strip& of, int column) {
+  return (static_cast<int64_t>(of.image) * cut.height + of.row) * cut.width + column;
+}
+
 // Chooses the height of strips that minimises the time, with all blocks running at once.
 //
 // rows_below: whether the steps of a strip include the rows below it also at the bottom of the image, where they are
