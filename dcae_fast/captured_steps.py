@@ -36,9 +36,8 @@ class CapturedSteps:
 
     def __call__(self, network: Network, step: Step, x: torch.Tensor, *noise: torch.Tensor) -> torch.Tensor:
         graphs, scales = step_graphs(self.model), {self._scale_at(t) for t in step.times}
-        is_capturing = (
-            x.is_cuda and torch.cuda.is_current_stream_capturing()
-        )  # by the caller; `times` is freed too early
+        # in a graph that the caller captures, `times` would be freed too early
+        is_capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
         if graphs is None or len(scales) > 1 or is_capturing:
             return run(network, step, x, *noise)
         (scale,) = scales

@@ -63,7 +63,7 @@ def reconstruct(
     max_pixels: int | None = None,
     compute: Compute,
 ) -> int:
-    """Encode and decode photographs, and save each reconstruction, also beside its original.
+    """Encode and decode photographs; save each reconstruction, and a comparison with the original.
 
     Args:
         photos: picture files or folders of pictures; without any, the bundled photograph is used

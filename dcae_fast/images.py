@@ -51,9 +51,8 @@ def opened(file: str | Path | IO[bytes], max_pixels: int) -> Iterator[Image.Imag
     Image.MAX_IMAGE_PIXELS = max_pixels
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "error", Image.DecompressionBombWarning
-            )  # above the limit; above twice the limit Pillow raises an error
+            # Pillow warns above the limit, and raises an error above twice the limit
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file) as image:
                 yield image
     except Image.UnidentifiedImageError as error:

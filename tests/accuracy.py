@@ -1,8 +1,8 @@
-"""What the tests of operators share about errors: how large one is, and how large it may be."""
+"""Shared by the tests of operators: relative errors and their limits."""
 
 import torch
 
-CEILING = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-3}  # of kernels
+CEILING = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-3}  # limits for kernels
 
 
 def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
@@ -11,10 +11,10 @@ def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def allowed(eager_error: float, dtype: torch.dtype, by_kernel: bool = True) -> float:
-    """The largest relative error of a result of this type: twice eager's on the same machine, or some roundings.
+    """The largest allowed relative error of a result in this dtype: twice eager's error, or a few roundings.
 
-    by_kernel: a kernel of this project keeps below CEILING, too. PyTorch's own results need not: it rounds differently
-    from processor to processor.
+    by_kernel: the error of a kernel of this project must also stay below `CEILING`. Results of PyTorch need not, because
+    PyTorch rounds differently on each processor.
     """
     limit = max(2 * eager_error, min(4 * torch.finfo(dtype).eps, CEILING[dtype]))
     return min(limit, CEILING[dtype]) if by_kernel else limit

@@ -1,4 +1,4 @@
-"""What the tests of operators share about their registration with torch.library."""
+"""Shared by the tests of operators: checks of their registration with torch.library."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class _Record(TorchDispatchMode):
-    """Keeps the calls of this project's operators."""
+    """Records the calls of this project's operators."""
 
     def __init__(self):
         super().__init__()
@@ -20,7 +20,7 @@ class _Record(TorchDispatchMode):
 
 
 def check_registration(run: Callable[[], object]) -> None:
-    """Schema, fake and autograd registration of every operator that `run` calls, by torch.library.opcheck."""
+    """Checks schema, fake and autograd registration of every operator that `run` calls, with torch.library.opcheck."""
     with _Record() as record:
         run()
     assert record.calls

@@ -1,4 +1,4 @@
-"""Who may import whom, read off the sources; and that importing the package leaves everything as it was."""
+"""Imports follow the layers and have no cycles, and importing the package has no side effects."""
 
 import ast
 import subprocess
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MAY_IMPORT = {  # by folder: what it may import, besides itself and the standard library
+MAY_IMPORT = {  # folder → allowed imports, besides the folder itself and the standard library
     "kernels/src": ["torch", "triton"],
     "dcae_fast/models": ["torch", "dcae_fast.errors"],
     "dcae_fast/sampling": ["torch"],
@@ -37,18 +37,18 @@ SOURCES = [
 
 
 def package_of(folder: Path) -> str:
-    """The package whose modules lie in a folder."""
+    """The package of the modules in a folder."""
     name = folder.relative_to(ROOT).as_posix()
     return name.replace("kernels/src", "dcae_fast/kernels").replace("/", ".")
 
 
 def imports(path: Path) -> Iterator[str]:
-    """What a file imports, anywhere in it, as absolute dotted names: `from .a import b` gives "package.a.b"."""
+    """All imports of a file, also in functions, as absolute dotted names: `from .a import b` gives "package.a.b"."""
     return names_imported(ast.walk(ast.parse(path.read_text())), package_of(path.parent))
 
 
 def names_imported(nodes: Iterable[ast.AST], package: str) -> Iterator[str]:
-    """The names that import statements among the nodes import; package: of the file that has them."""
+    """The imported names of the import statements among the nodes. package: of the file with these statements."""
     for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -60,7 +60,7 @@ def names_imported(nodes: Iterable[ast.AST], package: str) -> Iterator[str]:
 
 
 def run_at_import(node: ast.AST) -> Iterator[ast.AST]:
-    """The statements of a file that run when it is imported: not in functions, not below `if TYPE_CHECKING`."""
+    """The statements of a file that run when it is imported: not those in functions or below `if TYPE_CHECKING`."""
     for child in ast.iter_child_nodes(node):
         is_for_types = isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING")
         if not is_for_types and not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
@@ -69,7 +69,7 @@ def run_at_import(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def graph(folder: str, nodes: Callable[[ast.AST], Iterable[ast.AST]]) -> dict[str, set[str]]:
-    """Module → the modules of the same folder that it imports. nodes: of a file's tree, those that count."""
+    """Module → the imported modules of the same folder. nodes: selects the nodes of a file's tree to search."""
     paths = {module_of(path): path for path in (ROOT / folder).rglob("*.py")}
     imported = {
         module: names_imported(nodes(ast.parse(path.read_text())), package_of(path.parent))
@@ -114,7 +114,7 @@ def test_imports_only_what_its_layer_may(path, rule):
 
 
 def test_importing_changes_nothing():
-    """No optional package comes along; no global of Python's or PyTorch's differs afterwards."""
+    """The import loads no optional package and changes no global state of Python or PyTorch."""
     program = """
 import logging, os, random, sys, warnings
 import torch
@@ -137,7 +137,7 @@ def state():
 
 before, modules = state(), set(sys.modules)
 import dcae_fast
-assert dcae_fast.patch and dcae_fast.Report  # which bring all that they need
+assert dcae_fast.patch and dcae_fast.Report  # loads PyTorch and all operators
 after = state()
 changed = [name for name in before if before[name] != after[name]]
 assert not changed, f"changed by the import: {changed}"
@@ -146,18 +146,18 @@ optional = {
     "matplotlib", "scipy", "torchmetrics", "torch_fidelity", "torchvision",
 }
 imported = optional & (set(sys.modules) - modules)
-assert not imported, f"imported along: {imported}"
+assert not imported, f"optional packages were imported: {imported}"
 
-import dcae_fast.diffusion, dcae_fast.reconstruction, dcae_fast.sample  # for most of the commands
+import dcae_fast.diffusion, dcae_fast.reconstruction, dcae_fast.sample  # needed by most commands
 slow = {"torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo", "torch._inductor", "sympy", "triton"}
 slow &= set(sys.modules) - modules
-assert not slow, f"imported along: {slow}"
+assert not slow, f"slow packages were imported: {slow}"
 """
     run(program)
 
 
 def run(program: str) -> None:
-    """In a new process; fails as the program does."""
+    """Runs a program in a new process, and fails if the program fails."""
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 

@@ -85,7 +85,8 @@ def cache_latents(
             if distributed.is_main():
                 make_folder(out)
             batch = None if batch == "auto" else batch
-            with out_of_memory_as(UsageError(f"--resolution {resolution}: a single picture does not fit in memory")):
+            too_large = f"--resolution {resolution}: a single picture does not fit in memory; try a lower resolution"
+            with out_of_memory_as(UsageError(too_large)):
                 report = cache(pictures, out, network, settings, batch, workers, overwrite, limit)
         except DataError as error:
             raise UsageError(str(error)) from error

@@ -68,7 +68,7 @@ def eval_autoencoder(
     if against == "eager" and not compute.patch:
         raise UsageError("--against eager --no-patch: compares the model with itself; remove one of the options")
     place, dtype = choose_device(compute.device, compute.dtype)
-    too_large = UsageError(f"--batch {batch}: does not fit in memory")
+    too_large = UsageError(f"--batch {batch}: does not fit in memory; try a smaller batch")
     with out_of_memory_as(too_large), distributed.process_group(place) as device:
         try:
             moments = None if reference is None else Moments.load(reference)

@@ -77,7 +77,7 @@ def eval_diffusion(
     check_seed("--seed", seed)
     check_seed("--class-seed", class_seed)
     place, _ = choose_device(compute.device, compute.dtype)
-    too_large = UsageError(f"--batch {batch}: does not fit in memory")
+    too_large = UsageError(f"--batch {batch}: does not fit in memory; try a smaller batch")
     with out_of_memory_as(too_large), distributed.process_group(place) as device:
         try:
             references = References.load(fid, precision_recall, cmmd)

@@ -60,7 +60,7 @@ def reference_stats(
     for option, (path, _) in files.items():
         if path is not None:
             make_parent_folder(path, option)
-    too_large = UsageError(f"--batch {batch}: does not fit in memory")
+    too_large = UsageError(f"--batch {batch}: does not fit in memory; try a smaller batch")
     with out_of_memory_as(too_large), distributed.process_group(choose_device(device, "float32")[0]) as place:
         try:
             if images.suffix == ".npz":

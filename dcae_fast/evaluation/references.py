@@ -80,9 +80,8 @@ def load_features(path: Path) -> torch.Tensor:
     try:
         features = np.load(path)
     except Exception as error:  # for a broken file, numpy may raise any exception
-        reason = (
-            getattr(error, "strerror", None) or "not such a file"
-        )  # numpy's message would advise to unpickle the file
+        # not numpy's message, which would advise to unpickle the file
+        reason = getattr(error, "strerror", None) or "not such a file"
         raise DataError(f"{path}: expected an .npy file of features: {reason}") from error
     if not isinstance(features, np.ndarray) or features.ndim != 2 or features.dtype.kind != "f":
         found = f"{features.dtype} {list(features.shape)}" if isinstance(features, np.ndarray) else "an archive"
