@@ -13,7 +13,7 @@ def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
 def allowed(eager_error: float, dtype: torch.dtype, by_kernel: bool = True) -> float:
     """The largest allowed relative error of a result in this dtype: twice eager's error, or a few roundings.
 
-    by_kernel: the error of a kernel of this project must also stay below `CEILING`. Results of PyTorch need not, because
+    by_kernel: the error of a kernel of this project must also stay below `CEILING`. PyTorch's own results need not:
     PyTorch rounds differently on each processor.
     """
     limit = max(2 * eager_error, min(4 * torch.finfo(dtype).eps, CEILING[dtype]))

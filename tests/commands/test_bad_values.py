@@ -35,22 +35,33 @@ CASES = [
     ("encode", "--device tpu9", "'tpu9'"),
     ("decode", "--model absent", "'absent'"),
     ("sample", f"--labels {HUGE}", f"--labels {HUGE}: expected at most 10"),
+    ("sample", "--labels 3 11", "--labels 11: expected at most 10"),
     ("sample", "--labels 3 -1", "--labels -1: expected at least 0"),
     ("sample", f"--seed {HUGE}", f"--seed {HUGE}: expected at most"),
     ("sample", f"--steps {HUGE}", f"--steps {HUGE}: expected at most"),
+    ("sample", "--seed -1", "--seed -1: expected at least 0"),
+    ("sample", "--steps 0", "--steps 0: expected at least 1"),
     ("sample", "--steps 1000000", "steps=1000000"),
     ("sample", "--steps 1.5", "--steps"),
     ("sample", "--cfg=-inf", "--cfg -inf: expected a finite number"),
+    ("sample", "--cfg nan", "--cfg nan: expected a finite number"),
+    ("sample", "--sampler SDE", "sampler 'SDE'; the model was trained for DPM_Solver"),
+    ("sample", "--device cuda:99", "'cuda:99'"),
     ("sample", "--latents pictures", "--latents pictures: is a folder"),
     ("sample", "--latents z.npy", "--latents z.npy: expected a file name that ends in .safetensors"),
     ("sample", "--latents file/z", "--latents: cannot create the folder file"),
     ("sample", "--out pictures", "--out pictures: expected a file name that ends in .png"),
+    ("sample", "--out grid.jpg", "--out grid.jpg: expected a file name that ends in .png"),
     ("sample", "--model ae", "ae/config.json"),
+    ("sample", "--model dc-ae-f32c32-in-1.0-uvit-x", "did you mean 'dc-ae-f32c32-in-1.0-uvit-"),
     ("cache-latents", "--batch 0", "--batch 0: expected at least 1"),
     ("cache-latents", f"--batch {HUGE}", f"--batch {HUGE}: expected at most"),
     ("cache-latents", "--resolution -2", "--resolution -2: expected at least 1"),
+    ("cache-latents", "--resolution 5", "--resolution 5: expected a multiple of 2"),
     ("cache-latents", f"--workers {HUGE}", f"--workers {HUGE}: expected at most"),
+    ("cache-latents", "--workers -1", "--workers -1: expected at least 0"),
     ("cache-latents", "--scale nan", "--scale nan"),
+    ("cache-latents", "--scale 0", "--scale 0.0: expected a number from 1e-06"),
     ("cache-latents", "--scale 1e-320", "expected a number from 1e-06"),
     ("cache-latents", "--out file --resolution 8", "--out: cannot create the folder file: it is a file"),
     ("train-diffusion", "--depth 0", "depth=0; expected at least 1"),
@@ -100,15 +111,20 @@ def folder(tmp_path_factory):
     return folder
 
 
+def files_below(folder):
+    return {path for path in folder.rglob("*") if path.is_file()}
+
+
 @pytest.mark.parametrize("command, options, words", CASES, ids=[f"{name} {options}"[:60] for name, options, _ in CASES])
 def test_bad_values(folder, monkeypatch, capsys, command, options, words):
     monkeypatch.chdir(folder)
+    before = files_below(folder)
     try:
         status = cli.main([command, *COMMANDS[command], *options.split()])
     except SystemExit as error:  # from the parser
         status = error.code
     errors = re.sub(r"[\s│]+", " ", capsys.readouterr().err)  # the parser wraps lines in a box
-    assert status == 2 and words in errors
+    assert status == 2 and words in errors and files_below(folder) == before
     assert not re.search("tyro|Traceback|Errno|pickle|Overflow", errors)
 
 

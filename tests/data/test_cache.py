@@ -227,20 +227,6 @@ def test_other_weights_and_pictures_are_refused(pictures, tmp_path, model, capsy
     assert f"is not empty and has no {MANIFEST}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "options, words",
-    [
-        (["--resolution", "50"], "expected a multiple of 32"),
-        (["--scale", "0"], "--scale 0.0: expected a number from 1e-06"),
-        (["--batch", "0"], "expected at least 1"),
-        (["--workers", "-1"], "expected at least 0"),
-    ],
-)
-def test_bad_arguments(pictures, tmp_path, capsys, options, words):
-    assert run(pictures, tmp_path / "out", *options) == 2
-    assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
-
-
 def test_latents_that_are_not_finite_are_left_out(pictures, tmp_path, model):
     settings = settings_of(model, "m", float("inf"), 64, "npy")
     report = cache_latents(find_pictures(pictures / "emu"), tmp_path, model, settings, workers=1)

@@ -46,9 +46,9 @@ def test_classes_of_the_manifest(tmp_path):
         LatentDataset(tmp_path)
 
 
-@pytest.mark.parametrize("told", [None, 2])
-def test_an_unfinished_cache(tmp_path, told):
-    Manifest(Settings("m", "float32", 64, 1.0, "npy", "", (4, 2, 2)), (), latents=told).save(tmp_path)
+@pytest.mark.parametrize("listed", [None, 2])
+def test_an_unfinished_cache(tmp_path, listed):
+    Manifest(Settings("m", "float32", 64, 1.0, "npy", "", (4, 2, 2)), (), latents=listed).save(tmp_path)
     np.save(tmp_path / "0.npy", latent(0))
     with pytest.raises(
         DataError, match="contains 1 latents, but its manifest.json (lists 2|is not finished); .* cache-latents"
