@@ -208,7 +208,7 @@ def sample(
         labels: a class per picture; by default 16 classes: for ImageNet those of DC-Gen's demo, else 0, 1, 2, ...
         cfg: scale of classifier-free guidance; 1 turns guidance off
         seed: random seed of the noise; the same seed and labels give the same pictures
-        sampler: None means the sampler named in the model's configuration
+        sampler: sampling method; None means the method in the model's configuration
         steps: number of sampling steps; None means the number in the model's configuration
         out: PNG file for the grid of pictures
         latents: .safetensors file for the latents; None saves no latents

@@ -56,7 +56,7 @@ def eval_diffusion(
         cfg: scale of classifier-free guidance; 1 turns guidance off
         seed: random seed of the noise
         class_seed: random seed of the classes; 0 gives the classes of DC-Gen
-        sampler: None means the sampler named in the model's configuration
+        sampler: sampling method; None means the method in the model's configuration
         steps: number of sampling steps; None means the number in the model's configuration
         batch: number of pictures per batch
         fid: .npz file of `reference-stats`, for FID
