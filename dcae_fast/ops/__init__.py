@@ -6,6 +6,7 @@ from .bias_act import bias_act
 from .concatenate import concatenate
 from .conv2d import conv2d
 from .conv2d_unshuffle import conv2d_unshuffle
+from .convolution_weights import fold_batch_norm, subpixel_weights
 from .depthwise_glu import depthwise_glu
 from .layer_norm import layer_norm
 from .linear import linear
@@ -28,6 +29,7 @@ __all__ = [
     "conv2d_unshuffle",
     "depthwise_glu",
     "duplicate_shuffle_add",
+    "fold_batch_norm",
     "has_kernels",
     "in_transform",
     "is_for_few_tokens",
@@ -41,6 +43,7 @@ __all__ = [
     "relu_linear_attention",
     "rms_norm",
     "rms_norm_conv2d",
+    "subpixel_weights",
     "unshuffle_average_add",
     "upsample_conv2d",
 ]

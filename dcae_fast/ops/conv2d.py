@@ -1,12 +1,10 @@
-"""Convolution with what follows it, in one kernel: of cuDNN's where that is the fastest, our own for few channels.
+"""Convolution with an epilogue in one kernel: cuDNN's where that is the fastest, a Triton kernel for few channels.
 
     y = act(conv(x, weight) + bias) + residual
-    y = act((conv(x, weight) - mean) * rsqrt(variance + eps) * scale + bias) + residual
 
-x: [B, C, H, W] channels-last; weight: [K, C, R, S]; bias, scale, mean, variance: [K]; residual and y: [B, K, P, Q].
-Sums in fp32, and nothing is rounded between the convolution and y; a batch norm is folded into the weight and the bias,
-whose products are rounded to their type. mean and variance are constants: they get no gradient. The gradient runs the
-convolution again; training is better served by a convolution and `bias_act`.
+x: [B, C, H, W] channels-last; weight: [K, C, R, S]; bias: [K]; residual and y: [B, K, P, Q]. Sums in fp32; nothing is
+rounded between the convolution and y. `fold_batch_norm` makes weight and bias of a convolution with a batch norm. The
+gradient runs the convolution again; in training a convolution and `bias_act` are faster.
 """
 
 import torch
@@ -21,60 +19,56 @@ from .bias_act import bias_act_reference
 FEW_CHANNELS, MOST_TAPS = 4, 7  # what the Triton kernel takes: input channels, and size of the window
 
 
-def conv2d_reference(x, weight, bias, act, scale, mean, variance, eps, residual, stride, padding):
+def conv2d_reference(x, weight, bias, act, residual, stride, padding):
     top, left, bottom, right = padding
     if (top, left) == (bottom, right):
         y = F.conv2d(x, weight, None, stride, (top, left))
     else:
         y = F.conv2d(F.pad(x, (left, right, top, bottom)), weight, None, stride)
     if bias is not None:
-        return bias_act_reference(y, bias, act, scale, mean, variance, eps, residual, x.dtype)
+        return bias_act_reference(y, bias, act, None, None, None, 0.0, residual, x.dtype)
     y = y if act == "none" else getattr(F, act)(y)
     return y if residual is None else y + residual
 
 
-def has_few_channels(x, weight, bias, scale=None, residual=None):
+def has_few_channels(x, weight, bias, residual=None):
     """Whether the Triton kernel takes this convolution. cuDNN leaves most of the memory's bandwidth unused here."""
     return (
-        scale is None
-        and residual is None
+        residual is None
         and 0 < x.shape[1] <= FEW_CHANNELS
         and max(weight.shape[2:]) <= MOST_TAPS
         and weight.dtype == x.dtype
-        and all(tensor is None or tensor.dtype in KERNEL_DTYPES for tensor in (x, bias))
+        and x.dtype in KERNEL_DTYPES
+        and (bias is None or bias.dtype in KERNEL_DTYPES)
     )
 
 
-def _accepts(x, weight, bias, act, scale, mean, variance, eps, residual, stride, padding):
+def _accepts(x, weight, bias, act, residual, stride, padding):
     """Few channels; or half precision of one type, where the extension takes addresses of whole 16 bytes."""
-    if has_few_channels(x, weight, bias, scale, residual):
+    if has_few_channels(x, weight, bias, residual):
         return True
-    tensors = [tensor for tensor in (x, weight, bias, residual) if tensor is not None]
-    return (
-        x.is_cuda
-        and x.dtype in HALVES
-        and all(tensor.dtype == x.dtype and tensor.data_ptr() % 16 == 0 for tensor in tensors)
-        and x.numel() > 0
-    )
+    if not x.is_cuda or x.dtype not in HALVES or x.numel() == 0:
+        return False
+    for tensor in (x, weight, bias, residual):  # a loop, since this is asked before each convolution
+        if tensor is not None and (tensor.dtype != x.dtype or tensor.data_ptr() % 16):
+            return False
+    return True
 
 
-def _launch(x, weight, bias, act, scale, mean, variance, eps, residual, stride, padding):
-    if has_few_channels(x, weight, bias, scale, residual):
+def _launch(x, weight, bias, act, residual, stride, padding):
+    if has_few_channels(x, weight, bias, residual):
         return launcher("conv2d", "launch_conv2d")(x, weight, bias, act, stride, padding)
 
     def fallback():
-        return _convolve_then_add(x, weight, bias, act, scale, mean, variance, eps, residual, stride, padding)
+        return _convolve_then_add(x, weight, bias, act, residual, stride, padding)
 
     if not _convolution_plans.available():
         return fallback()
-    # the folded weight and bias are of the same shape and type as these
-    plan = _convolution_plans.find(x, weight, stride, tuple(padding), _epilogue(bias, act, residual), fallback)
+    epilogue = _epilogue(bias, act, residual)
+    plan = _convolution_plans.find(x, weight, stride, tuple(padding), epilogue, fallback)
     if plan is None:
         return fallback()
-    folded, shift = weight, bias
-    if scale is not None:
-        folded, shift = launcher("bias_act", "launch_fold_batch_norm")(weight, bias, scale, mean, variance, eps)
-    return plan(x, folded, [operand for _, operand in _epilogue(shift, act, residual) if operand is not None])
+    return plan(x, weight, [operand for _, operand in epilogue if operand is not None])
 
 
 def _epilogue(bias, act, residual):
@@ -89,37 +83,36 @@ def convolve(x, weight, padding, out):
     """conv(x, weight) with stride 1 into `out`; dense and channels-last, all of them."""
 
     def fallback():
-        return out.copy_(conv2d_reference(x, weight, None, "none", None, None, None, 0.0, None, 1, padding))
+        return out.copy_(conv2d_reference(x, weight, None, "none", None, 1, padding))
 
     plan = None
-    accepted = _accepts(x, weight, None, "none", None, None, None, 0.0, None, 1, padding) and out.data_ptr() % 16 == 0
+    accepted = _accepts(x, weight, None, "none", None, 1, padding) and out.data_ptr() % 16 == 0
     if accepted and _convolution_plans.available():
         plan = _convolution_plans.find(x, weight, 1, padding, [], fallback)
     return fallback() if plan is None else plan(x, weight, [], out)
 
 
-def _convolve_then_add(x, weight, bias, act, scale, mean, variance, eps, residual, stride, padding):
+def _convolve_then_add(x, weight, bias, act, residual, stride, padding):
     """torch's convolution, and the rest in one pass over its result."""
     if bias is None:
-        return conv2d_reference(x, weight, bias, act, scale, mean, variance, eps, residual, stride, padding)
+        return conv2d_reference(x, weight, bias, act, residual, stride, padding)
     in_eights = x.shape[1] % 8 == weight.shape[0] % 8 == 0  # channels that cuDNN can add bias and ReLU to
-    is_relu = act == "relu" and scale is None and residual is None and padding[:2] == padding[2:] and in_eights
+    is_relu = act == "relu" and residual is None and padding[:2] == padding[2:] and in_eights
     # this function of torch's asks no flag whether cuDNN may be used, nor whether it must be deterministic
     if is_relu and torch.backends.cudnn.enabled and not is_deterministic():
         return torch.cudnn_convolution_relu(x, weight, bias, [stride] * 2, padding[:2], [1, 1], 1)
-    y = conv2d_reference(x, weight, None, "none", None, None, None, 0.0, None, stride, padding)
+    y = conv2d_reference(x, weight, None, "none", None, stride, padding)
     y = y.contiguous(memory_format=torch.channels_last)  # not every implementation of torch's keeps to x's
-    return launcher("bias_act", "launch_bias_act")(y, bias, act, scale, mean, variance, eps, residual, x.dtype)
+    return launcher("bias_act", "launch_bias_act")(y, bias, act, None, None, None, 0.0, residual, x.dtype)
 
 
-_forward = define(
-    "conv2d(Tensor x, Tensor weight, Tensor? bias, str act, Tensor? scale, Tensor? mean, Tensor? variance, float eps,"
-    " Tensor? residual, int stride, int[] padding) -> Tensor",
+conv2d_op = define(
+    "conv2d(Tensor x, Tensor weight, Tensor? bias, str act, Tensor? residual, int stride, int[] padding) -> Tensor",
     conv2d_reference,
     _accepts,
     _launch,
 )
-differentiable_as(_forward, conv2d_reference)
+differentiable_as(conv2d_op, conv2d_reference)
 
 
 def conv2d(
@@ -128,24 +121,18 @@ def conv2d(
     bias: torch.Tensor | None = None,
     act: str = "none",
     residual: torch.Tensor | None = None,
-    scale: torch.Tensor | None = None,
-    mean: torch.Tensor | None = None,
-    variance: torch.Tensor | None = None,
-    eps: float = 0.0,
     stride: int = 1,
     padding: int | tuple[int, int, int, int] = 0,
 ) -> torch.Tensor:
-    """act(norm(conv(x, weight)) + bias) + residual; see the head of this file.
+    """act(conv(x, weight) + bias) + residual; see the head of this file.
 
     act: "none", "relu" or "silu". padding: with zeros, on all sides or (top, left, bottom, right). Returns
-    channels-last, x.dtype. Raises ValueError on other activations, unless x is [B, C, H, W], weight [K, C, R, S] and
-    bias [K], and unless scale, mean and variance come together and with a bias.
+    channels-last, x.dtype. Raises ValueError on other activations, and unless x is [B, C, H, W], weight [K, C, R, S]
+    and bias [K].
     """
     check_activation(act)
     if x.dim() != 4 or weight.dim() != 4 or x.shape[1] != weight.shape[1]:
         raise ValueError(f"x is {list(x.shape)}, weight {list(weight.shape)}: expected [B, C, H, W] and [K, C, R, S]")
-    if not (scale is None) == (mean is None) == (variance is None) or (scale is not None and bias is None):
-        raise ValueError("scale, mean and variance: expected all of them with a bias, or none")
-    check_filters(weight, bias=bias, scale=scale, mean=mean, variance=variance)
+    check_filters(weight, bias=bias)
     padding = [padding] * 4 if isinstance(padding, int) else list(padding)
-    return _forward(x, weight, bias, act, scale, mean, variance, eps, residual, stride, padding)
+    return conv2d_op(x, weight, bias, act, residual, stride, padding)

@@ -1,49 +1,57 @@
 """Nearest-neighbour 2× up-sampling and a 3×3 convolution, as four 2×2 convolutions of the small image.
 
-    planes[2 i + j] = conv3x3(upsample(x), weight)[:, :, i::2, j::2]
+    planes[2 i + j] = conv3x3(upsample(x), weight)[:, :, i::2, j::2] = conv2x2(x, weights[2 i + j])
 
-The pixels that a 3×3 window covers after up-sampling are only 2×2 different ones, so taps that fall on the same pixel
-are added up first: 4 products for each output instead of 9. x: [B, C, H, W] channels-last; weight: [K, C, 3, 3];
-planes: [4 B, K, H, W], the four parities one after the other, as `duplicate_shuffle_add` takes them.
+This takes 4 products for each output instead of 9. `subpixel_weights` computes the four weights. x: [B, C, H, W]
+channels-last; weights: [4 K, C, 2, 2]; planes: [4 B, K, H, W], one parity after the other, as `duplicate_shuffle_add`
+takes them.
 """
 
 import torch
 import torch.nn.functional as F
 
-from ._library import KERNEL_DTYPES, define, differentiable_as, launcher
+from ._library import KERNEL_DTYPES, define, differentiable_as
 from .conv2d import convolve
-from .shuffle import to_planes
 
 
-def upsample_conv2d_reference(x, weight):
-    return to_planes(F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, padding=1))
+def _paddings():
+    """(top, left, bottom, right) for each parity (i, j): even outputs read the pixel before them, odd ones after."""
+    return [(1 - i, 1 - j, i, j) for i in (0, 1) for j in (0, 1)]
 
 
-def _accepts(x, weight):
-    return x.dtype in KERNEL_DTYPES and weight.dtype == x.dtype and x.numel() > 0
+def upsample_conv2d_reference(x, weights):
+    parts = zip(weights.chunk(4), _paddings(), strict=True)
+    planes = [F.conv2d(F.pad(x, (left, right, top, bottom)), part) for part, (top, left, bottom, right) in parts]
+    return torch.cat(planes)
 
 
-def _launch(x, weight):
+def _accepts(x, weights):
+    return x.dtype in KERNEL_DTYPES and weights.dtype == x.dtype and x.numel() > 0
+
+
+def _launch(x, weights):
     batch, _, height, width = x.shape
-    size = (4 * batch, weight.shape[0], height, width)
+    size = (4 * batch, weights.shape[0] // 4, height, width)
     planes = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    weights = launcher("upsample_conv2d", "launch_subpixel_weights")(weight)
-    for parity, (plane, part) in enumerate(zip(planes.chunk(4), weights, strict=True)):
-        i, j = divmod(parity, 2)
-        convolve(x, part, (1 - i, 1 - j, i, j), plane)
+    for plane, part, padding in zip(planes.chunk(4), weights.chunk(4), _paddings(), strict=True):
+        convolve(x, part, padding, plane)
     return planes
 
 
-_forward = define("upsample_conv2d(Tensor x, Tensor weight) -> Tensor", upsample_conv2d_reference, _accepts, _launch)
-differentiable_as(_forward, upsample_conv2d_reference)
+upsample_conv2d_op = define(
+    "upsample_conv2d(Tensor x, Tensor weights) -> Tensor", upsample_conv2d_reference, _accepts, _launch
+)
+differentiable_as(upsample_conv2d_op, upsample_conv2d_reference)
 
 
-def upsample_conv2d(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """3×3 convolution with padding 1 of the image up-sampled 2×, as four planes: see the head of this file.
+def upsample_conv2d(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """3×3 convolution with padding 1 of the image up-sampled 2×, as four planes; see the head of this file.
 
-    x: [B, C, H, W]; weight: [K, C, 3, 3]. Returns [4 B, K, H, W] channels-last, x.dtype. Raises ValueError on other
-    shapes.
+    x: [B, C, H, W]; weights: [4 K, C, 2, 2], of `subpixel_weights`. Returns [4 B, K, H, W] channels-last, x.dtype.
+    Raises ValueError on other shapes.
     """
-    if x.dim() != 4 or weight.dim() != 4 or weight.shape[1:] != (x.shape[1], 3, 3):
-        raise ValueError(f"x is {list(x.shape)}, weight {list(weight.shape)}: expected [B, C, H, W] and [K, C, 3, 3]")
-    return _forward(x, weight)
+    if x.dim() != 4 or weights.dim() != 4 or weights.shape[1:] != (x.shape[1], 2, 2) or weights.shape[0] % 4:
+        raise ValueError(
+            f"x is {list(x.shape)}, weights {list(weights.shape)}: expected [B, C, H, W] and [4 K, C, 2, 2]"
+        )
+    return upsample_conv2d_op(x, weights)

@@ -65,17 +65,27 @@ def duplicate_case(x, main, factor=2, bias=True):
     return op, [shape for shape in (x, main, (main[1],) if bias else None) if shape]
 
 
-def conv2d_case(b, c, k, h, w, act="none", norm=False, residual=False, stride=1, padding=1, size=3):
+def conv2d_case(b, c, k, h, w, act="none", residual=False, stride=1, padding=1, size=3):
     def op(x, weight, bias, *rest):
-        rest, statistics = list(rest), {}
-        if norm:
-            ramp = torch.linspace(-1, 1, k, device=x.device, dtype=x.dtype)
-            statistics = {"scale": rest.pop(0), "mean": ramp, "variance": ramp.square() + 0.1, "eps": 1e-5}
-        residual_of_y = rest.pop(0) if residual else None
-        return ops.conv2d(x, weight, bias, act, residual_of_y, **statistics, stride=stride, padding=padding)
+        return ops.conv2d(x, weight, bias, act, *rest, stride=stride, padding=padding)
 
     p, q = ((side + 2 * padding - size) // stride + 1 for side in (h, w))
-    return op, [(b, c, h, w), (k, c, size, size), (k,)] + [(k,)] * norm + [(b, k, p, q)] * residual
+    return op, [(b, c, h, w), (k, c, size, size), (k,)] + [(b, k, p, q)] * residual
+
+
+def folded_norm_case(b, c, k, h, w):
+    """A convolution with a batch norm folded in."""
+
+    def op(x, weight, bias, scale):
+        ramp = torch.linspace(-1, 1, k, device=x.device, dtype=x.dtype)
+        folded, shift = ops.fold_batch_norm(weight, bias, scale, ramp, ramp.square() + 0.1, 1e-5)
+        return ops.conv2d(x, folded, shift, padding=1)
+
+    return op, [(b, c, h, w), (k, c, 3, 3), (k,), (k,)]
+
+
+def upsample_conv2d(x, weight):
+    return ops.upsample_conv2d(x, ops.subpixel_weights(weight))
 
 
 def norm_conv2d_case(b, c, n, h, w, act="none", bias=True):
@@ -100,7 +110,7 @@ CASES = {
     "bias_act-empty": bias_act_case(0, 64, 5, 7, "silu"),
     "conv2d-relu": conv2d_case(2, 16, 24, 5, 7, "relu"),
     "conv2d-silu": conv2d_case(1, 8, 16, 4, 6, "silu"),
-    "conv2d-norm-residual": conv2d_case(2, 16, 16, 3, 5, norm=True, residual=True),
+    "conv2d-folded_norm": folded_norm_case(2, 16, 16, 3, 5),
     "conv2d-residual": conv2d_case(1, 24, 24, 4, 4, "relu", residual=True),
     "conv2d-pointwise": conv2d_case(2, 16, 40, 3, 3, "silu", size=1, padding=0),
     "conv2d-stride_2": conv2d_case(1, 16, 8, 6, 8, stride=2),
@@ -121,8 +131,8 @@ CASES = {
     "rms_norm_conv2d-many_filters": norm_conv2d_case(1, 16, 17, 3, 4),
     "rms_norm_conv2d-one_pixel": norm_conv2d_case(3, 16, 1, 1, 1),
     "rms_norm_conv2d-empty": norm_conv2d_case(0, 32, 3, 5, 7),
-    "upsample_conv2d": (ops.upsample_conv2d, [(2, 16, 3, 5), (24, 16, 3, 3)]),
-    "upsample_conv2d-odd": (ops.upsample_conv2d, [(1, 3, 4, 1), (5, 3, 3, 3)]),
+    "upsample_conv2d": (upsample_conv2d, [(2, 16, 3, 5), (24, 16, 3, 3)]),
+    "upsample_conv2d-odd": (upsample_conv2d, [(1, 3, 4, 1), (5, 3, 3, 3)]),
     "multiscale_qkv": (ops.multiscale_qkv, [(2, 64, 5, 7), (64, 1, 5, 5), (64, 32, 1, 1)]),
     "multiscale_qkv-one_pixel": (ops.multiscale_qkv, [(1, 48, 1, 1), (48, 1, 3, 3), (48, 16, 1, 1)]),
     "multiscale_qkv-tiles": (ops.multiscale_qkv, [(1, 32, 9, 18), (32, 1, 5, 5), (32, 32, 1, 1)]),
@@ -389,8 +399,9 @@ def test_mixed_precision_sums_are_promoted():
         (lambda x: ops.bias_act(x, x[0, :4, 0, 0]), "expected"),
         (lambda x: ops.bias_act(x, x[0, :, 0, 0], scale=x[0, :, 0, 0]), "all of them or none"),
         (lambda x: ops.conv2d(x, x[:, :3]), "expected"),
-        (lambda x: ops.conv2d(x, x, x[0, :1, 0, 0], scale=x[0, :3, 0, 0], mean=x[0], variance=x[0]), "scale is"),
-        (lambda x: ops.conv2d(x, x, scale=x[0, :, 0, 0]), "all of them with a bias"),
+        (lambda x: ops.fold_batch_norm(x, *[x[:, 0, 0, 0]] * 2, x[0], x[:, 0, 0, 0], 0.0), "mean is"),
+        (lambda x: ops.fold_batch_norm(x[0], *[x[:, 0, 0, 0]] * 4, 0.0), "weight is"),
+        (lambda x: ops.subpixel_weights(x), "weight is"),
         (lambda x: ops.conv2d(x, x, x[0, :, 0, 0]), "bias"),
         (lambda x: ops.conv2d_unshuffle(x[:, :, 1:], x[:, :, :3, :3].expand(24, -1, -1, -1)), "even"),
         (lambda x: ops.conv2d_unshuffle(x, x[:, :, 1:, 1:], x[0, :3, 0, 0]), "bias"),

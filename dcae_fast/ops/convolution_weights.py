@@ -1,0 +1,87 @@
+"""Weights of convolutions, prepared for a kernel: with a batch norm folded in, or for 2× up-sampling before them.
+
+    fold_batch_norm:   factor = scale * rsqrt(variance + eps)
+                       folded = weight * factor,   shift = bias - mean * factor
+    subpixel_weights:  planes[2 i + j] = A_i · weight · A_jᵀ for each filter and channel,
+                       A_0 = [[1, 0, 0], [0, 1, 1]],   A_1 = [[1, 1, 0], [0, 0, 1]]
+
+fold_batch_norm: conv(x, folded) + shift is the batch norm, in inference, of conv(x, weight). weight: [K, C, R, S]; bias,
+scale, mean, variance: [K].
+
+subpixel_weights: after nearest-neighbour up-sampling, the output pixel (2 y + i, 2 x + j) of a 3×3 convolution reads
+only 2×2 different input pixels, with the weights planes[2 i + j]. weight: [K, C, 3, 3]; the four planes lie one after
+the other in [4 K, C, 2, 2].
+
+Sums are in fp32. The results have the weight's type; weights are channels-last.
+"""
+
+import torch
+
+from ._elementwise import check_filters
+from ._library import KERNEL_DTYPES, define, differentiable_as, launcher
+
+TAPS = ((1, 0, 0), (0, 1, 1)), ((1, 1, 0), (0, 0, 1))  # A_0 and A_1
+
+
+def fold_batch_norm_reference(weight, bias, scale, mean, variance, eps):
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    factor = scale.to(wide) * torch.rsqrt(variance.to(wide) + eps)
+    shift = bias.to(wide) - mean.to(wide) * factor
+    return (weight.to(wide) * factor[:, None, None, None]).to(weight.dtype), shift.to(weight.dtype)
+
+
+def subpixel_weights_reference(weight):
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    taps = torch.tensor(TAPS, dtype=wide.dtype, device=wide.device)
+    return torch.einsum("iar,jbs,kcrs->ijkcab", taps, taps, wide).flatten(0, 2).to(weight.dtype)
+
+
+def _accepts(weight, *_):
+    return weight.dtype in KERNEL_DTYPES and weight.numel() > 0
+
+
+def _launch_subpixel_weights(weight):
+    return launcher("upsample_conv2d", "launch_subpixel_weights")(weight).flatten(0, 1)
+
+
+fold_batch_norm_op = define(
+    "fold_batch_norm(Tensor weight, Tensor bias, Tensor scale, Tensor mean, Tensor variance, float eps)"
+    " -> (Tensor, Tensor)",
+    fold_batch_norm_reference,
+    _accepts,
+    "bias_act",
+)
+subpixel_weights_op = define(
+    "subpixel_weights(Tensor weight) -> Tensor", subpixel_weights_reference, _accepts, _launch_subpixel_weights
+)
+differentiable_as(fold_batch_norm_op, fold_batch_norm_reference)
+differentiable_as(subpixel_weights_op, subpixel_weights_reference)
+
+
+def fold_batch_norm(
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    scale: torch.Tensor,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(folded, shift) of a convolution's weight and the batch norm behind it; see the head of this file.
+
+    scale and bias are the batch norm's weight and bias. Raises ValueError unless weight is [K, C, R, S] and the others
+    are [K].
+    """
+    if weight.dim() != 4:
+        raise ValueError(f"weight is {list(weight.shape)}; expected [K, C, R, S]")
+    check_filters(weight, bias=bias, scale=scale, mean=mean, variance=variance)
+    return fold_batch_norm_op(weight, bias, scale, mean, variance, eps)
+
+
+def subpixel_weights(weight: torch.Tensor) -> torch.Tensor:
+    """The four 2×2 kernels for each 3×3 kernel, [4 K, C, 2, 2] channels-last; see the head of this file.
+
+    Raises ValueError unless weight is [K, C, 3, 3].
+    """
+    if weight.dim() != 4 or weight.shape[2:] != (3, 3):
+        raise ValueError(f"weight is {list(weight.shape)}; expected [K, C, 3, 3]")
+    return subpixel_weights_op(weight)
