@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .fast.network import step_graphs
+from .fast.call import step_graphs
 from .sampling import guided
 from .sampling.arguments import Model, Network
 from .sampling.steps import Step, run

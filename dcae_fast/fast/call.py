@@ -1,4 +1,7 @@
-"""What concerns a whole call of an encoder or decoder: replaying captured graphs, and bounded memory."""
+"""Whole calls of an encoder, decoder or transformer: as a CUDA graph, in parts if memory is short, or directly.
+
+A call of the patched model that `patch` was asked for enters here; blocks inside it do not.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,55 +13,76 @@ from dcae_fast import ops
 
 from . import plan as planning
 from .bands import Plan
-from .graphs import Graphs, Result
+from .graphs import Graphs, NetworkGraphs, Result
 from .layers import Layer, Survey, UnknownModule
 from .layout import ImageModule, layout_of
-from .module import plain
+from .module import FastModule, plain
 
-SHARE = 0.9  # of the memory, which layers may fill; the rest is for what convolutions need besides, and for gaps
-SMALL = 512 * 512  # pixels of pictures that are not worth asking how much memory there is
-CHANNELS, BYTES = 2**9, 2**14  # more than the largest tensor, and than all that are alive, have for a pixel
+SHARE = 0.9  # of the memory is for layers; the rest is for workspaces of convolutions and for fragmentation
+SMALL = 512 * 512  # pixels of pictures for which the free memory is not looked up
+CHANNELS, BYTES = 2**9, 2**14  # per pixel: more than the largest tensor has, and than all live tensors take
 
 
 @dataclass(frozen=True)
 class Options:
-    """graphs: of this module, None without CUDA graphs. max_memory: bytes that a call may allocate, None: what is free.
+    """graphs: the module's CUDA graphs, None without. max_memory: bytes that a call may allocate, None: what is free.
 
-    They hang on a patched coder or transformer as `fast_options` where they are not these.
+    A patched module holds its options as the attribute `fast_options`, unless they are the default.
     """
 
     graphs: Graphs | None = None
     max_memory: int | None = None
 
 
-class Coder(ImageModule):
-    """Encoder or decoder: a replayed graph if there is one, else in parts if memory is short, else its forward.
-
-    A library's encoder and decoder say what they are made of: `layers` and what comes before and after those, `start`
-    and `finish`, which is small enough to run on the whole image.
-    """
+class WholeCall(FastModule):
+    """A module whose calls can be captured as CUDA graphs, by `graphs_class`."""
 
     fast_options = Options()
+    graphs_class: type[Graphs]
 
     def dispatch(self, *args, **kwargs) -> Result:
         if torch.compiler.is_compiling() or not args or type(args[0]) is not torch.Tensor or ops.in_transform():
             return super().dispatch(*args, **kwargs)
-        graphs = None if getattr(self, "_is_replica", False) else self.fast_options.graphs
-        result = None if graphs is None else graphs.replay(self, args, kwargs)
-        if result is not None:
-            return result
+        graphs = None if self.__dict__.get("_is_replica") else self.fast_options.graphs
+        if graphs is not None and not graphs.inside:
+            result = graphs.replay(self, args, kwargs)
+            if result is not None:
+                return result
         plan = self.plan(*args, **kwargs)
         if plan is not None:
-            return self._in_parts(plan, *args, **kwargs)
-        if graphs is not None:
+            return self.in_parts(plan, *args, **kwargs)
+        if graphs is not None and not graphs.inside:
             return graphs.run(self, super().dispatch, args, kwargs)
         return super().dispatch(*args, **kwargs)
 
-    def plan(self, x: torch.Tensor, *args, **kwargs) -> Plan | None:
-        """How to keep within the memory; None to compute at once: it is enough, or there is no other way.
+    def plan(self, *args, **kwargs) -> Plan | None:
+        """How to stay within the memory; None to compute everything at once."""
+        return None
 
-        There is none where gradients are wanted, where anybody would notice that a module sees a part of the image
-        (hooks), where a module is unknown, and for small images unless there is an explicit bound.
+
+class Network(WholeCall):
+    """A diffusion transformer (x, t, y) → x."""
+
+    graphs_class = NetworkGraphs
+
+    def fast_forward(self, *args, **kwargs) -> torch.Tensor:
+        return self.eager(*args, **kwargs)
+
+
+class Coder(WholeCall, ImageModule):
+    """An encoder or decoder.
+
+    A family says what its coders are made of: `layers`, and what runs on the whole image before and after the layers,
+    `start` and `finish`.
+    """
+
+    graphs_class = Graphs
+
+    def plan(self, x: torch.Tensor, *args, **kwargs) -> Plan | None:
+        """How to stay within the memory; None to compute at once.
+
+        None if the memory is enough, and also if gradients are wanted, if a module has hooks (they would see parts of
+        the image), if a module is unknown, and for small images without an explicit bound.
         """
         if x.dim() != 4:
             return None
@@ -79,7 +103,7 @@ class Coder(ImageModule):
         except UnknownModule:
             return None
 
-    def _in_parts(self, plan: Plan, x: torch.Tensor, *args, **kwargs) -> Result:
+    def in_parts(self, plan: Plan, x: torch.Tensor, *args, **kwargs) -> Result:
         return layout_of(self.finish(plan(self.start(x)), *args, **kwargs), x)
 
     def enlargement(self) -> int:
@@ -87,14 +111,14 @@ class Coder(ImageModule):
         return 1
 
     def has_layers(self, *args, **kwargs) -> bool:
-        """Whether `layers` and the rest do what forward does with these arguments."""
+        """Whether `start`, `layers` and `finish` do what forward does with these arguments."""
         return not args and not kwargs
 
     def layers(self, survey: Survey) -> list[Layer]:
         raise NotImplementedError
 
     def as_layers_see(self, x: torch.Tensor) -> torch.Tensor:
-        """x in the memory format that goes through the layers; not every convolution of PyTorch's keeps to it."""
+        """x in the memory format of the layers; some of PyTorch's convolutions do not preserve the format."""
         inside = self.inside(x) if ops.has_kernels(x) else None
         return x if inside is None else inside
 
@@ -105,15 +129,24 @@ class Coder(ImageModule):
         return x
 
 
-def configure(module: nn.Module, graphs: Graphs | None, max_memory: int | None) -> None:
-    """Give a patched coder or transformer its options instead of those that it had."""
+def configure(module: WholeCall, cuda_graphs: bool, max_memory: int | None) -> None:
+    """Replace the options of a patched module. max_memory counts for encoders and decoders."""
     release(module)
-    if graphs is not None or max_memory is not None:
-        module.fast_options = Options(graphs, max_memory)
+    bound = max_memory if isinstance(module, Coder) else None
+    if cuda_graphs or bound is not None:
+        module.fast_options = Options(module.graphs_class() if cuda_graphs else None, bound)
 
 
 def release(module: nn.Module) -> None:
-    """Take the options of a module away, and free its graphs."""
+    """Remove the options of a module, and free its graphs."""
     options: Any = vars(module).pop("fast_options", None)
     if options is not None and options.graphs is not None:
         options.graphs.clear()
+
+
+def step_graphs(module: nn.Module) -> Graphs | None:
+    """The graphs of a patched transformer, for functions that call it; None if a hook would miss such a call."""
+    options = vars(module).get("fast_options")
+    if options is None or options.graphs is None or not plain(module):
+        return None
+    return options.graphs if isinstance(module, Network) else None

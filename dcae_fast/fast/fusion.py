@@ -10,6 +10,7 @@ from dcae_fast.ops._private import convolve
 from dcae_fast.ops.conv2d import FEW_CHANNELS
 from dcae_fast.ops.rms_norm_conv2d import MOST_CHANNELS, MOST_FILTERS
 
+from . import operands
 from .module import kind, plain
 
 RMS_NORMS = ("RMSNorm2d", "TritonRMSNorm2d", "RMSNorm")
@@ -88,18 +89,23 @@ def can_fuse_conv(conv: nn.Module | None, x: torch.Tensor, residual: torch.Tenso
 
 def can_fuse_conv_of(conv: nn.Module | None, like: torch.Tensor, residual: torch.Tensor | None = None) -> bool:
     """Whether `ops.conv2d` takes tensors like this one, but for the shape: inference in half precision of one type."""
+    dtype = like.dtype
+    if type(conv) is not nn.Conv2d or dtype not in HALVES or torch.is_grad_enabled():
+        return False
+    parameters = conv._parameters
+    weight, bias = parameters.get("weight"), parameters.get("bias")  # no weight: it is computed
     return (
-        type(conv) is nn.Conv2d
-        and ops.has_kernels(like)
-        and like.dtype in HALVES
-        and all(t is None or t.dtype == like.dtype for t in (conv.weight, conv.bias, residual))
+        weight is not None
+        and weight.dtype == dtype
+        and (bias is None or bias.dtype == dtype)
+        and (residual is None or residual.dtype == dtype)
         and conv.groups == 1
         and conv.dilation == (1, 1)
         and conv.padding_mode == "zeros"
         and isinstance(conv.padding, tuple)
         and conv.stride[0] == conv.stride[1]
         and plain(conv)
-        and not torch.is_grad_enabled()
+        and ops.has_kernels(like)
         and not autocasts(like)
     )
 
@@ -114,15 +120,23 @@ def can_fuse_unshuffle(conv: nn.Module | None, x: torch.Tensor) -> bool:
     return can_fuse_conv3x3(conv, x) and conv.in_channels <= FEW_CHANNELS
 
 
-def _fused(conv: nn.Module, x: torch.Tensor, bias: torch.Tensor | None, act: str = "none", *rest) -> torch.Tensor:
+def _convolve(
+    conv: nn.Conv2d,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    act: str = "none",
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """act(x * weight + bias) + residual in one kernel, with the stride and padding of conv, for `can_fuse_conv`."""
     rows, columns = conv.padding
-    return ops.conv2d(x, conv.weight, bias, act, *rest, stride=conv.stride[0], padding=(rows, columns, rows, columns))
+    return ops.conv2d(x, weight, bias, act, residual, conv.stride[0], [rows, columns, rows, columns])
 
 
 def conv_without_bias(conv: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """conv(x) and the bias that is still to be added; None if there is none or the convolution is no plain Conv2d."""
     if can_fuse_conv(conv, x):
-        return _fused(conv, x, None), conv.bias
+        return _convolve(conv, x, operands.of_convolution(conv), None), conv._parameters["bias"]
     if type(conv) is nn.Conv2d and conv.bias is not None and plain(conv):
         return convolve(conv, x, conv.weight, None), conv.bias
     return conv(x), None
@@ -134,7 +148,7 @@ def upsample_conv_without_bias(conv: nn.Module, x: torch.Tensor) -> tuple[torch.
     Planes are what `ops.duplicate_shuffle_add` takes. conv: 3×3 with padding 1.
     """
     if can_fuse_conv3x3(conv, x):
-        return ops.upsample_conv2d(x, conv.weight), conv.bias
+        return ops.upsample_conv2d(x, operands.of_upsampling_convolution(conv)), conv.bias
     return conv_without_bias(conv, upsample(x))
 
 
@@ -156,18 +170,18 @@ def conv_norm_act(
     fused = can_fuse_conv(conv, x, residual)
     if norm is None:
         if fused:
-            return _fused(conv, x, conv.bias, act, residual)
+            return _convolve(conv, x, operands.of_convolution(conv), conv.bias, act, residual)
         y, bias = conv_without_bias(conv, x)
         if bias is not None:
             return ops.bias_act(y, bias, act, residual=residual)
         y = y if act == "none" else getattr(F, act)(y)
         return y if residual is None else y + residual
     if type(norm) is nn.BatchNorm2d:
-        statistics = norm.weight, norm.running_mean, norm.running_var, norm.eps
         if fused and conv.bias is None:
-            return _fused(conv, x, norm.bias, act, residual, *statistics)
+            return _convolve(conv, x, *operands.of_convolution_and_norm(conv, norm), act, residual)
+        statistics = norm.weight, norm.running_mean, norm.running_var, norm.eps
         return ops.bias_act(conv(x), norm.bias, act, residual, *statistics)
-    y = _fused(conv, x, conv.bias) if fused else conv(x)
+    y = _convolve(conv, x, operands.of_convolution(conv), conv.bias) if fused else conv(x)
     return rms_norm(norm, y, act, residual)
 
 
@@ -200,7 +214,8 @@ def norm_act_conv(norm: nn.Module, act: str, conv: nn.Module | None, x: torch.Te
     norm: an RMS norm that satisfies `can_fuse_norm`, its result of its input's type.
     """
     if can_fuse_conv3x3(conv, x) and conv.in_channels <= MOST_CHANNELS and conv.out_channels <= MOST_FILTERS:
-        return ops.rms_norm_conv2d(x, norm.weight, norm.bias, conv.weight, conv.bias, norm.eps, act)
+        weight = operands.of_convolution(conv)
+        return ops.rms_norm_conv2d(x, norm.weight, norm.bias, weight, conv.bias, norm.eps, act)
     return None
 
 

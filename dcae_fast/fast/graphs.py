@@ -21,6 +21,7 @@ from dcae_fast.ops._private import (
     function_modes,
 )
 
+from . import operands
 from .casts import Casts, without_cache
 from .layout import is_indifferent, layout_of
 from .module import plain
@@ -155,6 +156,7 @@ class Graphs:
             self._pool, self._casts = Pool(args[0].device), Casts(module)
         try:
             graph = Captured(self._pool, self._casts, self._layout(module), function, args, kwargs)
+            graph.operands = operands.kept_by(module.modules())
         except Exception as error:
             watch, failed = self._watch, self._failed | {key}
             self.clear()
@@ -212,7 +214,10 @@ class Captured:
     """A call as a CUDA graph with inputs and an output of its own. Raises what the call or its capture raises.
 
     layout: memory format of the inputs. Unless it is preserved, the result gets the memory format of x.
+    operands: kept ones that the graph reads, which must live as long as the graph.
     """
+
+    operands: list[torch.Tensor] | None = None
 
     def __init__(
         self,

@@ -6,21 +6,10 @@ from torch import nn
 from dcae_fast.ops._private import WRAPPERS, constant_in_compile, has_global_hooks, is_observed
 
 from .module import FastModule, has_ordinary_weights, kind
+from .registry import is_plain
 
 # Modules of PyTorch: its layers, and what it wraps around others.
 TORCH = ("torch.nn.modules.", *WRAPPERS)
-# Other classes of a DC-AE that are never fast, and made of PyTorch's functions.
-KINDS = (
-    "AdaptiveInputConvLayer",
-    "AdaptiveOutputConvLayer",
-    "ChannelDuplicatingPixelShuffleUpSampleLayer",
-    "ChannelDuplicatingPixelUnshuffleUpSampleLayer",
-    "EfficientViTBlock",
-    "IdentityLayer",
-    "PixelUnshuffleChannelAveragingDownSampleLayer",
-    "RMSNorm",
-    "SanaMultiscaleAttentionProjection",
-)
 
 
 class ImageModule(FastModule):
@@ -93,7 +82,7 @@ def is_indifferent(module: nn.Module) -> bool:
         for child in parent._modules.values():
             if child is None:
                 continue
-            if not (isinstance(child, FastModule) or _is_of_torch(type(child)) or _is_of_known_kind(child)):
+            if not (isinstance(child, FastModule) or _is_of_torch(type(child)) or _is_known(child)):
                 return False
             if is_observed(child):
                 return False
@@ -114,8 +103,9 @@ def _is_of_torch(cls: type[nn.Module]) -> bool:
 _OF_TORCH: dict[type[nn.Module], bool] = {}
 
 
-def _is_of_known_kind(module: nn.Module) -> bool:
+def _is_known(module: nn.Module) -> bool:
     """Whether a module that is not fast is made of PyTorch's functions and its children."""
-    name = kind(module)
-    # the latter is left as it is where none of its operations are fast
-    return name in KINDS or (name == "OpSequential" and not any(isinstance(op, FastModule) for op in module.modules()))
+    if is_plain(type(module)):
+        return True
+    # OpSequential is left as it is where none of its operations are fast
+    return kind(module) == "OpSequential" and not any(isinstance(op, FastModule) for op in module.modules())

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from dcae_fast import ops
-from dcae_fast.ops._private import unobserved
+from dcae_fast.ops._private import constant_in_compile, unobserved
 
-from .names import is_known
+from . import operands
+from .names import cache_by_class, is_known
 
 
 class FastModule:
@@ -63,6 +64,15 @@ class FastModule:
 
     def eager(self, *args, **kwargs):
         return super().forward(*args, **kwargs)
+
+    def _apply(self, *args, **kwargs):
+        """`to`, `cuda`, `half` and the like also drop the operands that layers keep, and so free their memory."""
+        operands.drop(self)
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        operands.drop(self)
+        return super()._load_from_state_dict(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
         """Pickled as (mixin, original class): the combined class is made at run time and has no importable name."""
@@ -150,9 +160,18 @@ def _derived_anew(cls: type, old: type, new: type) -> type:
 
 def kind(module: nn.Module) -> str:
     """Name of a module's class before `patch`, without its package; empty if that is not known here."""
-    cls = type(module)
-    cls = cls.__bases__[1] if _is_fast_class(cls) else cls
-    return cls.__name__ if is_known(cls) else ""
+    return _kind_of(type(module))
+
+
+@constant_in_compile
+def _kind_of(cls: type[nn.Module]) -> str:
+    if cls not in _KINDS:
+        original = cls.__bases__[1] if _is_fast_class(cls) else cls
+        _KINDS[cls] = original.__name__ if is_known(original) else ""
+    return _KINDS[cls]
+
+
+_KINDS: dict[type[nn.Module], str] = cache_by_class()  # asked in every call
 
 
 def member(module: nn.Module, name: str) -> Any:

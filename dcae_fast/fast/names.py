@@ -22,7 +22,17 @@ def register_root(root: str) -> None:
     if not all(part.isidentifier() for part in root.split(".")):
         raise ValueError(f"root={root!r}; expected the name of a package, as in 'my_fork' or 'my_project.vendored'")
     ROOTS.add(root)
-    _KNOWN.clear()
+    for cache in _CACHES:
+        cache.clear()
+
+
+_CACHES: list[dict] = []
+
+
+def cache_by_class() -> dict:
+    """A dictionary for answers about classes, which `register_root` empties."""
+    _CACHES.append({})
+    return _CACHES[-1]
 
 
 def qualified_name(cls: type) -> str:
@@ -44,4 +54,4 @@ def is_known(cls: type) -> bool:
     return _KNOWN[cls]
 
 
-_KNOWN: dict[type, bool] = {}  # asked in every call
+_KNOWN: dict[type, bool] = cache_by_class()  # asked in every call

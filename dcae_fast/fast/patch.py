@@ -9,12 +9,11 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .coder import Coder, configure, release
-from .graphs import Graphs, NetworkGraphs
+from . import families, operands  # noqa: F401, families register their classes
+from .call import Coder, WholeCall, configure, release
 from .layout import Part
 from .module import FastModule, change_class, class_in_use, fast_class, is_fast, original_class
 from .names import register_root
-from .network import Network
 from .registry import is_of_known_module, mixin_of, resemblance, unlike
 from .report import Report, missing
 
@@ -40,40 +39,56 @@ OPERATORS = (
 )
 
 
-def patch(model: Any, disable: Iterable[str] = (), cuda_graphs: bool = False, max_memory: int | None = None) -> Report:
-    """Make a DC-AE fast, and the diffusion transformers on its latents: this project's, diffusers'
-    `AutoencoderDC` or the original DC-Gen / efficientvit one, also in a copy inside another package (`register_root`).
+def patch(
+    model: Any,
+    disable: Iterable[str] = (),
+    cuda_graphs: bool = False,
+    max_memory: int | None = None,
+    frozen: bool = False,
+) -> Report:
+    """Make a DC-AE and the diffusion transformers on its latents fast.
 
-    model: an nn.Module, or a pipeline: any object with a dictionary `components`, whose modules are patched.
+    model: an nn.Module, or a pipeline, which is any object with a dictionary `components`; the modules among these are
+    patched. Known are this project's models, diffusers' `AutoencoderDC`, and the original of DC-Gen and efficientvit,
+    also as a copy inside another package (`register_root`).
+
     Every module whose exact class is known gets a subclass with a fast forward; parameters, buffers, names and hooks
-    stay. These modules are left as they are, and the report names them with the reason:
-    - a module that needs an operator named in `disable`, or in the environment variable DCAE_FAST_DISABLE ("all" or
-      names separated by commas); if it was patched before, it gets its own forward back;
+    stay. `patch` leaves the following modules as they are, and the report gives the reason for each:
+    - a module that needs an operator named in `disable`, or in the environment variable DCAE_FAST_DISABLE ("all", or
+      names separated by commas). If the module was patched before, it gets its own forward back;
     - a module that can never take its fast forward, because of an option, an activation, a norm or a type of weights;
-    - a block of an encoder or decoder inside a model of another kind; give `patch` the block itself to have it fast;
-    - a module that resembles a known class but is of another one;
-    - a module whose forward was replaced on the instance before. What replaces it afterwards, for example
-      torch.compile(module.forward), calls the fast forward until `unpatch`.
-    Patching twice is the same as once; other options replace the former ones.
+    - a block of an encoder or decoder inside a model of another kind. Patch the block itself to make it fast;
+    - a module that resembles a known class but has another one;
+    - a module whose forward was replaced on the instance before. A forward that is replaced afterwards, for example
+      by torch.compile(module.forward), calls the fast forward until `unpatch`.
+    Patching twice has the effect of the second call: its options replace the former ones.
 
-    cuda_graphs: inference calls of a patched encoder, decoder or transformer are captured the second time that they
-    have the same shape and type, and replayed from then on; so are the steps of `DCAEDiffusion.generate`. Eight graphs
-    each are kept, with the memory that they compute in.
-    max_memory: bytes that an encoder or decoder may allocate in an inference call, its result included; where it would
-    take more it computes a few images at a time, and the layers that do not fit in bands of rows, with the same result
-    to rounding. None: what is free on the GPU, no bound on a CPU.
+    cuda_graphs: capture an inference call of a patched encoder, decoder or transformer as a CUDA graph when a call with
+    the same shapes and types is made the second time, and replay the graph from then on. `DCAEDiffusion.generate`
+    captures its steps. Each module keeps at most eight graphs and the memory that the graphs compute in.
+    max_memory: bytes that an encoder or decoder may allocate in an inference call, including the result. A call that
+    needs more computes a few images at a time, and computes layers that do not fit in bands of rows. The result is the
+    same up to rounding. None: the free memory of the GPU, no bound on a CPU.
+    frozen: promise that the weights stay as they are until the next `patch` or `unpatch`. Inference then keeps what it
+    derives from weights: channels-last copies, folded batch norms, casts under autocast. These tensors are never part
+    of `state_dict`. `unpatch`, `load_state_dict`, `to`, deepcopy and pickle drop them. An in-place change that
+    autograd's version counter counts is noticed, and the tensors are derived again. Writes through `.data` are not
+    noticed. Under torch.compile nothing is kept.
 
     Returns a report that prints as a table. Raises TypeError for a model or an option of another type, and ValueError
-    on an unknown operator name and unless max_memory is positive.
+    for an unknown operator, for a max_memory that is not positive, and for frozen=True with weights that FSDP shards.
     """
     components, disabled = _components(model), _disabled(disable)
-    if not isinstance(cuda_graphs, bool):
-        raise TypeError(f"cuda_graphs={cuda_graphs!r}; expected True or False")
+    for name, value in {"cuda_graphs": cuda_graphs, "frozen": frozen}.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}={value!r}; expected True or False")
     if max_memory is not None and (isinstance(max_memory, bool) or not isinstance(max_memory, int)):
         raise TypeError(f"max_memory={max_memory!r}; expected a number of bytes, an integer, or None")
     if max_memory is not None and max_memory <= 0:
         raise ValueError(f"max_memory={max_memory}; expected a positive number of bytes")
-    options = disabled, cuda_graphs, max_memory
+    if frozen and any(map(_is_sharded, _modules(model))):
+        raise ValueError("frozen=True: FSDP shards the weights of this model, and gathers them again in every call")
+    options = disabled, cuda_graphs, max_memory, frozen
     if components is None:
         return _patch(model, *options)
     if not components:
@@ -81,9 +96,10 @@ def patch(model: Any, disable: Iterable[str] = (), cuda_graphs: bool = False, ma
     return Report.of_components({name: _patch(component, *options) for name, component in components.items()})
 
 
-def _patch(model: nn.Module, disabled: set[str], cuda_graphs: bool, max_memory: int | None) -> Report:
+def _patch(model: nn.Module, disabled: set[str], cuda_graphs: bool, max_memory: int | None, frozen: bool) -> Report:
     report, reasons = Report(), {}
-    sharded = any(base.__name__ == "FSDPModule" for module in model.modules() for base in type(module).__mro__)
+    sharded = any(map(_is_sharded, model.modules()))
+    operands.unfreeze(model)
     for path, module, within_coder in _parts(model):
         cls = original_class(module)
         mixin = mixin_of(cls)
@@ -98,14 +114,18 @@ def _patch(model: nn.Module, disabled: set[str], cuda_graphs: bool, max_memory: 
             report.skipped.append((path, cls.__name__, reason))
         elif mixin is not None:
             report.replaced[cls.__name__] += 1
-            if issubclass(mixin, Coder):
-                configure(module, Graphs() if cuda_graphs else None, max_memory)
-            elif issubclass(mixin, Network):
-                configure(module, NetworkGraphs() if cuda_graphs else None, None)
+            if issubclass(mixin, WholeCall):
+                configure(module, cuda_graphs, max_memory)
+            if frozen:
+                operands.freeze(module)
     known = report.replaced or report.skipped
     unknown = f"{type(model).__name__} has no module of a DC-AE that is known here: nothing was patched."
     report.note = missing() if known else unknown
     return report
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
 
 
 def unpatch(model: Any) -> None:
@@ -113,30 +133,42 @@ def unpatch(model: Any) -> None:
     for module in _modules(model):
         if is_fast(module):
             release(module)
+            operands.unfreeze(module)
             change_class(module, original_class(module))
 
 
 @contextlib.contextmanager
 def patched(
-    model: Any, disable: Iterable[str] = (), cuda_graphs: bool = False, max_memory: int | None = None
+    model: Any,
+    disable: Iterable[str] = (),
+    cuda_graphs: bool = False,
+    max_memory: int | None = None,
+    frozen: bool = False,
 ) -> Iterator[Report]:
-    """`patch` for a scope: every module whose class it changes has the former one back on the way out, and its options.
+    """`patch` for a scope, with the same arguments. At its end each module has its former class and options again.
 
-    Graphs that were captured before serve again afterwards.
+    Graphs and operands from before the scope are used again afterwards.
     """
-    before = [(module, class_in_use(module), vars(module).pop("fast_options", None)) for module in _modules(model)]
+    modules = _modules(model)
+    before = [(module, class_in_use(module), _take_state(module)) for module in modules]
     changed = []
     try:
-        report = patch(model, disable, cuda_graphs, max_memory)
+        report = patch(model, disable, cuda_graphs, max_memory, frozen)
         changed += [(module, cls) for module, cls, _ in before if class_in_use(module) is not cls]
         yield report
     finally:
         for module, cls in changed:
             change_class(module, cls)
-        for module, _, options in before:
+        for module, _, state in before:
             release(module)
-            if options is not None:
-                module.fast_options = options
+            _take_state(module)
+            vars(module).update(state)
+
+
+def _take_state(module: nn.Module) -> dict[str, Any]:
+    """Remove from a module what `patch` has added, and return it."""
+    added = vars(module).keys() & {"fast_options", operands.ATTRIBUTE}
+    return {name: vars(module).pop(name) for name in added}
 
 
 def _components(model: Any) -> dict[str, nn.Module] | None:

@@ -1,78 +1,75 @@
-"""The classes that `patch` knows, and the mixins that make them fast."""
+"""The classes that `patch` knows. Each file in families/ registers the classes of one family.
+
+A class is known by its qualified name below a package root (names.py), so that no library has to be imported and
+copies of a library are recognised.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from torch import nn
 
-from . import dcae, diffusers, transformer
-from .module import FastModule
-from .names import below_roots
-from .network import Network
+from dcae_fast.ops._private import constant_in_compile
+
+from .module import FastModule, original_class
+from .names import below_roots, cache_by_class
+
+if TYPE_CHECKING:
+    from .layers import Layer, Survey
+
+Describe = Callable[[nn.Module, "Survey"], list["Layer"]]
+
+# By qualified name below a root.
+_MIXINS: dict[str, type[FastModule]] = {}
+_PLAIN: dict[str, Describe | None] = {}
 
 
-def _under(module: str, classes: dict[str, type[FastModule]]) -> dict[str, type[FastModule]]:
-    return {f"{module}.{name}": mixin for name, mixin in classes.items()}
+def register(
+    module: str, classes: dict[str, type[FastModule]], plain: dict[str, Describe | None] | None = None
+) -> None:
+    """Classes of a module, which is named below a root, like "models.nn.ops".
 
-
-_BLOCKS = {
-    "ConvLayer": dcae.ConvLayer,
-    "ConvPixelShuffleUpSampleLayer": dcae.PixelShuffleSampler,
-    "ConvPixelUnshuffleDownSampleLayer": dcae.PixelShuffleSampler,
-    "GLUMBConv": dcae.GLUMBConv,
-    "InterpolateConvUpSampleLayer": dcae.InterpolateSampler,
-    "LiteMLA": dcae.LiteMLA,
-    "OpSequential": dcae.OpSequential,
-    "ResBlock": dcae.ResBlock,
-    "ResidualBlock": dcae.ResidualBlock,
-}
-_CODERS = {"Encoder": dcae.Encoder, "Decoder": dcae.Decoder}
-_UVIT = {"Block": transformer.Block}
-_DIT = {"DiTBlock": transformer.DiTBlock, "FinalLayer": transformer.FinalLayer}
-
-# Qualified name of a class below a package root → the mixin that makes it fast.
-KNOWN: dict[str, type[FastModule]] = {
-    # this project
-    **_under("models.blocks", _BLOCKS | {"RMSNorm2d": dcae.RMSNorm2d}),
-    **_under("models.autoencoder", _CODERS),
-    **_under("models.dit", _DIT | {"DiT": transformer.DiT}),
-    "models.transformer.PatchEmbed": transformer.PatchEmbed,
-    **_under("models.uvit", _UVIT | {"UViT": Network}),
-    # the original: DC-Gen, efficientvit and their copies
-    **_under("models.nn.ops", _BLOCKS),
-    **_under("models.nn.norm", {"RMSNorm2d": dcae.RMSNorm2d, "TritonRMSNorm2d": dcae.RMSNorm2d}),
-    **_under("aecore.models.dc_ae", _CODERS),
-    **_under("models.efficientvit.dc_ae", _CODERS),
-    **_under("c2icore.diffusioncore.models.uvit", _UVIT | {"UViT": transformer.OriginalNetwork}),
-    **_under("diffusioncore.models.uvit", _UVIT | {"UViT": transformer.OriginalNetwork}),
-    **_under("c2icore.diffusioncore.models.dit", _DIT | {"DiT": transformer.OriginalNetwork}),
-    **_under("diffusioncore.models.dit", _DIT | {"DiT": transformer.OriginalNetwork}),
-    # diffusers
-    **_under(
-        "models.autoencoders.autoencoder_dc",
-        {
-            "DCDownBlock2d": diffusers.DCDownBlock2d,
-            "DCUpBlock2d": diffusers.DCUpBlock2d,
-            "Decoder": diffusers.Decoder,
-            "Encoder": diffusers.Encoder,
-            "ResBlock": diffusers.ResBlock,
-        },
-    ),
-    "models.attention_processor.SanaMultiscaleLinearAttention": diffusers.SanaMultiscaleLinearAttention,
-    "models.transformers.sana_transformer.GLUMBConv": diffusers.GLUMBConv,
-}
-_MODULES = {path.rpartition(".")[0] for path in KNOWN}
+    classes: name → the mixin that makes the class fast. plain: classes that have no fast forward, but consist of
+    PyTorch's functions and of their submodules, so that they accept images of any memory format; name → the function
+    that describes the class's layers for bounded memory, or None.
+    """
+    _MIXINS.update({f"{module}.{name}": mixin for name, mixin in classes.items()})
+    _PLAIN.update({f"{module}.{name}": describe for name, describe in (plain or {}).items()})
 
 
 def mixin_of(cls: type[nn.Module]) -> type[FastModule] | None:
-    """What makes modules of this very class fast; None if it is unknown."""
-    return next((KNOWN[path] for path in below_roots(cls) if path in KNOWN), None)
+    """The mixin that makes modules of exactly this class fast; None if the class is unknown."""
+    return next((_MIXINS[path] for path in below_roots(cls) if path in _MIXINS), None)
+
+
+@constant_in_compile
+def is_plain(cls: type[nn.Module]) -> bool:
+    """Whether the class was registered as one without a fast forward."""
+    if cls not in _IS_PLAIN:
+        _IS_PLAIN[cls] = any(path in _PLAIN for path in below_roots(cls))
+    return _IS_PLAIN[cls]
+
+
+_IS_PLAIN: dict[type[nn.Module], bool] = cache_by_class()  # asked in every call
+
+
+def describe_of(module: nn.Module) -> Describe | None:
+    """The function that describes a module's layers for bounded memory, whether the module is patched or not."""
+    cls = original_class(module)
+    mixin = mixin_of(cls)
+    if mixin is not None:
+        return getattr(mixin, "describe", None)
+    return next((_PLAIN[path] for path in below_roots(cls) if path in _PLAIN), None)
 
 
 def is_of_known_module(cls: type[nn.Module]) -> bool:
-    """Whether a class is defined beside known ones."""
-    return any(path.rpartition(".")[0] in _MODULES for path in below_roots(cls))
+    """Whether the class is defined in the same Python module as known ones."""
+    known = {path.rpartition(".")[0] for path in _MIXINS}
+    return any(path.rpartition(".")[0] in known for path in below_roots(cls))
 
 
 def unlike(mixin: type[FastModule], module: nn.Module) -> str:
-    """What a module lacks, or has too much, to be of the class that a mixin is written for; empty if it fits."""
+    """How the attributes of a module differ from those of the class that a mixin is for; empty if they do not."""
     missing = [name for name in mixin.attributes if not hasattr(module, name)]
     if missing:
         return f"it has no {', '.join(missing)}"
@@ -82,13 +79,13 @@ def unlike(mixin: type[FastModule], module: nn.Module) -> str:
 
 
 def resemblance(cls: type[nn.Module], module: nn.Module) -> str:
-    """Why `patch` skips a module of an unknown class that looks like one of a DC-AE; empty if it does not look so.
+    """Why `patch` skips a module of an unknown class that resembles a DC-AE's; empty if it does not resemble one.
 
-    Of classes that are defined beside known ones the code is known, and has no fast forward.
+    A class that is defined in the same Python module as known ones is no stranger: it has no fast forward.
     """
     if is_of_known_module(cls):
         return ""
-    named = [mixin for path, mixin in KNOWN.items() if path.rpartition(".")[2] == cls.__name__]
+    named = [mixin for path, mixin in _MIXINS.items() if path.rpartition(".")[2] == cls.__name__]
     if any(len(mixin.attributes) > 1 and not unlike(mixin, module) for mixin in named):
         how = "" if below_roots(cls) else ": see dcae_fast.register_root"
         return f"{cls.__module__} is no known module of a DC-AE{how}"

@@ -1,4 +1,4 @@
-"""Whether a module is what it was when a CUDA graph was captured, but for the values of its weights."""
+"""Detects any change of a module, other than to weight values, that invalidates a captured CUDA graph."""
 
 import itertools
 import operator
@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from dcae_fast.ops._private import hooks_of
+from dcae_fast.ops._private import hooks_of, version_of
 
+from . import operands
 from .module import kind, plain
 
 _LAYOUT = operator.attrgetter("dtype", "shape")
@@ -17,7 +18,8 @@ _LAYOUT = operator.attrgetter("dtype", "shape")
 
 class Watch:
     """Everything that a graph has taken from a module: submodules, their classes, attributes and hooks, and tensors,
-    their addresses, types and layouts; in a form that is compared in some tens of microseconds.
+    their addresses, types and layouts; in a form that is compared in some tens of microseconds. Of a module with frozen
+    layers also the tensors' versions, since its graphs read kept operands in place of weights.
 
     device: that of all tensors; None if no graph must be captured: in training, with hooks on submodules, with
     modules or kinds of tensors that are unknown. The module's own hooks run around its forward and do not count.
@@ -33,13 +35,14 @@ class Watch:
         self._hooks = [hooks for m in self._modules for hooks in hooks_of(m)]
         ordinary = {type(tensor) for tensor in self._tensors} <= {nn.Parameter, torch.Tensor}
         self._addresses = self._read_addresses() if ordinary else None
+        self._versions = None if operands.kept_by(modules) is None else self._read_versions()
         devices = {tensor.device for tensor in self._tensors}
         known = ordinary and all(map(kind, modules)) and plain(*self._modules) and not any(m.training for m in modules)
         self.device = devices.pop() if known and len(devices) == 1 else None
         self._rest, self._hooked = self._read_rest(module), any(self._hooks)
 
     def same_addresses(self, module: nn.Module) -> bool:
-        """Whether the submodules and the tensors are the same ones, and lie where they lay."""
+        """Whether submodules and tensors are the same, at the same addresses; with frozen layers, also unwritten."""
         contents = self._read_contents()
         return (
             self._module() is module
@@ -47,6 +50,7 @@ class Watch:
             and len(contents) == len(self._contents)
             and all(map(operator.is_, contents, self._contents))
             and (self._addresses is None or self._read_addresses() == self._addresses)
+            and (self._versions is None or self._read_versions() == self._versions)
         )
 
     def same_otherwise(self, module: nn.Module) -> bool:
@@ -66,6 +70,10 @@ class Watch:
 
     def _read_addresses(self) -> list[int]:
         return list(map(torch.Tensor.data_ptr, self._tensors))
+
+    def _read_versions(self) -> list[int]:
+        """Of tensors whose values are in operands that graphs read."""
+        return [version_of(tensor) for tensor in self._tensors if not tensor.is_inference()]
 
     def _read_rest(self, module: nn.Module) -> list[Any]:
         """All but the module's options: they hold the graphs, which hold this, and would all stay alive."""

@@ -6,7 +6,7 @@ from .bias_act import bias_act
 from .concatenate import concatenate
 from .conv2d import conv2d
 from .conv2d_unshuffle import conv2d_unshuffle
-from .convolution_weights import fold_batch_norm, subpixel_weights
+from .convolution_weights import channels_last, fold_batch_norm, subpixel_weights
 from .depthwise_glu import depthwise_glu
 from .layer_norm import layer_norm
 from .linear import linear
@@ -24,6 +24,7 @@ from .upsample_conv2d import upsample_conv2d
 __all__ = [
     "ORDINARY",
     "bias_act",
+    "channels_last",
     "concatenate",
     "conv2d",
     "conv2d_unshuffle",

@@ -130,7 +130,7 @@ class Operator:
     kernels: to the kernel, or to `function`, the operator's autograd.Function, where there is one. In a transform
     (torch.func, forward-mode AD, vmap of gradients) the operator is its reference: PyTorch knows how to transform that.
 
-    dense_kernel: the kernel for arguments that are dense, as `_channels_last` makes them, on the current device; for
+    dense_kernel: the kernel for arguments that are dense, as `as_channels_last` makes them, on the current device; for
     operators that are made of others.
     """
 
@@ -175,7 +175,7 @@ def define(
     run = (lambda *args: launcher(launch, f"launch_{name}")(*args)) if isinstance(launch, str) else launch
 
     def plain(*args):
-        return _channels_last(reference(*args))
+        return as_channels_last(reference(*args))
 
     def dense_kernel(*args):
         if not accepts(*args):
@@ -190,9 +190,9 @@ def define(
     def kernel(*args):
         device = _first_tensor(args).device
         if device.type != "cuda" or device.index == torch.cuda.current_device():
-            return dense_kernel(*map(_channels_last, args))
+            return dense_kernel(*map(as_channels_last, args))
         with torch.cuda.device(device):
-            return dense_kernel(*map(_channels_last, args))
+            return dense_kernel(*map(as_channels_last, args))
 
     LIBRARY.impl(name, plain, "CompositeExplicitAutograd")
     if HAS_TRITON:
@@ -257,7 +257,7 @@ def differentiable_as(op: Operator, reference: Callable) -> None:
     differentiable(op, gradient, setup_context)
 
 
-def _channels_last(value):
+def as_channels_last(value):
     """Dense: 4-D tensors channels-last, others contiguous; also those in a list or tuple."""
     if isinstance(value, torch.Tensor):
         if value.dim() != 4:
@@ -266,7 +266,7 @@ def _channels_last(value):
             return launcher("weight_layout", "launch_weight_layout")(value)
         return value.contiguous(memory_format=torch.channels_last)
     if type(value) in (list, tuple) and value and isinstance(value[0], torch.Tensor):
-        return type(value)(map(_channels_last, value))
+        return type(value)(map(as_channels_last, value))
     return value
 
 

@@ -109,8 +109,15 @@ def unobserved(*modules: nn.Module | None) -> bool:
     """
     if has_global_hooks():
         return False
-    for module in modules:  # a loop, since this is asked several times in every call
-        if module is not None and (is_observed(module) or module._compiled_call_impl is not None):
+    for module in modules:  # a loop without calls, since this is asked several times in every call
+        if module is not None and (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or module._compiled_call_impl is not None
+            or "forward" in module.__dict__
+        ):
             return False
     return True
 
@@ -153,6 +160,7 @@ SETTINGS = [functools.partial(torch._C._get_fp32_precision_getter, *name) for na
 # Operators
 
 addmm_activation = torch._addmm_activation  # gelu(bias + a @ b) with use_gelu=True, else relu
+version_of = operator.attrgetter("_version")  # of a tensor: how many in-place changes autograd has counted
 copy_each = torch._foreach_copy_  # (targets, sources): lists of tensors
 CAST_OPERATOR = torch.ops.aten._to_copy.default  # the operator that tensor.to(dtype) becomes
 

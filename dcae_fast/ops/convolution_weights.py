@@ -5,8 +5,8 @@
     subpixel_weights:  planes[2 i + j] = A_i · weight · A_jᵀ for each filter and channel,
                        A_0 = [[1, 0, 0], [0, 1, 1]],   A_1 = [[1, 1, 0], [0, 0, 1]]
 
-fold_batch_norm: conv(x, folded) + shift is the batch norm, in inference, of conv(x, weight). weight: [K, C, R, S]; bias,
-scale, mean, variance: [K].
+fold_batch_norm: conv(x, folded) + shift is the batch norm, in inference, of conv(x, weight). weight: [K, C, R, S];
+bias, scale, mean, variance: [K].
 
 subpixel_weights: after nearest-neighbour up-sampling, the output pixel (2 y + i, 2 x + j) of a 3×3 convolution reads
 only 2×2 different input pixels, with the weights planes[2 i + j]. weight: [K, C, 3, 3]; the four planes lie one after
@@ -18,7 +18,7 @@ Sums are in fp32. The results have the weight's type; weights are channels-last.
 import torch
 
 from ._elementwise import check_filters
-from ._library import KERNEL_DTYPES, define, differentiable_as, launcher
+from ._library import KERNEL_DTYPES, as_channels_last, define, differentiable_as, launcher
 
 TAPS = ((1, 0, 0), (0, 1, 1)), ((1, 1, 0), (0, 0, 1))  # A_0 and A_1
 
@@ -85,3 +85,12 @@ def subpixel_weights(weight: torch.Tensor) -> torch.Tensor:
     if weight.dim() != 4 or weight.shape[2:] != (3, 3):
         raise ValueError(f"weight is {list(weight.shape)}; expected [K, C, 3, 3]")
     return subpixel_weights_op(weight)
+
+
+def channels_last(weight: torch.Tensor) -> torch.Tensor:
+    """A copy of a contiguous weight [K, C, R, S] that is channels-last. Not differentiable."""
+    device = weight.device
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return as_channels_last(weight)
+    with torch.cuda.device(device):
+        return as_channels_last(weight)

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 import dcae_fast
 from dcae_fast.fast import bands, plan
 from dcae_fast.fast.bands import Bands
-from dcae_fast.fast.coder import Coder
+from dcae_fast.fast.call import Coder
 from dcae_fast.fast.layers import Layer, Survey
 from dcae_fast.fast.module import original_class
 from dcae_fast.models import DCAE
@@ -150,7 +150,7 @@ def test_memory_format_of_parts(name, height):
 @pytest.mark.parametrize("name", ["adaptive", "diffusers-shuffled"])
 @torch.no_grad()
 def test_the_first_input_by_name(name, monkeypatch):
-    monkeypatch.setattr(Coder, "_in_parts", lambda self, plan, *args, **kwargs: "in parts")
+    monkeypatch.setattr(Coder, "in_parts", lambda self, plan, *args, **kwargs: "in parts")
     for coder, x in coders(build(name), 2, 32, 8):
         dcae_fast.patch(coder, max_memory=1)
         _, first, *_ = inspect.signature(original_class(coder).forward).parameters
@@ -436,7 +436,7 @@ def test_another_allocator(tmp_path):
 @torch.no_grad()
 def test_what_is_free_decides(name, monkeypatch, compare):
     model, asked = build(name), []
-    monkeypatch.setattr("dcae_fast.fast.coder.SMALL", 0)
+    monkeypatch.setattr("dcae_fast.fast.call.SMALL", 0)
     dcae_fast.patch(model)
     for coder, x in coders(model, 1, 64, 32):
         assert coder.plan(x) is None

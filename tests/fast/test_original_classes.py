@@ -198,7 +198,6 @@ def test_copies_in_other_packages(root, monkeypatch, compare):
 
 def test_a_root_of_ones_own(monkeypatch):
     monkeypatch.setattr(names, "ROOTS", set(names.ROOTS))
-    monkeypatch.setattr(names, "_KNOWN", {})
     model = converter("group.my_fork", "group.my_fork.aecore.models.dc_ae", monkeypatch)(build("shuffled"))
     report = dcae_fast.patch(model)
     assert not report.replaced

@@ -10,8 +10,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import dcae_fast
+from dcae_fast.fast.families.uvit_dit import Block
 from dcae_fast.fast.patch import OPERATORS
-from dcae_fast.fast.transformer import Block
 
 
 @pytest.fixture(params=MODELS)

@@ -9,9 +9,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import dcae_fast
-from dcae_fast.fast.coder import Coder
+from dcae_fast.fast.call import Coder, Network
 from dcae_fast.fast.module import FastModule, is_fast
-from dcae_fast.fast.network import Network
 from dcae_fast.models import UViT, UViTConfig, blocks
 from dcae_fast.models.dit import DiTBlock
 

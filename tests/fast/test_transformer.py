@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 import dcae_fast
 from dcae_fast import ops
+from dcae_fast.fast.families.uvit_dit import TransformerBlock
 from dcae_fast.fast.module import is_fast, original_class
-from dcae_fast.fast.transformer import TransformerBlock
 from dcae_fast.models import DiT, DiTConfig, UViT, UViTConfig
 
 SIZES = {"in_channels": 8, "input_size": 4, "depth": 2, "hidden_size": 128, "num_heads": 2, "num_classes": 10}

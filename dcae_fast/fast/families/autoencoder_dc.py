@@ -1,12 +1,13 @@
-"""Fast forwards for diffusers' AutoencoderDC. Its blocks add their own residuals and name things differently."""
+"""diffusers' AutoencoderDC. Its blocks add their own residuals."""
 
 import torch
 from torch import nn
 
 from dcae_fast import ops
 
-from .coder import Coder
-from .fusion import (
+from .. import operands
+from ..call import Coder
+from ..fusion import (
     activation_name,
     can_fuse_conv,
     can_fuse_norm,
@@ -24,9 +25,10 @@ from .fusion import (
     unknown_norm,
     upsample_conv_without_bias,
 )
-from .layers import Layer, Survey
-from .layout import Part
-from .module import kind, plain
+from ..layers import Layer, Resampling, Survey, UnknownModule
+from ..layout import Part
+from ..module import kind, plain
+from ..registry import register
 
 
 def _stem(conv: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -50,7 +52,7 @@ class Encoder(Coder):
         def stem(x: torch.Tensor) -> torch.Tensor:
             return _stem(self.conv_in, self.as_layers_see(x))
 
-        return [survey.sampler(self.conv_in, self.conv_in, stem), *survey.blocks(self.down_blocks)]
+        return [survey.sampler(resampling(self.conv_in), self.conv_in, stem), *survey.blocks(self.down_blocks)]
 
     def finish(self, x: torch.Tensor) -> torch.Tensor:
         if self.out_shortcut:
@@ -80,7 +82,8 @@ class Decoder(Coder):
         return self.as_layers_see(self.conv_in(x))
 
     def layers(self, survey: Survey) -> list[Layer]:
-        head = survey.head(self.head, self, self.norm_out, self.conv_act, self.conv_out)
+        last = resampling(self.conv_out)
+        head = survey.head(self.head, self, self.norm_out, self.conv_act, last, self.conv_out)
         return [*survey.blocks(reversed(self.up_blocks)), head]
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
@@ -113,6 +116,10 @@ class ResBlock(Part):
     def reason_not_fast(block: nn.Module) -> str:
         return unknown_activation(block.nonlinearity) or missing_norm(block.norm)
 
+    @staticmethod
+    def describe(block: nn.Module, survey: Survey) -> list[Layer]:
+        return [survey.res_block(block, block.conv1, block.conv2, block.nonlinearity, block.norm)]
+
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         act = activation_name(self.nonlinearity)
         if act is None or self.reason_not_fast(self) or not can_fuse_norm(self.norm):
@@ -129,6 +136,11 @@ class GLUMBConv(Part):
         if type(block.nonlinearity) is not nn.SiLU:
             return f"its activation is {type(block.nonlinearity).__name__}"
         return missing_norm(block.norm)
+
+    @staticmethod
+    def describe(block: nn.Module, survey: Survey) -> list[Layer]:
+        convs = block.conv_inverted, block.conv_depth, block.conv_point
+        return [survey.gated(block, *convs, block.nonlinearity, block.norm)]
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         act, depth = activation_name(self.nonlinearity), self.conv_depth
@@ -154,6 +166,12 @@ class SanaMultiscaleLinearAttention(Part):
         norm = attention.norm_out
         return unknown_norm(norm) if kind(norm) == "RMSNorm" else f"its norm is {type(norm).__name__}"
 
+    @staticmethod
+    def describe(attention: nn.Module, survey: Survey) -> list[Layer]:
+        width, scales = attention.to_q.out_features, len(attention.to_qkv_multiscale)
+        lean = survey.is_lean(attention)
+        return [survey.attention(attention, attention.to_out.out_features, width, scales, lean)]
+
     def inside(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
@@ -173,7 +191,7 @@ class SanaMultiscaleLinearAttention(Part):
         linear = all(type(part) is nn.Linear and part.bias is None for part in parts) and plain(*parts)
         if linear and all(part.weight.dtype in (torch.float32, compute_dtype(x)) for part in parts):
             pixels = x.contiguous(memory_format=torch.channels_last).movedim(1, -1)
-            return nn.functional.linear(pixels, torch.cat([part.weight for part in parts]))
+            return nn.functional.linear(pixels, operands.of_joined_layers(parts))
         return torch.cat([part(x.movedim(1, -1)) for part in parts], dim=-1)
 
 
@@ -185,11 +203,15 @@ class DCDownBlock2d(Part):
     def reason_not_fast(block: nn.Module) -> str:
         return "" if block.downsample or block.shortcut else "it is a convolution and nothing else"
 
+    @staticmethod
+    def describe(block: nn.Module, survey: Survey) -> list[Layer]:
+        return [survey.sampler(resampling(block), block)]
+
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.reason_not_fast(self) or not is_divisible(x, self.factor):
             return self.eager(x)
         if not self.shortcut and self.factor == 2 and can_fuse_unshuffle(self.conv, x):
-            return ops.conv2d_unshuffle(x, self.conv.weight, self.conv.bias)
+            return ops.conv2d_unshuffle(x, operands.of_convolution(self.conv), self.conv.bias)
         main, bias = conv_without_bias(self.conv, x)
         return ops.unshuffle_average_add(x if self.shortcut else None, main, bias, self.factor)
 
@@ -206,9 +228,51 @@ class DCUpBlock2d(Part):
             f"it enlarges by {block.interpolation_mode} interpolation, with{'' if block.shortcut else 'out'} a shortcut"
         )
 
+    @staticmethod
+    def describe(block: nn.Module, survey: Survey) -> list[Layer]:
+        return [survey.sampler(resampling(block), block)]
+
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.reason_not_fast(self):
             return self.eager(x)
         convolve = upsample_conv_without_bias if self.interpolate else conv_without_bias
         main, bias = convolve(self.conv, x)
         return ops.duplicate_shuffle_add(x if self.shortcut else None, main, bias, self.factor)
+
+
+def resampling(module: nn.Module) -> Resampling:
+    """Of a down- or up-sampling block, or of a convolution."""
+    match kind(module):
+        case "Conv2d":
+            return module, "stride", module.stride[0]
+        case "DCDownBlock2d":
+            return module.conv, "unshuffle" if module.downsample else "stride", module.factor
+        case "DCUpBlock2d" if not module.interpolate:
+            return module.conv, "shuffle", module.factor
+        case "DCUpBlock2d" if module.interpolation_mode == "nearest":
+            return module.conv, "nearest", module.factor
+    raise UnknownModule(type(module).__name__)
+
+
+def describe_efficientvit_block(block: nn.Module, survey: Survey) -> list[Layer]:
+    return survey.blocks([block.attn, block.conv_out])
+
+
+register(
+    "models.autoencoders.autoencoder_dc",
+    {
+        "DCDownBlock2d": DCDownBlock2d,
+        "DCUpBlock2d": DCUpBlock2d,
+        "Decoder": Decoder,
+        "Encoder": Encoder,
+        "ResBlock": ResBlock,
+    },
+    {"EfficientViTBlock": describe_efficientvit_block},
+)
+register(
+    "models.attention_processor",
+    {"SanaMultiscaleLinearAttention": SanaMultiscaleLinearAttention},
+    {"SanaMultiscaleAttentionProjection": None},
+)
+register("models.normalization", {}, {"RMSNorm": None})
+register("models.transformers.sana_transformer", {"GLUMBConv": GLUMBConv})

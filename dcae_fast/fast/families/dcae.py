@@ -1,12 +1,13 @@
-"""Fast forwards for this project's DC-AE and the original DC-Gen / efficientvit one, which share attribute names."""
+"""This project's DC-AE and the original of DC-Gen and efficientvit, whose modules have the same attributes."""
 
 import torch
 from torch import nn
 
 from dcae_fast import ops
 
-from .coder import Coder
-from .fusion import (
+from .. import operands
+from ..call import Coder
+from ..fusion import (
     activation_name,
     can_fuse_norm,
     can_fuse_unshuffle,
@@ -22,10 +23,11 @@ from .fusion import (
     upsample,
     upsample_conv_without_bias,
 )
-from .graphs import Result
-from .layers import Layer, Survey, UnknownModule
-from .layout import Part
-from .module import kind, member, plain
+from ..graphs import Result
+from ..layers import Layer, Resampling, Survey, UnknownModule, known
+from ..layout import Part
+from ..module import kind, member, plain
+from ..registry import register
 
 IDENTITIES = ("Identity", "IdentityLayer")
 AVERAGING = ("PixelUnshuffleChannelAveragingDownSampleLayer",)
@@ -44,7 +46,7 @@ class Encoder(Coder):
         def stem(x: torch.Tensor) -> torch.Tensor:
             return self.project_in(self.as_layers_see(x))
 
-        return [survey.sampler(self.project_in, self.project_in, stem), *survey.blocks(self.stages)]
+        return [survey.sampler(resampling(self.project_in), self.project_in, stem), *survey.blocks(self.stages)]
 
     def finish(self, x: torch.Tensor, *args, **kwargs) -> Result:
         return self.project_out(x) if _all_none(args, kwargs) else self.partial_latents(x, *args, **kwargs)
@@ -72,7 +74,8 @@ class Decoder(Coder):
         head = self.project_out
         if kind(head) != "OpSequential" or len(head.op_list) != 3:
             raise UnknownModule(type(head).__name__)
-        return [*survey.blocks(reversed(self.stages)), survey.head(head, head, *head.op_list)]
+        norm, act, last = head.op_list
+        return [*survey.blocks(reversed(self.stages)), survey.head(head, head, norm, act, resampling(last), last)]
 
 
 class RMSNorm2d(Part):
@@ -134,6 +137,10 @@ class OpSequential(Part):
     @staticmethod
     def rests_on(sequence: nn.Module) -> dict[str, nn.Module]:
         return {name: module for name, module in sequence.named_modules() if name not in ("", "op_list")}
+
+    @staticmethod
+    def describe(sequence: nn.Module, survey: Survey) -> list[Layer]:
+        return survey.blocks(sequence.op_list)
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         rest = list(self.op_list)
@@ -246,7 +253,7 @@ class PixelShuffleSampler(Part):
         if shrinks and not is_divisible(x, self.factor):
             return self.eager(x)
         if shrinks and self.factor == 2 and can_fuse_unshuffle(conv, x):
-            return ops.conv2d_unshuffle(x, conv.weight, conv.bias)
+            return ops.conv2d_unshuffle(x, operands.of_convolution(conv), conv.bias)
         return self.shuffle(*self.without_bias(x))
 
     def shuffle(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -302,6 +309,10 @@ class ResidualBlock(Part):
     def rests_on(block: nn.Module) -> dict[str, nn.Module]:
         return {"main": block.main} if kind(block.shortcut) in IDENTITIES else {}
 
+    @staticmethod
+    def describe(block: nn.Module, survey: Survey) -> list[Layer]:
+        return [layer_of(block, survey)]
+
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         main, shortcut = self.main, self.shortcut
         if self.reason_not_fast(self) or not plain(shortcut):
@@ -318,3 +329,79 @@ class ResidualBlock(Part):
         if isinstance(self.main, (PixelShuffleSampler, InterpolateSampler, ConvLayer)) and plain(self.main):
             return self.main.without_bias(x)
         return self.main(x), None
+
+
+def layer_of(block: nn.Module, survey: Survey) -> Layer:
+    """The layer that a ResidualBlock is: main(x) + shortcut(x)."""
+    main, shortcut = block.main, block.shortcut
+    if getattr(block, "pre_norm", None) is not None or getattr(block, "post_act", None) is not None:
+        raise UnknownModule("pre_norm or post_act")
+    match kind(main), kind(shortcut):
+        case "ResBlock", "Identity" | "IdentityLayer":
+            (first, act, _), (second, _, norm) = map(parts, (main.conv1, main.conv2))
+            return survey.res_block(block, first, second, act, norm, main)
+        case "GLUMBConv", "Identity" | "IdentityLayer":
+            convs = [parts(conv)[0] for conv in (main.inverted_conv, main.depth_conv, main.point_conv)]
+            return survey.gated(block, *convs, main.glu_act, main.point_conv.norm, main)
+        case "LiteMLA", "Identity" | "IdentityLayer":
+            width, scales = parts(main.qkv)[0].out_channels // 3, len(main.aggreg)
+            lean = survey.is_lean(block, main) and not getattr(main, "norm_qk", False)
+            return survey.attention(block, parts(main.proj)[0].out_channels, width, scales, lean)
+        case _, name if name in AVERAGING or name in DUPLICATING:
+            layer = survey.sampler(resampling(main), block)
+            if shortcut.factor == (layer.down if name in AVERAGING else layer.up):
+                return layer
+    raise UnknownModule(f"{kind(main)} and {kind(shortcut)}")
+
+
+def parts(layer: nn.Module) -> tuple[nn.Conv2d, nn.Module | None, nn.Module | None]:
+    """Convolution, activation and norm of a ConvLayer."""
+    if kind(layer) != "ConvLayer" or getattr(layer, "dropout", None) is not None:
+        raise UnknownModule(type(layer).__name__)
+    known(layer.act, layer.norm)
+    return layer.conv, layer.act, layer.norm
+
+
+def resampling(module: nn.Module) -> Resampling:
+    """Of a down- or up-sampling layer, or of a convolution that may change the resolution by its stride."""
+    match kind(module):
+        case "ConvLayer":
+            conv = parts(module)[0]
+            return conv, "stride", conv.stride[0]
+        case "ConvPixelUnshuffleDownSampleLayer":
+            return parts(module.conv)[0], "unshuffle", module.factor
+        case "ConvPixelShuffleUpSampleLayer":
+            return parts(module.conv)[0], "shuffle", module.factor
+        case "InterpolateConvUpSampleLayer" if getattr(module, "mode", "nearest") == "nearest":
+            return parts(module.conv)[0], "nearest", module.factor
+    raise UnknownModule(type(module).__name__)
+
+
+def describe_efficientvit_block(block: nn.Module, survey: Survey) -> list[Layer]:
+    return survey.blocks([block.context_module, block.local_module])
+
+
+BLOCKS = {
+    "ConvLayer": ConvLayer,
+    "ConvPixelShuffleUpSampleLayer": PixelShuffleSampler,
+    "ConvPixelUnshuffleDownSampleLayer": PixelShuffleSampler,
+    "GLUMBConv": GLUMBConv,
+    "InterpolateConvUpSampleLayer": InterpolateSampler,
+    "LiteMLA": LiteMLA,
+    "OpSequential": OpSequential,
+    "ResBlock": ResBlock,
+    "ResidualBlock": ResidualBlock,
+}
+PLAIN_BLOCKS = dict.fromkeys(
+    ("AdaptiveInputConvLayer", "AdaptiveOutputConvLayer", "IdentityLayer", *AVERAGING, *DUPLICATING)
+) | {"EfficientViTBlock": describe_efficientvit_block}
+CODERS = {"Encoder": Encoder, "Decoder": Decoder}
+
+# this project
+register("models.blocks", BLOCKS | {"RMSNorm2d": RMSNorm2d}, PLAIN_BLOCKS)
+register("models.autoencoder", CODERS)
+# the original
+register("models.nn.ops", BLOCKS, PLAIN_BLOCKS)
+register("models.nn.norm", {"RMSNorm2d": RMSNorm2d, "TritonRMSNorm2d": RMSNorm2d})
+register("aecore.models.dc_ae", CODERS)
+register("models.efficientvit.dc_ae", CODERS)

@@ -15,10 +15,11 @@ from dcae_fast import ops
 from dcae_fast.models.transformer import check_inputs, unpatchify
 from dcae_fast.ops._private import unobserved
 
-from .casts import cast
-from .fusion import autocasts, compute_dtype
-from .module import FastModule, has_ordinary_weights, kind, plain
-from .network import Network
+from .. import operands
+from ..call import Network
+from ..fusion import autocasts, compute_dtype
+from ..module import FastModule, has_ordinary_weights, kind, plain
+from ..registry import register
 
 GELU = {"none": "gelu", "tanh": "gelu_tanh"}  # what the operators call the forms that PyTorch knows
 
@@ -38,7 +39,7 @@ class PatchEmbed(FastModule):
         proj = self._modules["proj"]
         if self.reason_not_fast(self) or not plain(proj) or not has_dtype(proj, x):
             return self.eager(x)
-        weight, bias = operands_of(proj, compute_dtype(x))
+        weight, bias = operands.of_layer(proj, compute_dtype(x))
         patches = F.pixel_unshuffle(x, proj.kernel_size[0]).flatten(2).transpose(1, 2)  # as the weight's [C, p, p]
         return F.linear(patches.contiguous(), weight.flatten(1), bias)  # adds the bias within the product
 
@@ -237,26 +238,12 @@ def parameters_of(layer: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor |
     return layer._parameters.get("weight"), layer._parameters.get("bias")
 
 
-def operands_of(
-    layer: nn.Linear | nn.Conv2d, dtype: torch.dtype, residual: torch.dtype | None = None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight and bias as operators take them: the weight in the dtype of the product, the bias in that of the result,
-    or both in float32 where there are gradients, so that their own are not rounded either.
-
-    residual: dtype of the one that is added, which the result has then.
-    """
-    weight, bias = parameters_of(layer)
-    if weight.dtype == torch.float32 and torch.is_grad_enabled():
-        return weight, bias
-    return cast(weight, dtype), None if bias is None else cast(bias, residual or dtype)
-
-
 def linear(layer: nn.Module, y: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
     """layer(y) + residual. A layer of another kind is called: LoRA's, a quantised one."""
     if is_linear(layer, y):
         dtype = compute_dtype(y)
-        operands = operands_of(layer, dtype, None if residual is None else residual.dtype)
-        return ops.linear(y.to(dtype), *operands, residual)
+        weight, bias = operands.of_layer(layer, dtype, None if residual is None else residual.dtype)
+        return ops.linear(y.to(dtype), weight, bias, residual)
     y = layer(y)
     return y if residual is None else y + residual
 
@@ -270,7 +257,7 @@ def attention(
     if are_linear(qkv, proj, x) and ops.is_for_few_tokens(
         dtype, x.shape[1], qkv.out_features // (3 * num_heads), x.device
     ):
-        layers = *operands_of(qkv, dtype), *operands_of(proj, dtype, x.dtype if residual else None)
+        layers = *operands.of_layer(qkv, dtype), *operands.of_layer(proj, dtype, x.dtype if residual else None)
         return ops.norm_attention(x, scale, shift, eps, *layers, num_heads, branch, gate, dtype, residual)
     s, y = ops.layer_norm(x, scale, shift, eps, branch, gate, dtype)
     y = ops.packed_attention(linear(qkv, y), num_heads)
@@ -284,7 +271,19 @@ def mlp(
     fc1, act, fc2 = map(feed._modules.get, ("fc1", "act", "fc2"))
     dtype = input_dtype(fc1, x)
     if are_linear(fc1, fc2, x):
-        layers = *operands_of(fc1, dtype), *operands_of(fc2, dtype, x.dtype if residual else None)
+        layers = *operands.of_layer(fc1, dtype), *operands.of_layer(fc2, dtype, x.dtype if residual else None)
         return ops.norm_mlp(x, scale, shift, eps, *layers, branch, gate, dtype, residual, GELU[act.approximate])
     s, y = ops.layer_norm(x, scale, shift, eps, branch, gate, dtype)
     return s, linear(fc2, act(linear(fc1, y)), s if residual else None)
+
+
+UVIT, DIT = {"Block": Block}, {"DiTBlock": DiTBlock, "FinalLayer": FinalLayer}
+
+# this project
+register("models.transformer", {"PatchEmbed": PatchEmbed})
+register("models.uvit", UVIT | {"UViT": Network})
+register("models.dit", DIT | {"DiT": DiT})
+# the original
+for package in ("c2icore.diffusioncore", "diffusioncore"):
+    register(f"{package}.models.uvit", UVIT | {"UViT": OriginalNetwork})
+    register(f"{package}.models.dit", DIT | {"DiT": OriginalNetwork})

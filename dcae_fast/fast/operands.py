@@ -1,0 +1,172 @@
+"""Operands: a layer's weights as kernels read them.
+
+An operand has the dtype of the product, is channels-last if it is the weight of a convolution, starts at a multiple of
+16 bytes, and may have a batch norm folded in. Every call makes its operands again, because code may write to weights
+through `.data` and nothing would show that. `patch(model, frozen=True)` promises that nobody does: then a layer keeps
+its operands in `Operands` until one of the tensors that they were made from changes.
+
+Operators take finished operands. They check them, and run their reference where an operand does not fit.
+"""
+
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from dcae_fast import ops
+from dcae_fast.ops._private import version_of
+
+from .casts import cast
+
+LAYERS = (nn.Conv2d, nn.Linear)  # that can keep operands
+ATTRIBUTE = "fast_operands"  # of such a layer; it is there if the layer is frozen
+
+Operand = Any  # a tensor, or a tuple of tensors and None
+
+
+class Operands:
+    """The operands that one frozen layer keeps. Copies and pickles of the layer are frozen and start with none."""
+
+    def __init__(self):
+        self._kept: dict[Hashable, tuple[list[tuple[weakref.ref, int, int]], Operand]] = {}
+
+    def __deepcopy__(self, memo: dict) -> "Operands":
+        return Operands()
+
+    def __reduce__(self):
+        return Operands, ()
+
+    def get(self, key: Hashable, sources: tuple[torch.Tensor, ...], make: Callable[[], Operand]) -> Operand:
+        """The operand of this name, made by `make` from `sources`; made again if a source was replaced, moved or
+        written to. Autograd's version counter shows writes, except those through `.data`.
+        """
+        kept = self._kept.get(key)
+        if kept is not None and all(map(_is_unchanged, kept[0], sources)):
+            return kept[1]
+        if _capturing(sources[0]) or any(map(torch.Tensor.is_inference, sources)):  # the latter count no versions
+            return make()
+        with torch.inference_mode(False), torch.no_grad():
+            operand = make()
+        self._kept[key] = [_state(source) for source in sources], operand
+        return operand
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """All tensors that are kept."""
+        for _, operand in self._kept.values():
+            operands = operand if isinstance(operand, tuple) else (operand,)
+            yield from (tensor for tensor in operands if tensor is not None)
+
+
+def _state(source: torch.Tensor) -> tuple[weakref.ref, int, int]:
+    return weakref.ref(source), version_of(source), source.data_ptr()
+
+
+def _is_unchanged(state: tuple[weakref.ref, int, int], source: torch.Tensor) -> bool:
+    reference, version, address = state
+    return reference() is source and version_of(source) == version and source.data_ptr() == address
+
+
+def _capturing(tensor: torch.Tensor) -> bool:
+    """Whether a CUDA graph is being captured: what is made now exists only when the graph is replayed."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def freeze(module: nn.Module) -> None:
+    """Let the layers of a module, itself included, keep operands."""
+    for layer in _layers(module):
+        layer.__dict__[ATTRIBUTE] = Operands()
+
+
+def unfreeze(module: nn.Module) -> None:
+    """Drop the operands of all layers of a module; from now on every call makes its own."""
+    for layer in _layers(module):
+        layer.__dict__.pop(ATTRIBUTE, None)
+
+
+def drop(module: nn.Module) -> None:
+    """Drop the operands that a module's layers keep; the layers stay frozen.
+
+    The next call makes them again. The layers get new `Operands`, by which captured graphs notice.
+    """
+    for layer in _layers(module):
+        if ATTRIBUTE in layer.__dict__:
+            layer.__dict__[ATTRIBUTE] = Operands()
+
+
+def kept_by(modules: Iterable[nn.Module]) -> list[torch.Tensor] | None:
+    """The tensors that frozen layers among these modules keep; None if no layer is frozen."""
+    frozen = [module.__dict__[ATTRIBUTE] for module in modules if ATTRIBUTE in module.__dict__]
+    return [tensor for each in frozen for tensor in each.tensors()] if frozen else None
+
+
+def _layers(module: nn.Module) -> Iterator[nn.Module]:
+    return (layer for layer in module.modules() if type(layer) in LAYERS)
+
+
+def _operand(
+    layer: nn.Module, key: Hashable, sources: tuple[torch.Tensor | None, ...], make: Callable[[], Operand]
+) -> Operand:
+    """make(), or what it made before for a frozen layer in inference."""
+    kept = layer.__dict__.get(ATTRIBUTE)
+    if kept is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return make()
+    return kept.get(key, tuple(source for source in sources if source is not None), make)
+
+
+def of_convolution(conv: nn.Conv2d) -> torch.Tensor:
+    """The weight, channels-last."""
+    weight = conv._parameters["weight"]
+    if weight.is_contiguous(memory_format=torch.channels_last) or torch.compiler.is_compiling():
+        return weight
+    return _operand(conv, "weight", (weight,), lambda: ops.channels_last(weight))
+
+
+def of_convolution_and_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias of one convolution that does the work of conv, which has no bias, and of the batch norm."""
+    sources = conv.weight, norm.bias, norm.weight, norm.running_mean, norm.running_var
+    return _operand(conv, "folded", sources, lambda: ops.fold_batch_norm(*sources, norm.eps))
+
+
+def of_upsampling_convolution(conv: nn.Conv2d) -> torch.Tensor:
+    """What `ops.upsample_conv2d` reads."""
+    return _operand(conv, "subpixel", (conv.weight,), lambda: ops.subpixel_weights(conv.weight))
+
+
+def of_layer(
+    layer: nn.Linear | nn.Conv2d, dtype: torch.dtype, sum_dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias of a product in this dtype.
+
+    sum_dtype: of the residual that is added within the product; the bias has it then. Where gradients are on, float32
+    parameters stay float32: the product rounds them, and their gradients are not rounded.
+    """
+    parameters = layer._parameters
+    weight, bias = parameters["weight"], parameters["bias"]
+    if weight.dtype == torch.float32 and torch.is_grad_enabled():
+        return _aligned(weight), bias
+    bias_dtype = sum_dtype or dtype
+    if weight.dtype == dtype and (bias is None or bias.dtype == bias_dtype) and _is_aligned(weight):
+        return weight, bias
+    return _operand(
+        layer,
+        (dtype, bias_dtype),
+        (weight, bias),
+        lambda: (_aligned(cast(weight, dtype)), None if bias is None else cast(bias, bias_dtype)),
+    )
+
+
+def of_joined_layers(layers: tuple[nn.Linear, ...]) -> torch.Tensor:
+    """The weights of linear layers without biases, as one: [M_1 + M_2 + ..., K]."""
+    weights = tuple(layer.weight for layer in layers)
+    return _operand(layers[0], "joined", weights, lambda: torch.cat(weights))
+
+
+def _is_aligned(tensor: torch.Tensor) -> bool:
+    return torch.compiler.is_compiling() or tensor.data_ptr() % 16 == 0
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that starts at a multiple of 16 bytes, which views into larger buffers may not."""
+    return tensor if _is_aligned(tensor) else tensor.clone()
