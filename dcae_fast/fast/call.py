@@ -84,12 +84,12 @@ class Coder(WholeCall, ImageModule):
         None if the memory is enough, and also if gradients are wanted, if a module has hooks (they would see parts of
         the image), if a module is unknown, and for small images without an explicit bound.
         """
-        if x.dim() != 4:
+        memory = self.fast_options.max_memory
+        if x.dim() != 4 or (memory is None and not x.is_cuda):
             return None
         pixels = x.shape[0] * x.shape[2] * x.shape[3] * self.enlargement() ** 2
-        memory = self.fast_options.max_memory
         if memory is None:
-            if not x.is_cuda or pixels <= SMALL or torch.cuda.is_current_stream_capturing():
+            if pixels <= SMALL or torch.cuda.is_current_stream_capturing():
                 return None
             memory = planning.free_memory(x.device)
         if pixels * CHANNELS <= planning.MAX_ELEMENTS and pixels * BYTES <= SHARE * memory:

@@ -82,14 +82,14 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
 
 
-def can_fuse_conv(conv: nn.Module | None, x: torch.Tensor, residual: torch.Tensor | None = None) -> bool:
-    """Whether `ops.conv2d` does the work of conv(x) + residual. The module itself refuses an x of other channels."""
-    return can_fuse_conv_of(conv, x, residual) and x.shape[1] == conv.in_channels
+def can_fuse_conv(
+    conv: nn.Module | None, x: torch.Tensor, residual: torch.Tensor | None = None, any_shape: bool = False
+) -> bool:
+    """Whether `ops.conv2d` does the work of conv(x) + residual: in inference, in half precision of one type.
 
-
-def can_fuse_conv_of(conv: nn.Module | None, like: torch.Tensor, residual: torch.Tensor | None = None) -> bool:
-    """Whether `ops.conv2d` takes tensors like this one, but for the shape: inference in half precision of one type."""
-    dtype = like.dtype
+    The module itself refuses an x with other channels. any_shape: whether `ops.conv2d` does it for tensors like x.
+    """
+    dtype = x.dtype
     if type(conv) is not nn.Conv2d or dtype not in HALVES or torch.is_grad_enabled():
         return False
     parameters = conv._parameters
@@ -105,8 +105,9 @@ def can_fuse_conv_of(conv: nn.Module | None, like: torch.Tensor, residual: torch
         and isinstance(conv.padding, tuple)
         and conv.stride[0] == conv.stride[1]
         and plain(conv)
-        and ops.has_kernels(like)
-        and not autocasts(like)
+        and ops.has_kernels(x)
+        and not autocasts(x)
+        and (any_shape or x.shape[1] == conv.in_channels)
     )
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from dcae_fast import ops
 
-from .fusion import activation_name, autocasts, can_fuse_conv_of, can_fuse_norm
+from .fusion import activation_name, autocasts, can_fuse_conv, can_fuse_norm
 from .module import is_fast, kind
 from .registry import describe_of
 
@@ -104,7 +104,7 @@ class Survey:
         up, down = (factor, 1) if how in ("shuffle", "nearest") else (1, factor)
         rows = reach(conv, stride=factor if how == "stride" else 1)
         channels = conv.out_channels * down**2 // up**2 if "shuffle" in how else conv.out_channels
-        planes = self.is_lean(block) and can_fuse_conv_of(conv, self.x)  # instead of an enlarged image
+        planes = self.is_lean(block) and can_fuse_conv(conv, self.x, any_shape=True)  # instead of an enlarged image
         enlarged = conv.in_channels * up**2 if how == "nearest" and not planes else 0
         out = channels * up**2 / down**2
         peak = conv.in_channels + enlarged + 2 * out

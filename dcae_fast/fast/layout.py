@@ -3,9 +3,10 @@
 import torch
 from torch import nn
 
-from dcae_fast.ops._private import WRAPPERS, constant_in_compile, has_global_hooks, is_observed
+from dcae_fast.ops._private import WRAPPERS, constant_in_compile, has_global_hooks
 
 from .module import FastModule, has_ordinary_weights, kind
+from .names import cache_by_class
 from .registry import is_plain
 
 # Modules of PyTorch: its layers, and what it wraps around others.
@@ -13,31 +14,36 @@ TORCH = ("torch.nn.modules.", *WRAPPERS)
 
 
 class ImageModule(FastModule):
-    """A fast module of images [B, C, H, W], whose `fast_forward` sees channels-last ones and returns such.
+    """A fast module of images [B, C, H, W]. Its `fast_forward` takes and returns channels-last images.
 
-    Outside, its result has the memory format of its input, and so has its gradient. Where something inside it might
-    depend on the memory format, its own forward runs, and the fast modules among its children decide for themselves.
+    For callers, the result has the memory format of the input, and so has its gradient. If something inside the module
+    may depend on the memory format, the module's own forward runs, and fast modules inside it decide for themselves.
     """
 
-    def fast_call(self, x: torch.Tensor, *args):
+    def dispatch(self, *args, **kwargs):
+        if kwargs or not args or not self.takes(*args):
+            return self.eager(*args, **kwargs)
+        x = args[0]
+        if is_channels_last(x):
+            return self.fast_forward(*args)
         inside = self.inside(x)
         if inside is None:
-            return self.eager(x, *args)
-        out = self.fast_forward(inside, *args)
+            return self.eager(*args)
+        out = self.fast_forward(inside, *args[1:])
         return out if inside is x else layout_of(out, x)
 
-    def fast_forward(self, x: torch.Tensor, *args):
-        return self.eager(x, *args)
+    def fast_forward(self, *args):
+        return super().forward(*args)
 
     def inside(self, x: torch.Tensor) -> torch.Tensor | None:
-        """x as `fast_forward` sees it; None where the module's own forward is to run."""
+        """x as `fast_forward` takes it; None if the module's own forward must run."""
         if is_channels_last(x):
             return x
         return to_channels_last(x) if is_indifferent(self) else None
 
 
 class Part(ImageModule):
-    """A part of an encoder or decoder, fast on the channels-last tensors that these hand on."""
+    """A part of an encoder or decoder, which receives the channels-last tensors of its neighbours."""
 
 
 def is_channels_last(x: torch.Tensor) -> bool:
@@ -72,19 +78,25 @@ def layout_of(out: torch.Tensor | list[torch.Tensor], like: torch.Tensor) -> tor
 
 
 def is_indifferent(module: nn.Module) -> bool:
-    """Whether nothing inside a module could tell in which memory format images go through it: modules that are fast or
-    known, with weights of their own, and nobody who looks on.
+    """Whether nothing inside a module can tell in which memory format images pass through it: all submodules are fast
+    or known, have ordinary weights, and have no hooks.
     """
     if has_global_hooks():
         return False
     parents = [module]
-    for parent in parents:  # the list grows meanwhile: a loop takes a fraction of a recursion's time
+    for parent in parents:  # the list grows; the loop makes one call for a submodule, since it runs in every call
         for child in parent._modules.values():
             if child is None:
                 continue
-            if not (isinstance(child, FastModule) or _is_of_torch(type(child)) or _is_known(child)):
+            if not _accepts_any_format(type(child)) and not _is_plain_sequence(child):
                 return False
-            if is_observed(child):
+            if (
+                child._forward_hooks
+                or child._forward_pre_hooks
+                or child._backward_hooks
+                or child._backward_pre_hooks
+                or "forward" in child.__dict__
+            ):
                 return False
             if (child._parameters or child._buffers) and not has_ordinary_weights(child):
                 return False
@@ -94,18 +106,16 @@ def is_indifferent(module: nn.Module) -> bool:
 
 
 @constant_in_compile
-def _is_of_torch(cls: type[nn.Module]) -> bool:
-    if cls not in _OF_TORCH:
-        _OF_TORCH[cls] = cls.__module__.startswith(TORCH)
-    return _OF_TORCH[cls]
+def _accepts_any_format(cls: type[nn.Module]) -> bool:
+    """Whether modules of this class are fast, PyTorch's, or known and made of PyTorch's functions."""
+    if cls not in _ACCEPTS_ANY_FORMAT:
+        _ACCEPTS_ANY_FORMAT[cls] = issubclass(cls, FastModule) or cls.__module__.startswith(TORCH) or is_plain(cls)
+    return _ACCEPTS_ANY_FORMAT[cls]
 
 
-_OF_TORCH: dict[type[nn.Module], bool] = {}
+_ACCEPTS_ANY_FORMAT: dict[type[nn.Module], bool] = cache_by_class()
 
 
-def _is_known(module: nn.Module) -> bool:
-    """Whether a module that is not fast is made of PyTorch's functions and its children."""
-    if is_plain(type(module)):
-        return True
-    # OpSequential is left as it is where none of its operations are fast
+def _is_plain_sequence(module: nn.Module) -> bool:
+    """An OpSequential that `patch` skipped because no operation in it is fast."""
     return kind(module) == "OpSequential" and not any(isinstance(op, FastModule) for op in module.modules())

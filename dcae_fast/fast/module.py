@@ -15,12 +15,11 @@ from .names import cache_by_class, is_known
 
 
 class FastModule:
-    """Mixin with a `fast_forward`, never state: parameters, buffers and hooks stay as they are.
+    """Mixin with a fast forward. It adds no state: parameters, buffers and hooks stay as they are.
 
-    operators: names of the operators it calls. Where they have no kernel for the input's device or type, the module's
-    own forward runs; `eager` calls it too, for what a fast forward cannot do. dims: dimensions of the input.
-    attributes: what a module must have to be of the class that the mixin is written for; optional: what it may have
-    besides. A module with other submodules is of another class.
+    operators: names of the operators that the fast forward calls. dims: dimensions of the input. attributes: what a
+    module must have to be of the class that the mixin is written for; optional: what the module may have in addition.
+    A module with other submodules is of another class.
     """
 
     operators: tuple[str, ...] = ()
@@ -30,39 +29,42 @@ class FastModule:
 
     @staticmethod
     def reason_not_fast(module: nn.Module) -> str:
-        """Why no call of a module, patched or not, takes the fast way; empty if some may. Decided by what it is made
-        of, not by what may change with the next call: hooks, training mode.
+        """Why a module, patched or not, can never take its fast forward; empty if it can.
+
+        The answer depends on what the module is made of, not on what may change with the next call, such as hooks and
+        training mode.
         """
         return ""
 
     @staticmethod
     def rests_on(module: nn.Module) -> dict[str, nn.Module]:
-        """Submodules of which one at least must be patched, or else this one has nothing to gain. Empty: none."""
+        """Submodules of which at least one must be patched for this module to gain anything. Empty: it always gains."""
         return {}
 
     def dispatch(self, *args, **kwargs):
-        """Takes the fast way, or the module's own."""
+        """The fast forward, or the module's own where the fast one cannot take these arguments."""
         if kwargs or not args or not self.takes(*args):
             return self.eager(*args, **kwargs)
-        return self.fast_call(*args)
-
-    def takes(self, x: torch.Tensor, *others) -> bool:
-        """Whether these inputs, and the module's own weights, are for `fast_call`. With tensors of a subclass
-        (distributed or quantised, for example) the module's own forward does what they mean.
-        """
-        return (
-            type(x) in ops.ORDINARY
-            and x.dim() == self.dims
-            and ops.has_kernels(x)
-            and has_ordinary_weights(self)
-            and all(type(other) in ops.ORDINARY or not isinstance(other, torch.Tensor) for other in others)
-            and not ops.in_transform()
-        )
-
-    def fast_call(self, *args):
         return self.fast_forward(*args)
 
+    def takes(self, x: torch.Tensor, *others) -> bool:
+        """Whether the operators have kernels for these inputs and for the module's own weights.
+
+        They have none for subclasses of torch.Tensor, such as distributed or quantised tensors: the module's own
+        forward computes what those mean.
+        """
+        if type(x) not in ops.ORDINARY or x.dim() != self.dims or not ops.has_kernels(x) or ops.in_transform():
+            return False
+        for other in others:
+            if isinstance(other, torch.Tensor) and type(other) not in ops.ORDINARY:
+                return False
+        return not (self._parameters or self._buffers) or has_ordinary_weights(self)
+
+    def fast_forward(self, *args):
+        raise NotImplementedError
+
     def eager(self, *args, **kwargs):
+        """The module's own forward."""
         return super().forward(*args, **kwargs)
 
     def _apply(self, *args, **kwargs):
@@ -204,6 +206,6 @@ _WEIGHTS = ops.ORDINARY | {type(None)}
 def plain(*modules: nn.Module | None) -> bool:
     """`unobserved`, and their weights are ordinary tensors, which operators can read."""
     for module in modules:
-        if module is not None and not has_ordinary_weights(module):
+        if module is not None and (module._parameters or module._buffers) and not has_ordinary_weights(module):
             return False
     return unobserved(*modules)

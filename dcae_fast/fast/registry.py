@@ -9,10 +9,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from dcae_fast.ops._private import constant_in_compile
-
 from .module import FastModule, original_class
-from .names import below_roots, cache_by_class
+from .names import below_roots
 
 if TYPE_CHECKING:
     from .layers import Layer, Survey
@@ -42,15 +40,9 @@ def mixin_of(cls: type[nn.Module]) -> type[FastModule] | None:
     return next((_MIXINS[path] for path in below_roots(cls) if path in _MIXINS), None)
 
 
-@constant_in_compile
 def is_plain(cls: type[nn.Module]) -> bool:
     """Whether the class was registered as one without a fast forward."""
-    if cls not in _IS_PLAIN:
-        _IS_PLAIN[cls] = any(path in _PLAIN for path in below_roots(cls))
-    return _IS_PLAIN[cls]
-
-
-_IS_PLAIN: dict[type[nn.Module], bool] = cache_by_class()  # asked in every call
+    return any(path in _PLAIN for path in below_roots(cls))
 
 
 def describe_of(module: nn.Module) -> Describe | None:

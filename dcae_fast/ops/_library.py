@@ -23,6 +23,7 @@ from ._private import (
     count_dispatch_modes,
     has_zero_mark,
     in_transform,
+    is_tracing,
     make_known_to_inductor,
     takes_list,
     tree_flatten,
@@ -101,7 +102,7 @@ _CAPABILITIES: dict[torch.device, tuple[int, int]] = {}  # PyTorch takes longer 
 @constant_in_compile
 def is_supported(device: torch.device) -> bool:
     """Whether this is a GPU that kernels are compiled for."""
-    return capability(device) >= LEAST_CAPABILITY
+    return (_CAPABILITIES.get(device) or capability(device)) >= LEAST_CAPABILITY
 
 
 @constant_in_compile
@@ -139,14 +140,21 @@ class Operator:
         self.function: type[torch.autograd.Function] | None = None
 
     def __call__(self, *args):
-        if not _dispatcher_is_idle() or not _are_plain(tensors := _tensors(args)):
+        if (
+            not HAS_TRITON
+            or torch.compiler.is_compiling()
+            or count_dispatch_modes()
+            or in_transform()
+            or is_tracing()
+            or not _are_plain(tensors := _tensors(args))
+        ):
             return self._dispatch(args)
         if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
             return self.kernel(*args)
         return self.overload(*args) if self.function is None else self.function.apply(*args)
 
     def _dispatch(self, args):
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # a trace has tensors in place of integers
+        if torch.compiler.is_compiling() or is_tracing():  # a trace has tensors in place of integers
             return self.overload(*args)
         if in_transform():
             return self.reference(*args)
@@ -180,7 +188,7 @@ def define(
     def dense_kernel(*args):
         if not accepts(*args):
             return plain(*args)
-        if cuda_accepts and _first_tensor(args).is_cuda and cuda_extension() and cuda_accepts(*args):
+        if cuda_accepts and _tensors(args)[0].is_cuda and cuda_extension() and cuda_accepts(*args):
             return getattr(cuda_extension(), name)(*args)
         try:
             return run(*args)
@@ -188,11 +196,12 @@ def define(
             return plain(*args)
 
     def kernel(*args):
-        device = _first_tensor(args).device
+        first = args[0]
+        device = (first if isinstance(first, torch.Tensor) else _tensors(args)[0]).device
         if device.type != "cuda" or device.index == torch.cuda.current_device():
-            return dense_kernel(*map(as_channels_last, args))
+            return dense_kernel(*_dense(args))
         with torch.cuda.device(device):
-            return dense_kernel(*map(as_channels_last, args))
+            return dense_kernel(*_dense(args))
 
     LIBRARY.impl(name, plain, "CompositeExplicitAutograd")
     if HAS_TRITON:
@@ -257,6 +266,19 @@ def differentiable_as(op: Operator, reference: Callable) -> None:
     differentiable(op, gradient, setup_context)
 
 
+def _dense(args: tuple) -> list:
+    """The arguments, with `as_channels_last` applied to each; most tensors are dense already."""
+    dense = list(args)
+    for place, value in enumerate(args):
+        if isinstance(value, torch.Tensor):
+            if value.is_contiguous(memory_format=torch.channels_last if value.dim() == 4 else torch.contiguous_format):
+                continue
+        elif not (isinstance(value, (list, tuple)) and value and isinstance(value[0], torch.Tensor)):
+            continue
+        dense[place] = as_channels_last(value)
+    return dense
+
+
 def as_channels_last(value):
     """Dense: 4-D tensors channels-last, others contiguous; also those in a list or tuple."""
     if isinstance(value, torch.Tensor):
@@ -291,27 +313,12 @@ def _are_plain(tensors: list[torch.Tensor]) -> bool:
 _IS_CUDA, _IS_META = operator.attrgetter("is_cuda"), operator.attrgetter("is_meta")
 
 
-def _dispatcher_is_idle() -> bool:
-    """Whether nobody would notice the dispatcher's absence: no tracing, modes or transforms."""
-    return (
-        HAS_TRITON
-        and not torch.compiler.is_compiling()
-        and count_dispatch_modes() == 0
-        and not in_transform()
-        and not torch.jit.is_tracing()
-    )
-
-
-def _first_tensor(args) -> torch.Tensor:
-    return args[0] if isinstance(args[0], torch.Tensor) else _tensors(args)[0]
-
-
 def _tensors(args) -> list[torch.Tensor]:
     """Those among the arguments of an operator, also in their lists."""
     found = []
     for arg in args:
         if isinstance(arg, torch.Tensor):
             found.append(arg)
-        elif isinstance(arg, (list, tuple)):
-            found += [item for item in arg if isinstance(item, torch.Tensor)]
+        elif isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], torch.Tensor):
+            found += arg
     return found

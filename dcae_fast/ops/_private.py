@@ -69,6 +69,7 @@ VIEW_KEYS = _KEYS(_KEY.ADInplaceOrView)  # without them, results are no views of
 _VMAP_OF_GRADIENTS = torch._C._parse_dispatch_key("VmapMode")
 
 without_dispatch_keys = torch._C._ExcludeDispatchKeyGuard  # a context manager; its argument is a set of keys
+is_tracing = torch._C._is_tracing  # whether torch.jit.trace is at work
 count_dispatch_modes = torch._C._len_torch_dispatch_stack
 function_modes = _get_current_function_mode_stack  # a list of the active TorchFunctionModes
 has_zero_mark = torch.Tensor._is_zerotensor  # of a tensor that is zero whatever its memory holds

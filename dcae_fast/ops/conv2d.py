@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from . import _convolution_plans
-from ._elementwise import check_activation, check_filters
+from ._elementwise import ACTIVATIONS, check_activation, check_filters
 from ._library import HALVES, KERNEL_DTYPES, define, differentiable_as, launcher
 from ._plans import is_deterministic
 from .bias_act import bias_act_reference
@@ -130,9 +130,11 @@ def conv2d(
     channels-last, x.dtype. Raises ValueError on other activations, and unless x is [B, C, H, W], weight [K, C, R, S]
     and bias [K].
     """
-    check_activation(act)
+    if act not in ACTIVATIONS:
+        check_activation(act)
     if x.dim() != 4 or weight.dim() != 4 or x.shape[1] != weight.shape[1]:
         raise ValueError(f"x is {list(x.shape)}, weight {list(weight.shape)}: expected [B, C, H, W] and [K, C, R, S]")
-    check_filters(weight, bias=bias)
+    if bias is not None:
+        check_filters(weight, bias=bias)
     padding = [padding] * 4 if isinstance(padding, int) else list(padding)
     return conv2d_op(x, weight, bias, act, residual, stride, padding)

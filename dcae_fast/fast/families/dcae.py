@@ -59,10 +59,11 @@ def _all_none(args: tuple, kwargs: dict) -> bool:
 class Decoder(Coder):
     attributes = ("project_in", "stages", "project_out")
 
-    def dispatch(self, *args, **kwargs) -> Result:
+    def eager(self, *args, **kwargs) -> Result:
+        """The decoder's own forward; for the list that an encoder returns for several numbers of channels, a list."""
         if len(args) == 1 and not kwargs and isinstance(args[0], list):
             return [self.dispatch(z) for z in args[0]]
-        return super().dispatch(*args, **kwargs)
+        return super().eager(*args, **kwargs)
 
     def enlargement(self) -> int:
         return 2 ** (len(self.stages) - 1)
@@ -110,7 +111,7 @@ class ConvLayer(Part):
 
     def add(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         act = activation_name(self.act)
-        if act is None or member(self, "dropout") is not None or not can_fuse_norm(self.norm):
+        if act is None or self._modules.get("dropout") is not None or not can_fuse_norm(self.norm):
             y = self.eager(x)
             return y if residual is None else y + residual
         return conv_norm_act(self.conv, self.norm, act, x, residual)
@@ -120,7 +121,7 @@ class ConvLayer(Part):
         return conv_without_bias(self.conv, x) if self.is_bare() else (self(x), None)
 
     def is_bare(self) -> bool:
-        return self.norm is None and self.act is None and member(self, "dropout") is None
+        return self.norm is None and self.act is None and self._modules.get("dropout") is None
 
 
 def bare_conv(layer: nn.Module) -> nn.Module | None:
@@ -314,21 +315,21 @@ class ResidualBlock(Part):
         return [layer_of(block, survey)]
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
-        main, shortcut = self.main, self.shortcut
-        if self.reason_not_fast(self) or not plain(shortcut):
+        modules = self._modules
+        main, shortcut = modules.get("main"), modules.get("shortcut")
+        if main is None or modules.get("pre_norm") is not None or modules.get("post_act") is not None:
             return self.eager(x)
-        name = kind(shortcut)
+        name, seen = kind(shortcut), not plain(main, shortcut)
         if name in IDENTITIES:
-            return main.add(x, x) if isinstance(main, Branch) and plain(main) else self.eager(x)
+            return self.eager(x) if seen or not isinstance(main, Branch) else main.add(x, x)
+        if name not in SHORTCUTS or (seen and not plain(shortcut)):
+            return self.eager(x)
         if name in AVERAGING and not is_divisible(x, shortcut.factor):
             return self.eager(x)
         add = ops.unshuffle_average_add if name in AVERAGING else ops.duplicate_shuffle_add
-        return add(x, *self._main_without_bias(x), shortcut.factor)
-
-    def _main_without_bias(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if isinstance(self.main, (PixelShuffleSampler, InterpolateSampler, ConvLayer)) and plain(self.main):
-            return self.main.without_bias(x)
-        return self.main(x), None
+        if seen or not isinstance(main, (PixelShuffleSampler, InterpolateSampler, ConvLayer)):
+            return add(x, main(x), None, shortcut.factor)
+        return add(x, *main.without_bias(x), shortcut.factor)
 
 
 def layer_of(block: nn.Module, survey: Survey) -> Layer:
