@@ -30,7 +30,7 @@ class Operands:
     """The operands that one frozen layer keeps. Copies and pickles of the layer are frozen and start with none."""
 
     def __init__(self):
-        self._kept: dict[Hashable, tuple[list[tuple[weakref.ref, int, int]], Operand]] = {}
+        self._kept: dict[Hashable, tuple[list[tuple], Operand]] = {}  # by name: states of the sources, operand
 
     def __deepcopy__(self, memo: dict) -> "Operands":
         return Operands()
@@ -59,13 +59,19 @@ class Operands:
             yield from (tensor for tensor in operands if tensor is not None)
 
 
-def _state(source: torch.Tensor) -> tuple[weakref.ref, int, int]:
-    return weakref.ref(source), version_of(source), source.data_ptr()
+def _state(source: torch.Tensor) -> tuple[weakref.ref, int, int, bool]:
+    """What shows that a tensor has changed. peft merges adapters through `.data`, but it also freezes the layers."""
+    return weakref.ref(source), version_of(source), source.data_ptr(), source.requires_grad
 
 
-def _is_unchanged(state: tuple[weakref.ref, int, int], source: torch.Tensor) -> bool:
-    reference, version, address = state
-    return reference() is source and version_of(source) == version and source.data_ptr() == address
+def _is_unchanged(state: tuple[weakref.ref, int, int, bool], source: torch.Tensor) -> bool:
+    reference, version, address, requires_grad = state
+    return (
+        reference() is source
+        and version_of(source) == version
+        and source.data_ptr() == address
+        and source.requires_grad == requires_grad
+    )
 
 
 def _capturing(tensor: torch.Tensor) -> bool:
