@@ -13,7 +13,7 @@ from dcae_fast.models import blocks
 EVERYWHERE = {"conv2d", "duplicate_shuffle_add", "rms_norm", "rms_norm_conv2d"}
 ATTENTION = {"depthwise_glu", "relu_linear_attention", "unshuffle_average_add"}
 OPERATORS = {
-    "strided": EVERYWHERE | ATTENTION | {"multiscale_qkv", "upsample_conv2d"},
+    "strided": EVERYWHERE | ATTENTION | {"fold_batch_norm", "multiscale_qkv", "subpixel_weights", "upsample_conv2d"},
     "shuffled": EVERYWHERE | ATTENTION | {"conv2d_unshuffle"},
     "adaptive": EVERYWHERE | {"conv2d_unshuffle"},
 }
