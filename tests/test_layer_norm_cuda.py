@@ -9,7 +9,7 @@ from registration import check_registration
 
 from dcae_fast import ops
 from dcae_fast.ops.layer_norm import (
-    CUDA_GRADIENT_WIDTHS,
+    CUDA_BACKWARD_WIDTHS,
     CUDA_MOST_CHANNELS,
     layer_norm_backward_reference,
     layer_norm_reference,
@@ -20,7 +20,7 @@ pytestmark = NEEDED
 EPS = 1e-6
 FORMS = ["parameters", "of_image", "branch"]
 NAMES = "dx", "dscale", "dshift", "dbranch", "dgate"
-WIDTH = max(CUDA_GRADIENT_WIDTHS)
+WIDTH = max(CUDA_BACKWARD_WIDTHS)
 WIDTHS = [8, 104, 512, 768, 1152, CUDA_MOST_CHANNELS]
 
 
@@ -154,7 +154,7 @@ def test_errors_of_the_forward_name_the_argument(forward):
 @pytest.mark.parametrize("half", CEILINGS, ids=str)
 @pytest.mark.parametrize("wide", [False, True], ids=["half", "float32"])
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("width", CUDA_GRADIENT_WIDTHS)
+@pytest.mark.parametrize("width", CUDA_BACKWARD_WIDTHS)
 def test_agrees_with_float64(backward, width, form, wide, half):
     torch.manual_seed(0)
     tokens_dtype = torch.float32 if wide else half
@@ -166,7 +166,7 @@ def test_agrees_with_float64(backward, width, form, wide, half):
 
 
 @pytest.mark.parametrize("images", [131, 132, 133, 160, 300, 700])
-@pytest.mark.parametrize("width", CUDA_GRADIENT_WIDTHS)
+@pytest.mark.parametrize("width", CUDA_BACKWARD_WIDTHS)
 def test_agrees_however_images_fill_the_gpu(backward, width, images):
     check_backward(backward, make("branch", images, 66, torch.bfloat16, torch.float32, width=width))
 
@@ -229,7 +229,7 @@ def test_the_operator_runs_it(backward):
         assert all(map(torch.equal, gradients, expected))
 
 
-@pytest.mark.parametrize("width", CUDA_GRADIENT_WIDTHS)
+@pytest.mark.parametrize("width", CUDA_BACKWARD_WIDTHS)
 @pytest.mark.parametrize("form", FORMS)
 def test_registration(form, width):
     x, scale, shift, eps, branch, gate = make_norm(form, 2, 5, torch.bfloat16, torch.float32, None, width)
