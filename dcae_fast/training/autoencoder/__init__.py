@@ -1,0 +1,1 @@
+"""The task of training autoencoders on pictures."""
