@@ -102,19 +102,17 @@ def test_the_scaler_keeps_small_float16_gradients():
     assert weight(torch.amp.GradScaler("cpu", init_scale=2.0**16)) > 0
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_adaptive_weight_of_a_patched_decoder(device):
+def test_adaptive_weight_of_a_patched_decoder():
+    """The fast operators compute in float32; without a GPU, Triton's interpreter runs their kernels."""
     weights = []
     for patch in (False, True):
-        model = DCAE.from_pretrained("dc-ae-tiny").to(device).train()
+        model = DCAE.from_pretrained("dc-ae-tiny").train()
         if patch:
             dcae_fast.patch(model)
-        x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(device) * 2 - 1
-        with torch.autocast(device, torch.bfloat16):
-            made = model(x)
+        x = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
         last_weight = model.decoder.project_out.op_list[-1].conv.conv.weight
-        weights.append(adaptive_weight(*two_losses(made.float(), x), last_weight))
-    torch.testing.assert_close(*weights, rtol=5e-2, atol=0)
+        weights.append(adaptive_weight(*two_losses(model(x), x), last_weight))
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=0)
 
 
 def test_adaptive_weight_names_bad_arguments():
