@@ -193,7 +193,9 @@ def multiscale_qkv(scale: nn.Module, qkv: torch.Tensor) -> torch.Tensor:
     if not (one_after_the_other and [*map(type, parts)] == [nn.Conv2d] * 2 and plain(scale, *parts)):
         return scale(qkv)
     depthwise, grouped = parts
-    if not qkv.dtype == depthwise.weight.dtype == grouped.weight.dtype:
+    dtype = compute_dtype(qkv)
+    dtypes = {dtype, torch.float32} if autocasts(qkv) else {dtype}
+    if qkv.dtype != dtype or not dtypes.issuperset((depthwise.weight.dtype, grouped.weight.dtype)):
         return scale(qkv)
     side, channels = depthwise.kernel_size[0], qkv.shape[1]
     known = (

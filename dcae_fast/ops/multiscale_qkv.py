@@ -10,15 +10,36 @@ DC-AE.
 import torch
 import torch.nn.functional as F
 
-from ._library import KERNEL_DTYPES, as_x_or_float32, define, differentiable_as, halves_on_hopper
+from ._library import KERNEL_DTYPES, as_x_or_float32, define, differentiable, differentiable_as, halves_on_hopper
 
-GROUPS = (16, 32, 64)  # the kernel takes these numbers of channels in a group
+GROUPS = (16, 32, 64)  # the kernels take these numbers of channels in a group
+MOST_TAPS = 5  # of a row of the window, for the gradient's kernels
+
+
+def _depthwise_convolution(x, depthwise):
+    return F.conv2d(x, depthwise.to(x.dtype), padding=depthwise.shape[2] // 2, groups=x.shape[1])
 
 
 def multiscale_qkv_reference(x, depthwise, grouped):
-    channels, size = x.shape[1], depthwise.shape[2]
-    x = F.conv2d(x, depthwise.to(x.dtype), padding=size // 2, groups=channels)
-    return F.conv2d(x, grouped.to(x.dtype), groups=channels // grouped.shape[1])
+    x = _depthwise_convolution(x, depthwise)
+    return F.conv2d(x, grouped.to(x.dtype), groups=x.shape[1] // grouped.shape[1])
+
+
+def multiscale_qkv_backward_reference(dout, x, depthwise, grouped, parameters):
+    channels, padding = x.shape[1], depthwise.shape[2] // 2
+    mask = [True, parameters, False]
+
+    def backward(dy, x, weight, padding, groups):
+        return torch.ops.aten.convolution_backward(
+            dy, x, weight.to(x.dtype), None, [1, 1], [padding, padding], [1, 1], False, [0, 0], groups, mask
+        )
+
+    y = _depthwise_convolution(x, depthwise)
+    dy, dgrouped, _ = backward(dout, y, grouped, 0, channels // grouped.shape[1])
+    dx, ddepthwise, _ = backward(dy, x, depthwise, padding, channels)
+    if not parameters:
+        return dx, x.new_empty(0), x.new_empty(0)
+    return dx, ddepthwise.to(depthwise.dtype), dgrouped.to(grouped.dtype)
 
 
 def _accepts(x, depthwise, grouped):
@@ -38,7 +59,27 @@ multiscale_qkv_op = define(
     "multiscale_qkv",
     _cuda_accepts,
 )
-differentiable_as(multiscale_qkv_op, multiscale_qkv_reference)
+multiscale_qkv_backward_op = define(
+    "multiscale_qkv_backward(Tensor dout, Tensor x, Tensor depthwise, Tensor grouped, bool parameters)"
+    " -> (Tensor, Tensor, Tensor)",
+    multiscale_qkv_backward_reference,
+    lambda dout, x, depthwise, grouped, _: _accepts(x, depthwise, grouped) and depthwise.shape[2] <= MOST_TAPS,
+    "multiscale_qkv",
+)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, dout):
+    wants_parameters = any(ctx.needs_input_grad[1:])
+    dx, *of_parameters = multiscale_qkv_backward_op(dout, *ctx.saved_tensors, wants_parameters)
+    return dx, *(of_parameters if wants_parameters else (None, None))
+
+
+differentiable(multiscale_qkv_op, _backward, _setup_context)
+differentiable_as(multiscale_qkv_backward_op, multiscale_qkv_backward_reference)
 
 
 def multiscale_qkv(x: torch.Tensor, depthwise: torch.Tensor, grouped: torch.Tensor) -> torch.Tensor:

@@ -120,6 +120,25 @@ def test_kernels_are_used(name, operators):
     assert set(operators_called(reconstruct, model, image())) == set(operators.split())
 
 
+@pytest.mark.parametrize("name", ["strided", "diffusers-strided"])
+def test_training_under_autocast(name):
+    """Kernels compute the gradient of both parts of multi-scale attention, though the weights are in float32."""
+    eager, x = build(name, wide=True).train(), image(1, 3, 16, 12)
+    double, fast = copy.deepcopy(eager).double(), copy.deepcopy(eager)
+    dcae_fast.patch(fast)
+
+    def train(model, picture):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=model is not double):
+            return step(model, picture)
+
+    called = operators_called(train, fast, x)
+    assert called["multiscale_qkv"] == called["multiscale_qkv_backward"] > 0
+    pictures = [image(1, 3, 16, 12, seed=seed) for seed in range(4)]
+    exact = [train(double, picture.double()) for picture in pictures]
+    errors = [step_errors(train(eager, picture), want) for picture, want in zip(pictures, exact, strict=True)]
+    assert_as_accurate(step_errors(train(fast, pictures[0]), exact[0]), errors)
+
+
 @pytest.mark.parametrize("name", ["adaptive", "diffusers-shuffled"])
 @torch.no_grad()
 def test_memory_format(name, compare):

@@ -60,7 +60,7 @@ def main():
     from dcae_fast.kernels.duplicate_shuffle_add import launch_duplicate_shuffle_add
     from dcae_fast.kernels.gelu_backward import launch_gelu_backward
     from dcae_fast.kernels.layer_norm import launch_layer_norm, launch_layer_norm_backward
-    from dcae_fast.kernels.multiscale_qkv import launch_multiscale_qkv
+    from dcae_fast.kernels.multiscale_qkv import launch_multiscale_qkv, launch_multiscale_qkv_backward
     from dcae_fast.kernels.relu_linear_attention import (
         launch_relu_linear_attention,
         launch_relu_linear_attention_backward,
@@ -90,7 +90,10 @@ def main():
         qkv, dout = tensor(2, 1536, 16, 16, dtype=dtype), tensor(2, 512, 16, 16, dtype=dtype)
         launch_relu_linear_attention([qkv], 32, 1e-15)
         launch_relu_linear_attention_backward(dout, [qkv], 32, 1e-15)
-        launch_multiscale_qkv(qkv, tensor(1536, 1, 5, 5, dtype=dtype), tensor(1536, 32, 1, 1, dtype=dtype))
+        weights = tensor(1536, 1, 5, 5, dtype=dtype), tensor(1536, 32, 1, 1, dtype=dtype)
+        launch_multiscale_qkv(qkv, *weights)
+        launch_multiscale_qkv_backward(qkv, qkv, *weights, True)
+        launch_multiscale_qkv_backward(qkv, qkv, tensor(1536, 1, 5, 5), tensor(1536, 32, 1, 1), False)
         x, weight, bias = tensor(2, 256, 16, 16, dtype=dtype), tensor(256, 1, 3, 3), tensor(256)
         launch_depthwise_glu(x, weight, bias)
         launch_depthwise_glu_backward(x[:, :128], x, weight, bias, True)

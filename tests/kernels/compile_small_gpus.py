@@ -11,6 +11,7 @@ import triton
 from compile_sm90 import source
 from dcae_fast.kernels import common
 from dcae_fast.kernels.conv2d import launch_conv2d
+from dcae_fast.kernels.multiscale_qkv import launch_multiscale_qkv_backward
 from dcae_fast.kernels.relu_linear_attention import launch_relu_linear_attention_backward
 from dcae_fast.kernels.rms_norm_conv2d import launch_rms_norm_conv2d
 from triton.backends.compiler import GPUTarget
@@ -18,7 +19,12 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import JITFunction
 
 GPUS = {75: common.TURING, 89: common.ADA}  # by compute capability
-LARGEST = ("_conv2d_kernel", "_relu_linear_attention_query_backward_kernel", "_rms_norm_conv2d_taps_kernel")
+LARGEST = (
+    "_conv2d_kernel",
+    "_multiscale_qkv_grouped_backward_kernel",
+    "_relu_linear_attention_query_backward_kernel",
+    "_rms_norm_conv2d_taps_kernel",
+)
 make_llir = CUDABackend.make_llir
 
 
@@ -50,6 +56,8 @@ def launch(capability):
     launch_conv2d(x, weight, None, "none", 2, (3, 3, 3, 3))
     qkv, dout = torch.empty(1, 192, 8, 8, dtype=torch.float16), torch.empty(1, 64, 8, 8, dtype=torch.float16)
     launch_relu_linear_attention_backward(dout, [qkv], 64, 1e-15)
+    x = torch.empty(1, 64, 8, 8, dtype=dtype)
+    launch_multiscale_qkv_backward(x, x, torch.empty(64, 1, 5, 5), torch.empty(64, 64, 1, 1), True)
     x, weight = torch.empty(1, 128, 8, 8, dtype=torch.float16), torch.empty(3, 128, 3, 3, dtype=torch.float16)
     launch_rms_norm_conv2d(x, torch.empty(128), torch.empty(128), 1e-5, "silu", weight, torch.empty(3))
 

@@ -137,6 +137,8 @@ CASES = {
     "multiscale_qkv-one_pixel": (ops.multiscale_qkv, [(1, 48, 1, 1), (48, 1, 3, 3), (48, 16, 1, 1)]),
     "multiscale_qkv-tiles": (ops.multiscale_qkv, [(1, 32, 9, 18), (32, 1, 5, 5), (32, 32, 1, 1)]),
     "multiscale_qkv-odd_groups": (ops.multiscale_qkv, [(1, 24, 4, 4), (24, 1, 3, 3), (24, 8, 1, 1)]),
+    "multiscale_qkv-pointwise": (ops.multiscale_qkv, [(1, 64, 3, 2), (64, 1, 1, 1), (64, 64, 1, 1)]),
+    "multiscale_qkv-7x7_window": (ops.multiscale_qkv, [(1, 16, 4, 5), (16, 1, 7, 7), (16, 16, 1, 1)]),
     "multiscale_qkv-empty": (ops.multiscale_qkv, [(0, 64, 5, 7), (64, 1, 5, 5), (64, 32, 1, 1)]),
     "attention": attention_case(2, 1, 9, 11, 1),
     "attention-two_scales": attention_case(1, 2, 13, 7, 2),
@@ -306,7 +308,7 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", ["conv2d-relu", "conv2d_unshuffle", "upsample_conv2d", "multiscale_qkv"])
+@pytest.mark.parametrize("name", ["conv2d-relu", "conv2d_unshuffle", "upsample_conv2d"])
 def test_no_gradient_of_a_frozen_weight_is_computed(name):
     op, shapes = CASES[name]
     x, *weights = make(shapes, torch.float32)
@@ -330,13 +332,14 @@ def test_no_gradient_of_a_frozen_bias_is_summed(name):
     assert sums == [1, 0]
 
 
-def test_no_kernel_runs_for_frozen_parameters(monkeypatch):
-    op, shapes = CASES["depthwise_glu"]
+@pytest.mark.parametrize("name, kernel", [("depthwise_glu", "weight"), ("multiscale_qkv", "taps")])
+def test_no_kernel_runs_for_frozen_parameters(name, kernel, monkeypatch):
+    op, shapes = CASES[name]
     x, weight, bias = make(shapes, torch.float32)
     y = op(x, weight, bias)
     (expected,) = torch.autograd.grad(y, x, torch.ones_like(y))
-    kernels = importlib.import_module("dcae_fast.kernels.depthwise_glu")
-    monkeypatch.setattr(kernels, "_depthwise_glu_weight_backward_kernel", None)
+    kernels = importlib.import_module(f"dcae_fast.kernels.{name}")
+    monkeypatch.setattr(kernels, f"_{name}_{kernel}_backward_kernel", None)
     for again in (False, True):
         y = op(x, weight.detach(), bias.detach())
         (dx,) = torch.autograd.grad(y, x, torch.ones_like(y), create_graph=again)
@@ -388,6 +391,21 @@ def test_mixed_precision_sums_are_promoted():
     ):
         assert y.dtype == torch.float32
     assert ops.rms_norm(half, ones, ones).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["depthwise_glu", "multiscale_qkv"])
+def test_gradients_of_float32_weights_are_float32(name, dtype, monkeypatch):
+    """As in training under autocast: x has half precision."""
+    op, shapes = CASES[name]
+    x, *weights = make(shapes, torch.float32)
+    tensors = [x.detach().to(dtype).requires_grad_(), *weights]
+    exact = run(op, [tensor.detach().double().requires_grad_() for tensor in tensors])
+    eager = eager_errors(op, tensors, exact, monkeypatch)
+    got = run(op, tensors)
+    assert [value.dtype for value in got] == [dtype, dtype, torch.float32, torch.float32]
+    for value, want, eager_error in zip(got, exact, eager, strict=True):
+        assert relative_error(value, want) <= allowed(eager_error, dtype)
 
 
 @pytest.mark.parametrize(
