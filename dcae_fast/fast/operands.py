@@ -18,7 +18,7 @@ from torch import nn
 from dcae_fast import ops
 from dcae_fast.ops._private import version_of
 
-from .casts import cast
+from .casts import cast, without_cache
 
 LAYERS = (nn.Conv2d, nn.Linear)  # that can keep operands
 ATTRIBUTE = "fast_operands"  # of such a layer; it is there if the layer is frozen
@@ -47,7 +47,7 @@ class Operands:
             return kept[1]
         if _capturing(sources[0]) or any(map(torch.Tensor.is_inference, sources)):  # the latter count no versions
             return make()
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), without_cache(sources[0].device):
             operand = make()
         self._kept[key] = [_state(source) for source in sources], operand
         return operand
