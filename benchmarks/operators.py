@@ -21,8 +21,7 @@ from dcae_fast.ops.multiscale_qkv import multiscale_qkv_reference
 from dcae_fast.ops.relu_linear_attention import relu_linear_attention_reference
 from dcae_fast.ops.rms_norm import rms_norm_reference
 from dcae_fast.ops.rms_norm_conv2d import rms_norm_conv2d_reference
-from dcae_fast.ops.shuffle import to_planes
-from dcae_fast.ops.shuffle import duplicate_shuffle_add_reference, unshuffle_average_add_reference
+from dcae_fast.ops.shuffle import duplicate_shuffle_add_reference, to_planes, unshuffle_average_add_reference
 
 from .autoencoder import relative_error
 from .ceilings import Ceilings

@@ -1,8 +1,8 @@
-"""Layers on parts of a batch: a few images at a time, or bands of the rows of one.
+"""Layers on parts of a batch: on a few images at a time, or on bands of rows of one image.
 
-A band is computed from its rows and a halo above and below, cut out of the whole image, so that zero padding happens
-at the image's own borders alone. At an edge that was cut, the rows that miss their neighbours lie within the halo and
-are thrown away: the result is that of the whole image, but for the rounding of other convolution algorithms.
+A band is computed from its rows and from a halo of rows above and below. Band and halo are cut out of the whole image,
+so that zero padding happens only at the borders of the image. Rows that lack neighbours because of a cut lie within the
+halo and are discarded. The result equals that of the whole image, up to the rounding of other convolution algorithms.
 """
 
 import math
@@ -17,10 +17,10 @@ from .layout import layout_of
 
 @dataclass(frozen=True)
 class Bands:
-    """Local layers, one after the other, on one image in bands of rows.
+    """Runs a sequence of local layers on one image in bands of rows.
 
-    Rows are counted at the lowest resolution that the layers have. size: of a band with its halos. halos[k]: rows on
-    either side that the layers from the k-th on need.
+    Rows are counted at the lowest resolution among the layers. size: rows of a band with its halos. halos[k]: rows on
+    each side that layer k and the layers after it need.
     """
 
     layers: Sequence[Layer]
@@ -28,7 +28,7 @@ class Bands:
     halos: Sequence[int]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """[1, C, H, W] → what the layers make of it, in memory of its own."""
+        """The result of the layers for x: [1, C, H, W], in new memory."""
         rows, out = x.shape[2] // coarsest(self.layers), None
         for top, bottom in bands(rows, self.size, self.halos[0]):
             y = self._band(x, top, bottom, rows)
@@ -40,7 +40,7 @@ class Bands:
         return out
 
     def _band(self, x: torch.Tensor, top: int, bottom: int, rows: int) -> torch.Tensor:
-        """Rows top ... bottom of the result. Rows that are not needed any more are cut off where the size changes."""
+        """Rows top ... bottom of the result. Where the resolution changes, unneeded rows are cut off."""
         scale, first = coarsest(self.layers), 0
         for k, (layer, halo) in enumerate(zip(self.layers, self.halos, strict=True)):
             if k == 0 or layer.up != layer.down:
@@ -53,7 +53,7 @@ class Bands:
 
 @dataclass(frozen=True)
 class Plan:
-    """How to compute a batch: so many images at a time, each time by these steps."""
+    """How to compute a batch: `images` images at a time, by `steps`."""
 
     images: int
     steps: Sequence[Callable[[torch.Tensor], torch.Tensor]]
@@ -74,9 +74,9 @@ class Plan:
 
 
 def bands(rows: int, size: int, halo: int) -> Iterator[tuple[int, int]]:
-    """First row and end of each band without its halos; with those inside the image all are `size` rows high.
+    """First row and end of each band, without halos. With the halos inside the image, each band has `size` rows.
 
-    The last two may overlap. So the convolutions see few different shapes, whatever the number of bands.
+    The last two bands may overlap. Therefore the convolutions see few different shapes for any number of bands.
     """
     edge, inner = size - halo, size - 2 * halo
     yield 0, edge
@@ -91,9 +91,9 @@ def coarsest(layers: Sequence[Layer]) -> int:
 
 
 def halos(layers: Sequence[Layer]) -> tuple[int, ...]:
-    """For each layer: rows above and below a row of the result that it and those behind it need.
+    """For each layer: the rows above and below a row of the result that this layer and the layers after it need.
 
-    Both are rows at the lowest resolution, to which cuts are aligned.
+    Rows are counted at the lowest resolution, since cuts are aligned to it.
     """
     scale, needed = math.prod(layer.up for layer in layers), []
     for k in range(len(layers)):
@@ -105,7 +105,7 @@ def halos(layers: Sequence[Layer]) -> tuple[int, ...]:
 
 
 def empty_like(x: torch.Tensor, dim: int, size: int) -> torch.Tensor:
-    """Uninitialised, in x's type and memory format, and of x's shape but for one dimension."""
+    """An uninitialised tensor with x's dtype and memory format, and with x's shape except for one dimension."""
     last = x.is_contiguous(memory_format=torch.channels_last)
     shape = [size if d == dim else n for d, n in enumerate(x.shape)]
     memory_format = torch.channels_last if last else torch.contiguous_format

@@ -1,4 +1,4 @@
-"""What autocast makes of weights. For CUDA graphs: copies that are cast anew for a call or for a whole sampling."""
+"""Casts of weights under autocast; for CUDA graphs, copies that are cast again for each call or each sampling."""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,8 +12,8 @@ from dcae_fast.ops._private import CAST_OPERATOR, TorchDispatchMode, copy_each
 
 
 def cast(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """weight in this type; where autocast is on, as it casts those of PyTorch's layers: a float32 parameter that wants
-    a gradient once, until it ends. While a graph is captured, which may outlive that, it is always cast anew.
+    """weight in this dtype. Autocast keeps the cast of a float32 parameter that requires a gradient until autocast
+    ends, as it does for PyTorch's own layers. During the capture of a graph, which may live longer, nothing is kept.
     """
     if weight.dtype == dtype:
         return weight
@@ -25,17 +25,17 @@ def cast(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 @contextlib.contextmanager
 def without_cache(device: torch.device) -> Iterator[None]:
-    """Autocast as it is around this, except that it keeps no casts."""
+    """Autocast with the settings of the surrounding code, but without its cache."""
     kind = device.type
     with torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False):
         yield
 
 
 class Casts:
-    """The copies of a module's weights in other types, which all its graphs read.
+    """Copies of a module's weights in other dtypes, which all graphs of the module read.
 
-    Autocast's own cache lives until the outermost autocast ends and is shared by all threads: a graph that read from
-    there, or left something there, would be wrong afterwards.
+    Autocast's own cache lives until the outermost autocast ends, and all threads share it. A graph that reads from that
+    cache or writes to it would be wrong afterwards.
     """
 
     def __init__(self, module: nn.Module):
@@ -44,7 +44,7 @@ class Casts:
 
     @contextlib.contextmanager
     def once(self, device: torch.device) -> Iterator[None]:
-        """Autocast as it is around this, with these copies in place of its cache."""
+        """Autocast with the settings of the surrounding code, and with these copies instead of its cache."""
         with (
             without_cache(device),
             _Taking(self) if torch.is_autocast_enabled(device.type) else contextlib.nullcontext(),
@@ -52,7 +52,7 @@ class Casts:
             yield
 
     def take(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
-        """The copy of a weight; None of any other tensor."""
+        """The copy of a weight; None for any other tensor."""
         if self._weights.get(id(weight)) is not weight:
             return None
         key = id(weight), dtype
@@ -61,7 +61,7 @@ class Casts:
         return self._copies[key]
 
     def refresh(self) -> None:
-        """Cast the weights anew, as they are now."""
+        """Cast the present weights into the copies."""
         if self._copies:
             weights = [self._weights[name].detach() for name, _ in self._copies]
             copy_each(list(self._copies.values()), weights)

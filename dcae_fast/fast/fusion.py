@@ -1,4 +1,4 @@
-"""Convolution, norm, activation and residual of existing modules, in as few passes as the modules allow."""
+"""Computes convolution, norm, activation and residual of existing modules in as few passes as possible."""
 
 import torch
 import torch.nn.functional as F
@@ -18,24 +18,24 @@ ACTIVATIONS = {nn.Identity: "none", nn.ReLU: "relu", nn.SiLU: "silu"}
 
 
 def is_divisible(x: torch.Tensor, factor: int) -> bool:
-    """Whether x can be made smaller by a factor; the modules' own forwards say so if not."""
+    """Whether height and width are multiples of a factor. If not, the module's own forward raises the error."""
     return x.shape[2] % factor == x.shape[3] % factor == 0
 
 
 def activation_name(act: nn.Module | None) -> str | None:
-    """What the kernels call this activation, None if they do not know it."""
+    """The name of an activation for the operators; None if they do not know it."""
     if act is None:
         return "none"
     return ACTIVATIONS.get(type(act)) if plain(act) else None
 
 
 def unknown_activation(act: nn.Module | None) -> str:
-    """What an activation is if the kernels do not know it, else nothing."""
+    """Names an activation that the operators do not know; empty if they know it."""
     return "" if act is None or type(act) in ACTIVATIONS else f"its activation is {type(act).__name__}"
 
 
 def unknown_norm(norm: nn.Module | None) -> str:
-    """What a norm is if it is neither a channel RMS norm nor a batch norm, with weight and bias; else nothing."""
+    """Names a norm that is neither a channel RMS norm nor a batch norm, each with weight and bias; else empty."""
     if norm is None:
         return ""
     if kind(norm) not in RMS_NORMS and not is_batch_norm(norm):
@@ -46,7 +46,7 @@ def unknown_norm(norm: nn.Module | None) -> str:
 
 
 def can_fuse_norm(norm: nn.Module | None) -> bool:
-    """No norm, a channel RMS norm with weight and bias, or a batch norm that only scales and shifts."""
+    """Whether a norm is None, a channel RMS norm with weight and bias, or a batch norm in evaluation mode."""
     return norm is None or (plain(norm) and not unknown_norm(norm) and not (is_batch_norm(norm) and norm.training))
 
 
@@ -55,13 +55,15 @@ def is_batch_norm(norm: nn.Module | None) -> bool:
 
 
 def rms_norm(norm: nn.Module, x: torch.Tensor, act: str = "none", residual: torch.Tensor | None = None) -> torch.Tensor:
-    """act(norm(x)) + residual; norm: an RMS norm that satisfies `can_fuse_norm`."""
+    """act(norm(x)) + residual. norm: an RMS norm that satisfies `can_fuse_norm`."""
     return ops.rms_norm(x, norm.weight, norm.bias, norm.eps, act, residual, norm_dtype(norm, x))
 
 
 def norm_dtype(norm: nn.Module, x: torch.Tensor) -> torch.dtype:
-    """Of norm(x). This project's RMS norm and the original's in Triton return x's type. The original's in PyTorch
-    promotes, from float32 under CUDA's autocast, which takes powers there; diffusers' has the type of its weight.
+    """The dtype of norm(x).
+
+    This project's RMS norm and the original's in Triton return x's dtype. The original's in PyTorch promotes; under
+    CUDA autocast it promotes from float32, because autocast computes powers in float32. diffusers' has its weight's dtype.
     """
     weights = torch.promote_types(norm.weight.dtype, norm.bias.dtype)
     match kind(norm):
@@ -73,12 +75,12 @@ def norm_dtype(norm: nn.Module, x: torch.Tensor) -> torch.dtype:
 
 
 def autocasts(x: torch.Tensor) -> bool:
-    """Whether autocast is on for x's device; the meta device has none."""
+    """Whether autocast is on for the device of x; the meta device has no autocast."""
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """Of products with x: autocast's, or x's, which the weights must have then."""
+    """The dtype of products with x: that of autocast, or that of x, which the weights must have then."""
     return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
 
 
@@ -87,7 +89,7 @@ def can_fuse_conv(
 ) -> bool:
     """Whether `ops.conv2d` does the work of conv(x) + residual: in inference, in half precision of one type.
 
-    The module itself refuses an x with other channels. any_shape: whether `ops.conv2d` does it for tensors like x.
+    any_shape: ignores the number of channels of x. Without it the module itself raises the error for other channels.
     """
     dtype = x.dtype
     if type(conv) is not nn.Conv2d or dtype not in HALVES or torch.is_grad_enabled():
@@ -112,12 +114,12 @@ def can_fuse_conv(
 
 
 def can_fuse_conv3x3(conv: nn.Module | None, x: torch.Tensor) -> bool:
-    """`can_fuse_conv` for a 3×3 convolution with padding and stride 1."""
+    """`can_fuse_conv`, for a 3×3 convolution with padding 1 and stride 1."""
     return can_fuse_conv(conv, x) and conv.kernel_size == (3, 3) and conv.padding == conv.stride == (1, 1)
 
 
 def can_fuse_unshuffle(conv: nn.Module | None, x: torch.Tensor) -> bool:
-    """Whether `ops.conv2d_unshuffle` is the way to compute conv(x) and a pixel-unshuffle by 2."""
+    """Whether `ops.conv2d_unshuffle` computes conv(x) and a pixel-unshuffle by 2."""
     return can_fuse_conv3x3(conv, x) and conv.in_channels <= FEW_CHANNELS
 
 
@@ -135,7 +137,7 @@ def _convolve(
 
 
 def conv_without_bias(conv: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """conv(x) and the bias that is still to be added; None if there is none or the convolution is no plain Conv2d."""
+    """conv(x) without its bias, and the bias. The bias is None if there is none, or if conv(x) already includes it."""
     if can_fuse_conv(conv, x):
         return _convolve(conv, x, operands.of_convolution(conv), None), conv._parameters["bias"]
     if type(conv) is nn.Conv2d and conv.bias is not None and plain(conv):
@@ -144,9 +146,9 @@ def conv_without_bias(conv: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, t
 
 
 def upsample_conv_without_bias(conv: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """conv(nearest-neighbour 2× up-sampling of x), as planes where that is faster, and the bias still to be added.
+    """conv(nearest-neighbour 2× up-sampling of x) without its bias, and the bias, as in `conv_without_bias`.
 
-    Planes are what `ops.duplicate_shuffle_add` takes. conv: 3×3 with padding 1.
+    The first is four planes, as `ops.duplicate_shuffle_add` takes them, if that is faster. conv: 3×3 with padding 1.
     """
     if can_fuse_conv3x3(conv, x):
         return ops.upsample_conv2d(x, operands.of_upsampling_convolution(conv)), conv.bias
@@ -154,7 +156,7 @@ def upsample_conv_without_bias(conv: nn.Module, x: torch.Tensor) -> tuple[torch.
 
 
 def upsample(x: torch.Tensor) -> torch.Tensor:
-    """Nearest-neighbour 2× up-sampling, channels-last: a copy. torch's own reaches a tenth of the bandwidth there."""
+    """Nearest-neighbour 2× up-sampling, channels-last. PyTorch's own reaches a tenth of the memory bandwidth."""
     batch, channels, height, width = x.shape
     pixels = x.movedim(1, -1)[:, :, None, :, None].expand(batch, height, 2, width, 2, channels)
     return pixels.reshape(batch, 2 * height, 2 * width, channels).movedim(-1, 1)
@@ -167,7 +169,7 @@ def conv_norm_act(
     x: torch.Tensor,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """act(norm(conv(x))) + residual, in one or two passes. norm must satisfy `can_fuse_norm`."""
+    """act(norm(conv(x))) + residual in one or two passes. norm must satisfy `can_fuse_norm`."""
     fused = can_fuse_conv(conv, x, residual)
     if norm is None:
         if fused:
@@ -187,7 +189,7 @@ def conv_norm_act(
 
 
 def multiscale_qkv(scale: nn.Module, qkv: torch.Tensor) -> torch.Tensor:
-    """scale(qkv), in one pass if it is a depthwise and a grouped 1×1 convolution as in the released models."""
+    """scale(qkv), in one pass if scale is a depthwise and a grouped 1×1 convolution, as in the released models."""
     parts = list(scale._modules.values())
     one_after_the_other = type(scale) is nn.Sequential or kind(scale) == "SanaMultiscaleAttentionProjection"
     if not (one_after_the_other and [*map(type, parts)] == [nn.Conv2d] * 2 and plain(scale, *parts)):
@@ -212,9 +214,9 @@ def multiscale_qkv(scale: nn.Module, qkv: torch.Tensor) -> torch.Tensor:
 
 
 def norm_act_conv(norm: nn.Module, act: str, conv: nn.Module | None, x: torch.Tensor) -> torch.Tensor | None:
-    """conv(act(norm(x))) where that is one operator, for convolutions to few channels; else None.
+    """conv(act(norm(x))) if one operator computes it, for convolutions to few channels; else None.
 
-    norm: an RMS norm that satisfies `can_fuse_norm`, its result of its input's type.
+    norm: an RMS norm that satisfies `can_fuse_norm` and returns the dtype of its input.
     """
     if can_fuse_conv3x3(conv, x) and conv.in_channels <= MOST_CHANNELS and conv.out_channels <= MOST_FILTERS:
         weight = operands.of_convolution(conv)

@@ -1,4 +1,4 @@
-"""CUDA graphs of whole calls of a module: captured once for each kind of call, replayed for the price of one launch."""
+"""CUDA graphs of whole calls of a module: captured once for each kind of call, then replayed with one launch."""
 
 import contextlib
 import threading
@@ -34,13 +34,14 @@ _dropped: list["tuple[Pool, OrderedDict[Hashable, Captured], Casts]"] = []  # an
 
 
 class Graphs:
-    """The graphs of one module, which share their memory; of more than LIMIT the least recently used is dropped.
+    """The graphs of one module, which share their memory. Of more than LIMIT graphs the least recently used is dropped.
 
-    The first call of a kind runs as it is, the second is captured. A graph reads the weights where they lie, so
-    whatever writes to them in place is seen: optimizers, load_state_dict, `.data`. Anything else that could change a
-    result, as far as `Watch` sees it, drops the graphs. Copies and pickles of a module start with none.
+    The first call of a kind runs normally, the second is captured. A graph reads weights in place, so that it uses what
+    optimizers, load_state_dict and `.data` write there. Any other change that could alter a result and that `Watch`
+    detects drops the graphs. Copies and pickles of a module start without graphs.
 
-    These are an encoder's or decoder's: channels-last if nothing in it minds, and none under autocast.
+    This class is for encoders and decoders: their inputs are made channels-last if nothing in them depends on the
+    memory format, and calls under autocast are not captured.
     """
 
     of_network = False
@@ -69,7 +70,7 @@ class Graphs:
 
     @property
     def inside(self) -> bool:
-        """Whether this thread is computing a call: what that calls in turn is none of its own."""
+        """Whether this thread is computing a call of the module: calls inside that call are not captured."""
         return getattr(self._thread, "inside", False)
 
     @contextlib.contextmanager
@@ -81,9 +82,9 @@ class Graphs:
             self._thread.inside = False
 
     def clear(self) -> None:
-        """Drop all graphs, as soon as the GPU has finished with them.
+        """Drop all graphs as soon as the GPU has finished with them.
 
-        While somebody captures, nothing may be waited for or freed: that is done when graphs are dropped the next time.
+        During a capture nothing may be waited for or freed. Then the graphs are freed when graphs are next dropped.
         """
         with self._lock:
             if self._pool is not None:
@@ -99,10 +100,10 @@ class Graphs:
     def replay(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any], name: Hashable = (), cast: bool = True
     ) -> Result | None:
-        """The call's result, None if there is no graph for it. Half of the checks are made while the GPU works.
+        """The result of the call; None if there is no graph for it. Half of the checks run while the GPU works.
 
-        name: of the function, where there are several that take such arguments. cast: whether weights that autocast
-        casts are cast anew.
+        name: distinguishes functions that take the same arguments. cast: whether to cast weights again that autocast
+        casts.
         """
         key = self.key(args, kwargs, name)
         with self._lock, self._computing():
@@ -121,12 +122,12 @@ class Graphs:
         kwargs: dict[str, Any],
         name: Hashable = (),
     ) -> Result:
-        """function(*args, **kwargs), which calls the module; captured when it is called like this the second time."""
+        """function(*args, **kwargs), which calls the module. The second call of a kind is captured."""
         key, to_be_captured = self.key(args, kwargs, name), False
         with self._lock, self._computing():
             if key is None:
                 if self._watch is not None and not self._watch.same_addresses(module):
-                    self.clear()  # of weights that are elsewhere now
+                    self.clear()  # since the weights have moved
             elif self._may_capture(module, args) and key not in self._failed:
                 if key in self._called:
                     graph = self._graphs.get(key) or self._capture(module, key, function, args, kwargs)
@@ -134,11 +135,11 @@ class Graphs:
                         return graph.replay(args, cast=True)
                 else:
                     to_be_captured = True
-        # what autocast kept of a call before the capture would lie beside the graphs' own casts until it ends
+        # casts that autocast keeps from before the capture would take memory beside the graphs' own casts
         with self._computing(), without_cache(args[0].device) if to_be_captured else contextlib.nullcontext():
             result = function(*args, **kwargs)
         if to_be_captured:
-            with self._lock:  # the key as it is now: PyTorch chooses its order of attentions in the first of them
+            with self._lock:  # the present key: the first attention chooses the order of PyTorch's backends
                 self._called.append(self.key(args, kwargs, name))
         return result
 
@@ -172,7 +173,7 @@ class Graphs:
         return graph
 
     def _layout(self, module: nn.Module) -> torch.memory_format:
-        """Of the graph's own inputs."""
+        """The memory format of the graph's inputs."""
         if self.of_network:
             return torch.preserve_format
         return torch.channels_last if is_indifferent(module) else torch.contiguous_format
@@ -187,14 +188,14 @@ def _free_dropped() -> None:
 
 
 class NetworkGraphs(Graphs):
-    """A diffusion transformer's: its inputs lie as they were given, and it may run under autocast."""
+    """The graphs of a diffusion transformer: inputs keep their strides, and calls under autocast are captured."""
 
     of_network = True
     under_autocast = True
 
 
 class Pool:
-    """What the graphs of a coder share: memory, the stream they are captured on, and the end of the last replay."""
+    """What the graphs of a module share: memory, the stream of captures, and the end of the last replay."""
 
     def __init__(self, device: torch.device):
         self.stream = torch.cuda.Stream(device)
@@ -202,7 +203,7 @@ class Pool:
         self.memory = torch.cuda.graph_pool_handle()
 
     def wait(self) -> None:
-        """Until the GPU has finished the last replay."""
+        """Wait until the GPU has finished the last replay."""
         self.replayed.synchronize()
 
     def abandon(self) -> None:
@@ -211,10 +212,10 @@ class Pool:
 
 
 class Captured:
-    """A call as a CUDA graph with inputs and an output of its own. Raises what the call or its capture raises.
+    """A call as a CUDA graph with its own inputs and output. Raises what the call or its capture raises.
 
-    layout: memory format of the inputs. Unless it is preserved, the result gets the memory format of x.
-    operands: kept ones that the graph reads, which must live as long as the graph.
+    layout: memory format of the inputs. Unless it is torch.preserve_format, the result gets the memory format of x.
+    operands: tensors kept by frozen layers that the graph reads; they live as long as the graph.
     """
 
     operands: list[torch.Tensor] | None = None
@@ -237,7 +238,7 @@ class Captured:
             self._inputs = tensors(own)
             with casts.once(device):
                 function(*own, **kwargs)  # compiles kernels, chooses convolution algorithms, casts weights
-                clear_cublas_workspaces()  # so that the graph gets one of its own
+                clear_cublas_workspaces()  # so that the graph gets its own
                 try:
                     with torch.cuda.graph(self._graph, pool.memory, pool.stream, capture_error_mode="thread_local"):
                         self._out = function(*own, **kwargs)
@@ -249,7 +250,7 @@ class Captured:
         current.wait_stream(pool.stream)
 
     def replay(self, args: tuple, cast: bool) -> Result:
-        """The result for these arguments, in memory of its own."""
+        """The result for these arguments, in new memory."""
         x = args[0]
         stream = torch.cuda.current_stream(x.device)
         stream.wait_event(self._pool.replayed)  # the graphs of a pool take turns
@@ -269,11 +270,13 @@ class Captured:
 
 
 def call_key(args: tuple, kwargs: dict[str, Any], network: bool, under_autocast: bool) -> Hashable | None:
-    """What kind of call this is: equal calls may share a graph. None if it must not be captured or replayed.
+    """The kind of a call: calls with equal keys may share a graph. None if a call must not be captured or replayed:
 
-    That is so without a GPU or kernels, with autocast unless under_autocast, while somebody else captures or traces,
-    where hooks of all modules or a mode (a FLOP counter, for one) would see what runs, and with other arguments after
-    the first than integers or lists of them, and of a network tensors, whose layout counts.
+    - there is no GPU, or the operators have no kernels for x;
+    - autocast is on, unless under_autocast;
+    - another capture or a trace is active;
+    - global module hooks or a mode, such as a FLOP counter, would observe the call;
+    - an argument after the first is neither an integer nor a list of integers; a network may also take tensors.
     """
     modes = count_dispatch_modes() > 0 or any(type(mode) is not DeviceContext for mode in function_modes())
     x, *rest = args
@@ -294,7 +297,7 @@ def call_key(args: tuple, kwargs: dict[str, Any], network: bool, under_autocast:
 
 
 def can_graph(x: torch.Tensor) -> bool:
-    """Whether there are a GPU to capture on and kernels for x, and nobody else captures."""
+    """Whether x is on a GPU, the operators have kernels for it, and no capture is active."""
     return x.is_cuda and x.numel() > 0 and ops.has_kernels(x) and not torch.cuda.is_current_stream_capturing()
 
 

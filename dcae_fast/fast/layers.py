@@ -17,18 +17,18 @@ from .registry import describe_of
 
 
 class UnknownModule(Exception):
-    """A module of which nothing is known here."""
+    """A module that no family describes."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One step of a coder, `run`.
+    """One step of an encoder or decoder, `run`.
 
-    channels: of its output. up, down: rows of its output for one of its input, and the reverse.
-    before, after: rows that it reads above and below, at its input's and at its output's resolution; before is None
-    where every row depends on the whole image.
-    widest, peak: of its largest tensor, and of all that it holds at its worst moment, its input and output included;
-    in channels at its input's resolution, so that peak * rows * columns * bytes of an element is memory.
+    channels: of the output. up, down: rows of the output for one row of the input, and the reverse.
+    before, after: rows that the layer reads above and below a row, at the resolution of the input and of the output.
+    before is None if every row depends on the whole image.
+    widest, peak: channels of the largest tensor, and of all tensors that are alive at the same time, input and output
+    included. They are counted at the input's resolution: peak * rows * columns * bytes per element is memory.
     """
 
     run: Callable[[torch.Tensor], torch.Tensor]
@@ -41,15 +41,15 @@ class Layer:
     after: int = 0
 
     def spoilt(self, rows: int) -> int:
-        """How many rows of the output are wrong at an edge where that many of the input are."""
+        """The number of wrong rows at an edge of the output if that many rows at the edge of the input are wrong."""
         return -(-(rows + self.before) * self.up // self.down) + self.after
 
 
 class Survey:
     """Describes the modules of the registered families; raises UnknownModule for any other module.
 
-    The peaks are those of the fast forwards where the operators have kernels for tensors like x, else of the modules'
-    own forwards. There a norm works on `wide` times its input: three copies, of fp32 at least.
+    The peaks are those of the fast forwards if the operators have kernels for tensors like x, else those of the
+    modules' own forwards. There a norm needs `wide` times the memory of its input: three copies in at least fp32.
     """
 
     def __init__(self, x: torch.Tensor):
@@ -74,14 +74,14 @@ class Survey:
         return self.kernels and all(map(is_fast, modules))
 
     def res_block(self, block, first, second, act, norm, *inner) -> Layer:
-        """Alive at its end: input, activation, convolution, result; or the norm's copies instead of the result."""
+        """Alive at the end: input, activation, convolution, and the result or the norm's copies."""
         known(act, norm)
         width = first.in_channels
         peak = (4 if self.is_lean(block, *inner) else 3 + self.wide) * width
         return Layer(block, second.out_channels, width, peak, before=reach(first) + reach(second))
 
     def gated(self, block, inverted, depth, point, act, norm, *inner) -> Layer:
-        """Alive at the worst moment: the input, the hidden channels and what becomes of them, before or after it."""
+        """Alive at the peak: the input, and the hidden channels before and after the gate."""
         known(act, norm)
         width, hidden = inverted.in_channels, inverted.out_channels
         end = hidden / 2 + (2 if self.is_lean(block, *inner) else 1 + self.wide) * width
@@ -89,16 +89,16 @@ class Survey:
         return Layer(block, point.out_channels, hidden, peak, before=sum(map(reach, (inverted, depth, point))))
 
     def attention(self, block, channels: int, width: int, scales: int, lean: bool) -> Layer:
-        """Alive: the input, qkv of each scale, and what makes one more or the result; else all of it again, widened."""
+        """Alive: the input, qkv of each scale, and the next scale or the result; in plain PyTorch also fp32 copies."""
         qkv = 3 * width * (1 + scales)
         rest = max(3 * width if scales else 0, qkv / 3) if lean else qkv * (1 + self.wide)
         return Layer(block, channels, qkv, channels + qkv + rest, before=None)
 
     def sampler(self, resampling: "Resampling", block: nn.Module, run: Callable | None = None) -> Layer:
-        """A convolution that may change the resolution, with the shortcut that `block` adds; run: instead of block.
+        """A convolution that may change the resolution, with the shortcut that `block` adds.
 
-        Alive: the input, enlarged too where that is done before the convolution, the convolution and the result; in
-        plain PyTorch the shortcut as well.
+        run: replaces block as the step. Alive: the input, the enlarged input if there is one, the convolution and the
+        result; in plain PyTorch also the shortcut.
         """
         conv, how, factor = resampling
         up, down = (factor, 1) if how in ("shuffle", "nearest") else (1, factor)
@@ -116,7 +116,7 @@ class Survey:
     def head(
         self, run: Callable, block: nn.Module, norm: nn.Module, act: nn.Module, last: "Resampling", sampler: nn.Module
     ) -> Layer:
-        """Norm, activation and the last convolution, by a forward of `block`; sampler: the module of the latter."""
+        """Norm, activation and last convolution, in the forward of `block`; sampler: the module of the convolution."""
         known(act, norm)
         layer = self.sampler(last, sampler, run)
         width = norm.weight.shape[0]
@@ -132,13 +132,13 @@ Resampling = tuple[nn.Conv2d, str, int]
 
 
 def known(act: nn.Module | None, norm: nn.Module | None) -> None:
-    """Raises UnknownModule unless both work on each position by itself."""
+    """Raises UnknownModule unless activation and norm work on each position separately."""
     if activation_name(act) is None or not can_fuse_norm(norm):
         raise UnknownModule(f"{type(act).__name__} or {type(norm).__name__}")
 
 
 def reach(conv: nn.Module, stride: int = 1) -> int:
-    """Rows above and below its own that a convolution reads, which keeps the size or divides it by the stride."""
+    """Rows above and below a row that a convolution reads, which must keep the size or divide it by the stride."""
     if type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and conv.stride == (stride, stride):
         same = tuple(dilation * (size - 1) / 2 for dilation, size in zip(conv.dilation, conv.kernel_size, strict=True))
         if conv.padding == same:

@@ -1,4 +1,4 @@
-"""Memory formats: channels-last inside fast modules; for everybody else, what they would see without them."""
+"""Memory formats: channels-last inside fast modules; outside, the formats of an unpatched model."""
 
 import torch
 from torch import nn
@@ -47,15 +47,15 @@ class Part(ImageModule):
 
 
 def is_channels_last(x: torch.Tensor) -> bool:
-    """Whether PyTorch's layers take x for channels-last, by its strides: it need not be dense."""
+    """Whether PyTorch's layers treat x as channels-last, judged by its strides. x need not be dense."""
     _, channels, height, width = x.shape
     of_image, of_channel, of_row, of_column = x.stride()
     return of_channel == 1 and channels <= of_column and width * of_column <= of_row and height * of_row <= of_image
 
 
 def to_channels_last(x: torch.Tensor) -> torch.Tensor:
-    """A channels-last copy of an x that is not; the gradient of x is contiguous, as PyTorch's layers would make it."""
-    if torch.is_grad_enabled() and x.requires_grad and not torch.jit.is_tracing():  # which records no Python
+    """A channels-last copy of x. The gradient of x is contiguous, as with PyTorch's layers."""
+    if torch.is_grad_enabled() and x.requires_grad and not torch.jit.is_tracing():  # a trace cannot record a Function
         return _ToChannelsLast.apply(x)
     return x.to(memory_format=torch.channels_last)
 
@@ -71,7 +71,7 @@ class _ToChannelsLast(torch.autograd.Function):
 
 
 def layout_of(out: torch.Tensor | list[torch.Tensor], like: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
-    """One image tensor or several in the memory format of `like`: channels-last, or else contiguous."""
+    """An image tensor, or a list of them, in the memory format of `like`: channels-last or contiguous."""
     if not isinstance(out, torch.Tensor):
         return [layout_of(part, like) for part in out]
     return out.contiguous(memory_format=torch.channels_last if is_channels_last(like) else torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""How a module becomes fast: its class is swapped for a subclass made of a mixin and its own class."""
+"""A module becomes fast when its class is replaced by a subclass of a mixin and of its own class."""
 
 import functools
 import inspect
@@ -86,19 +86,19 @@ class FastModule:
 
 @functools.cache
 def fast_class(mixin: type[FastModule], base: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of `base` that runs `mixin`'s forward, with the signature of its own."""
+    """The subclass of `base` that runs the forward of `mixin`, with the signature of `base.forward`."""
     signature = inspect.signature(base.forward)
     parameters = list(signature.parameters.values())[1:]
     names = tuple(each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD)
 
     def forward(self, *args, **kwargs):
-        if not isinstance(self, FastModule):  # a wrapper kept this forward, and the module is patched no more
+        if not isinstance(self, FastModule):  # a wrapper kept this forward, and the module was unpatched
             return type(self).forward(self, *args, **kwargs)
         if kwargs:
             args, kwargs = by_position(names, args, kwargs)
         return self.dispatch(*args, **kwargs)
 
-    forward.__signature__ = signature  # torch.export, for one, finds dynamic shapes by it
+    forward.__signature__ = signature  # torch.export, for example, finds dynamic shapes by it
     return type("Fast" + base.__name__, (mixin, base), {"__module__": mixin.__module__, "forward": forward})
 
 
@@ -116,16 +116,16 @@ def _is_fast_class(cls: type[nn.Module]) -> bool:
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class that a module's library gave it, without what `patch` and others have made of it since.
+    """The class that the library of a module gave it, before `patch` and others derived new classes.
 
-    fully_shard, replicate and parametrizations of PyTorch give an instance a class of its own, derived from its class.
+    fully_shard, replicate and parametrizations of PyTorch give an instance a new class, derived from its class.
     """
     cls = class_in_use(module)
     return cls.__bases__[1] if _is_fast_class(cls) else cls
 
 
 def class_in_use(module: nn.Module) -> type[nn.Module]:
-    """A module's fast class, or else its original one, without what others have derived from it."""
+    """The fast class of a module, or else its original class, before others derived classes from it."""
     cls = type(module)
     fast = next(filter(_is_fast_class, cls.__mro__), None)
     while fast is None and cls.__module__.startswith("torch."):
@@ -138,14 +138,14 @@ def class_in_use(module: nn.Module) -> type[nn.Module]:
 
 
 def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Put cls in the place of `class_in_use(module)`: a class that others derived from that is derived anew."""
+    """Replace `class_in_use(module)` by cls. Classes that others derived from the former are derived from cls."""
     module.__class__ = _derived_anew(type(module), class_in_use(module), cls)
 
 
 def _derived_anew(cls: type, old: type, new: type) -> type:
-    """cls with `new` in place of `old` among its bases, or theirs.
+    """cls with `new` instead of `old` among its direct and indirect bases.
 
-    RuntimeError if its methods call super(), which would still mean the former class.
+    Raises RuntimeError if methods of cls call super(), which would still refer to the former class.
     """
     if cls is old or old is new:
         return new if cls is old else cls
@@ -161,7 +161,7 @@ def _derived_anew(cls: type, old: type, new: type) -> type:
 
 
 def kind(module: nn.Module) -> str:
-    """Name of a module's class before `patch`, without its package; empty if that is not known here."""
+    """The name of a module's class before `patch`, without its package; empty if the package is unknown."""
     return _kind_of(type(module))
 
 
@@ -177,14 +177,14 @@ _KINDS: dict[type[nn.Module], str] = cache_by_class()  # asked in every call
 
 
 def member(module: nn.Module, name: str) -> Any:
-    """module.name where that is a submodule or a plain attribute; None where there is none. Asking the module itself
-    takes an exception in that case.
+    """module.name if it is a submodule or an attribute of the instance, else None. Unlike getattr, this raises no
+    exception internally.
     """
     return module._modules[name] if name in module._modules else module.__dict__.get(name)
 
 
 def by_position(names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Arguments that were given by name, at their places as far as no place before them is free."""
+    """Moves keyword arguments to their positions, up to the first parameter that is missing."""
     for name in names[len(args) :]:
         if name not in kwargs:
             break
@@ -193,7 +193,7 @@ def by_position(names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> 
 
 
 def has_ordinary_weights(module: nn.Module) -> bool:
-    """Whether a module's own parameters and buffers are of no subclass of PyTorch's tensors."""
+    """Whether a module's own parameters and buffers are ordinary tensors, of no subclass."""
     parameters, buffers = module._parameters, module._buffers
     return (not parameters or _WEIGHTS.issuperset(map(type, parameters.values()))) and (
         not buffers or _WEIGHTS.issuperset(map(type, buffers.values()))
@@ -204,7 +204,7 @@ _WEIGHTS = ops.ORDINARY | {type(None)}
 
 
 def plain(*modules: nn.Module | None) -> bool:
-    """`unobserved`, and their weights are ordinary tensors, which operators can read."""
+    """`unobserved`, and the modules' own weights are ordinary tensors, which operators can read."""
     for module in modules:
         if module is not None and (module._parameters or module._buffers) and not has_ordinary_weights(module):
             return False

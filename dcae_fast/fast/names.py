@@ -1,12 +1,12 @@
-"""Classes are recognised by their qualified name below a package root: dc_gen.models.nn.ops.ResBlock by what follows
-dc_gen, wherever in the name dc_gen stands.
+"""Classes are recognised by their qualified name below a package root: dc_gen.models.nn.ops.ResBlock by the part after
+dc_gen, wherever dc_gen stands in the name.
 """
 
 from dcae_fast.ops._private import constant_in_compile
 
 # The original under its names, this project, diffusers; copies inside other packages keep one of these names.
 ROOTS = {"dc_ai", "dc_gen", "dcae_fast", "diffusers", "efficientvit"}
-PACKAGES = ("timm", "torch")  # whose classes the fast forwards know by their names
+PACKAGES = ("timm", "torch")  # packages whose classes the fast forwards know by name
 
 
 def register_root(root: str) -> None:
@@ -40,7 +40,7 @@ def qualified_name(cls: type) -> str:
 
 
 def below_roots(cls: type) -> list[str]:
-    """The class's qualified name without everything up to a root; one for each root in it."""
+    """The parts of a class's qualified name after a root; one for each root in the name."""
     parts = qualified_name(cls).split(".")
     cuts = [(".".join(["", *parts[:k]]), ".".join(parts[k:])) for k in range(1, len(parts))]
     return [rest for package, rest in cuts if any(package.endswith(f".{root}") for root in ROOTS)]

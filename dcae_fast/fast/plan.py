@@ -1,4 +1,4 @@
-"""Which parts of a batch fit into the memory."""
+"""Chooses the parts of a batch that fit into the memory."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,25 +9,26 @@ import torch
 from .bands import Bands, Plan, coarsest, halos
 from .layers import Layer
 
-MAX_ELEMENTS = 2**31 - 1  # of a tensor; beyond, the libraries' convolutions are slow or missing
-MOST_BANDS = 64  # more save next to nothing
+MAX_ELEMENTS = 2**31 - 1  # of a tensor; beyond that the libraries' convolutions are slow or missing
+MOST_BANDS = 64  # more bands save almost no memory
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that PyTorch can still allocate on a GPU: free ones, and those that its allocator keeps, if it says so."""
+    """Bytes that PyTorch can still allocate on a GPU: free memory, and unused memory of its allocator if known."""
     free, _ = torch.cuda.mem_get_info(device)
     try:
         stats = torch.cuda.memory_stats_as_nested_dict(device)
-    except RuntimeError:  # an allocator of somebody else's (CUDAPluggableAllocator, RMM)
+    except RuntimeError:  # another allocator (CUDAPluggableAllocator, RMM)
         return free
     return free + stats["reserved_bytes"]["all"]["current"] - stats["allocated_bytes"]["all"]["current"]
 
 
 def plan(layers: Sequence[Layer], shape: torch.Size, itemsize: int, memory: float) -> Plan | None:
-    """How to run the layers on [B, C, H, W] within so many bytes; None: at once, or if nothing better is known.
+    """How to run the layers on an input [B, C, H, W] within `memory` bytes; None: everything at once.
 
-    A layer takes peak * H * W * itemsize bytes for an image, and a coder's own forward also the input of a stage. Where
-    all layers fit, for one image or more, they run on that many; else on one image, and those that do not fit in bands.
+    A layer takes peak * H * W * itemsize bytes for an image; the coder's own forward also keeps the input of a stage.
+    If all layers fit for one image or more, they run on that many images. Else they run on one image, and the layers
+    that do not fit run in bands.
     """
     for size in shape[2:]:
         for layer in layers:
@@ -38,7 +39,7 @@ def plan(layers: Sequence[Layer], shape: torch.Size, itemsize: int, memory: floa
 
 
 class Planner:
-    """Plans for layers and one image: bytes that layer k needs, and those of its input, `tensors[k]`."""
+    """Plans for one image. needs[k]: bytes that layer k takes; tensors[k]: bytes of its input."""
 
     def __init__(self, layers: Sequence[Layer], shape: torch.Size, itemsize: int, memory: float):
         self.layers, self.sizes = layers, [tuple(shape[2:])]
@@ -48,9 +49,9 @@ class Planner:
         self.needs = [layer.peak * n * itemsize for layer, n in zip(layers, inputs, strict=True)]
         self.widest = [layer.widest * n for layer, n in zip(layers, inputs, strict=True)]
         outputs = zip(layers, positions[1:], strict=True)
-        self.tensors = [0, *(layer.channels * n * itemsize for layer, n in outputs)]  # the first is the caller's
+        self.tensors = [0, *(layer.channels * n * itemsize for layer, n in outputs)]  # the caller holds the first one
         self.total = memory
-        self.memory = memory - self.tensors[-1] * shape[0]  # beside the result for all images
+        self.memory = memory - self.tensors[-1] * shape[0]  # without the result for all images
 
     def plan(self, images: int) -> Plan | None:
         if (max(self.needs) + max(self.tensors)) * images <= self.total and max(self.widest) * images <= MAX_ELEMENTS:
@@ -65,7 +66,7 @@ class Planner:
         return Plan(1, [*steps, *(layer.run for layer in self.layers[done:])])
 
     def _segments(self) -> Iterator[tuple[int, int, Bands]]:
-        """Where to compute in bands: neighbouring layers that are too large, from and to small tensors around them."""
+        """Which neighbouring layers to compute in bands: too large ones, extended to small tensors around them."""
         count, done = len(self.layers), 0
         local = [layer.before is not None for layer in self.layers]
         large = [local[k] and (self.needs[k] > self.memory or self.widest[k] > MAX_ELEMENTS) for k in range(count)]
@@ -84,7 +85,7 @@ class Planner:
                     done = stop
 
     def _smaller(self, indices: Iterable[int]) -> list[int]:
-        """The first index, and each whose tensor is smaller than those of all before."""
+        """The first index, and each index whose tensor is smaller than all tensors before it."""
         smallest, found = math.inf, []
         for k in indices:
             if self.tensors[k] < smallest:
@@ -93,10 +94,10 @@ class Planner:
         return found
 
     def _bands(self, start: int, stop: int) -> tuple[float, float, Bands | None]:
-        """Bytes that are missing, bytes that are computed twice, and the largest bands of those layers that fit.
+        """Missing bytes, bytes that are computed twice, and the largest bands of these layers that fit.
 
-        A band has at least four times the rows of a halo, so that at most half of the work is done twice, and there are
-        about MOST_BANDS at most. None, and all bytes are missing, where the image is no larger than that.
+        A band has at least four times the rows of a halo, so that at most half of the work is done twice. There are at
+        most about MOST_BANDS bands. The bands are None, and infinitely many bytes missing, if the image is smaller.
         """
         layers, needed = self.layers[start:stop], halos(self.layers[start:stop])
         rows, halo = self.sizes[start][0] // coarsest(layers), needed[0]

@@ -17,12 +17,12 @@ _LAYOUT = operator.attrgetter("dtype", "shape")
 
 
 class Watch:
-    """Everything that a graph has taken from a module: submodules, their classes, attributes and hooks, and tensors,
-    their addresses, types and layouts; in a form that is compared in some tens of microseconds. Of a module with frozen
-    layers also the tensors' versions, since its graphs read kept operands in place of weights.
+    """A snapshot of everything that a graph depends on: submodules with their classes, attributes and hooks, tensors
+    with their addresses, dtypes and layouts. Comparing takes some tens of microseconds. With frozen layers the snapshot
+    includes the versions of tensors, since graphs then read kept operands instead of weights.
 
-    device: that of all tensors; None if no graph must be captured: in training, with hooks on submodules, with
-    modules or kinds of tensors that are unknown. The module's own hooks run around its forward and do not count.
+    device: the device of all tensors; None if nothing may be captured: in training mode, with hooks on submodules, with
+    unknown modules or tensor types. The module's own hooks run around its forward and do not matter.
     """
 
     def __init__(self, module: nn.Module):
@@ -54,14 +54,14 @@ class Watch:
         )
 
     def same_otherwise(self, module: nn.Module) -> bool:
-        """Whether everything else is as it was."""
+        """Whether everything else is unchanged."""
         try:
             return any(self._hooks) == self._hooked and self._read_rest(module) == self._rest
-        except (RuntimeError, ValueError):  # attributes that have no truth value when compared: tensors
+        except (RuntimeError, ValueError):  # a comparison of attributes has no truth value: they are tensors
             return False
 
     def wants_gradient(self, *inputs: torch.Tensor) -> bool:
-        """Whether the result for these would have a gradient."""
+        """Whether the result for these inputs would require a gradient."""
         requires_grad = (tensor.requires_grad for tensor in (*inputs, *self._tensors))
         return torch.is_grad_enabled() and any(requires_grad)
 
@@ -72,11 +72,11 @@ class Watch:
         return list(map(torch.Tensor.data_ptr, self._tensors))
 
     def _read_versions(self) -> list[int]:
-        """Of tensors whose values are in operands that graphs read."""
+        """Versions of the tensors that kept operands may come from."""
         return [version_of(tensor) for tensor in self._tensors if not tensor.is_inference()]
 
     def _read_rest(self, module: nn.Module) -> list[Any]:
-        """All but the module's options: they hold the graphs, which hold this, and would all stay alive."""
+        """Everything except the options: they hold the graphs and thereby this object, and would keep them alive."""
         own = [value for name, value in vars(module).items() if name != "fast_options"]
         attributes = itertools.chain.from_iterable(map(dict.values, map(vars, self._modules)))
         tensors = [] if self._addresses is None else self._tensors

@@ -115,7 +115,7 @@ def test_transformer_blocks():
     block.post_norm = True
     assert "post_norm" in reasons(block)["DiTBlock"]
     block.post_norm, block.attn.q_norm = False, nn.LayerNorm(8)
-    assert "besides" in reasons(block)["DiTBlock"]
+    assert "additional" in reasons(block)["DiTBlock"]
     block.attn.q_norm = nn.Identity()
     assert not reasons(block)
 

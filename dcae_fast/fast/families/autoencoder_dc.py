@@ -1,4 +1,4 @@
-"""diffusers' AutoencoderDC. Its blocks add their own residuals."""
+"""diffusers' AutoencoderDC. Its blocks add their residuals themselves."""
 
 import torch
 from torch import nn
@@ -32,12 +32,12 @@ from ..registry import register
 
 
 def _stem(conv: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """conv(x); conv: the encoder's first convolution, or a down-sampling block."""
+    """conv(x), for the encoder's first convolution or a down-sampling block."""
     return conv_norm_act(conv, None, "none", x) if can_fuse_conv(conv, x) else conv(x)
 
 
 class Encoder(Coder):
-    """Channels-last inside, the caller's memory format outside; the head's shortcut in one pass."""
+    """The shortcut of the head is one pass."""
 
     operators = ("conv2d", "unshuffle_average_add")
     attributes = ("conv_in", "down_blocks", "conv_out", "out_shortcut")
@@ -61,7 +61,7 @@ class Encoder(Coder):
 
 
 class Decoder(Coder):
-    """Channels-last inside, the caller's memory format outside; the stem's shortcut and the head's norm in one pass."""
+    """The shortcut of the stem is one pass, and so are norm and activation of the head."""
 
     operators = ("conv2d", "duplicate_shuffle_add", "rms_norm", "rms_norm_conv2d")
     attributes = ("conv_in", "up_blocks", "norm_out", "conv_act", "conv_out", "in_shortcut")
@@ -94,7 +94,7 @@ class Decoder(Coder):
 
 
 def _norm_act_head(norm: nn.Module, act: str, head: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """head(act(norm(x))); head: the decoder's last convolution, or an up-sampling block."""
+    """head(act(norm(x))), for the decoder's last convolution or an up-sampling block."""
     shuffled = isinstance(head, DCUpBlock2d) and plain(head) and not head.interpolate and not head.shortcut
     if norm_dtype(norm, x) == x.dtype:
         y = norm_act_conv(norm, act, head.conv if shuffled else head, x)
@@ -104,7 +104,7 @@ def _norm_act_head(norm: nn.Module, act: str, head: nn.Module, x: torch.Tensor) 
 
 
 def missing_norm(norm: nn.Module | None) -> str:
-    """Why a block is not fused that must have a norm."""
+    """Why a block that needs a norm cannot be fast; empty if it can."""
     return "it has no norm" if norm is None else unknown_norm(norm)
 
 
@@ -152,7 +152,7 @@ class GLUMBConv(Part):
 
 
 class SanaMultiscaleLinearAttention(Part):
-    """Channels-last in diffusers too, from its first linear layers to its result."""
+    """diffusers also computes it channels-last, from the first linear layers to the result."""
 
     operators = ("multiscale_qkv", "relu_linear_attention", "rms_norm")
     attributes = ("to_q", "to_k", "to_v", "to_qkv_multiscale", "nonlinearity", "to_out", "norm_out", "processor")
@@ -186,7 +186,7 @@ class SanaMultiscaleLinearAttention(Part):
         return rms_norm(self.norm_out, y, residual=x if self.residual_connection else None)
 
     def _qkv(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, H, W, C]: one product for the three projections, whose outputs are thirds of the packed channels."""
+        """Queries, keys and values [B, H, W, 3 C] from one product for the three projections."""
         parts = (self.to_q, self.to_k, self.to_v)
         linear = all(type(part) is nn.Linear and part.bias is None for part in parts) and plain(*parts)
         if linear and all(part.weight.dtype in (torch.float32, compute_dtype(x)) for part in parts):
@@ -241,7 +241,7 @@ class DCUpBlock2d(Part):
 
 
 def resampling(module: nn.Module) -> Resampling:
-    """Of a down- or up-sampling block, or of a convolution."""
+    """How a down- or up-sampling block changes the resolution, or a convolution by its stride."""
     match kind(module):
         case "Conv2d":
             return module, "stride", module.stride[0]

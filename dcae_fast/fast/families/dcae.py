@@ -94,7 +94,7 @@ class RMSNorm2d(Part):
 
 
 class ConvLayer(Part):
-    """Convolution, norm, activation: all but the convolution in one pass."""
+    """Convolution, norm and activation, in one or two passes."""
 
     operators = ("bias_act", "conv2d", "rms_norm")
     attributes = ("conv", "norm", "act")
@@ -117,7 +117,7 @@ class ConvLayer(Part):
         return conv_norm_act(self.conv, self.norm, act, x, residual)
 
     def without_bias(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """This layer without its convolution's bias, and that bias, for a later pass; None if it is in already."""
+        """The layer without the bias of its convolution, and the bias, as in `fusion.conv_without_bias`."""
         return conv_without_bias(self.conv, x) if self.is_bare() else (self(x), None)
 
     def is_bare(self) -> bool:
@@ -125,12 +125,12 @@ class ConvLayer(Part):
 
 
 def bare_conv(layer: nn.Module) -> nn.Module | None:
-    """The convolution that is all there is to a layer; None if there is more."""
+    """The convolution of a layer that consists of nothing else; else None."""
     return layer.conv if isinstance(layer, ConvLayer) and plain(layer) and layer.is_bare() else None
 
 
 class OpSequential(Part):
-    """The operations one after the other; an RMS norm takes along the activation and a small convolution behind it."""
+    """Operations in sequence. An RMS norm, the activation and a small convolution behind it are one operator."""
 
     operators = ("rms_norm", "rms_norm_conv2d")
     attributes = ("op_list",)
@@ -156,7 +156,7 @@ class OpSequential(Part):
         return x
 
     def _norm_act_conv(self, norm: nn.Module, act: str, head: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
-        """head(act(norm(x))) where the norm and the head's convolution are one operator; else None."""
+        """head(act(norm(x))) if one operator computes norm and convolution; else None."""
         if isinstance(head, PixelShuffleSampler) and plain(head):
             y = norm_act_conv(norm, act, bare_conv(head.conv), x)
             return None if y is None else head.shuffle(y, None)
@@ -164,7 +164,7 @@ class OpSequential(Part):
 
 
 class Branch(Part):
-    """A residual branch whose last layer can add the residual."""
+    """A residual branch. Its last layer can add the residual."""
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.add(x, None)
@@ -244,7 +244,7 @@ class LiteMLA(Branch):
 
 
 class PixelShuffleSampler(Part):
-    """3×3 convolution and pixel (un)shuffle: the bias goes along with the shuffle, or both with the convolution."""
+    """3×3 convolution and pixel (un)shuffle. The shuffle adds the bias, or one kernel computes everything."""
 
     operators = ("conv2d", "conv2d_unshuffle", "unshuffle_average_add", "duplicate_shuffle_add")
     attributes = ("conv", "factor")
@@ -262,7 +262,7 @@ class PixelShuffleSampler(Part):
         return move(None, x, bias, self.factor)
 
     def without_bias(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The convolution before its bias and the shuffle, and the bias if it is still to be added."""
+        """The convolution without its bias and before the shuffle, and the bias, as in `fusion.conv_without_bias`."""
         if isinstance(self.conv, ConvLayer) and plain(self.conv):
             return self.conv.without_bias(x)
         return self.conv(x), None
@@ -283,7 +283,7 @@ class InterpolateSampler(Part):
         return self.eager(x) if self.reason_not_fast(self) else self.conv(upsample(x))
 
     def without_bias(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What `ops.duplicate_shuffle_add` takes: the result or its planes before the bias, and the bias."""
+        """The result, or its planes as `ops.duplicate_shuffle_add` takes them, without the bias; and the bias."""
         conv = bare_conv(self.conv)
         if conv is None or self.reason_not_fast(self):
             return self(x), None
@@ -291,7 +291,7 @@ class InterpolateSampler(Part):
 
 
 class ResidualBlock(Part):
-    """main(x) + shortcut(x), added by the last kernel of main, or by the kernel of the shortcut."""
+    """main(x) + shortcut(x). The last kernel of main adds both, or the kernel of the shortcut."""
 
     operators = ("unshuffle_average_add", "duplicate_shuffle_add")
     attributes = ("main", "shortcut")
@@ -333,7 +333,7 @@ class ResidualBlock(Part):
 
 
 def layer_of(block: nn.Module, survey: Survey) -> Layer:
-    """The layer that a ResidualBlock is: main(x) + shortcut(x)."""
+    """A ResidualBlock, main(x) + shortcut(x), as a layer."""
     main, shortcut = block.main, block.shortcut
     if getattr(block, "pre_norm", None) is not None or getattr(block, "post_act", None) is not None:
         raise UnknownModule("pre_norm or post_act")
@@ -364,7 +364,7 @@ def parts(layer: nn.Module) -> tuple[nn.Conv2d, nn.Module | None, nn.Module | No
 
 
 def resampling(module: nn.Module) -> Resampling:
-    """Of a down- or up-sampling layer, or of a convolution that may change the resolution by its stride."""
+    """How a down- or up-sampling layer changes the resolution, or a convolution by its stride."""
     match kind(module):
         case "ConvLayer":
             conv = parts(module)[0]

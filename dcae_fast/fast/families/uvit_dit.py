@@ -1,10 +1,10 @@
-"""Fast forwards for the blocks of diffusion transformers: UViT's and DiT's, this project's and the original's.
+"""UViT, USiT, DiT and SiT: this project's and the original's.
 
-Residual sums are as precise as in the modules' own forwards, everything between them is in the dtype of the weights or
-of an autocast, softmax attention too.
+Residual sums are as precise as in the modules' own forwards. Everything between two sums is computed in the dtype of
+the weights or of autocast, including softmax attention.
 
-Modules and parameters are read from `_modules` and `_parameters`: to ask the module for them by name takes longer, all
-together, than to launch the kernels of a block.
+Submodules and parameters are read from `_modules` and `_parameters`. Reading them as attributes takes longer, for a
+whole block, than launching its kernels.
 """
 
 import torch
@@ -21,12 +21,13 @@ from ..fusion import autocasts, compute_dtype
 from ..module import FastModule, has_ordinary_weights, kind, plain
 from ..registry import register
 
-GELU = {"none": "gelu", "tanh": "gelu_tanh"}  # what the operators call the forms that PyTorch knows
+GELU = {"none": "gelu", "tanh": "gelu_tanh"}  # PyTorch's names for forms of GELU → the operators' names
 
 
 class PatchEmbed(FastModule):
-    """This project's, as a linear layer on patches, which is what a convolution is that reads every pixel once: cuDNN's
-    brings images to another layout and back, and its bias takes a pass of its own.
+    """This project's patch embedding, computed as a linear layer on patches: its convolution reads every pixel once.
+
+    cuDNN's convolution would convert the layout of the image twice and add the bias in a separate pass.
     """
 
     attributes = ("proj",)
@@ -40,17 +41,19 @@ class PatchEmbed(FastModule):
         if self.reason_not_fast(self) or not plain(proj) or not has_dtype(proj, x):
             return self.eager(x)
         weight, bias = operands.of_layer(proj, compute_dtype(x))
-        patches = F.pixel_unshuffle(x, proj.kernel_size[0]).flatten(2).transpose(1, 2)  # as the weight's [C, p, p]
+        patches = (
+            F.pixel_unshuffle(x, proj.kernel_size[0]).flatten(2).transpose(1, 2)
+        )  # in the order of the weight's [C, p, p]
         return F.linear(patches.contiguous(), weight.flatten(1), bias)  # adds the bias within the product
 
 
 class TransformerBlock(FastModule):
     dims = 3
-    operators = ("layer_norm", "linear", "mlp", "packed_attention")  # alone, or in the halves of a block
+    operators = ("layer_norm", "linear", "mlp", "packed_attention")  # by themselves or within the halves of a block
 
 
 class Block(TransformerBlock):
-    """UViT's."""
+    """A block of UViT."""
 
     operators = (*TransformerBlock.operators, "concatenate")
     attributes = ("norm1", "attn", "norm2", "mlp")
@@ -73,7 +76,7 @@ class Block(TransformerBlock):
 
 
 class DiTBlock(TransformerBlock):
-    """A gated sum, the norm of it and its modulation are one pass; the block's last sum waits for the next norm."""
+    """A gated sum, its norm and the modulation are one pass. The last sum of a block is left to the next norm."""
 
     attributes = ("norm1", "attn", "norm2", "mlp", "adaLN_modulation")
 
@@ -94,7 +97,7 @@ class DiTBlock(TransformerBlock):
         return not self.reason_not_fast(self) and may_fuse(self)
 
     def run(self, x, branch, gate, condition) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The block on x + gate · branch, or on x; its result in the same form."""
+        """The block applied to x + gate · branch, or to x. Returns the result in the same form."""
         modules = self._modules
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation(self, condition, 6)
         x, branch = attention(modules["attn"], x, scale1, shift1, modules["norm1"].eps, branch, gate)
@@ -102,7 +105,7 @@ class DiTBlock(TransformerBlock):
 
 
 class FinalLayer(TransformerBlock):
-    """DiT's: modulated norm and linear layer."""
+    """The last layer of DiT: modulated norm and linear layer."""
 
     operators = ("layer_norm", "linear")
     attributes = ("norm_final", "linear", "adaLN_modulation")
@@ -121,7 +124,7 @@ class FinalLayer(TransformerBlock):
         return not self.reason_not_fast(self) and unobserved(modules["norm_final"], modules["linear"])
 
     def run(self, x, branch, gate, condition) -> torch.Tensor:
-        """The layer on x + gate · branch, or on x."""
+        """The layer applied to x + gate · branch, or to x."""
         shift, scale = modulation(self, condition, 2)
         dtype = input_dtype(self.linear, x)
         _, y = ops.layer_norm(x, scale, shift, self.norm_final.eps, branch, gate, dtype)
@@ -129,7 +132,7 @@ class FinalLayer(TransformerBlock):
 
 
 class DiT(Network):
-    """This project's, whose blocks leave their last sums to the norms of the next ones."""
+    """This project's DiT. Each block leaves its last sum to the norm of the next block."""
 
     attributes = ("config", "x_embedder", "t_embedder", "y_embedder", "pos_embed", "blocks", "final_layer")
 
@@ -149,8 +152,8 @@ class DiT(Network):
 
 
 class OriginalNetwork(FastModule):
-    """The original's UViT, DiT or SiT. Its forward is the training loss; the network's call is another method, which
-    makes a table of frequencies on the CPU: no CUDA graph can hold that.
+    """The original's UViT, DiT or SiT. Its forward is the training loss. The network itself is another method, which
+    makes a table of frequencies on the CPU, so that it cannot be captured as a CUDA graph.
     """
 
     @staticmethod
@@ -159,19 +162,19 @@ class OriginalNetwork(FastModule):
 
 
 def input_dtype(layer: nn.Module, x: torch.Tensor) -> torch.dtype:
-    """In which a norm of x is handed to a layer; to one that is called, as the plain norm hands it over."""
+    """The dtype in which a norm passes its result to a layer. A layer that is called gets the plain norm's dtype."""
     if is_linear(layer, x):
         return compute_dtype(x)
     return torch.float32 if autocasts(x) else x.dtype
 
 
 def is_ordinary(tensor: torch.Tensor | None) -> bool:
-    """Whether this is a tensor of no subclass: of one that is distributed or quantised, for example."""
+    """Whether this is an ordinary tensor, not of a subclass, such as a distributed or quantised tensor."""
     return type(tensor) in ops.ORDINARY
 
 
 def unknown_block(block: nn.Module) -> str:
-    """What is not as in a UViT or DiT among the norms, the attention and the MLP of a block; empty if all is."""
+    """How the norms, the attention or the MLP of a block differ from those of UViT and DiT; empty if they do not."""
     attn, feed, *norms = map(block._modules.get, ("attn", "mlp", "norm1", "norm2"))
     if not all(type(norm) is nn.LayerNorm and len(norm.normalized_shape) == 1 for norm in norms):
         return "a norm is not a LayerNorm over channels"
@@ -183,12 +186,12 @@ def unknown_block(block: nn.Module) -> str:
         return "its attention has another scale"
     known = has_no_more(attn, "qkv", "proj") and has_no_more(feed, "fc1", "act", "fc2")
     if attn._parameters or attn._buffers or not known:
-        return "its attention or MLP has other layers or parameters besides"
+        return "its attention or MLP has additional layers or parameters"
     return ""
 
 
 def may_fuse(block: nn.Module) -> bool:
-    """Whether nobody would miss a call of a block's modules: no hooks, and no dropout that is on."""
+    """Whether the submodules of a block may be computed without being called: no hooks and no active dropout."""
     attn, feed, *norms = map(block._modules.get, ("attn", "mlp", "norm1", "norm2"))
     inner = *attn._modules.values(), *feed._modules.values()
     dropout = (each for each in inner if type(each) is nn.Dropout)
@@ -196,13 +199,13 @@ def may_fuse(block: nn.Module) -> bool:
 
 
 def is_linear(layer: nn.Module, x: torch.Tensor) -> bool:
-    """Whether this is a linear layer with weights of its own in the dtype of x, or of any where autocast is on."""
+    """Whether this is a linear layer that satisfies `has_dtype`."""
     return type(layer) is nn.Linear and has_dtype(layer, x)
 
 
 def has_dtype(layer: nn.Module, x: torch.Tensor) -> bool:
-    """Whether the weight is the layer's own, and in the dtype of x, or of any where autocast is on."""
-    weight = layer._parameters.get("weight")  # None of one that is computed
+    """Whether the layer has a weight that is an ordinary tensor in the dtype of x, or in any dtype under autocast."""
+    weight = layer._parameters.get("weight")  # None if it is computed, as by a parametrization
     return weight is not None and has_ordinary_weights(layer) and (weight.dtype == x.dtype or autocasts(x))
 
 
@@ -211,7 +214,7 @@ def are_linear(first: nn.Module, second: nn.Module, x: torch.Tensor) -> bool:
 
 
 def is_affine(norm: nn.Module) -> bool:
-    """Whether this is a layer norm with weight and bias."""
+    """Whether this is a LayerNorm with weight and bias."""
     return type(norm) is nn.LayerNorm and all(map(is_ordinary, parameters_of(norm)))
 
 
@@ -222,14 +225,14 @@ def has_no_more(module: nn.Module, *names: str) -> bool:
 
 
 def long_skip(layer: nn.Module, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-    """layer([x, skip]) in one product: of two the first would be rounded. [x, skip] has the dtype of the product."""
+    """layer([x, skip]) in one product: with two products the first would be rounded."""
     if not is_linear(layer, x):
         return layer(torch.cat([x, skip], dim=-1))
     return linear(layer, ops.concatenate(x, skip, compute_dtype(x)))
 
 
 def modulation(module: nn.Module, condition: torch.Tensor, parts: int) -> tuple[torch.Tensor, ...]:
-    """What adaLN makes of the condition [B, D]: `parts` tensors [B, D]."""
+    """The `parts` tensors [B, D] that adaLN computes from the condition [B, D]."""
     return module.adaLN_modulation(condition).unflatten(1, (parts, -1)).transpose(0, 1).contiguous().unbind(0)
 
 
@@ -239,7 +242,7 @@ def parameters_of(layer: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor |
 
 
 def linear(layer: nn.Module, y: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-    """layer(y) + residual. A layer of another kind is called: LoRA's, a quantised one."""
+    """layer(y) + residual. A layer that is not a plain linear layer, such as LoRA's or a quantised one, is called."""
     if is_linear(layer, y):
         dtype = compute_dtype(y)
         weight, bias = operands.of_layer(layer, dtype, None if residual is None else residual.dtype)
@@ -251,7 +254,7 @@ def linear(layer: nn.Module, y: torch.Tensor, residual: torch.Tensor | None = No
 def attention(
     attn: nn.Module, x, scale, shift, eps: float, branch=None, gate=None, residual: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(s, attn(norm(s))), with s added to it if `residual`, where s is x + gate · branch, or x."""
+    """(s, attn(norm(s))) for s = x + gate · branch, or s = x. residual: adds s to the second."""
     qkv, proj, num_heads = attn._modules["qkv"], attn._modules["proj"], attn.num_heads
     dtype = input_dtype(qkv, x)
     if are_linear(qkv, proj, x) and ops.is_for_few_tokens(
@@ -267,7 +270,7 @@ def attention(
 def mlp(
     feed: nn.Module, x, scale, shift, eps: float, branch=None, gate=None, residual: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(s, feed(norm(s))) in the same way."""
+    """(s, feed(norm(s))), as in `attention`."""
     fc1, act, fc2 = map(feed._modules.get, ("fc1", "act", "fc2"))
     dtype = input_dtype(fc1, x)
     if are_linear(fc1, fc2, x):
