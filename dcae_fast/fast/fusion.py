@@ -63,7 +63,8 @@ def norm_dtype(norm: nn.Module, x: torch.Tensor) -> torch.dtype:
     """The dtype of norm(x).
 
     This project's RMS norm and the original's in Triton return x's dtype. The original's in PyTorch promotes; under
-    CUDA autocast it promotes from float32, because autocast computes powers in float32. diffusers' has its weight's dtype.
+    CUDA autocast it promotes from float32, because autocast computes powers in float32. diffusers' returns the dtype
+    of its weight.
     """
     weights = torch.promote_types(norm.weight.dtype, norm.bias.dtype)
     match kind(norm):
