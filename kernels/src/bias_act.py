@@ -49,14 +49,16 @@ def _bias_act_backward_kernel(
     dy_ptr, x_ptr, bias_ptr, scale_ptr, mean_ptr, variance_ptr, dx_ptr, partial_ptr, rows, channels, eps,
     ACT: tl.constexpr, HAS_NORM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Writes dx, and this program's partial sums of dbias and dscale to partial [splits, 2, channels]."""
+    """Writes dx, and this program's partial sums of dbias and dscale to partial [splits, 2, channels]. The sums of each
+    row of the tile stay apart until the end, so that threads exchange nothing in the loop.
+    """
     blocks_c = tl.cdiv(channels, BLOCK_C)
     split, splits = tl.program_id(0) // blocks_c, tl.num_programs(0) // blocks_c
     c = tl.program_id(0) % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
     c_mask = c < channels
     scale, shift, rstd = _scale_and_shift(bias_ptr, scale_ptr, mean_ptr, variance_ptr, eps, c, c_mask, HAS_NORM)
-    dbias = tl.zeros((BLOCK_C,), tl.float32)
-    dscale = tl.zeros((BLOCK_C,), tl.float32)
+    dbias = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
+    dscale = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
     for block in range(split, tl.cdiv(rows, BLOCK_ROWS), splits):
         row = tl.cast(block, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         mask = (row < rows)[:, None] & c_mask[None, :]
@@ -65,13 +67,13 @@ def _bias_act_backward_kernel(
         dy = tl.load(dy_ptr + offset, mask, 0.0).to(tl.float32)
         dz = activate_backward(x * scale[None, :] + shift[None, :], dy, ACT)
         tl.store(dx_ptr + offset, (dz * scale[None, :]).to(dx_ptr.dtype.element_ty), mask)
-        dbias += tl.sum(dz, 0)
+        dbias += dz
         if HAS_NORM:
             mean = tl.load(mean_ptr + c, c_mask, 0.0).to(tl.float32)
-            dscale += tl.sum(dz * (x - mean[None, :]), 0) * rstd
+            dscale += dz * ((x - mean[None, :]) * rstd[None, :])
     partial = partial_ptr + split * 2 * channels + c
-    tl.store(partial, dbias, c_mask)
-    tl.store(partial + channels, dscale, c_mask)
+    tl.store(partial, tl.sum(dbias, 0), c_mask)
+    tl.store(partial + channels, tl.sum(dscale, 0), c_mask)
 
 
 @Kernel
@@ -114,9 +116,9 @@ def launch_bias_act(x, bias, act, scale, mean, variance, eps, residual, dtype):
 
 def launch_bias_act_backward(dy, x, bias, act, scale, mean, variance, eps):
     dx, channels = like_channels_last(x), x.shape[1]
-    block_rows, block_c = row_tile(channels, MOST_CHANNELS)
+    block_rows, block_c = row_tile(channels, MOST_CHANNELS, 2048)
     blocks_c, blocks = triton.cdiv(channels, block_c), triton.cdiv(rows_of(x), block_rows)
-    splits = persistent_splits(x, blocks, blocks_c)
+    splits = persistent_splits(x, blocks, blocks_c, per_processor=8)
     partial = torch.empty(splits, 2, channels, dtype=torch.float32, device=x.device)
     if splits:
         _bias_act_backward_kernel[(splits * blocks_c,)](

@@ -135,6 +135,10 @@ def _sizes(qkv, head_dim, block_n):
     return positions, heads, pairs, blocks, persistent_splits(qkv, blocks, pairs)
 
 
+def _sum_of_splits(state):
+    return state.sum(1) if state.shape[1] > 1 else state
+
+
 def _state(qkv, head_dim):
     block_n = 128 if qkv.element_size() == 2 else 64
     positions, heads, pairs, _, splits = _sizes(qkv, head_dim, block_n)
@@ -142,7 +146,7 @@ def _state(qkv, head_dim):
     _relu_linear_attention_state_kernel[(pairs * splits,)](
         qkv, state, positions, heads, splits, D=head_dim, BLOCK_N=block_n
     )
-    return state.sum(1)
+    return _sum_of_splits(state)
 
 
 def launch_relu_linear_attention(qkvs, head_dim, eps):
@@ -170,10 +174,10 @@ def launch_relu_linear_attention_backward(dout, qkvs, head_dim, eps):
             dstate = torch.empty(pairs, splits, head_dim + 1, head_dim, dtype=torch.float32, device=qkv.device)
             _relu_linear_attention_query_backward_kernel[(pairs * splits,)](
                 dout, qkv, _state(qkv, head_dim), dqkv, dstate, positions, heads, splits, dout.shape[1], start, eps,
-                D=head_dim, BLOCK_N=block_n, num_warps=8,
+                D=head_dim, BLOCK_N=block_n, num_warps=4 if qkv.element_size() == 2 else 8,
             )  # fmt: skip
             _relu_linear_attention_key_value_backward_kernel[(pairs * blocks,)](
-                qkv, dstate.sum(1), dqkv, positions, heads, blocks, D=head_dim, BLOCK_N=block_n
+                qkv, _sum_of_splits(dstate), dqkv, positions, heads, blocks, D=head_dim, BLOCK_N=block_n
             )
         dqkvs.append(dqkv)
         start += qkv.shape[1] // 3

@@ -34,13 +34,15 @@ def _rms_norm_backward_kernel(
     dy_ptr, x_ptr, weight_ptr, bias_ptr, dx_ptr, partial_ptr, rows, channels, eps,
     ACT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Writes dx, and this program's partial sums of dweight and dbias to partial [programs, 2, channels]."""
+    """Writes dx, and this program's partial sums of dweight and dbias to partial [programs, 2, channels]. The sums of
+    each row of the tile stay apart until the end, so that threads exchange little in the loop.
+    """
     c = tl.arange(0, BLOCK_C)
     c_mask = c < channels
     weight = tl.load(weight_ptr + c, c_mask, 0.0).to(tl.float32)
     bias = tl.load(bias_ptr + c, c_mask, 0.0).to(tl.float32)
-    dweight = tl.zeros((BLOCK_C,), tl.float32)
-    dbias = tl.zeros((BLOCK_C,), tl.float32)
+    dweight = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
+    dbias = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0)):
         row = tl.cast(block, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         mask = (row < rows)[:, None] & c_mask[None, :]
@@ -54,11 +56,11 @@ def _rms_norm_backward_kernel(
         mean = tl.sum(x_hat * dx_hat, 1) / channels
         dx = (dx_hat - x_hat * mean[:, None]) * rstd[:, None]
         tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask)
-        dweight += tl.sum(dz * x_hat, 0)
-        dbias += tl.sum(dz, 0)
+        dweight += dz * x_hat
+        dbias += dz
     partial = partial_ptr + tl.program_id(0) * 2 * channels + c
-    tl.store(partial, dweight, c_mask)
-    tl.store(partial + channels, dbias, c_mask)
+    tl.store(partial, tl.sum(dweight, 0), c_mask)
+    tl.store(partial + channels, tl.sum(dbias, 0), c_mask)
 
 
 def _num_warps(block_c):
@@ -80,7 +82,7 @@ def launch_rms_norm(x, weight, bias, eps, act, residual, dtype):
 
 def launch_rms_norm_backward(dy, x, weight, bias, eps, act):
     dx, channels = like_channels_last(x), x.shape[1]
-    block_rows, block_c = row_tile(channels, channels)
+    block_rows, block_c = row_tile(channels, channels, 2048)
     programs = persistent_splits(x, triton.cdiv(rows_of(x), block_rows))
     partial = torch.empty(programs, 2, channels, dtype=torch.float32, device=x.device)
     if programs:
