@@ -31,6 +31,7 @@ from .commands.eval_autoencoder import eval_autoencoder
 from .commands.eval_diffusion import eval_diffusion
 from .commands.option_files import with_files
 from .commands.reference_stats import reference_stats
+from .commands.train_autoencoder import train_autoencoder
 from .commands.train_diffusion import train_diffusion
 from .errors import (
     CheckpointError,
@@ -396,6 +397,7 @@ COMMANDS = {
         sample,
         cache_latents,
         train_diffusion,
+        train_autoencoder,
         reference_stats,
         eval_autoencoder,
         eval_diffusion,

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+RECIPES = {"train-diffusion": "uvit-h-f64", "train-autoencoder": "full"}  # one of each command
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
 
 
@@ -36,5 +37,5 @@ def test_commands_and_options_exist():
         options.setdefault(command, set()).update(re.findall(r"--[a-z-]+", rest))
     assert {"reconstruct", "train-diffusion", "eval-diffusion"} <= options.keys()
     for command, used in options.items():
-        helps = help_of(command) + (help_of(command, "uvit-h-f64") if command == "train-diffusion" else "")
+        helps = help_of(command) + (help_of(command, RECIPES[command]) if command in RECIPES else "")
         assert used <= {"--help", *re.findall(r"--[a-z-]+", helps)}, command

@@ -1,0 +1,177 @@
+"""The state of training an autoencoder, its losses, and one step."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from dcae_fast import distributed
+from dcae_fast.models import checkpoint
+from dcae_fast.models.autoencoder import DCAE
+from dcae_fast.models.config import DCAEConfig
+from dcae_fast.training.engine.ema import MovingAverage
+from dcae_fast.training.engine.optimizer import build_optimizer, learning_rate
+from dcae_fast.training.engine.parallel import apply_ddp, gradients_summed
+from dcae_fast.training.engine.state import Export, State, Trained, autocast
+from dcae_fast.training.engine.task import Taken
+
+from .adversarial import adaptive_weight
+from .config import AutoencoderRecipe, AutoencoderRun
+from .critic import Critic
+from .losses import perceptual_loss, pixel_loss
+from .network import PartlyTrained, parallelize
+
+NAME, CRITIC = "autoencoder", "discriminator"  # in State.networks
+
+
+def initial_state(
+    network: PartlyTrained, recipe: AutoencoderRecipe, run: AutoencoderRun, device: torch.device
+) -> State:
+    """The state before the first step. The network, on the device, is changed in place."""
+    called = parallelize(network, run)
+    networks = {NAME: _trained(network, called, recipe, recipe.lr)}
+    if recipe.gan.gan_weight:
+        torch.manual_seed(recipe.seed)
+        critic = Critic(recipe.gan).to(device, memory_format=torch.channels_last)
+        lr = recipe.lr if recipe.gan.discriminator_lr is None else recipe.gan.discriminator_lr
+        called = apply_ddp(critic) if distributed.is_distributed() else critic
+        networks[CRITIC] = _trained(critic, called, recipe, lr)
+    average = MovingAverage(network, recipe.ema_decay) if recipe.ema_decay else None
+    export = Export(NAME, partial(save_weights, network.config), checkpoint.WEIGHTS["original"][0], prefix="")
+    return State(networks, export, average)
+
+
+def _trained(network: nn.Module, called: nn.Module, recipe: AutoencoderRecipe, lr: float) -> Trained:
+    device = next(network.parameters()).device
+    scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "float16")
+    return Trained(network, called, build_optimizer(network, lr, recipe.betas, recipe.weight_decay), scaler)
+
+
+def save_weights(config: DCAEConfig, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    """Writes a model with these weights in the original layout, for `DCAE.from_pretrained`."""
+    with torch.device("meta"):
+        model = DCAE(config)
+    model.load_state_dict(tensors, assign=True)
+    checkpoint.save(model, folder, "original")
+
+
+class Objective:
+    """The losses of the autoencoder. Raises TrainingError if the weights of the perceptual loss are missing."""
+
+    def __init__(self, recipe: AutoencoderRecipe, device: torch.device):
+        self.recipe, self.pixel = recipe, pixel_loss(recipe.pixel)
+        wanted = recipe.perceptual == "lpips" and recipe.perceptual_weight > 0
+        self.perceptual: Callable | None = perceptual_loss(device) if wanted else None
+
+    def reconstruction(self, y: torch.Tensor, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The losses of reconstructions y of pictures x, by name, without their weights."""
+        losses = {"pixel": self.pixel(y, x)}
+        if self.perceptual is not None:
+            losses["perceptual"] = self.perceptual(y, x)
+        return losses
+
+    def total(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Of the losses of `reconstruction`."""
+        total = losses["pixel"]
+        if "perceptual" in losses:
+            total = total + self.recipe.perceptual_weight * losses["perceptual"]
+        return total
+
+
+class Pair(NamedTuple):
+    """Pictures and their reconstructions, [B, 3, H, W]."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+def take_step(
+    state: State,
+    objective: Objective,
+    recipe: AutoencoderRecipe,
+    parts: list[torch.Tensor],
+    channels: tuple[int, ...],
+    logged: bool,
+) -> Taken:
+    """Takes the step after `state.step` on this rank's share of the batch, one part [b, 3, H, W] after another.
+
+    The autoencoder takes its step first, then the discriminator with the same reconstructions. channels: see
+    `PartlyTrained.forward`.
+    """
+    step, sums = state.step + 1, Sums(len(parts))
+    trained, critic = state.networks[NAME], state.networks.get(CRITIC)
+    if critic is not None and step <= recipe.gan.gan_start:
+        critic = None
+    pairs = []
+    for number, x in enumerate(parts):
+        with gradients_summed(trained.called, last=number == len(parts) - 1):
+            with autocast(x.device, recipe.precision):
+                y = trained.called(x, channels)
+                pair = Pair(x.repeat(len(channels) or 1, 1, 1, 1), y)
+                losses, numbers = reconstruction_losses(trained, objective, critic, pair)
+            trained.backward(losses["loss"] / len(parts))
+        sums.add(losses | numbers)
+        pairs.append(Pair(pair.x, y.detach()))
+    lr = learning_rate(step, recipe.lr, recipe.warmup_steps, 0.0)
+    norm = trained.update(lr, recipe.clip_grad, want_norm=logged)
+    if state.average is not None:
+        state.average.update(trained.network, step)
+    if critic is not None:
+        update_critic(critic, recipe, pairs, step, sums)
+    return Taken(sums.means(), {"lr": lr, "grad_norm": norm} if logged else {})
+
+
+def reconstruction_losses(
+    trained: Trained, objective: Objective, critic: Trained | None, pair: Pair
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The losses of the autoencoder by name, among them the whole "loss"; and other numbers for the log."""
+    losses, numbers = objective.reconstruction(pair.y, pair.x), {}
+    total = objective.total(losses)
+    if critic is not None:
+        options = objective.recipe.gan
+        losses["adversarial"] = critic.network.judge(pair.y)
+        weight = options.gan_weight
+        if options.gan_adaptive:
+            ratio = adaptive_weight(
+                total, losses["adversarial"], last_weight(trained.network), options.gan_clamp, trained.scaler
+            )
+            ratio = ratio.nan_to_num(0.0)  # in float16, if the gradients overflow; the scaler then skips the step
+            weight, numbers["adversarial_ratio"] = weight * ratio, ratio
+        total = total + weight * losses["adversarial"]
+    return {"loss": total} | losses, numbers
+
+
+def last_weight(network: DCAE) -> torch.Tensor:
+    """The weight of the decoder's last convolution."""
+    convolutions = (module for module in network.decoder.project_out.modules() if isinstance(module, nn.Conv2d))
+    return list(convolutions)[-1].weight
+
+
+def update_critic(critic: Trained, recipe: AutoencoderRecipe, pairs: list[Pair], step: int, sums: "Sums") -> None:
+    """Takes the discriminator's step."""
+    for number, (x, y) in enumerate(pairs):
+        with gradients_summed(critic.called, last=number == len(pairs) - 1):
+            with autocast(x.device, recipe.precision):
+                losses = critic.called(x, y.float())
+            loss = sum(loss for name, loss in losses.items() if name != "discriminator_accuracy")
+            critic.backward(loss / len(pairs))
+        sums.add(losses)
+    lr = recipe.lr if recipe.gan.discriminator_lr is None else recipe.gan.discriminator_lr
+    critic.update(learning_rate(step, lr, recipe.warmup_steps, 0.0))
+
+
+class Sums:
+    """Sums of scalars by name over the parts of a batch."""
+
+    def __init__(self, parts: int):
+        self.parts, self.values = parts, {}
+
+    def add(self, values: dict[str, torch.Tensor]) -> None:
+        for name, value in values.items():
+            self.values[name] = self.values.get(name, 0) + value.detach()
+
+    def means(self) -> dict[str, torch.Tensor]:
+        return {name: value / self.parts for name, value in self.values.items()}

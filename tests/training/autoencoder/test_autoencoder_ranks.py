@@ -1,0 +1,70 @@
+"""Two processes, with DDP or FSDP2, against one: the same batches, and the same weights up to rounding."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from small_autoencoders import CPU, GAN, everything, recipe, run_in, weights
+
+from dcae_fast.training.autoencoder.task import AutoencoderTask, train
+from dcae_fast.training.engine.loop import Training
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch.distributed is not built")
+RANKS = 2
+RECIPES = {
+    "local-refinement": {"gan": replace(GAN, gan_start=1)},
+    "decoder": {},
+    "latent-adaptation": {"model": "adaptive"},
+}
+
+
+def chosen(folder: Path, name: str):
+    return recipe(folder, name, steps=3, ema_decay=0.9, **RECIPES[name])
+
+
+def trainings(rank: int, folder: Path) -> None:
+    """Runs in each process: one training after another."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
+    torch.set_num_threads(1)
+    for name in RECIPES:
+        for parallel in ("ddp", "fsdp"):
+            run = run_in(folder / f"{name}-{parallel}", parallel=parallel, sample_steps=3, eval_steps=3)
+            train(chosen(folder, name), run, CPU)
+    run = run_in(folder / "decoder-accumulated", accumulate=2, checkpoint_activations=True)
+    train(chosen(folder, "decoder"), run, CPU)
+    dist.barrier()
+    os._exit(0)  # destroying the gloo group of DDP may wait forever for a thread that needs the GIL
+
+
+@pytest.fixture(scope="module")
+def folder(shared) -> Path:
+    """The folder `shared` with the trainings of two processes, and of one process."""
+    torch.multiprocessing.start_processes(trainings, (shared,), RANKS, start_method="fork")
+    for name in RECIPES:
+        training = Training(AutoencoderTask(chosen(shared, name), run_in(shared / f"{name}-one"), CPU))
+        training.shards = RANKS
+        training.run_all()
+        training.log.close()
+        torch.save(everything(training.state), shared / f"{name}-one.pt")
+    return shared
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_as_one_process(folder, compare, name, parallel):
+    check(folder, compare, f"{name}-{parallel}", name)
+
+
+def test_accumulated_on_two_ranks(folder, compare):
+    check(folder, compare, "decoder-accumulated", "decoder")
+
+
+def check(folder, compare, run: str, name: str) -> None:
+    expected, got = torch.load(folder / f"{name}-one.pt"), weights(folder / run)
+    assert got
+    for key, value in got.items():
+        compare("eager", value, expected.get(f"average.{key}", expected[f"autoencoder.{key}"]), 2e-3, key)
+    assert (folder / run / "model" / "README.md").is_file()
