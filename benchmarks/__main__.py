@@ -1,14 +1,31 @@
 """python -m benchmarks: runs all benchmarks on this machine; without a GPU, a rehearsal on small shapes."""
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
-from . import autoencoder, first_call, loss_curve, operators, pipeline, results, sampling, tables, training, transformer
+from . import (
+    autoencoder,
+    autoencoder_training,
+    contenders,
+    first_call,
+    loss_curve,
+    networks,
+    operators,
+    pipeline,
+    results,
+    sampling,
+    tables,
+    training,
+    transformer,
+)
+from .autoencoder_workloads import TrainingWorkload, training_workloads
 from .ceilings import Ceilings, measure_ceilings
-from .network_workloads import network_workloads
+from .network_workloads import NetworkWorkload, network_workloads
 from .workloads import Workload, workloads
 
 NETWORK_PARTS = {
@@ -17,25 +34,43 @@ NETWORK_PARTS = {
     "sampling": sampling.benchmark,
     "loss-curve": loss_curve.benchmark,
 }
-PARTS = ("operators", "autoencoder", "memory", "first-call", *NETWORK_PARTS, "pipeline")
+PARTS = (
+    "operators", "autoencoder", "memory", "first-call", "autoencoder-training", *NETWORK_PARTS, "pipeline",
+)  # fmt: skip
+CONTENDERS = list(contenders.CONTENDERS | autoencoder_training.CONTENDERS | networks.CONTENDERS)
+W = TypeVar("W", Workload, TrainingWorkload, NetworkWorkload)
 
 
-def records_of(part: str, only: Callable[[str], bool], device: torch.device, ceilings: Ceilings) -> Iterator[dict]:
-    """Measures a part of the benchmarks; yields each record when it is complete."""
+def chosen(workloads: list[W], only: Callable[[str], bool], names: Collection[str]) -> list[W]:
+    """The workloads whose names pass `only`, each with the contenders in `names` and eager."""
+    return [
+        replace(workload, contenders=tuple(name for name in workload.contenders if name in {"eager", *names}))
+        for workload in workloads
+        if only(workload.name)
+    ]
+
+
+def records_of(
+    part: str, only: Callable[[str], bool], names: Collection[str], device: torch.device, ceilings: Ceilings
+) -> Iterator[dict]:
+    """Measures a part of the benchmarks; yields each record when it is complete. names: of contenders."""
     if part == "operators":
         yield from operators.benchmark(device, ceilings, only)
         return
     if part in NETWORK_PARTS:
-        for workload in network_workloads(part):
-            if only(workload.name):
-                yield NETWORK_PARTS[part](workload, device, ceilings)
+        for workload in chosen(network_workloads(part), only, names):
+            yield NETWORK_PARTS[part](workload, device, ceilings)
+        return
+    if part == "autoencoder-training":
+        for workload in chosen(training_workloads(), only, names):
+            yield autoencoder_training.benchmark(workload, device, ceilings)
         return
     if part == "pipeline":
         for each in pipeline.pipelines():
             if only(each.name):
                 yield from pipeline.benchmark(each)
         return
-    selected: list[Workload] = [workload for workload in workloads(part) if only(workload.name)]
+    selected = chosen(workloads(part), only, names)
     if part == "autoencoder":
         first_call.fill_caches(selected)
     for workload in selected:
@@ -57,14 +92,27 @@ def main() -> None:
         help="run only workloads and operators whose names contain one of these texts",
     )
     parser.add_argument(
+        "--contenders",
+        nargs="+",
+        choices=CONTENDERS,
+        default=CONTENDERS,
+        metavar="NAME",
+        help="run only eager and these contenders of each workload; the record replaces a record with more contenders"
+        " in the same file. Not for operators and pipeline",
+    )
+    parser.add_argument(
         "--out", type=Path, default=results.default_path(), help="JSON file for the results (default: %(default)s)"
     )
     options = parser.parse_args()
+
+    def only(name: str) -> bool:
+        return any(text in name for text in options.only)
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ceilings = measure_ceilings(device)
     print(f"matrix product {ceilings.tflops:.0f} TFLOP/s in bf16, copy {ceilings.copy:.2f} TB/s", flush=True)
     for part in options.part:
-        for record in records_of(part, lambda name: any(text in name for text in options.only), device, ceilings):
+        for record in records_of(part, only, options.contenders, device, ceilings):
             results.merge(options.out, part, record | {"ceilings": vars(ceilings)})
             print(tables.line(part, record), flush=True)
     print(f"results are in {options.out}")

@@ -78,9 +78,8 @@ def is_available(name: str) -> bool:
     return not CONTENDERS[name].diffusers or importlib.util.find_spec("diffusers") is not None
 
 
-@functools.lru_cache(maxsize=1)
-def random_model(name: str, device: torch.device) -> DCAE:
-    """An fp32 model on the device, with random weights and random batch norm statistics."""
+def new_model(name: str, device: torch.device) -> DCAE:
+    """An fp32 model on the device, with the same random weights and random batch norm statistics every time."""
     torch.manual_seed(0)
     with torch.device(device):
         model = DCAE.from_name(name)
@@ -89,7 +88,13 @@ def random_model(name: str, device: torch.device) -> DCAE:
                 buffer.uniform_(0.5, 2)
             elif buffer_name.endswith("running_mean"):
                 buffer.normal_(std=0.1)
-    return model.eval().requires_grad_(False)
+    return model
+
+
+@functools.lru_cache(maxsize=1)
+def random_model(name: str, device: torch.device) -> DCAE:
+    """The model of which the contenders are copies."""
+    return new_model(name, device).eval().requires_grad_(False)
 
 
 def diffusers_twin(model: DCAE) -> nn.Module:

@@ -14,11 +14,13 @@ except ImportError as error:
 
 COLOURS = {
     "eager": "#b8bec6",
+    "eager channels-last": "#9aa2ac",
     "torch.compile": "#7d93b2",
+    "torch.compile, reduce-overhead": "#55708f",
     "plain + torch.compile": "#5b7fa6",
     "plain + torch.compile, max-autotune": "#3c5f86",
     "patched": "#e08e45",
-    "patched channels-last": "#e08e45",
+    "patched channels-last": "#c9762e",
     "patched + CUDA graphs": "#b4432f",
     "patched, bounded memory": "#b4432f",
     "patched + torch.compile": "#e6c35c",
@@ -112,7 +114,7 @@ def draw_lines(axes, records: list[dict], quantity: str) -> None:
 
 @matplotlib.rc_context(STYLE)
 def networks(records: list[dict], path: Path) -> None:
-    """Bars for each workload of a transformer and contender: fraction of the ceiling, labelled with images/s."""
+    """Bars for each workload and contender: fraction of the ceiling, labelled with images/s."""
     names = [name for name in COLOURS if any(name in record["contenders"] for record in records)]
     bars = [(record, name) for record in records for name in names if name in record["contenders"]]
     figure = Figure(figsize=(10, 1 + 0.2 * len(bars) + 0.2 * len(records)), layout="constrained")

@@ -1,8 +1,9 @@
 """Profiles one call by kernel: python -m benchmarks.profile MODEL encode|decode --batch B --size S.
 
-For a diffusion transformer: python -m benchmarks.profile uvit-h-f64 forward|training --batch B. Kernels are grouped by
-kind. The times of convolutions and matrix products are compared with the time that the unpatched model's FLOPs take at
-the rate of a large matrix product. The record is added to the results file.
+For a training step of an autoencoder: python -m benchmarks.profile MODEL training --batch B --size S. For a diffusion
+transformer: python -m benchmarks.profile uvit-h-f64 forward|training --batch B. Kernels are grouped by kind. The times
+of convolutions and matrix products are compared with the time that the unpatched model's FLOPs take at the rate of a
+large matrix product. The record is added to the results file.
 """
 
 import argparse
@@ -14,14 +15,16 @@ import torch
 from torch.autograd import DeviceType
 
 from dcae_fast.fast.patch import OPERATORS
+from dcae_fast.models.zoo import autoencoder_names
 
-from . import contenders, networks, results, tables, training, transformer
-from .autoencoder import flops_of
+from . import autoencoder, autoencoder_training, contenders, networks, results, tables, training, transformer
+from .autoencoder_workloads import RECIPES, TrainingWorkload
 from .ceilings import Ceilings, measure_ceilings
 from .network_workloads import NetworkWorkload
 from .timing import measure
 from .workloads import DIRECTIONS, Workload
 
+AnyWorkload = Workload | TrainingWorkload | NetworkWorkload
 CALLS = 3  # profiled calls
 KERNELS_LISTED = 12  # the longest kernels
 
@@ -29,6 +32,9 @@ KERNELS_LISTED = 12  # the longest kernels
 KINDS = {
     "Inductor": r"^triton_",
     "this project's operators": "|".join({*OPERATORS} - {"linear", "mlp", "packed_attention"}) + "|gelu_backward",
+    "optimizer": r"multi_tensor_apply|adam",
+    "batch norm": r"batch_?norm|\bbn_",
+    "reduction": r"native::reduce_kernel|aten::sum",
     "copy": r"memcpy|memset|copy|nchwtonhwc|nhwctonchw|transpose|catarray",
     "attention": r"attention|flash|fmha|softmax",
     "convolution": r"conv|fprop|winograd|cudnn",
@@ -70,31 +76,39 @@ def kernels_of(run, device: torch.device) -> tuple[list[dict], float]:
     return sorted(kernels, key=lambda kernel: -kernel["ms"]), span / 1e3 / CALLS
 
 
-def call_of(workload: Workload | NetworkWorkload, contender: str, device: torch.device) -> Callable[[], object]:
+def call_of(workload: AnyWorkload, contender: str, device: torch.device) -> Callable[[], object]:
     """The profiled call, as a function without arguments."""
     if isinstance(workload, Workload):
         return contenders.caller(contender, *contenders.prepared(contender, workload, device))
+    if isinstance(workload, TrainingWorkload):
+        in_training = autoencoder_training.prepared(contender, workload, device)
+        images = autoencoder_training.images_of(workload, device)
+        return autoencoder_training.stepper(contender, in_training, images)
     inputs = networks.inputs_of(workload, device)
     model = training.prepared(contender, workload, device)
     return training.stepper(model, inputs) if workload.work == "training" else transformer.caller(model.eval(), inputs)
 
 
-def floors_of(workload: Workload | NetworkWorkload, ceilings: Ceilings) -> dict[str, float]:
+def floors_of(workload: AnyWorkload, ceilings: Ceilings) -> dict[str, float]:
     """The milliseconds that the unpatched model's FLOPs take at the ceiling, by kind of kernel.
 
-    A training step has three times the FLOPs of the forward, or four times with activation checkpointing.
+    A training step of a transformer has three times the FLOPs of the forward, or four times with activation
+    checkpointing.
     """
+    kinds = {}
     if isinstance(workload, Workload):
-        flops, kinds = flops_of(workload), {}
+        flops = autoencoder.flops_of(workload)
+    elif isinstance(workload, TrainingWorkload):
+        flops = autoencoder_training.flops_of(workload)
     else:
         passes = 3 + workload.checkpointed if workload.work == "training" else 1
         flops = {op: passes * n for op, n in networks.flops_by_operator(workload.network, workload.batch).items()}
         kinds = {"attention": flops.pop("bmm", 0)}
-    kinds["convolution"] = flops.pop("convolution", 0)
+    kinds["convolution"] = flops.pop("convolution", 0) + flops.pop("convolution_backward", 0)
     return {kind: ceilings.floor(n) for kind, n in (kinds | {"matrix product": sum(flops.values())}).items()}
 
 
-def profile(workload: Workload | NetworkWorkload, contender: str, device: torch.device, ceilings: Ceilings) -> dict:
+def profile(workload: AnyWorkload, contender: str, device: torch.device, ceilings: Ceilings) -> dict:
     """The record: ms, calls and floor_ms (None if unknown) by kind of kernel; the longest kernels; idle_ms.
 
     idle_ms, the time without a running kernel, is the smaller of two estimates that are both too large: the time of an
@@ -129,6 +143,9 @@ def main() -> None:
         "--checkpointed", action="store_true", help="activation checkpointing of every block, in training"
     )
     parser.add_argument(
+        "--recipe", choices=RECIPES, default="full", help="what is trained of an autoencoder (default: %(default)s)"
+    )
+    parser.add_argument(
         "--contender", help='default: "patched channels-last" for autoencoders, "patched" for transformers'
     )
     parser.add_argument(
@@ -136,12 +153,18 @@ def main() -> None:
     )
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    is_autoencoder = options.model in autoencoder_names()
+    if is_autoencoder != (options.work in DIRECTIONS) and options.work != "training":
+        parser.error(f"{options.model} {options.work}: autoencoders encode and decode, transformers have a forward")
     if options.work in DIRECTIONS:
         workload, known = Workload(options.model, options.work, options.batch, options.size), contenders.CONTENDERS
+    elif is_autoencoder:
+        workload = TrainingWorkload(options.model, options.recipe, options.batch, options.size)
+        known = autoencoder_training.CONTENDERS
     else:
         workload = NetworkWorkload(options.model, options.work, options.batch, checkpointed=options.checkpointed)
         known = networks.CONTENDERS
-    contender = options.contender or ("patched channels-last" if options.work in DIRECTIONS else "patched")
+    contender = options.contender or ("patched channels-last" if is_autoencoder else "patched")
     if contender not in known:
         parser.error(f"--contender {contender!r}; expected one of {', '.join(known)}")
     ceilings = measure_ceilings(device)

@@ -4,11 +4,13 @@ Measures nothing.
 """
 
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 
 from dcae_fast.files import written_atomically
 
 from . import plots, tables
+from .autoencoder_workloads import TRAINING_WORKLOADS
 from .network_workloads import NETWORK_WORKLOADS
 from .results import RESULTS, ROOT, read
 from .targets import headline
@@ -24,6 +26,11 @@ PLOTS = {  # name of the file → part, what draws it, title
     "memory": ("memory", plots.memory, "Peak memory and time against the size of the image"),
     "transformer": ("transformer", plots.networks, "Diffusion transformers, forward: share of the ceiling"),
     "training": ("training", plots.networks, "Diffusion transformers, training step: share of the ceiling"),
+    "autoencoder_training": (
+        "autoencoder-training",
+        plots.networks,
+        "Autoencoders, training step: share of the ceiling",
+    ),
     "loss": ("loss-curve", plots.losses, "Training loss of a small transformer"),
 }
 SECTIONS = {  # heading → part, table
@@ -31,6 +38,7 @@ SECTIONS = {  # heading → part, table
     "Memory": ("memory", tables.memory_table),
     "First calls": ("first-call", tables.first_call_table),
     "Operators": ("operators", tables.operator_table),
+    "Training steps of autoencoders": ("autoencoder-training", tables.network_table),
     "Diffusion transformers": ("transformer", tables.network_table),
     "Training steps": ("training", tables.network_table),
     "Sampling": ("sampling", tables.network_table),
@@ -44,6 +52,9 @@ model's arithmetic at the speed of a large matrix product in the same run. The l
 faster of the two patched columns."""
 NETWORKS = """Transformers run under autocast to bf16. A training step is forward, backward and AdamW. A step of
 sampling is one call of the network with guidance, and the solver's update."""
+AUTOENCODER_TRAINING = """A training step of an autoencoder is forward under autocast to bf16, L1 loss, backward and
+fused AdamW, with torch.backends.cudnn.benchmark for all contenders. Of eager, torch.compile and patched, the table
+shows the fastest form that was measured: memory format, compile mode, CUDA graphs."""
 HEADLINE = """The paper's headline is the throughput of UViT-H on DC-AE's f64 latents, divided by the throughput on
 Stable Diffusion's f8 latents with patch size 2. The paper measured on one H100. Here every column is divided by eager
 on f8."""
@@ -65,6 +76,12 @@ step. Peak GiB of a training step includes weights and optimizer. In training, e
 itself, so the contenders do not take turns; eager, measured again after the others, took {drift} of its first time.
 A step of sampling is one call of the network on both halves of the guidance, and the update. samples are all steps and
 the decoder; the decoder's arithmetic is not counted."""
+AUTOENCODER_TRAINING_EXPLANATION = """latent-adaptation trains only encoder.project_out and decoder.project_in; decoder
+trains the decoder. There, no contender computes gradients of frozen weights, and whatever lies before all trained
+modules computes without gradients. The floor and MFU count only the arithmetic that is left. "patched + CUDA graphs"
+captures the whole step as one graph. Errors are of the gradients, relative to fp32. Peak GiB includes weights,
+gradients, optimizer and captured graphs. Each contender has the GPU's memory to itself; eager, measured again after the
+others, took {drift} of its first time."""
 PIPELINE_EXPLANATION = """Commands run as a user starts them, on random pictures, latents and weights. Their names give
 the batch of each GPU. Scaling is the throughput divided by the throughput of one GPU times the number of GPUs. "GPU
 waited" is the share of the time in which the GPU had no data."""
@@ -73,7 +90,7 @@ waited" is the share of the time in which the GPU had no data."""
 def load(path: Path) -> Results:
     """A results file, workloads in the registry's order."""
     results = read(path)
-    for part, workloads in (WORKLOADS | NETWORK_WORKLOADS).items():
+    for part, workloads in (WORKLOADS | NETWORK_WORKLOADS | {"autoencoder-training": TRAINING_WORKLOADS}).items():
         order = {workload.name: index for index, workload in enumerate(workloads)}
         results.get(part, []).sort(key=lambda record: order.get(record["workload"], len(order)))
     return results
@@ -130,11 +147,18 @@ def compared(results: Results) -> list[dict]:
     return [record for record in records if tables.best(record["contenders"], "torch.compile")]
 
 
-def network_explanation(results: Results) -> list[str]:
-    records = [record for part in NETWORK_WORKLOADS for record in results.get(part, [])]
+def with_drift(explanation: str, results: Results, parts: Iterable[str]) -> list[str]:
+    """The explanation of these parts, with the drift of eager that was measured in them; empty without records."""
+    records = [record for part in parts for record in results.get(part, [])]
     drifts = [record["drift"] for record in records if "drift" in record]
     drift = f"{min(drifts):.0%} to {max(drifts):.0%}" if drifts else "(not measured)"
-    return [paragraph(NETWORK_EXPLANATION.format(drift=drift))] if records else []
+    return [paragraph(explanation.format(drift=drift))] if records else []
+
+
+def autoencoder_training(results: Results) -> list[str]:
+    """The table of training an autoencoder, with its introduction; empty without records."""
+    records = results.get("autoencoder-training")
+    return [paragraph(AUTOENCODER_TRAINING), tables.autoencoder_training_table(records)] if records else []
 
 
 def summary(results: Results, name: str) -> str:
@@ -143,6 +167,7 @@ def summary(results: Results, name: str) -> str:
     autoencoders, networks = list(filter(tables.is_fair, results.get("autoencoder", []))), compared(results)
     parts = [setting(results)]
     parts += [tables.speed_table(autoencoders)] if autoencoders else []
+    parts += autoencoder_training(results)
     parts += [paragraph(NETWORKS), tables.speed_table(networks)] if networks else []
     if records := headline(results):
         parts += [paragraph(HEADLINE), tables.headline_table(records, ("paper", *tables.MAIN[:3]))]
@@ -157,7 +182,10 @@ def page(results: Results, name: str) -> str:
     parts += [setting(results), page_setting(results)]
     for records in (results.get("autoencoder"), compared(results)):
         parts += [tables.speed_table(records)] if records else []
-    parts += [*images(results, name), paragraph(PAGE_EXPLANATION), errors(results), *network_explanation(results)]
+    parts += autoencoder_training(results)
+    parts += [*images(results, name), paragraph(PAGE_EXPLANATION), errors(results)]
+    parts += with_drift(AUTOENCODER_TRAINING_EXPLANATION, results, ["autoencoder-training"])
+    parts += with_drift(NETWORK_EXPLANATION, results, NETWORK_WORKLOADS)
     if records := headline(results):
         parts += [paragraph(HEADLINE), tables.headline_table(records)]
     parts += [paragraph(PIPELINE_EXPLANATION)] if results.get("pipeline") else []

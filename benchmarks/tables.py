@@ -2,7 +2,21 @@
 
 import math
 
-from .targets import GRAPHS, NOMINAL, PATCHED, TARGETS, VERDICTS, Outcome, Target, evaluate, fastest, forms, headline
+from .targets import (
+    GRAPHS,
+    NOMINAL,
+    PATCHED,
+    TARGETS,
+    VERDICTS,
+    Outcome,
+    Target,
+    evaluate,
+    fastest,
+    fastest_patched,
+    forms,
+    headline,
+    with_fastest,
+)
 
 MAIN = ("eager", "torch.compile", "patched", GRAPHS)  # columns of the README's tables, see `best`
 
@@ -79,6 +93,19 @@ def speed_table(records: list[dict]) -> str:
         ratios = [ratio(contenders, name) for name in ("eager", "torch.compile")]
         name = network_label(record) if networks else label(record) + ("" if is_fair(record) else " †")
         rows.append([name, *times, number(record["floor_ms"]), *ratios])
+    return table(rows)
+
+
+def autoencoder_training_table(records: list[dict]) -> str:
+    """A row for each workload: ms of the fastest forms of eager, torch.compile and patched, the floor, the speedups."""
+    rows = [["training step", "eager", "torch.compile", "patched", "floor", "over eager", "over compile"]]
+    for record in records:
+        contenders = record["contenders"]
+        shown = [best(contenders, name) for name in ("eager", "torch.compile")] + [fastest_patched(contenders)]
+        times = [row["ms"] if row and "ms" in row else None for row in shown]
+        ratios = [f"{other / times[2]:.2f}×" if other and times[2] else "–" for other in times[:2]]
+        name = f"{record['model'].removeprefix('dc-ae-')} {record['recipe']}, {record['batch']} × {record['size']} px"
+        rows.append([name, *map(cell, shown), number(record["floor_ms"]), *ratios])
     return table(rows)
 
 
@@ -242,8 +269,10 @@ def sentence(target: Target) -> str:
 
 
 def outcomes(results: dict[str, list[dict]]) -> list[Outcome]:
+    """The outcomes of the targets of all parts that were measured."""
     results = results | {"headline": headline(results)}
-    return [evaluate(target, results) for target in TARGETS]
+    results["autoencoder-training"] = with_fastest(results.get("autoencoder-training", []))
+    return [evaluate(target, results) for target in TARGETS if results.get(target.part)]
 
 
 def target_table(outcomes: list[Outcome]) -> str:

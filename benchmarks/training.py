@@ -107,21 +107,27 @@ def trial(
 
 
 def errors(model: nn.Module, inputs: networks.Inputs, exact: Exact) -> tuple[float, float]:
-    """Relative errors of all gradients together, and of the loss.
+    """Relative errors of the gradients and of the loss.
 
     The loss is over the first samples, but the network computes the whole batch, as in the step that is timed.
     """
     with networks.autocast(inputs[0].device):
         loss = loss_of(model, inputs, CHECKED)
     loss.backward()
+    error = gradient_error(model, exact[1])
+    model.zero_grad()
+    return error, abs(loss.item() - exact[0]) / exact[0]
+
+
+def gradient_error(model: nn.Module, exact: list[torch.Tensor]) -> float:
+    """Relative error of all gradients of the model together. exact: the gradients of its trained parameters."""
     squares = norms = 0.0
-    for parameter, gradient in zip(trained(model), exact[1], strict=True):
+    for parameter, gradient in zip(trained(model), exact, strict=True):
         gradient = gradient.to(parameter.device)
         difference = gradient if parameter.grad is None else parameter.grad - gradient
         squares += difference.double().square().sum()
         norms += gradient.double().square().sum()
-    model.zero_grad()
-    return (squares / norms).sqrt().item(), abs(loss.item() - exact[0]) / exact[0]
+    return (squares / norms).sqrt().item()
 
 
 def stepper(model: nn.Module, inputs: networks.Inputs) -> Callable[[], torch.Tensor]:

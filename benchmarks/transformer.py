@@ -84,12 +84,17 @@ def times_of(timing: Timing) -> dict[str, float]:
     return {"ms": timing.median, "ms_low": timing.low, "ms_high": timing.high}
 
 
-def record_of(workload: NetworkWorkload, rows: dict[str, dict], flops: int, ceilings: Ceilings) -> dict:
-    """The record of a workload. mfu: the unpatched network's FLOPs per time, as a fraction of the measured ceiling."""
+def add_rates(rows: dict[str, dict], batch: int, flops: int, ceilings: Ceilings) -> None:
+    """Adds images/s and MFU to rows. mfu: FLOPs of the unpatched model per time, as a fraction of the ceiling."""
     for row in rows.values():
         if "ms" in row:
-            row["images_per_s"] = 1e3 * workload.batch / row["ms"]
+            row["images_per_s"] = 1e3 * batch / row["ms"]
             row["mfu"] = flops / (row["ms"] * 1e9) / ceilings.tflops
+
+
+def record_of(workload: NetworkWorkload, rows: dict[str, dict], flops: int, ceilings: Ceilings) -> dict:
+    """The record of a workload."""
+    add_rates(rows, workload.batch, flops, ceilings)
     return {
         "workload": workload.name, "network": workload.network, "work": workload.work, "batch": workload.batch,
         "checkpointed": workload.checkpointed, "flops": flops, "floor_ms": ceilings.floor(flops), "contenders": rows,

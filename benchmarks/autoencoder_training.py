@@ -1,0 +1,281 @@
+"""One training step of an autoencoder: forward under autocast to bf16, L1 loss, backward, fused AdamW.
+
+As in `training`, the memory holds one contender at a time, and eager is timed again at the end. The losses of LPIPS and
+of a discriminator are not part of the step.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+
+import dcae_fast
+from dcae_fast.models.autoencoder import DCAE
+from dcae_fast.training.engine.optimizer import build_optimizer
+from dcae_fast.training.engine.parallel import apply_compile
+from dcae_fast.training.engine.state import Trained, autocast
+
+from . import contenders
+from .autoencoder import FP32_ERROR, reason, release
+from .autoencoder_workloads import RECIPES, TrainingWorkload
+from .ceilings import Ceilings
+from .timing import alone, seconds, with_peak_memory
+from .training import Exact, gradient_error, trained
+from .transformer import add_rates, times_of
+
+LR = 1e-5
+WARM_UP = 3  # steps; torch.compile captures its CUDA graphs in the second or third
+STEPS = 10  # timed steps
+Run = Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """How a step is computed. channels_last: memory format of weights and images. mode: of torch.compile.
+
+    captured: the whole step (forward, backward, optimizer) is captured as one CUDA graph.
+    """
+
+    patched: bool = False
+    channels_last: bool = False
+    compiled: bool = False
+    mode: str | None = None
+    captured: bool = False
+
+
+CONTENDERS = {
+    "eager": Contender(),
+    "eager channels-last": Contender(channels_last=True),
+    "torch.compile": Contender(compiled=True, channels_last=True),
+    "torch.compile, reduce-overhead": Contender(compiled=True, mode="reduce-overhead", channels_last=True),
+    "patched": Contender(patched=True),
+    "patched channels-last": Contender(patched=True, channels_last=True),
+    "patched + torch.compile": Contender(patched=True, compiled=True, channels_last=True),
+    "patched + CUDA graphs": Contender(patched=True, captured=True, channels_last=True),
+}
+
+
+class Reconstruction(nn.Module):
+    """decode(encode(x)). Modules before all trained modules compute without gradients.
+
+    Frozen modules are in evaluation mode: their batch norms use the running statistics and do not change them.
+    """
+
+    def __init__(self, autoencoder: DCAE, recipe: str):
+        super().__init__()
+        self.autoencoder, self.recipe = autoencoder, recipe
+        for name, parameter in autoencoder.named_parameters():
+            parameter.requires_grad_(name.startswith(RECIPES[recipe]))
+        for module in autoencoder.modules():
+            module.training = any(parameter.requires_grad for parameter in module.parameters())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        encoder, decoder = self.autoencoder.encoder, self.autoencoder.decoder
+        if self.recipe == "full":
+            return decoder(encoder(x))
+        if self.recipe == "decoder":
+            with torch.no_grad():
+                z = encoder(x)
+            return decoder(z)
+        with torch.no_grad():
+            x = encoder.project_in(x)
+            for stage in encoder.stages:
+                x = stage(x)
+        return decoder(encoder.project_out(x))
+
+
+def benchmark(workload: TrainingWorkload, device: torch.device, ceilings: Ceilings) -> dict:
+    """The record of a workload. peak_gib: weights, gradients, optimizer, activations and captured graphs.
+
+    error: relative error of the gradients of the trained parameters against fp32. A contender is wrong if its error is
+    more than twice the error of eager. loss_error: relative error of the loss. flops: of the unpatched step, without
+    the gradients that the recipe does not need. drift: the time of eager at the end divided by its time at the start.
+    """
+    images = images_of(workload, device)
+    exact = exact_gradients(workload, images)
+    rows, limit = {}, math.inf
+    for name in workload.contenders:
+        rows[name] = trial(name, workload, images, exact, limit)
+        if name == "eager":
+            limit = max(2 * rows[name].get("error", math.inf), FP32_ERROR)
+    flops = sum(flops_of(workload).values())
+    add_rates(rows, workload.batch, flops, ceilings)
+    record = {
+        "workload": workload.name, "model": workload.model, "recipe": workload.recipe, "batch": workload.batch,
+        "size": workload.size, "flops": flops, "floor_ms": ceilings.floor(flops), "contenders": rows,
+    }  # fmt: skip
+    if "ms" in rows["eager"]:
+        again = trial("eager", workload, images, None, math.inf)
+        record |= {"drift": again["ms"] / rows["eager"]["ms"]} if "ms" in again else {}
+    return record
+
+
+def images_of(workload: TrainingWorkload, device: torch.device) -> torch.Tensor:
+    """Random images [B, 3, H, W], fp32."""
+    generator = torch.Generator(device).manual_seed(1)
+    return torch.randn(workload.batch, 3, workload.size, workload.size, generator=generator, device=device)
+
+
+def fresh(workload: TrainingWorkload, device: torch.device) -> Reconstruction:
+    """An fp32 model to train, with the same random weights every time."""
+    contenders.random_model.cache_clear()  # frees its memory
+    return Reconstruction(contenders.new_model(workload.model, device), workload.recipe)
+
+
+def prepared(name: str, workload: TrainingWorkload, device: torch.device) -> Trained:
+    """A new model made into the contender of that name, with its optimizer."""
+    contender, model = CONTENDERS[name], fresh(workload, device)
+    if contender.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if contender.patched:
+        dcae_fast.patch(model)
+    if contender.compiled:
+        apply_compile([model], contender.mode)
+    optimizer = build_optimizer(model, LR, betas=(0.9, 0.999), weight_decay=0.1)
+    for group in optimizer.param_groups:
+        group["capturable"] = contender.captured and device.type == "cuda"
+    return Trained(model, model, optimizer, torch.amp.GradScaler(device.type, enabled=False))
+
+
+def exact_gradients(workload: TrainingWorkload, images: torch.Tensor) -> Exact:
+    """The loss and its gradients in fp32 without TF32. The gradients are moved to the CPU, to free memory."""
+    model = fresh(workload, images.device)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        loss = F.l1_loss(model(images), images)
+        gradients = torch.autograd.grad(loss, trained(model), materialize_grads=True)
+    result = loss.item(), [gradient.cpu() for gradient in gradients]
+    del model, gradients, loss
+    release()
+    return result
+
+
+def trial(
+    name: str, workload: TrainingWorkload, images: torch.Tensor, exact: Exact | None, limit: float
+) -> dict[str, float | str]:
+    """The row of a contender, which is built, checked, timed and discarded. Without `exact` it is not checked."""
+    row = {}
+    try:
+        in_training = prepared(name, workload, images.device)
+        if exact is not None:
+            row |= checked(name, in_training, images, exact)
+            if not row["error"] <= limit:
+                return row | {"failure": "wrong"}
+        row |= timed(stepper(name, in_training, images))
+    except Exception as failure:
+        row = {"failure": reason(failure)}
+    finally:
+        in_training = None
+        torch.compiler.reset()  # frees compiled code and its CUDA graphs
+        release()
+    return row
+
+
+def checked(name: str, in_training: Trained, images: torch.Tensor, exact: Exact) -> dict[str, float]:
+    """Errors of the gradients and the loss. first_s: seconds of the first pass, with compilation and choice of kernels.
+
+    A captured contender is captured for the check too, without the optimizer.
+    """
+    run = passes(in_training, laid_out(name, images))
+    first_s = seconds(run)
+    run = captured(run) if CONTENDERS[name].captured else run
+    loss = run().item()
+    error = gradient_error(in_training.network, exact[1])
+    in_training.optimizer.zero_grad()
+    return {"first_s": first_s, "error": error, "loss_error": abs(loss - exact[0]) / exact[0]}
+
+
+def timed(step: Run) -> dict[str, float]:
+    """Times and peak memory of a step. The memory that captured graphs keep counts, although a replay allocates none.
+
+    Such memory stays reserved when all unused memory is returned to the device.
+    """
+    for _ in range(WARM_UP):
+        step()
+    release()
+    kept = torch.cuda.memory_reserved() / 2**30 if torch.cuda.is_available() else 0.0
+    resident = torch.cuda.memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+    _, peak = with_peak_memory(step)
+    return times_of(alone(step, STEPS)) | {"peak_gib": max(kept, resident + peak)}
+
+
+def passes(in_training: Trained, images: torch.Tensor) -> Run:
+    """A function that replaces the gradients by those of the loss, and returns the loss."""
+
+    def run() -> torch.Tensor:
+        in_training.optimizer.zero_grad()
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+            with autocast(images.device, "bfloat16"):
+                loss = F.l1_loss(in_training.called(images), images)
+            in_training.backward(loss)
+        return loss.detach()
+
+    return run
+
+
+def laid_out(name: str, images: torch.Tensor) -> torch.Tensor:
+    """The images in the memory format of the contender with that name."""
+    layout = torch.channels_last if CONTENDERS[name].channels_last else torch.contiguous_format
+    return images.to(memory_format=layout)
+
+
+def stepper(name: str, in_training: Trained, images: torch.Tensor) -> Run:
+    """A training step of the contender with that name, as a function without arguments, which returns the loss."""
+    gradients = passes(in_training, laid_out(name, images))
+
+    def step() -> torch.Tensor:
+        loss = gradients()
+        in_training.update(LR)
+        return loss
+
+    return captured(step) if CONTENDERS[name].captured else step
+
+
+def captured(run: Run) -> Run:
+    """The function as a replay of a CUDA graph; unchanged on a CPU."""
+    if not torch.cuda.is_available():
+        return run
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    release()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def flops_of(workload: TrainingWorkload) -> dict[str, int]:
+    """FLOPs of the unpatched forward and backward pass by operator, counted on fake tensors.
+
+    The gradients of frozen weights, and of everything before the first trained module, are not computed.
+    """
+    counter = FlopCounterMode(
+        display=False, custom_mapping={torch.ops.aten.convolution_backward: convolution_backward_flops}
+    )
+    with FakeTensorMode(), counter:
+        model = Reconstruction(DCAE.from_name(workload.model), workload.recipe)
+        images = torch.empty(workload.batch, 3, workload.size, workload.size)
+        F.l1_loss(model(images), images).backward()
+    return {op.__name__: flops for op, flops in counter.get_flop_counts()["Global"].items()}
+
+
+def convolution_backward_flops(gradient, x, weight, *options, out_shape) -> int:
+    """The FLOPs of the forward pass for each of the two gradients that is computed.
+
+    PyTorch's own formula counts the gradient of the weights of a grouped convolution as if it were not grouped.
+    """
+    transposed, output_mask = options[4], options[7]
+    return sum(output_mask[:2]) * conv_flop_count(x, weight, gradient, transposed)

@@ -1,0 +1,51 @@
+"""The workloads of training an autoencoder: model, recipe, batch and image size, and their contenders."""
+
+from dataclasses import dataclass
+
+import torch
+
+from .workloads import F32, F64, SANA
+
+# What each recipe trains: prefixes of parameter names. All other parameters are frozen.
+RECIPES = {
+    "full": ("",),
+    "latent-adaptation": ("encoder.project_out", "decoder.project_in"),
+    "decoder": ("decoder",),
+}
+UNCOMPILED = ("eager", "eager channels-last", "patched", "patched channels-last", "patched + CUDA graphs")
+ALL = (
+    *UNCOMPILED[:2], "torch.compile", "torch.compile, reduce-overhead", *UNCOMPILED[2:4], "patched + torch.compile",
+    UNCOMPILED[4],
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainingWorkload:
+    """A training step on `batch` images of size × size pixels. recipe: one of `RECIPES`."""
+
+    model: str
+    recipe: str
+    batch: int
+    size: int
+    contenders: tuple[str, ...] = ALL
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}-{self.recipe}-b{self.batch}-{self.size}"
+
+
+TRAINING_WORKLOADS = [
+    TrainingWorkload(F32, "full", 16, 256),
+    TrainingWorkload(SANA, "full", 16, 256),
+    TrainingWorkload(F64, "full", 16, 256),
+    TrainingWorkload(F32, "full", 4, 512),
+    TrainingWorkload(SANA, "full", 4, 512),
+    TrainingWorkload(F32, "latent-adaptation", 4, 1024),
+    TrainingWorkload(F32, "decoder", 8, 512),
+]
+TRAINING_REHEARSAL = [TrainingWorkload("dc-ae-tiny", recipe, 2, 32, UNCOMPILED) for recipe in RECIPES]
+
+
+def training_workloads() -> list[TrainingWorkload]:
+    """The workloads; small ones on a machine without a GPU."""
+    return TRAINING_WORKLOADS if torch.cuda.is_available() else TRAINING_REHEARSAL
