@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from dcae_fast.ops._private import WRAPPERS, constant_in_compile, has_global_hooks, hooks_of
+from dcae_fast.ops._private import WRAPPERS, constant_in_compile, has_global_hooks
 
 from .module import FastModule, has_ordinary_weights, kind
 from .names import cache_by_class
@@ -90,7 +90,13 @@ def is_indifferent(module: nn.Module) -> bool:
                 continue
             if not _accepts_any_format(type(child)) and not _is_plain_sequence(child):
                 return False
-            if any(hooks_of(child)) or "forward" in child.__dict__:
+            if (  # not `hooks_of`, which torch.compile cannot trace
+                child._forward_hooks
+                or child._forward_pre_hooks
+                or child._backward_hooks
+                or child._backward_pre_hooks
+                or "forward" in child.__dict__
+            ):
                 return False
             if (child._parameters or child._buffers) and not has_ordinary_weights(child):
                 return False
