@@ -46,8 +46,8 @@ def unknown_norm(norm: nn.Module | None) -> str:
 
 
 def can_fuse_norm(norm: nn.Module | None) -> bool:
-    """Whether a norm is None, a channel RMS norm with weight and bias, or a batch norm in evaluation mode."""
-    return norm is None or (plain(norm) and not unknown_norm(norm) and not (is_batch_norm(norm) and norm.training))
+    """Whether a norm is None, or a channel RMS norm or a batch norm, each with weight and bias."""
+    return norm is None or (plain(norm) and not unknown_norm(norm))
 
 
 def is_batch_norm(norm: nn.Module | None) -> bool:
@@ -57,6 +57,30 @@ def is_batch_norm(norm: nn.Module | None) -> bool:
 def rms_norm(norm: nn.Module, x: torch.Tensor, act: str = "none", residual: torch.Tensor | None = None) -> torch.Tensor:
     """act(norm(x)) + residual. norm: an RMS norm that satisfies `can_fuse_norm`."""
     return ops.rms_norm(x, norm.weight, norm.bias, norm.eps, act, residual, norm_dtype(norm, x))
+
+
+def batch_norm(norm: nn.BatchNorm2d, x: torch.Tensor, act: str, residual: torch.Tensor | None) -> torch.Tensor:
+    """act(norm(x)) + residual with the statistics of the batch, which also update those of the norm."""
+    channels = norm.num_features
+    count = x.numel() // channels
+    if count < 2 or x.shape[1] != channels or not {norm.weight.dtype, norm.bias.dtype} <= {x.dtype, torch.float32}:
+        y = _activate(norm(x), act)
+        return y if residual is None else y + residual
+    y, mean, variance = ops.batch_norm_act(x, norm.weight, norm.bias, norm.eps, act, residual)
+    momentum = norm.momentum
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if momentum is None:  # the mean of all batches
+            momentum = 1 / float(norm.num_batches_tracked)
+    if momentum:
+        with torch.no_grad():
+            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
+            norm.running_var.lerp_((variance * (count / (count - 1))).to(norm.running_var.dtype), momentum)
+    return y
+
+
+def _activate(x: torch.Tensor, act: str) -> torch.Tensor:
+    return x if act == "none" else getattr(F, act)(x)
 
 
 def norm_dtype(norm: nn.Module, x: torch.Tensor) -> torch.dtype:
@@ -178,9 +202,11 @@ def conv_norm_act(
         y, bias = conv_without_bias(conv, x)
         if bias is not None:
             return ops.bias_act(y, bias, act, residual=residual)
-        y = y if act == "none" else getattr(F, act)(y)
+        y = _activate(y, act)
         return y if residual is None else y + residual
-    if type(norm) is nn.BatchNorm2d:
+    if is_batch_norm(norm):
+        if norm.training:
+            return batch_norm(norm, conv(x), act, residual)
         if fused and conv.bias is None:
             return _convolve(conv, x, *operands.of_convolution_and_norm(conv, norm), act, residual)
         statistics = norm.weight, norm.running_mean, norm.running_var, norm.eps

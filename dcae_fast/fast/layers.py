@@ -11,7 +11,7 @@ from torch import nn
 
 from dcae_fast import ops
 
-from .fusion import activation_name, autocasts, can_fuse_conv, can_fuse_norm
+from .fusion import activation_name, autocasts, can_fuse_conv, can_fuse_norm, is_batch_norm
 from .module import is_fast, kind
 from .registry import describe_of
 
@@ -133,7 +133,7 @@ Resampling = tuple[nn.Conv2d, str, int]
 
 def known(act: nn.Module | None, norm: nn.Module | None) -> None:
     """Raises UnknownModule unless activation and norm work on each position separately."""
-    if activation_name(act) is None or not can_fuse_norm(norm):
+    if activation_name(act) is None or not can_fuse_norm(norm) or (is_batch_norm(norm) and norm.training):
         raise UnknownModule(f"{type(act).__name__} or {type(norm).__name__}")
 
 

@@ -20,6 +20,7 @@ from .report import Report, missing
 __all__ = ["OPERATORS", "Report", "patch", "patched", "register_root", "unpatch"]
 
 OPERATORS = (
+    "batch_norm_act",
     "bias_act",
     "concatenate",
     "conv2d",

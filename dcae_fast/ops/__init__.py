@@ -2,6 +2,7 @@
 
 from ._library import ORDINARY, has_kernels
 from ._private import in_transform
+from .batch_norm_act import batch_norm_act
 from .bias_act import bias_act
 from .concatenate import concatenate
 from .conv2d import conv2d
@@ -23,6 +24,7 @@ from .upsample_conv2d import upsample_conv2d
 
 __all__ = [
     "ORDINARY",
+    "batch_norm_act",
     "bias_act",
     "channels_last",
     "concatenate",

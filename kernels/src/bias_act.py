@@ -11,7 +11,7 @@ MOST_CHANNELS = 1024  # of a program
 
 
 @triton.jit
-def _scale_and_shift(bias_ptr, scale_ptr, mean_ptr, variance_ptr, eps, c, mask, HAS_NORM: tl.constexpr):
+def scale_and_shift(bias_ptr, scale_ptr, mean_ptr, variance_ptr, eps, c, mask, HAS_NORM: tl.constexpr):
     """(s, b) such that x * s + b is the batch norm of x, or x + bias without a norm; and 1 / standard deviation."""
     bias = tl.load(bias_ptr + c, mask, 0.0).to(tl.float32)
     if HAS_NORM:
@@ -37,7 +37,7 @@ def _bias_act_forward_kernel(
     x = tl.load(x_ptr + offset, mask, 0.0).to(tl.float32)
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + offset, mask, 0.0).to(tl.float32)
-    scale, shift, _ = _scale_and_shift(bias_ptr, scale_ptr, mean_ptr, variance_ptr, eps, c, c < channels, HAS_NORM)
+    scale, shift, _ = scale_and_shift(bias_ptr, scale_ptr, mean_ptr, variance_ptr, eps, c, c < channels, HAS_NORM)
     y = activate(x * scale[None, :] + shift[None, :], ACT)
     if HAS_RESIDUAL:
         y += residual
@@ -56,7 +56,7 @@ def _bias_act_backward_kernel(
     split, splits = tl.program_id(0) // blocks_c, tl.num_programs(0) // blocks_c
     c = tl.program_id(0) % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
     c_mask = c < channels
-    scale, shift, rstd = _scale_and_shift(bias_ptr, scale_ptr, mean_ptr, variance_ptr, eps, c, c_mask, HAS_NORM)
+    scale, shift, rstd = scale_and_shift(bias_ptr, scale_ptr, mean_ptr, variance_ptr, eps, c, c_mask, HAS_NORM)
     dbias = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
     dscale = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
     for block in range(split, tl.cdiv(rows, BLOCK_ROWS), splits):
@@ -83,7 +83,7 @@ def _fold_batch_norm_kernel(
     """A program computes BLOCK of the `size` elements of a filter."""
     blocks = tl.cdiv(size, BLOCK)
     k, block = tl.program_id(0) // blocks + tl.arange(0, 1), tl.program_id(0) % blocks
-    scale, shift, _ = _scale_and_shift(bias_ptr, scale_ptr, mean_ptr, variance_ptr, eps, k, k >= 0, True)
+    scale, shift, _ = scale_and_shift(bias_ptr, scale_ptr, mean_ptr, variance_ptr, eps, k, k >= 0, True)
     i = block * BLOCK + tl.arange(0, BLOCK)
     offset = k.to(tl.int64) * size + i
     weight = tl.load(weight_ptr + offset, i < size, 0.0).to(tl.float32)

@@ -53,6 +53,7 @@ def compile_instead(kernel, *args, grid, warmup, **named):
 
 
 def main():
+    from dcae_fast.kernels.batch_norm_act import launch_batch_norm_act, launch_batch_norm_act_backward
     from dcae_fast.kernels.bias_act import launch_bias_act, launch_bias_act_backward, launch_fold_batch_norm
     from dcae_fast.kernels.concatenate import launch_concatenate, launch_concatenate_backward
     from dcae_fast.kernels.conv2d import launch_conv2d, launch_conv2d_unshuffle
@@ -85,6 +86,8 @@ def main():
         launch_bias_act(x, c, "silu", None, None, None, 0.0, None, x.dtype)
         launch_bias_act(x, c, "none", c, c, c, 1e-5, x, x.dtype)
         launch_bias_act_backward(x, x, c, "silu", c, c, c, 1e-5)
+        launch_batch_norm_act(x, c, c, 1e-5, "relu", x, x.dtype)
+        launch_batch_norm_act_backward(x, x, c, c, c.float(), c.float(), 1e-5, "silu")
         launch_fold_batch_norm(tensor(channels, 64, 3, 3), c, c, c, c, 1e-5)
     for dtype in POINTER:
         qkv, dout = tensor(2, 1536, 16, 16, dtype=dtype), tensor(2, 512, 16, 16, dtype=dtype)

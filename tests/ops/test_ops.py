@@ -34,6 +34,13 @@ def bias_act_case(b, c, h, w, act, norm=False, residual=False):
     return op, [(b, c, h, w), (c,)] + [(c,)] * norm + [(b, c, h, w)] * residual
 
 
+def batch_norm_case(b, c, h, w, act, residual=False):
+    def op(x, scale, bias, *rest):
+        return ops.batch_norm_act(x, scale, bias, 1e-5, act, *rest)[0]
+
+    return op, [(b, c, h, w), (c,), (c,)] + [(b, c, h, w)] * residual
+
+
 def attention_case(b, heads, h, w, scales, head_dim=32):
     def op(*qkvs):
         return ops.relu_linear_attention(list(qkvs), head_dim)
@@ -108,6 +115,11 @@ CASES = {
     "bias_act-norm-silu": bias_act_case(1, 64, 3, 3, "silu", norm=True),
     "bias_act-many_channels": bias_act_case(1, 2500, 2, 2, "silu"),
     "bias_act-empty": bias_act_case(0, 64, 5, 7, "silu"),
+    "batch_norm_act-residual": batch_norm_case(2, 33, 4, 3, "none", residual=True),
+    "batch_norm_act-relu": batch_norm_case(3, 64, 5, 7, "relu"),
+    "batch_norm_act-silu": batch_norm_case(1, 40, 3, 5, "silu", residual=True),
+    "batch_norm_act-many_channels": batch_norm_case(2, 2500, 2, 3, "none"),
+    "batch_norm_act-several_splits": batch_norm_case(3, 40, 11, 17, "relu"),
     "conv2d-relu": conv2d_case(2, 16, 24, 5, 7, "relu"),
     "conv2d-silu": conv2d_case(1, 8, 16, 4, 6, "silu"),
     "conv2d-folded_norm": folded_norm_case(2, 16, 16, 3, 5),
@@ -280,7 +292,14 @@ def test_only_one_gradient(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["rms_norm-relu-no_residual", "bias_act-relu-residual", "attention-two_scales", "rms_norm_conv2d"]
+    "name",
+    [
+        "rms_norm-relu-no_residual",
+        "bias_act-relu-residual",
+        "batch_norm_act-relu",
+        "attention-two_scales",
+        "rms_norm_conv2d",
+    ],
 )
 def test_relu_keeps_nan(name):
     """NaN must not become a number, in results or gradients. The convolutions of cuDNN may spread NaN further."""
@@ -366,6 +385,31 @@ def test_a_tensor_in_two_places():
     torch.testing.assert_close(again, once)
 
 
+@pytest.mark.parametrize("mean", [0.0, 1e3])
+def test_statistics_of_a_batch(mean):
+    """A mean that is large beside the deviation costs no digits of the variance."""
+    x = (torch.randn(5, 24, 13, 19, generator=torch.Generator().manual_seed(0)) + mean).to(DEVICE)
+    _, got_mean, got_variance = ops.batch_norm_act(x, x[0, :, 0, 0], x[0, :, 0, 0])
+    variance, mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+    torch.testing.assert_close(got_mean.double(), mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(got_variance.double(), variance, rtol=1e-5, atol=0)
+
+
+def test_batch_norm_of_constants():
+    x = torch.full((2, 8, 3, 3), 7.0, device=DEVICE, requires_grad=True)
+    y, mean, variance = ops.batch_norm_act(x, torch.ones(8, device=DEVICE), torch.zeros(8, device=DEVICE))
+    y.square().sum().backward()
+    assert not y.any() and (mean == 7).all() and not variance.any() and not x.grad.any()
+    assert not mean.requires_grad and not variance.requires_grad
+
+
+def test_batch_norm_of_nothing():
+    x = torch.empty(0, 8, 3, 3, device=DEVICE, requires_grad=True)
+    y, mean, variance = ops.batch_norm_act(x, torch.ones(8, device=DEVICE), torch.zeros(8, device=DEVICE))
+    y.sum().backward()
+    assert y.shape == x.grad.shape == x.shape and mean.isnan().all() and variance.isnan().all()
+
+
 @pytest.mark.parametrize("value", [0.0, 1e-4, 1e4])
 def test_extreme_values(value):
     x = torch.full((1, 64, 7, 9), value, device=DEVICE)
@@ -386,6 +430,7 @@ def test_mixed_precision_sums_are_promoted():
         ops.rms_norm(half, ones, ones, residual=single),
         ops.rms_norm(half, ones, ones, dtype=torch.float32),
         ops.bias_act(half, ones, residual=single),
+        ops.batch_norm_act(half, ones, ones, residual=single)[0],
         ops.unshuffle_average_add(single, half[:, :8]),
         ops.duplicate_shuffle_add(single, half),
     ):
@@ -394,7 +439,7 @@ def test_mixed_precision_sums_are_promoted():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["depthwise_glu", "multiscale_qkv"])
+@pytest.mark.parametrize("name", ["batch_norm_act-relu", "depthwise_glu", "multiscale_qkv"])
 def test_gradients_of_float32_weights_are_float32(name, dtype, monkeypatch):
     """As in training under autocast: x has half precision."""
     op, shapes = CASES[name]
@@ -416,6 +461,8 @@ def test_gradients_of_float32_weights_are_float32(name, dtype, monkeypatch):
         (lambda x: ops.rms_norm(x, x[0, :, 0, 0], x[0, :, 0, 0], residual=x[:, :, :2]), "residual"),
         (lambda x: ops.bias_act(x, x[0, :4, 0, 0]), "expected"),
         (lambda x: ops.bias_act(x, x[0, :, 0, 0], scale=x[0, :, 0, 0]), "all of them or none"),
+        (lambda x: ops.batch_norm_act(x, x[0, :4, 0, 0], x[0, :, 0, 0]), "expected"),
+        (lambda x: ops.batch_norm_act(x, x[0, :, 0, 0], x[0, :, 0, 0], act="gelu"), "gelu"),
         (lambda x: ops.conv2d(x, x[:, :3]), "expected"),
         (lambda x: ops.fold_batch_norm(x, *[x[:, 0, 0, 0]] * 2, x[0], x[:, 0, 0, 0], 0.0), "mean is"),
         (lambda x: ops.fold_batch_norm(x[0], *[x[:, 0, 0, 0]] * 4, 0.0), "weight is"),

@@ -109,7 +109,7 @@ def missing_norm(norm: nn.Module | None) -> str:
 
 
 class ResBlock(Part):
-    operators = ("bias_act", "conv2d", "rms_norm")
+    operators = ("batch_norm_act", "bias_act", "conv2d", "rms_norm")
     attributes = ("conv1", "nonlinearity", "conv2", "norm")
 
     @staticmethod
@@ -128,7 +128,7 @@ class ResBlock(Part):
 
 
 class GLUMBConv(Part):
-    operators = ("bias_act", "conv2d", "rms_norm", "depthwise_glu")
+    operators = ("batch_norm_act", "bias_act", "conv2d", "rms_norm", "depthwise_glu")
     attributes = ("conv_inverted", "nonlinearity", "conv_depth", "conv_point", "norm", "residual_connection")
 
     @staticmethod

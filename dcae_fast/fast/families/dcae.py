@@ -96,7 +96,7 @@ class RMSNorm2d(Part):
 class ConvLayer(Part):
     """Convolution, norm and activation, in one or two passes."""
 
-    operators = ("bias_act", "conv2d", "rms_norm")
+    operators = ("batch_norm_act", "bias_act", "conv2d", "rms_norm")
     attributes = ("conv", "norm", "act")
     optional = ("dropout",)
 
