@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from dcae_fast.ops._private import WRAPPERS, constant_in_compile, has_global_hooks
+from dcae_fast.ops._private import WRAPPERS, constant_in_compile, has_global_hooks, is_observed
 
 from .module import FastModule, has_ordinary_weights, kind
 from .names import cache_by_class
@@ -84,19 +84,13 @@ def is_indifferent(module: nn.Module) -> bool:
     if has_global_hooks():
         return False
     parents = [module]
-    for parent in parents:  # the list grows; the loop makes one call for a submodule, since it runs in every call
+    for parent in parents:  # the list grows; the loop makes few calls, since it runs in every call
         for child in parent._modules.values():
             if child is None:
                 continue
             if not _accepts_any_format(type(child)) and not _is_plain_sequence(child):
                 return False
-            if (  # not `hooks_of`, which torch.compile cannot trace
-                child._forward_hooks
-                or child._forward_pre_hooks
-                or child._backward_hooks
-                or child._backward_pre_hooks
-                or "forward" in child.__dict__
-            ):
+            if is_observed(child):
                 return False
             if (child._parameters or child._buffers) and not has_ordinary_weights(child):
                 return False

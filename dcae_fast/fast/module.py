@@ -96,6 +96,8 @@ def fast_class(mixin: type[FastModule], base: type[nn.Module]) -> type[nn.Module
             return type(self).forward(self, *args, **kwargs)
         if kwargs:
             args, kwargs = by_position(names, args, kwargs)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and operands.FROZEN in self.__dict__:
+            operands.drop(self)  # a training: an optimizer may write to the weights without counting
         return self.dispatch(*args, **kwargs)
 
     forward.__signature__ = signature  # torch.export, for example, finds dynamic shapes by it

@@ -1,11 +1,13 @@
 """Operands: a layer's weights as kernels read them.
 
 An operand has the dtype of the product, is channels-last if it is the weight of a convolution, starts at a multiple of
-16 bytes, and may have a batch norm folded in. Every call makes its operands again, because code may write to weights
-through `.data` and nothing would show that. `patch(model, frozen=True)` promises that nobody does: then a layer keeps
-its operands in `Operands` until one of the tensors that they were made from changes.
+16 bytes, and may have a batch norm folded in. Every call derives its operands again, because code may write to weights
+in ways that nothing shows: through `.data`, for example. `patch(model, frozen=True)` promises that nobody does. Then a
+layer keeps its operands in `Operands` until one of the tensors that they were derived from changes, as far as
+autograd's version counter shows. On a GPU, PyTorch 2.11 does not count the writes of fused optimizers; therefore a
+frozen module also drops its operands when it is called with gradients on.
 
-Operators take finished operands. They check them, and run their reference where an operand does not fit.
+Operators take finished operands. They check them, and run their reference if an operand does not fit.
 """
 
 import weakref
@@ -22,6 +24,7 @@ from .casts import cast, without_cache
 
 LAYERS = (nn.Conv2d, nn.Linear)  # that can keep operands
 ATTRIBUTE = "fast_operands"  # of such a layer; it is there if the layer is frozen
+FROZEN = "fast_frozen"  # attribute of a fast module with such layers
 
 Operand = Any  # a tensor, or a tuple of tensors and None
 
@@ -38,9 +41,12 @@ class Operands:
     def __reduce__(self):
         return Operands, ()
 
+    def __len__(self) -> int:
+        return len(self._kept)
+
     def get(self, key: Hashable, sources: tuple[torch.Tensor, ...], make: Callable[[], Operand]) -> Operand:
-        """The operand of this name, made by `make` from `sources`; made again if a source was replaced, moved or
-        written to. Autograd's version counter shows writes, except those through `.data`.
+        """The operand `key`, which `make` derives from `sources`. It is derived again if a source was replaced, moved
+        or written to, as far as autograd counts writes.
         """
         kept = self._kept.get(key)
         if kept is not None and all(map(_is_unchanged, kept[0], sources)):
@@ -80,15 +86,17 @@ def _capturing(tensor: torch.Tensor) -> bool:
 
 
 def freeze(module: nn.Module) -> None:
-    """Let the layers of a module, itself included, keep operands."""
+    """Let the layers of a fast module keep operands."""
+    module.__dict__[FROZEN] = True
     for layer in _layers(module):
         layer.__dict__[ATTRIBUTE] = Operands()
 
 
 def unfreeze(module: nn.Module) -> None:
-    """Drop the operands of all layers of a module; from now on every call makes its own."""
-    for layer in _layers(module):
-        layer.__dict__.pop(ATTRIBUTE, None)
+    """Drop the operands of all layers in a module. From now on every call derives its operands."""
+    for submodule in module.modules():
+        submodule.__dict__.pop(FROZEN, None)
+        submodule.__dict__.pop(ATTRIBUTE, None)
 
 
 def drop(module: nn.Module) -> None:
@@ -97,7 +105,7 @@ def drop(module: nn.Module) -> None:
     The next call makes them again. The layers get new `Operands`, by which captured graphs notice.
     """
     for layer in _layers(module):
-        if ATTRIBUTE in layer.__dict__:
+        if layer.__dict__.get(ATTRIBUTE):
             layer.__dict__[ATTRIBUTE] = Operands()
 
 

@@ -72,9 +72,10 @@ def patch(
     same up to rounding. None: the free memory of the GPU, no bound on a CPU.
     frozen: promise that the weights stay as they are until the next `patch` or `unpatch`. Inference then keeps what it
     derives from weights: channels-last copies, folded batch norms, casts under autocast. These tensors are never part
-    of `state_dict`. `unpatch`, `load_state_dict`, `to`, deepcopy and pickle drop them. An in-place change that
-    autograd's version counter counts is noticed, and the tensors are derived again. Writes through `.data` are not
-    noticed. Under torch.compile nothing is kept.
+    of `state_dict`. `unpatch`, `load_state_dict`, `to`, calls with gradients on, deepcopy and pickle drop them. An
+    in-place change that autograd's version counter counts is noticed, and the tensors are derived again. Other writes
+    are not noticed: those through `.data`, and on a GPU those of `torch._foreach_lerp_`, as in moving averages. Under
+    torch.compile nothing is kept.
 
     Returns a report that prints as a table. Raises TypeError for a model or an option of another type, and ValueError
     for an unknown operator, for a max_memory that is not positive, and for frozen=True with weights that FSDP shards.
@@ -168,7 +169,7 @@ def patched(
 
 def _take_state(module: nn.Module) -> dict[str, Any]:
     """Remove from a module what `patch` has added, and return it."""
-    added = vars(module).keys() & {"fast_options", operands.ATTRIBUTE}
+    added = vars(module).keys() & {"fast_options", operands.FROZEN, operands.ATTRIBUTE}
     return {name: vars(module).pop(name) for name in added}
 
 

@@ -9,7 +9,7 @@ import torch
 from graph_tape import CAPTURED, REPLAYED, SEEN, counts
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from small_models import DEVICE, build, duplicates, image, reconstruct
+from small_models import DEVICE, build, build_block, duplicates, image
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim.swa_utils import AveragedModel
@@ -19,24 +19,28 @@ from dcae_fast.fast import operands
 from dcae_fast.models import UViT, UViTConfig
 
 NETWORK = UViTConfig(in_channels=4, input_size=2, depth=2, hidden_size=64, num_heads=1, num_classes=3)
-MODELS = ["strided", "shuffled", "diffusers-strided", "uvit"]
+MODELS = ["ResBlock-batch", "up-interpolate", "diffusers-EfficientViTBlock", "uvit"]  # with each kind of operand
 
 
 def new_model(name: str) -> nn.Module:
-    """In bfloat16, for which convolutions are fused; the transformer in float32, to be called under autocast."""
+    """A block in bfloat16, for which convolutions are fused; or a transformer in float32, called under autocast."""
     if name != "uvit":
-        return build(name).bfloat16()
+        return build_block(name)[0].bfloat16()
     torch.manual_seed(0)
     return UViT(NETWORK).eval().to(DEVICE)
 
 
-@torch.no_grad()
-def result(model: nn.Module) -> torch.Tensor:
-    if any(type(module).__name__.endswith("UViT") for module in model.modules()):
+def called(model: nn.Module) -> torch.Tensor:
+    if isinstance(model, UViT):
         with torch.autocast(DEVICE, torch.bfloat16):
             t, y = torch.tensor([3.0, 700.0], device=DEVICE), torch.tensor([0, 2], device=DEVICE)
             return model(image(2, 4, 2, 2), t, y)
-    return reconstruct(model, image(1, 3, 8, 8).to(next(model.parameters()).dtype))
+    return model(image(2, 16, 2, 4).to(next(model.parameters()).dtype))
+
+
+@torch.no_grad()
+def result(model: nn.Module) -> torch.Tensor:
+    return called(model)
 
 
 def kept(model: nn.Module) -> list[torch.Tensor]:
@@ -70,7 +74,7 @@ def test_the_same_result_from_operands_that_are_kept(model):
 
 
 def test_nothing_is_kept_by_default():
-    model = new_model("strided")
+    model = new_model("ResBlock-batch")
     dcae_fast.patch(model)
     result(model)
     assert kept(model) is None
@@ -85,6 +89,12 @@ def optimizer_step(model: nn.Module) -> None:
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     torch.optim.SGD(model.parameters(), lr=0.01).step()
+
+
+def fused_step(model: nn.Module) -> None:
+    """Of a training: on a GPU, autograd may not count what fused optimizers write."""
+    called(model).float().square().sum().backward()
+    torch.optim.AdamW(model.parameters(), lr=0.01, fused=True).step()
 
 
 def scaled(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -103,7 +113,7 @@ def copy_in_place(model: nn.Module) -> None:
 
 @torch.inference_mode()
 def in_inference_mode(model: nn.Module) -> None:
-    first_weight(model).mul_(0.5)
+    first_weight(model).mul_(-0.5)
 
 
 def foreach(model: nn.Module) -> None:
@@ -120,7 +130,7 @@ def statistics(model: nn.Module) -> None:
 
 def replace(model: nn.Module) -> None:
     layer = next(m for m in model.modules() if type(m) in operands.LAYERS)
-    layer.weight = nn.Parameter(0.5 * layer.weight.detach())
+    layer.weight = nn.Parameter(-0.5 * layer.weight.detach())
 
 
 def merge_adapter(model: nn.Module) -> None:
@@ -138,6 +148,7 @@ def merge_adapter(model: nn.Module) -> None:
 
 CHANGES: dict[str, Callable[[nn.Module], object]] = {
     "optimizer step": optimizer_step,
+    "fused step": fused_step,
     "load_state_dict": lambda model: model.load_state_dict(scaled(model)),
     "load_state_dict, assign": assign,
     "half": lambda model: model.bfloat16() if isinstance(model, UViT) else model.half(),
@@ -169,7 +180,7 @@ def test_to_and_load_state_dict_drop_what_is_kept(model):
 
 def test_writes_through_data_are_not_noticed_until_the_next_patch(model):
     before = result(model)
-    first_weight(model).data.mul_(2)
+    first_weight(model).data.mul_(-2)
     expected = expected_of(model)
     assert torch.equal(result(model), before) and not torch.equal(before, expected)
     dcae_fast.patch(model, frozen=True)
@@ -178,16 +189,12 @@ def test_writes_through_data_are_not_noticed_until_the_next_patch(model):
 
 def test_training_reads_the_weights(model):
     """In training the weights are read as they are, also when they were written to through `.data`."""
-    if isinstance(model, UViT):
-        inputs = image(2, 4, 2, 2), torch.tensor([3.0, 700.0], device=DEVICE), torch.tensor([0, 2], device=DEVICE)
-    else:
-        inputs = (image(1, 3, 8, 8).to(next(model.parameters()).dtype),)
-    first_weight(model).data.mul_(2)
+    first_weight(model).data.mul_(-2)
     other = copy.deepcopy(model)
     dcae_fast.patch(other)
     for each in (model, other):
-        y = each(*inputs)
-        (y if isinstance(y, torch.Tensor) else y.sample).float().square().sum().backward()
+        called(each).float().square().sum().backward()
+    assert not kept(model)
     for parameter, expected in zip(model.parameters(), other.parameters(), strict=True):
         assert (parameter.grad is None) == (expected.grad is None)
         assert parameter.grad is None or torch.equal(parameter.grad, expected.grad)
@@ -206,7 +213,7 @@ def test_copies_are_frozen_and_keep_nothing_of_the_original(duplicate, model):
 
 
 def test_a_moving_average(model):
-    average = AveragedModel(model, multi_avg_fn=lambda averages, values, _: torch._foreach_lerp_(averages, values, 0.5))
+    average = AveragedModel(model, avg_fn=lambda average, value, _: average.lerp(value, 0.5))
     average.update_parameters(model)
     result(average.module)
     copy_in_place(model)
@@ -215,9 +222,6 @@ def test_a_moving_average(model):
 
 
 def test_no_part_of_the_state(model):
-    plain = new_model("uvit" if isinstance(model, UViT) else "strided")
-    if isinstance(model, UViT):
-        assert model.state_dict().keys() == plain.state_dict().keys()
     names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
     assert set(model.state_dict()) <= set(names)
     assert sum(map(len, map(pickle.dumps, kept(model)))) > 0
@@ -242,7 +246,7 @@ def test_a_scope_gives_back_what_was_kept(model):
         result(model)
         assert kept(model) is None
     assert list(map(id, kept(model))) == before
-    other = new_model("shuffled")
+    other = new_model("ResBlock-batch")
     with dcae_fast.patched(other, frozen=True):
         result(other)
         assert kept(other)
@@ -252,7 +256,7 @@ def test_a_scope_gives_back_what_was_kept(model):
 @torch.no_grad()
 @pytest.mark.parametrize("change", ["copy_", "load_state_dict, assign", "half", "to itself"])
 def test_graphs_that_were_captured_before(change, tape):
-    model = new_model("shuffled")
+    model = build("adaptive").bfloat16()
     dcae_fast.patch(model, cuda_graphs=True, frozen=True)
     encoder, x = model.encoder, image(1, 3, 8, 8).bfloat16()
     assert [counts(encoder, x) for _ in range(3)] == [SEEN, CAPTURED, REPLAYED]
@@ -266,7 +270,7 @@ def test_graphs_that_were_captured_before(change, tape):
 
 def test_weights_of_inference_mode_are_read_in_every_call():
     with torch.inference_mode():
-        model = new_model("strided")
+        model = new_model("ResBlock-batch")
         dcae_fast.patch(model, frozen=True)
         result(model)
         assert not kept(model)
