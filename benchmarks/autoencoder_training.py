@@ -1,7 +1,8 @@
 """One training step of an autoencoder: forward under autocast to bf16, L1 loss, backward, fused AdamW.
 
-As in `training`, the memory holds one contender at a time, and eager is timed again at the end. The losses of LPIPS and
-of a discriminator are not part of the step.
+The model is the one of `dcae-fast train-autoencoder`: frozen modules are in evaluation mode, and whatever lies before
+all trained modules computes without gradients, for all contenders. As in `training`, the memory holds one contender at
+a time, and eager is timed again at the end. LPIPS and the discriminator are not part of the step.
 """
 
 import math
@@ -10,12 +11,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 import dcae_fast
-from dcae_fast.models.autoencoder import DCAE
+from dcae_fast.training.autoencoder.network import PartlyTrained
 from dcae_fast.training.engine.optimizer import build_optimizer
 from dcae_fast.training.engine.parallel import apply_compile
 from dcae_fast.training.engine.state import Trained, autocast
@@ -31,6 +31,8 @@ from .transformer import add_rates, times_of
 LR = 1e-5
 WARM_UP = 3  # steps; torch.compile captures its CUDA graphs in the second or third
 STEPS = 10  # timed steps
+if not torch.cuda.is_available():
+    WARM_UP, STEPS = 1, 2
 Run = Callable[[], torch.Tensor]
 
 
@@ -58,35 +60,6 @@ CONTENDERS = {
     "patched + torch.compile": Contender(patched=True, compiled=True, channels_last=True),
     "patched + CUDA graphs": Contender(patched=True, captured=True, channels_last=True),
 }
-
-
-class Reconstruction(nn.Module):
-    """decode(encode(x)). Modules before all trained modules compute without gradients.
-
-    Frozen modules are in evaluation mode: their batch norms use the running statistics and do not change them.
-    """
-
-    def __init__(self, autoencoder: DCAE, recipe: str):
-        super().__init__()
-        self.autoencoder, self.recipe = autoencoder, recipe
-        for name, parameter in autoencoder.named_parameters():
-            parameter.requires_grad_(name.startswith(RECIPES[recipe]))
-        for module in autoencoder.modules():
-            module.training = any(parameter.requires_grad for parameter in module.parameters())
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        encoder, decoder = self.autoencoder.encoder, self.autoencoder.decoder
-        if self.recipe == "full":
-            return decoder(encoder(x))
-        if self.recipe == "decoder":
-            with torch.no_grad():
-                z = encoder(x)
-            return decoder(z)
-        with torch.no_grad():
-            x = encoder.project_in(x)
-            for stage in encoder.stages:
-                x = stage(x)
-        return decoder(encoder.project_out(x))
 
 
 def benchmark(workload: TrainingWorkload, device: torch.device, ceilings: Ceilings) -> dict:
@@ -121,10 +94,12 @@ def images_of(workload: TrainingWorkload, device: torch.device) -> torch.Tensor:
     return torch.randn(workload.batch, 3, workload.size, workload.size, generator=generator, device=device)
 
 
-def fresh(workload: TrainingWorkload, device: torch.device) -> Reconstruction:
+def fresh(workload: TrainingWorkload, device: torch.device) -> PartlyTrained:
     """An fp32 model to train, with the same random weights every time."""
     contenders.random_model.cache_clear()  # frees its memory
-    return Reconstruction(contenders.new_model(workload.model, device), workload.recipe)
+    model = contenders.new_model(workload.model, device, PartlyTrained)
+    model.choose(RECIPES[workload.recipe])
+    return model
 
 
 def prepared(name: str, workload: TrainingWorkload, device: torch.device) -> Trained:
@@ -266,7 +241,8 @@ def flops_of(workload: TrainingWorkload) -> dict[str, int]:
         display=False, custom_mapping={torch.ops.aten.convolution_backward: convolution_backward_flops}
     )
     with FakeTensorMode(), counter:
-        model = Reconstruction(DCAE.from_name(workload.model), workload.recipe)
+        model = PartlyTrained.from_name(workload.model)
+        model.choose(RECIPES[workload.recipe])
         images = torch.empty(workload.batch, 3, workload.size, workload.size)
         F.l1_loss(model(images), images).backward()
     return {op.__name__: flops for op, flops in counter.get_flop_counts()["Global"].items()}

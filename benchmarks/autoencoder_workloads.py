@@ -6,9 +6,9 @@ import torch
 
 from .workloads import F32, F64, SANA
 
-# What each recipe trains: prefixes of parameter names. All other parameters are frozen.
+# What each recipe trains: beginnings of parameter names. All other parameters are frozen.
 RECIPES = {
-    "full": ("",),
+    "full": ("encoder", "decoder"),
     "latent-adaptation": ("encoder.project_out", "decoder.project_in"),
     "decoder": ("decoder",),
 }

@@ -78,11 +78,11 @@ def is_available(name: str) -> bool:
     return not CONTENDERS[name].diffusers or importlib.util.find_spec("diffusers") is not None
 
 
-def new_model(name: str, device: torch.device) -> DCAE:
+def new_model(name: str, device: torch.device, cls: type[DCAE] = DCAE) -> DCAE:
     """An fp32 model on the device, with the same random weights and random batch norm statistics every time."""
     torch.manual_seed(0)
     with torch.device(device):
-        model = DCAE.from_name(name)
+        model = cls.from_name(name)
         for buffer_name, buffer in model.named_buffers():
             if buffer_name.endswith("running_var"):
                 buffer.uniform_(0.5, 2)

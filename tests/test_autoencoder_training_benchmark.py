@@ -77,7 +77,7 @@ def test_wrong_gradients_are_not_timed(rival, factor):
 
 
 def test_a_parameter_without_gradient_is_wrong(rival):
-    row = rival(lambda model: model.autoencoder.encoder.register_forward_hook(lambda m, args, out: out.detach()))
+    row = rival(lambda model: model.encoder.project_out.register_forward_hook(lambda m, args, out: out.detach()))
     assert row["failure"] == "wrong"
 
 
@@ -109,15 +109,15 @@ def test_frozen_modules(workload):
     model, images = benchmark.fresh(workload, CPU), benchmark.images_of(workload, CPU)
     statistics = {name: buffer.clone() for name, buffer in model.named_buffers()}
     F.l1_loss(model(images), images).backward()
-    found = {name: parameter.grad for name, parameter in model.autoencoder.named_parameters()}
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert 0 < sum(gradient is not None for gradient in found.values()) < len(found)
     changed = [not torch.equal(statistics[name], buffer) for name, buffer in model.named_buffers() if "run" in name]
     assert changed and set(changed) == {workload is DECODER}
 
     model.zero_grad()
-    model.autoencoder.requires_grad_(True)
-    F.l1_loss(model.autoencoder(images), images).backward()
-    for name, parameter in model.autoencoder.named_parameters():
+    model.requires_grad_(True)
+    F.l1_loss(model(images), images).backward()
+    for name, parameter in model.named_parameters():
         if found[name] is not None:
             torch.testing.assert_close(parameter.grad, found[name])
 
