@@ -167,7 +167,8 @@ def test_help_and_the_list_of_models_do_not_wait_for_pytorch():
 import contextlib, io, sys
 from dcae_fast import cli
 
-for command in ([], *([name] for name in cli.COMMANDS), ["train-diffusion", "uvit-h-f64"], ["train-autoencoder", "full"]):
+recipes = ["train-diffusion", "uvit-h-f64"], ["train-autoencoder", "full"]
+for command in ([], *([name] for name in cli.COMMANDS), *recipes):
     with contextlib.redirect_stdout(io.StringIO()) as text:
         with contextlib.suppress(SystemExit):
             cli.main([*command, "--help"])

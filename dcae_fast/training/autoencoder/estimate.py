@@ -37,8 +37,7 @@ def describe(task: AutoencoderTask, ranks: int) -> str:
     weights = 4 * (4 * trained + frozen + average * (trained + frozen))  # weight, gradient, two moments; average
     weights //= ranks if run.parallel == "fsdp" else 1
     rows = [
-        ("data", f"{pictures} pictures in {run.data}"),
-        ("skipped", f"{len(task.pictures.failed)} pictures"),
+        ("data", f"{run.data}: {_pictures(pictures)}, and {len(task.pictures.failed)} skipped"),
         ("network", f"{recipe.source or recipe.model}"),
         ("trained", f"{trained / 1e6:.4g} M parameters: {', '.join(recipe.train)}"),
         ("frozen", f"{frozen / 1e6:.4g} M parameters"),
@@ -82,6 +81,10 @@ def _work(
     for parameter in network.parameters():
         kept.pop(storage_id(parameter), None)
     return Work(sum(storage.nbytes() for storage in kept.values()), counter.get_total_flops())
+
+
+def _pictures(count: int) -> str:
+    return "1 picture" if count == 1 else f"{count} pictures"
 
 
 def _size(amount: float) -> str:

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from dcae_fast import distributed, images
+from dcae_fast.data.pictures import Pictures, collate
 from dcae_fast.evaluation import networks
 from dcae_fast.evaluation.autoencoder import Result, evaluate, examples, reconstruct
 from dcae_fast.evaluation.pictures import FolderBatches
@@ -14,7 +15,7 @@ from dcae_fast.models.autoencoder import DCAE
 from dcae_fast.training.engine.state import autocast
 
 from .config import AutoencoderRecipe, AutoencoderRun
-from .pictures import Pictures, find, max_pixels_of
+from .pictures import find, max_pixels_of, print_notes
 
 NETWORKS = ("ssim", "lpips", "fid")
 SHOWN = 8  # pictures of a grid
@@ -34,15 +35,23 @@ class HeldOut:
         self.is_held_out = run.eval_data is not None
         pictures = find(run.eval_data) if self.is_held_out else _some(trained_on)
         self.batches = FolderBatches(pictures, recipe.resolution, AT_ONCE, run.workers, max_pixels_of(run))
+        self.named: set[str] = set()
         self.networks, missing = networks.load_all(NETWORKS, device)
         for reason in missing.values():
             distributed.print_main(f"not measured: {reason}", error=True)
 
     def results(self, models: dict[str, DCAE]) -> dict[str, Result]:
-        """Each model's result, by model name; empty if no picture could be measured."""
+        """Each model's result, by model name; empty if no picture could be measured.
+
+        Names the pictures that could not be measured, each once.
+        """
         self.batches.failed = []
         with autocast(self.device, self.recipe.precision):
-            return evaluate(self.batches, models, self.networks, None)
+            results = evaluate(self.batches, models, self.networks, None)
+        failed = dict(each for part in distributed.all_gather(self.batches.failed) for each in part)
+        print_notes("not measured", [(name, failed[name]) for name in failed if name not in self.named])
+        self.named |= failed.keys()
+        return results
 
     def figures(self, model: DCAE) -> dict[str, float]:
         """The figures of one model, for the log. Figures that are not finite are left out."""
@@ -58,24 +67,18 @@ class HeldOut:
     def reconstructions(self, model: DCAE) -> tuple[torch.Tensor, torch.Tensor]:
         """The first few pictures and their reconstructions, uint8 [n, 3, H, W] on the CPU."""
         crops = self.batches.crops(range(min(SHOWN, self.batches.count)))
-        pixels = [pixels for _, pixels in (crops[position] for position in range(len(crops))) if not _is_reason(pixels)]
-        originals, made = [], []
+        batch = collate([crops[position] for position in range(len(crops))])
+        if not batch.indices:  # none can be read
+            none = torch.zeros(0, 3, self.recipe.resolution, self.recipe.resolution, dtype=torch.uint8)
+            return none, none
         with autocast(self.device, self.recipe.precision):
-            for each in pixels:
-                result = reconstruct(model, each[None])
-                originals.append(result.x.cpu())
-                made.append(result.y.cpu())
-        none = torch.zeros(0, 3, self.recipe.resolution, self.recipe.resolution, dtype=torch.uint8)
-        return torch.cat([none, *originals]), torch.cat([none, *made])
+            result = reconstruct(model, batch.pixels)
+        return result.x.cpu(), result.y.cpu()
 
 
 def _some(pictures: Pictures) -> Pictures:
     """At most `MOST` pictures, evenly spaced."""
     return replace(pictures, items=pictures.items[:: -(-len(pictures.items) // MOST)], failed=[])
-
-
-def _is_reason(pixels: torch.Tensor | str) -> bool:
-    return isinstance(pixels, str)
 
 
 def comparison(rows: list[torch.Tensor]) -> Image.Image | None:

@@ -170,22 +170,24 @@ def batch_norms(module: nn.Module) -> Iterator[nn.BatchNorm2d]:
     return (each for each in module.modules() if isinstance(each, nn.BatchNorm2d))
 
 
-def parallelize(network: PartlyTrained, run: AutoencoderRun) -> nn.Module:
+def parallelize(network: PartlyTrained, recipe: AutoencoderRecipe, run: AutoencoderRun) -> nn.Module:
     """The module to call in training: the network, which is changed in place, or DDP around it.
 
-    One rank compiles the whole network, several ranks each block that keeps activations.
+    One rank compiles the whole network. Each block that keeps activations is compiled on its own on several ranks, and
+    with adaptive weights of the adversarial loss: those need gradients of the last layer, without the other layers.
     """
     ranks, blocks = distributed.world_size(), with_gradient(network)
+    by_block = ranks > 1 or (recipe.gan.gan_weight > 0 and recipe.gan.gan_adaptive)
     if run.patch:
         dcae_fast.patch(network)
-    if run.compile and ranks > 1:
+    if run.compile and by_block:
         apply_compile(blocks)
     if run.checkpoint_activations:
         for norm in (norm for block in blocks for norm in batch_norms(block)):
             # a norm sees each batch twice; two steps of this momentum are one step of the former
             norm.momentum = 1 - math.sqrt(1 - norm.momentum)
         apply_activation_checkpointing(blocks)
-    if run.compile and ranks == 1:
+    if run.compile and not by_block:
         apply_compile([network])
     if not distributed.is_distributed():
         return network

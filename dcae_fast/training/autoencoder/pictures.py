@@ -147,6 +147,8 @@ def max_pixels_of(run: AutoencoderRun) -> int:
 
 def _shorter_sides(pictures: Pictures, max_pixels: int, workers: int) -> list[int | str]:
     share = distributed.share(len(pictures.items))
+    if len(share) > FEW:
+        distributed.print_main(f"Reading the sizes of {len(pictures.items)} pictures")
     dataset = ShorterSides(pictures, share, max_pixels)
     options = {"collate_fn": list, "worker_init_fn": ignore_interruptions}
     loader = DataLoader(dataset, 100, num_workers=workers if len(share) > FEW else 0, **options)
@@ -154,8 +156,9 @@ def _shorter_sides(pictures: Pictures, max_pixels: int, workers: int) -> list[in
     return [side for part in distributed.all_gather(mine) for side in part]
 
 
-def print_skipped(skipped: Notes) -> None:
-    for name, reason in skipped[:MAX_PRINTED]:
-        distributed.print_main(f"skipped: {name}: {reason}", error=True)
-    if len(skipped) > MAX_PRINTED:
-        distributed.print_main(f"... and {len(skipped) - MAX_PRINTED} more", error=True)
+def print_notes(title: str, notes: Notes) -> None:
+    """Prints the first pictures (name, reason) to stderr, by the main rank."""
+    for name, reason in notes[:MAX_PRINTED]:
+        distributed.print_main(f"{title}: {name}: {reason}", error=True)
+    if len(notes) > MAX_PRINTED:
+        distributed.print_main(f"{title}: {len(notes) - MAX_PRINTED} more", error=True)

@@ -33,7 +33,7 @@ A DC-AE (arXiv 2410.10733) with {parameters:.2f} M parameters: {ratio}x{ratio} p
 
 | training | |
 |---|---|
-| data | {pictures} photographs in `{data}` |
+| data | photographs in `{data}`: {pictures} |
 | started from | {source} |
 | trained | {trained} |
 | steps | {steps} of {batch} crops of {resolution} px |
@@ -41,7 +41,7 @@ A DC-AE (arXiv 2410.10733) with {parameters:.2f} M parameters: {ratio}x{ratio} p
 | optimizer | AdamW, learning rate {lr:g}, betas {betas}, weight decay {weight_decay:g}; average {ema} |
 | precision | {precision} |
 
-Measured on {measured} in {precision}, centre crops of {resolution} px:
+Measured in {precision} on centre crops of {resolution} px of {measured}:
 
 {metrics}
 
@@ -78,7 +78,7 @@ def _scaling_factor(task: "AutoencoderTask", model: DCAE, results: dict[str, Res
     if model.scaling_factor is not None and not changed:
         return model.scaling_factor
     rms = results["trained"].figures.get("rms", 0.0) if results else 0.0
-    factor = round(1 / rms, 4) if rms > 0 and math.isfinite(rms) else 0.0
+    factor = float(f"{1 / rms:.4g}") if rms > 0 and math.isfinite(rms) else 0.0
     return factor if SCALES[0] <= factor <= SCALES[1] else model.scaling_factor
 
 
@@ -104,7 +104,7 @@ def _write(
 def card(task: "AutoencoderTask", model: DCAE, results: dict[str, Result]) -> str:
     """The text of the model card."""
     recipe, run = task.recipe, task.run
-    kept = " The discriminator is in the checkpoints of the training, not here." if recipe.gan.gan_weight else ""
+    kept = "\nThe discriminator is in the checkpoints of the training, not here." if recipe.gan.gan_weight else ""
     return CARD.format(
         licence=run.licence,
         parameters=sum(parameter.numel() for parameter in model.parameters()) / 1e6,
@@ -142,8 +142,8 @@ def _losses(task: "AutoencoderTask") -> str:
 
 def _measured(task: "AutoencoderTask", results: dict[str, Result]) -> str:
     count = len(results["trained"].psnr) if results else 0
-    kind = "held-out photographs" if task.held_out.is_held_out else "of the photographs of the training"
-    return f"{count} {kind}"
+    source = "held-out photographs" if task.held_out.is_held_out else "photographs of the training"
+    return f"{source} ({count})"
 
 
 def _metrics(results: dict[str, Result]) -> str:

@@ -31,7 +31,7 @@ def initial_state(
     network: PartlyTrained, recipe: AutoencoderRecipe, run: AutoencoderRun, device: torch.device
 ) -> State:
     """The state before the first step. The network, on the device, is changed in place."""
-    called = parallelize(network, run)
+    called = parallelize(network, recipe, run)
     networks = {NAME: _trained(network, called, recipe, recipe.lr)}
     if recipe.gan.gan_weight:
         torch.manual_seed(recipe.seed)

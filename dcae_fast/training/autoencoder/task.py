@@ -20,7 +20,7 @@ from dcae_fast.training.engine.task import Taken, Task
 from .config import AutoencoderRecipe, AutoencoderRun
 from .evaluation import HeldOut, comparison
 from .network import allowed_channels, draw_channels, load_source
-from .pictures import CropOrder, RandomCrops, max_pixels_of, print_skipped, usable_pictures
+from .pictures import CropOrder, RandomCrops, max_pixels_of, print_notes, usable_pictures
 from .result import finish
 from .step import Objective, initial_state, last_weight, take_step
 
@@ -51,7 +51,7 @@ class AutoencoderTask(Task):
         self.channels = allowed_channels(recipe, self.network)
         _check_discriminator(recipe, last_weight(self.network).requires_grad)
         self.pictures, skipped = usable_pictures(recipe, run)
-        print_skipped(skipped)
+        print_notes("skipped", skipped)
         count = len(self.pictures.items)
         if count < recipe.batch:
             found = "1 picture" if count == 1 else f"{count} pictures"
@@ -93,9 +93,14 @@ class AutoencoderTask(Task):
     def take_step(self, batch: torch.Tensor, logged: bool) -> Taken:
         pixels = channels_first(batch.to(self.device, non_blocking=True))
         parts = [part / 127.5 - 1 for part in pixels.chunk(self.run.accumulate)]
+        return take_step(self.state, self.objective, self.recipe, parts, self._draw_channels(), logged)
+
+    def _draw_channels(self) -> tuple[int, ...]:
+        """The numbers of latent channels that this step trains; none unless the model is adaptive."""
+        if not self.channels:
+            return ()
         generator = generator_of(torch.device("cpu"), self.recipe.seed, self.state.step)
-        channels = draw_channels(self.channels, self.recipe.num_sample_latent_channels, generator)
-        return take_step(self.state, self.objective, self.recipe, parts, channels, logged)
+        return draw_channels(self.channels, self.recipe.num_sample_latent_channels, generator)
 
     def sample(self) -> Image.Image | None:
         """Pictures above their reconstructions: before the training, if the weights are not random, and now."""

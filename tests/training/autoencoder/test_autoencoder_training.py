@@ -1,13 +1,16 @@
 """Training an autoencoder: recipes, frozen weights, exact resuming, and what a training writes."""
 
 import json
+import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from small_autoencoders import (
     ADAPTIVE,
     CPU,
+    GAN,
     PICTURES,
     assert_equal,
     everything,
@@ -19,7 +22,7 @@ from small_autoencoders import (
 
 from dcae_fast.images import demo_photograph
 from dcae_fast.models.autoencoder import DCAE
-from dcae_fast.training.autoencoder.config import RECIPES
+from dcae_fast.training.autoencoder.config import RECIPES, Adversarial
 from dcae_fast.training.autoencoder.network import begins_with
 from dcae_fast.training.autoencoder.step import CRITIC, NAME
 from dcae_fast.training.autoencoder.task import train
@@ -73,7 +76,7 @@ def test_training_reconstructs_better(shared):
     assert evaluations[-1]["psnr"] > evaluations[0]["psnr"] and {"ssim", "rfid", "latent_rms"} <= evaluations[0].keys()
     assert evaluations[-1]["latent_rms"] * model.scaling_factor == pytest.approx(1, rel=1e-2)
     card = (out / "README.md").read_text()
-    assert "license: cc0-1.0" in card and f"Measured on {PICTURES} held-out photographs" in card
+    assert "license: cc0-1.0" in card and f"of held-out photographs ({PICTURES}):" in card
     assert "| before |" in card and "| trained |" in card and "| losses | L1 |" in card
     assert (out / "examples.png").is_file() and (run.out / "samples" / "000000020.png").is_file()
 
@@ -139,13 +142,22 @@ def test_parts_and_checkpointed_activations_change_nothing(shared, compare, opti
             compare("eager", got[key], value, 1e-3, key)
 
 
-def test_compiled(shared, monkeypatch, compare):
-    from functools import partial
+def test_patched(shared, compare):
+    """The operators and their gradients; without a GPU, Triton interprets them."""
+    chosen = recipe(shared, steps=1, ema_decay=None, resolution=8, batch=1, gan=Adversarial())
+    expected = everything(train_until(1, chosen, run_in(shared / "not-patched")))
+    got = everything(train_until(1, chosen, run_in(shared / "patched", patch=True)))
+    for key, value in expected.items():
+        if "optimizer" not in key:
+            compare("eager", got[key], value, 1e-4, key)
 
+
+@pytest.mark.parametrize("gan", [Adversarial(), replace(GAN, gan_start=0)], ids=["without", "with"])
+def test_compiled(shared, monkeypatch, compare, gan):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    chosen = recipe(shared, "decoder", steps=2, ema_decay=None)
-    expected = everything(train_until(2, chosen, run_in(shared / "uncompiled")))
-    got = everything(train_until(2, chosen, run_in(shared / "compiled", compile=True)))
+    name, chosen = f"gan-{gan.gan_weight}", recipe(shared, "decoder", steps=2, ema_decay=None, gan=gan)
+    expected = everything(train_until(2, chosen, run_in(shared / f"{name}-uncompiled")))
+    got = everything(train_until(2, chosen, run_in(shared / f"{name}-compiled", compile=True)))
     for key, value in expected.items():
         if "optimizer" not in key:
             compare("eager", got[key], value, 1e-4, key)
@@ -185,6 +197,16 @@ def test_channels_of_an_adaptive_model(shared):
         allowed_channels(
             replace(RECIPES["full"], adaptive_latent_channels=(4,)), DCAE.from_pretrained(shared / "model")
         )
+
+
+def test_held_out_pictures_that_cannot_be_measured(shared, tmp_path, capsys):
+    """They are named once."""
+    shutil.copytree(shared / "pictures", tmp_path / "held-out")
+    (tmp_path / "held-out" / "broken.png").write_bytes(b"no picture")
+    run = run_in(shared / "with-broken", eval_steps=1, eval_data=tmp_path / "held-out")
+    out = train(recipe(shared, "decoder", steps=2), run, CPU)
+    assert capsys.readouterr().err.count("not measured: broken.png: not a picture") == 1
+    assert f"of held-out photographs ({PICTURES}):" in (out / "README.md").read_text()
 
 
 def test_a_diverging_loss_replaces_no_good_checkpoint(shared):

@@ -66,7 +66,7 @@ def test_recipes():
 def test_dry_run(shared, tmp_path, run, capsys, name):
     assert run(name, "--from", shared / "adaptive", "--dry-run") == 0
     text = capsys.readouterr().out
-    assert f"{PICTURES} pictures in " in text and "GiB kept" in text and "TFLOP per step" in text
+    assert f"{PICTURES} pictures, and 0 skipped" in text and "GiB kept" in text and "TFLOP per step" in text
     assert "channels  1, 2, 3, 4, 5, 6, 7, 8 of the latent" in text and not (tmp_path / "run").exists()
 
 
