@@ -36,7 +36,8 @@ class HeldOut:
         pictures = find(run.eval_data) if self.is_held_out else _some(trained_on)
         self.batches = FolderBatches(pictures, recipe.resolution, AT_ONCE, run.workers, max_pixels_of(run))
         self.named: set[str] = set()
-        self.networks, missing = networks.load_all(NETWORKS, device)
+        found, missing = networks.load_all(NETWORKS, device)
+        self.networks = {name: _in_float32(network, device) for name, network in found.items()}
         for reason in missing.values():
             distributed.print_main(f"not measured: {reason}", error=True)
 
@@ -74,6 +75,11 @@ class HeldOut:
         with autocast(self.device, self.recipe.precision):
             result = reconstruct(model, batch.pixels)
         return result.x.cpu(), result.y.cpu()
+
+
+def _in_float32(network: networks.Network, device: torch.device) -> networks.Network:
+    """The network of a metric, which computes in float32 also while the autoencoder runs under autocast."""
+    return torch.autocast(device.type, enabled=False)(network)
 
 
 def _some(pictures: Pictures) -> Pictures:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from small_autoencoders import CPU, GAN, everything, recipe, run_in, weights
+from safetensors.torch import load_file
+from small_autoencoders import CPU, GAN, everything, recipe, run_in, train_until, weights
 
 from dcae_fast.training.autoencoder.task import AutoencoderTask, train
 from dcae_fast.training.engine.loop import Training
@@ -35,6 +36,7 @@ def trainings(rank: int, folder: Path) -> None:
             train(chosen(folder, name), run, CPU)
     run = run_in(folder / "decoder-accumulated", accumulate=2, checkpoint_activations=True)
     train(chosen(folder, "decoder"), run, CPU)
+    train(chosen(folder, "decoder"), run_in(folder / "decoder-one-then-two"), CPU)
     dist.barrier()
     os._exit(0)  # destroying the gloo group of DDP may wait forever for a thread that needs the GIL
 
@@ -42,6 +44,8 @@ def trainings(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def folder(shared) -> Path:
     """The folder `shared` with the trainings of two processes, and of one process."""
+    train_until(2, chosen(shared, "decoder"), run_in(shared / "decoder-one-then-two"))
+    train_until(3, chosen(shared, "decoder"), run_in(shared / "decoder-whole"))
     torch.multiprocessing.start_processes(trainings, (shared,), RANKS, start_method="fork")
     for name in RECIPES:
         training = Training(AutoencoderTask(chosen(shared, name), run_in(shared / f"{name}-one"), CPU))
@@ -60,6 +64,12 @@ def test_as_one_process(folder, compare, name, parallel):
 
 def test_accumulated_on_two_ranks(folder, compare):
     check(folder, compare, "decoder-accumulated", "decoder")
+
+
+def test_resuming_with_another_number_of_ranks(folder, compare):
+    expected = load_file(folder / "decoder-whole" / "checkpoints" / "step-000000003" / "ema" / "model.safetensors")
+    for key, value in weights(folder / "decoder-one-then-two").items():
+        compare("eager", value, expected[key], 2e-3, key)
 
 
 def check(folder, compare, run: str, name: str) -> None:

@@ -20,6 +20,7 @@ from small_autoencoders import (
     weights,
 )
 
+from dcae_fast.evaluation import networks
 from dcae_fast.images import demo_photograph
 from dcae_fast.models.autoencoder import DCAE
 from dcae_fast.training.autoencoder.config import RECIPES, Adversarial
@@ -207,6 +208,19 @@ def test_held_out_pictures_that_cannot_be_measured(shared, tmp_path, capsys):
     out = train(recipe(shared, "decoder", steps=2), run, CPU)
     assert capsys.readouterr().err.count("not measured: broken.png: not a picture") == 1
     assert f"of held-out photographs ({PICTURES}):" in (out / "README.md").read_text()
+
+
+def test_metrics_are_computed_in_float32(shared, monkeypatch):
+    """In a training in bfloat16 too, of whose reconstructions they are."""
+    under_autocast = []
+
+    def features(pictures):
+        under_autocast.append(torch.is_autocast_enabled("cpu"))
+        return pictures.double().flatten(2).mean(2).float()
+
+    monkeypatch.setitem(networks.LOADERS, "fid", lambda device: features)
+    train_until(1, recipe(shared, "decoder", precision="bfloat16", steps=1), run_in(shared / "in-half"))
+    assert under_autocast and not any(under_autocast)
 
 
 def test_a_diverging_loss_replaces_no_good_checkpoint(shared):
