@@ -12,8 +12,7 @@ import triton.language as tl
 from .bias_act import MOST_CHANNELS, launch_bias_act, scale_and_shift
 from .common import activate_backward, like_channels_last, persistent_splits, row_tile, rows_of
 from .launch import Kernel
-
-COMBINED = {"SPLITS": 128, "BLOCK_C": 16}  # tile of the kernel that combines the splits
+from .sum_of_splits import TILE, sum_of_splits
 
 
 @triton.jit
@@ -145,8 +144,8 @@ def _launch_statistics(x):
     _batch_norm_act_split_kernel[(splits * blocks_c,)](
         x, partial, rows, channels, BLOCK_ROWS=block_rows, BLOCK_C=block_c
     )
-    _batch_norm_act_statistics_kernel[(triton.cdiv(channels, COMBINED["BLOCK_C"]),)](
-        partial, mean, variance, rows, channels, splits, BLOCK_ROWS=block_rows, **COMBINED
+    _batch_norm_act_statistics_kernel[(triton.cdiv(channels, TILE["BLOCK_C"]),)](
+        partial, mean, variance, rows, channels, splits, BLOCK_ROWS=block_rows, **TILE, num_warps=8
     )
     return mean, variance
 
@@ -168,7 +167,7 @@ def launch_batch_norm_act_backward(dy, x, scale, bias, mean, variance, eps, act)
         dy, x, bias, scale, mean, variance, partial, rows, channels, eps,
         ACT=act, BLOCK_ROWS=block_rows, BLOCK_C=block_c,
     )  # fmt: skip
-    dbias, dscale = partial[:, 0].sum(0), partial[:, 1].sum(0)
+    dbias, dscale = sum_of_splits(partial, torch.float32, torch.float32)
     _batch_norm_act_input_backward_kernel[(blocks * blocks_c,)](
         dy, x, bias, scale, mean, variance, dbias, dscale, dx, rows, channels, eps,
         ACT=act, BLOCK_ROWS=block_rows, BLOCK_C=block_c,

@@ -6,6 +6,7 @@ import triton.language as tl
 
 from .common import activate, activate_backward, like_channels_last, persistent_splits, row_tile, rows_of
 from .launch import Kernel
+from .sum_of_splits import sum_of_splits
 
 MOST_CHANNELS = 1024  # of a program
 
@@ -125,5 +126,4 @@ def launch_bias_act_backward(dy, x, bias, act, scale, mean, variance, eps):
             dy, x, bias, scale, mean, variance, dx, partial, rows_of(x), channels, eps,
             ACT=act, HAS_NORM=scale is not None, BLOCK_ROWS=block_rows, BLOCK_C=block_c,
         )  # fmt: skip
-    dbias, dscale = partial[:, 0].sum(0), partial[:, 1].sum(0)
-    return dx, dbias.to(bias.dtype), dscale.to(bias.dtype if scale is None else scale.dtype)
+    return dx, *sum_of_splits(partial, bias.dtype, bias.dtype if scale is None else scale.dtype)

@@ -6,6 +6,7 @@ import triton.language as tl
 
 from .common import activate, activate_backward, like_channels_last, persistent_splits, row_tile, rows_of
 from .launch import Kernel
+from .sum_of_splits import sum_of_splits
 
 
 @Kernel
@@ -90,5 +91,4 @@ def launch_rms_norm_backward(dy, x, weight, bias, eps, act):
             dy, x, weight, bias, dx, partial, rows_of(x), channels, eps,
             ACT=act, BLOCK_ROWS=block_rows, BLOCK_C=block_c, num_warps=_num_warps(block_c),
         )  # fmt: skip
-    dweight, dbias = partial[:, 0].sum(0), partial[:, 1].sum(0)
-    return dx, dweight.to(weight.dtype), dbias.to(bias.dtype)
+    return dx, *sum_of_splits(partial, weight.dtype, bias.dtype)
