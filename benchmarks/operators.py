@@ -10,14 +10,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dcae_fast import ops
 from dcae_fast.fast.fusion import conv_norm_act
-from dcae_fast.ops.bias_act import bias_act_reference
+from dcae_fast.ops.batch_norm_act import (
+    batch_norm_act_backward_op,
+    batch_norm_act_backward_reference,
+    batch_norm_act_reference,
+)
+from dcae_fast.ops.bias_act import bias_act_backward_op, bias_act_backward_reference, bias_act_reference
 from dcae_fast.ops.concatenate import concatenate_reference
 from dcae_fast.ops.conv2d_unshuffle import conv2d_unshuffle_reference
 from dcae_fast.ops.depthwise_glu import depthwise_glu_reference
 from dcae_fast.ops.layer_norm import layer_norm_backward_op, layer_norm_backward_reference
 from dcae_fast.ops.linear import linear_gelu_reference, linear_reference
 from dcae_fast.ops.mlp import mlp_reference
-from dcae_fast.ops.multiscale_qkv import multiscale_qkv_reference
+from dcae_fast.ops.multiscale_qkv import (
+    multiscale_qkv_backward_op,
+    multiscale_qkv_backward_reference,
+    multiscale_qkv_reference,
+)
 from dcae_fast.ops.relu_linear_attention import relu_linear_attention_reference
 from dcae_fast.ops.rms_norm import rms_norm_reference
 from dcae_fast.ops.rms_norm_conv2d import rms_norm_conv2d_reference
@@ -46,11 +55,15 @@ SHAPES: list[tuple[str, Shape]] = [
     ("rms_norm", (32, 1024, 32, 32)),
     ("bias_act", (8, 256, 256, 256)),
     ("bias_act", (8, 4096, 64, 64)),
+    ("bias_act gradient", (16, 256, 128, 128)),
+    ("batch_norm_act + residual", (16, 256, 128, 128)),
+    ("batch_norm_act gradient", (16, 256, 128, 128)),
     ("relu_linear_attention", (8, 1536, 64, 64)),
     ("relu_linear_attention", (32, 3072, 32, 32)),
     ("multiscale_qkv", (8, 1536, 64, 64)),
     ("multiscale_qkv", (8, 3072, 32, 32)),
     ("multiscale_qkv", (8, 3072, 16, 16)),
+    ("multiscale_qkv gradient", (16, 1536, 32, 32)),
     ("depthwise_glu", (8, 4096, 64, 64)),
     ("depthwise_glu", (8, 8192, 32, 32)),
     ("unshuffle_average_add", (8, 256, 256, 256)),
@@ -97,6 +110,33 @@ def bias_act(random, b, c, h, w) -> Case:
     )
 
 
+def bias_act_gradient(random, b, c, h, w) -> Case:
+    constants = "silu", None, None, None, 0.0
+    return Case(
+        lambda *tensors: bias_act_backward_op(*tensors, *constants)[0],
+        lambda *tensors: bias_act_backward_reference(*tensors, *constants)[0],
+        [random(b, c, h, w), random(b, c, h, w), random(c)],
+    )
+
+
+def batch_norm_act(random, b, c, h, w) -> Case:
+    return Case(
+        lambda x, scale, bias, residual: ops.batch_norm_act(x, scale, bias, residual=residual)[0],
+        lambda x, scale, bias, residual: batch_norm_act_reference(x, scale, bias, 1e-5, "none", residual, x.dtype)[0],
+        [random(b, c, h, w), random(c), random(c), random(b, c, h, w)],
+    )
+
+
+def batch_norm_act_gradient(random, b, c, h, w) -> Case:
+    dy, x, scale, bias = random(b, c, h, w), random(b, c, h, w), random(c), random(c)
+    variance, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
+    return Case(
+        lambda *tensors: batch_norm_act_backward_op(*tensors, 1e-5, "none")[0],
+        lambda *tensors: batch_norm_act_backward_reference(*tensors, 1e-5, "none")[0],
+        [dy, x, scale, bias, mean, variance],
+    )
+
+
 def relu_linear_attention(random, b, c, h, w) -> Case:
     return Case(
         lambda qkv: ops.relu_linear_attention([qkv]),
@@ -128,6 +168,14 @@ def duplicate_shuffle_add(random, b, c, h, w) -> Case:
 def multiscale_qkv(random, b, c, h, w) -> Case:
     weights = [random(c, 1, 5, 5) / 5, random(c, 32, 1, 1) / 32**0.5]
     return Case(ops.multiscale_qkv, multiscale_qkv_reference, [random(b, c, h, w), *weights])
+
+
+def multiscale_qkv_gradient(random, b, c, h, w) -> Case:
+    return Case(
+        lambda *tensors: multiscale_qkv_backward_op(*tensors, True)[0],
+        lambda *tensors: multiscale_qkv_backward_reference(*tensors, True)[0],
+        [random(b, c, h, w), *multiscale_qkv(random, b, c, h, w).tensors],
+    )
 
 
 def packed_attention(random, b, c, h, w, gradient: bool = False) -> Case:
@@ -254,8 +302,12 @@ CASES: dict[str, Callable[..., Case]] = {
     "rms_norm_conv2d": rms_norm_conv2d,
     "rms_norm": rms_norm,
     "bias_act": bias_act,
+    "bias_act gradient": bias_act_gradient,
+    "batch_norm_act + residual": batch_norm_act,
+    "batch_norm_act gradient": batch_norm_act_gradient,
     "relu_linear_attention": relu_linear_attention,
     "multiscale_qkv": multiscale_qkv,
+    "multiscale_qkv gradient": multiscale_qkv_gradient,
     "packed_attention": packed_attention,
     "packed_attention + gradient": lambda *args: packed_attention(*args, gradient=True),
     "concatenate": concatenate,
