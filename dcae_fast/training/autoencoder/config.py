@@ -120,6 +120,11 @@ class AutoencoderRecipe(Recipe):
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay}; expected between 0 and 1, or None")
 
+    @property
+    def critic_lr(self) -> float:
+        """The learning rate of the discriminator."""
+        return self.lr if self.gan.discriminator_lr is None else self.gan.discriminator_lr
+
     def part(self, ranks: int, accumulate: int) -> int:
         """The number of crops that a rank computes at once. ValueError if the batch cannot be divided."""
         if self.batch % (ranks * accumulate):

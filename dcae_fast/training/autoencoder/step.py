@@ -36,9 +36,8 @@ def initial_state(
     if recipe.gan.gan_weight:
         torch.manual_seed(recipe.seed)
         critic = Critic(recipe.gan).to(device, memory_format=torch.channels_last)
-        lr = recipe.lr if recipe.gan.discriminator_lr is None else recipe.gan.discriminator_lr
         called = apply_ddp(critic) if distributed.is_distributed() else critic
-        networks[CRITIC] = _trained(critic, called, recipe, lr)
+        networks[CRITIC] = _trained(critic, called, recipe, recipe.critic_lr)
     average = MovingAverage(network, recipe.ema_decay) if recipe.ema_decay else None
     export = Export(NAME, partial(save_weights, network.config), checkpoint.WEIGHTS["original"][0], prefix="")
     return State(networks, export, average)
@@ -110,7 +109,7 @@ def take_step(
         with gradients_summed(trained.called, last=number == len(parts) - 1):
             with autocast(x.device, recipe.precision):
                 y = trained.called(x, channels)
-                pair = Pair(x.repeat(len(channels) or 1, 1, 1, 1), y)
+                pair = Pair(torch.cat([x] * len(channels)) if channels else x, y)
                 losses, numbers = reconstruction_losses(trained, objective, critic, pair)
             trained.backward(losses["loss"] / len(parts))
         sums.add(losses | numbers)
@@ -159,8 +158,7 @@ def update_critic(critic: Trained, recipe: AutoencoderRecipe, pairs: list[Pair],
             loss = sum(loss for name, loss in losses.items() if name != "discriminator_accuracy")
             critic.backward(loss / len(pairs))
         sums.add(losses)
-    lr = recipe.lr if recipe.gan.discriminator_lr is None else recipe.gan.discriminator_lr
-    critic.update(learning_rate(step, lr, recipe.warmup_steps, 0.0))
+    critic.update(learning_rate(step, recipe.critic_lr, recipe.warmup_steps, 0.0))
 
 
 class Sums:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from small_autoencoders import CPU, GAN, everything, recipe, run_in, train_until, weights
 
+from dcae_fast.models.autoencoder import DCAE
 from dcae_fast.training.autoencoder.task import AutoencoderTask, train
 from dcae_fast.training.engine.loop import Training
 
@@ -37,6 +38,8 @@ def trainings(rank: int, folder: Path) -> None:
     run = run_in(folder / "decoder-accumulated", accumulate=2, checkpoint_activations=True)
     train(chosen(folder, "decoder"), run, CPU)
     train(chosen(folder, "decoder"), run_in(folder / "decoder-one-then-two"), CPU)
+    with_norms = replace(chosen(folder, "local-refinement"), gan=replace(GAN, gan_start=1, discriminator_norm="batch"))
+    train(replace(with_norms, source=str(folder / "batch-norm"), train=("decoder",)), run_in(folder / "norms"), CPU)
     dist.barrier()
     os._exit(0)  # destroying the gloo group of DDP may wait forever for a thread that needs the GIL
 
@@ -70,6 +73,13 @@ def test_resuming_with_another_number_of_ranks(folder, compare):
     expected = load_file(folder / "decoder-whole" / "checkpoints" / "step-000000003" / "ema" / "model.safetensors")
     for key, value in weights(folder / "decoder-one-then-two").items():
         compare("eager", value, expected[key], 2e-3, key)
+
+
+def test_batch_norms_on_two_ranks(folder):
+    """Of the decoder and the discriminator. Each rank has its own statistics, so that one process differs."""
+    before = DCAE.from_pretrained(folder / "batch-norm").state_dict()
+    for key, value in weights(folder / "norms").items():
+        assert value.isfinite().all() and torch.equal(value, before[key]) == key.startswith("encoder."), key
 
 
 def check(folder, compare, run: str, name: str) -> None:
