@@ -1,8 +1,8 @@
-"""One training step of an autoencoder: forward under autocast to bf16, L1 loss, backward, fused AdamW.
+"""One training step of an autoencoder: forward under autocast to bf16, loss, backward, fused AdamW.
 
 The model is the one of `dcae-fast train-autoencoder`: frozen modules are in evaluation mode, and whatever lies before
 all trained modules computes without gradients, for all contenders. As in `training`, the memory holds one contender at
-a time, and eager is timed again at the end. LPIPS and the discriminator are not part of the step.
+a time, and eager is timed again at the end. An adversarial step adds LPIPS and the step of a discriminator.
 """
 
 import math
@@ -10,18 +10,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 import dcae_fast
 from dcae_fast.training.autoencoder.network import PartlyTrained
-from dcae_fast.training.engine.optimizer import build_optimizer
 from dcae_fast.training.engine.parallel import apply_compile
 from dcae_fast.training.engine.state import Trained, autocast
 
 from . import contenders
 from .autoencoder import FP32_ERROR, reason, release
+from .autoencoder_losses import Losses, with_optimizer
 from .autoencoder_workloads import RECIPES, TrainingWorkload
 from .ceilings import Ceilings
 from .timing import alone, seconds, with_peak_memory
@@ -33,7 +32,7 @@ WARM_UP = 3  # steps; torch.compile captures its CUDA graphs in the second or th
 STEPS = 10  # timed steps
 if not torch.cuda.is_available():
     WARM_UP, STEPS = 1, 2
-Run = Callable[[], torch.Tensor]
+Run = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,8 @@ def benchmark(workload: TrainingWorkload, device: torch.device, ceilings: Ceilin
     add_rates(rows, workload.batch, flops, ceilings)
     record = {
         "workload": workload.name, "model": workload.model, "recipe": workload.recipe, "batch": workload.batch,
-        "size": workload.size, "flops": flops, "floor_ms": ceilings.floor(flops), "contenders": rows,
+        "size": workload.size, "adversarial": workload.adversarial, "flops": flops,
+        "floor_ms": ceilings.floor(flops), "contenders": rows,
     }  # fmt: skip
     if "ms" in rows["eager"]:
         again = trial("eager", workload, images, None, math.inf)
@@ -102,29 +102,37 @@ def fresh(workload: TrainingWorkload, device: torch.device) -> PartlyTrained:
     return model
 
 
-def prepared(name: str, workload: TrainingWorkload, device: torch.device) -> Trained:
-    """A new model made into the contender of that name, with its optimizer."""
-    contender, model = CONTENDERS[name], fresh(workload, device)
+@dataclass
+class InTraining:
+    """critic: the discriminator with its optimizer, if there is one."""
+
+    model: Trained
+    losses: Losses
+    critic: Trained | None
+
+
+def prepared(name: str, workload: TrainingWorkload, device: torch.device) -> InTraining:
+    """A new model made into the contender of that name, with its losses and optimizers."""
+    contender, model, losses = CONTENDERS[name], fresh(workload, device), Losses(workload.adversarial, device)
     if contender.channels_last:
         model.to(memory_format=torch.channels_last)
     if contender.patched:
         dcae_fast.patch(model)
     if contender.compiled:
         apply_compile([model], contender.mode)
-    optimizer = build_optimizer(model, LR, betas=(0.9, 0.999), weight_decay=0.1)
-    for group in optimizer.param_groups:
-        group["capturable"] = contender.captured and device.type == "cuda"
-    return Trained(model, model, optimizer, torch.amp.GradScaler(device.type, enabled=False))
+        losses.compile(contender.mode)
+    critic = with_optimizer(losses.critic, LR, contender.captured) if losses.critic else None
+    return InTraining(with_optimizer(model, LR, contender.captured), losses, critic)
 
 
 def exact_gradients(workload: TrainingWorkload, images: torch.Tensor) -> Exact:
     """The loss and its gradients in fp32 without TF32. The gradients are moved to the CPU, to free memory."""
-    model = fresh(workload, images.device)
+    model, losses = fresh(workload, images.device), Losses(workload.adversarial, images.device)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        loss = F.l1_loss(model(images), images)
+        loss = losses(model(images), images)
         gradients = torch.autograd.grad(loss, trained(model), materialize_grads=True)
     result = loss.item(), [gradient.cpu() for gradient in gradients]
-    del model, gradients, loss
+    del model, losses, gradients, loss
     release()
     return result
 
@@ -150,7 +158,7 @@ def trial(
     return row
 
 
-def checked(name: str, in_training: Trained, images: torch.Tensor, exact: Exact) -> dict[str, float]:
+def checked(name: str, in_training: InTraining, images: torch.Tensor, exact: Exact) -> dict[str, float]:
     """Errors of the gradients and the loss. first_s: seconds of the first pass, with compilation and choice of kernels.
 
     A captured contender is captured for the check too, without the optimizer.
@@ -158,9 +166,9 @@ def checked(name: str, in_training: Trained, images: torch.Tensor, exact: Exact)
     run = passes(in_training, laid_out(name, images))
     first_s = seconds(run)
     run = captured(run) if CONTENDERS[name].captured else run
-    loss = run().item()
-    error = gradient_error(in_training.network, exact[1])
-    in_training.optimizer.zero_grad()
+    loss = run()[0].item()
+    error = gradient_error(in_training.model.network, exact[1])
+    in_training.model.optimizer.zero_grad()
     return {"first_s": first_s, "error": error, "loss_error": abs(loss - exact[0]) / exact[0]}
 
 
@@ -178,16 +186,18 @@ def timed(step: Run) -> dict[str, float]:
     return times_of(alone(step, STEPS)) | {"peak_gib": max(kept, resident + peak)}
 
 
-def passes(in_training: Trained, images: torch.Tensor) -> Run:
-    """A function that replaces the gradients by those of the loss, and returns the loss."""
+def passes(in_training: InTraining, images: torch.Tensor) -> Run:
+    """A function that replaces the model's gradients by those of the loss, and returns loss and reconstructions."""
+    model, losses = in_training.model, in_training.losses
 
-    def run() -> torch.Tensor:
-        in_training.optimizer.zero_grad()
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        model.optimizer.zero_grad()
         with torch.backends.cudnn.flags(enabled=True, benchmark=True):
             with autocast(images.device, "bfloat16"):
-                loss = F.l1_loss(in_training.called(images), images)
-            in_training.backward(loss)
-        return loss.detach()
+                y = model.called(images)
+                loss = losses(y, images)
+            model.backward(loss)
+        return loss.detach(), y.detach().float()  # a copy, since compiled modules with CUDA graphs overwrite y
 
     return run
 
@@ -198,13 +208,20 @@ def laid_out(name: str, images: torch.Tensor) -> torch.Tensor:
     return images.to(memory_format=layout)
 
 
-def stepper(name: str, in_training: Trained, images: torch.Tensor) -> Run:
+def stepper(name: str, in_training: InTraining, images: torch.Tensor) -> Run:
     """A training step of the contender with that name, as a function without arguments, which returns the loss."""
-    gradients = passes(in_training, laid_out(name, images))
+    images, critic = laid_out(name, images), in_training.critic
+    gradients = passes(in_training, images)
 
     def step() -> torch.Tensor:
-        loss = gradients()
-        in_training.update(LR)
+        loss, y = gradients()
+        in_training.model.update(LR)
+        if critic is not None:
+            with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+                with autocast(images.device, "bfloat16"):
+                    of_critic = in_training.losses.of_critic(y, images)
+                critic.backward(of_critic)
+            critic.update(LR)
         return loss
 
     return captured(step) if CONTENDERS[name].captured else step
@@ -241,10 +258,13 @@ def flops_of(workload: TrainingWorkload) -> dict[str, int]:
         display=False, custom_mapping={torch.ops.aten.convolution_backward: convolution_backward_flops}
     )
     with FakeTensorMode(), counter:
-        model = PartlyTrained.from_name(workload.model)
+        model, losses = PartlyTrained.from_name(workload.model), Losses(workload.adversarial, torch.device("cpu"))
         model.choose(RECIPES[workload.recipe])
         images = torch.empty(workload.batch, 3, workload.size, workload.size)
-        F.l1_loss(model(images), images).backward()
+        y = model(images)
+        losses(y, images).backward()
+        if losses.critic is not None:
+            losses.of_critic(y, images).backward()
     return {op.__name__: flops for op, flops in counter.get_flop_counts()["Global"].items()}
 
 

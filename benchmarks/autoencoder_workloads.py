@@ -21,17 +21,21 @@ ALL = (
 
 @dataclass(frozen=True)
 class TrainingWorkload:
-    """A training step on `batch` images of size × size pixels. recipe: one of `RECIPES`."""
+    """A training step on `batch` images of size × size pixels.
+
+    recipe: one of `RECIPES`. adversarial: with LPIPS, and with a discriminator that takes a step too.
+    """
 
     model: str
     recipe: str
     batch: int
     size: int
     contenders: tuple[str, ...] = ALL
+    adversarial: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.model}-{self.recipe}-b{self.batch}-{self.size}"
+        return f"{self.model}-{self.recipe}-b{self.batch}-{self.size}{'-adversarial' if self.adversarial else ''}"
 
 
 TRAINING_WORKLOADS = [
@@ -42,6 +46,7 @@ TRAINING_WORKLOADS = [
     TrainingWorkload(SANA, "full", 4, 512),
     TrainingWorkload(F32, "latent-adaptation", 4, 1024),
     TrainingWorkload(F32, "decoder", 8, 512),
+    TrainingWorkload(F32, "full", 16, 256, adversarial=True),
 ]
 TRAINING_REHEARSAL = [TrainingWorkload("dc-ae-tiny", recipe, 2, 32, UNCOMPILED) for recipe in RECIPES]
 

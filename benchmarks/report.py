@@ -79,9 +79,10 @@ the decoder; the decoder's arithmetic is not counted."""
 AUTOENCODER_TRAINING_EXPLANATION = """latent-adaptation trains only encoder.project_out and decoder.project_in; decoder
 trains the decoder. There, no contender computes gradients of frozen weights, and whatever lies before all trained
 modules computes without gradients. The floor and MFU count only the arithmetic that is left. "patched + CUDA graphs"
-captures the whole step as one graph. Errors are of the gradients, relative to fp32. Peak GiB includes weights,
-gradients, optimizer and captured graphs. Each contender has the GPU's memory to itself; eager, measured again after the
-others, took {drift} of its first time."""
+captures the whole step as one graph. An adversarial step also has LPIPS, with random weights, and the step of a
+discriminator; torch.compile compiles both too. Errors are of the gradients, relative to fp32. Peak GiB includes
+weights, gradients, optimizer and captured graphs. Each contender has the GPU's memory to itself; eager, measured again
+after the others, took {drift} of its first time."""
 PIPELINE_EXPLANATION = """Commands run as a user starts them, on random pictures, latents and weights. Their names give
 the batch of each GPU. Scaling is the throughput divided by the throughput of one GPU times the number of GPUs. "GPU
 waited" is the share of the time in which the GPU had no data."""

@@ -105,6 +105,7 @@ def autoencoder_training_table(records: list[dict]) -> str:
         times = [row["ms"] if row and "ms" in row else None for row in shown]
         ratios = [f"{other / times[2]:.2f}×" if other and times[2] else "–" for other in times[:2]]
         name = f"{record['model'].removeprefix('dc-ae-')} {record['recipe']}, {record['batch']} × {record['size']} px"
+        name += ", adversarial" if record["adversarial"] else ""
         rows.append([name, *map(cell, shown), number(record["floor_ms"]), *ratios])
     return table(rows)
 

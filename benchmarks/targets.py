@@ -112,6 +112,7 @@ TARGETS = [
     *autoencoder_training(f"{SANA}-full-b4-512", 1.50),
     *autoencoder_training(f"{F32}-latent-adaptation-b4-1024", 1.40),
     *autoencoder_training(f"{F32}-decoder-b8-512", 1.40),
+    *autoencoder_training(f"{F32}-full-b16-256-adversarial", 1.20)[:1],
     Target("autoencoder-training", None, FASTEST, "error", "eager", 1.0),
     *network("transformer", "uvit-h-f64-forward-b2048", 1.9, 1.5),
     Target("transformer", "uvit-h-f64-forward-b2048", "patched", "mfu", None, 0.84, faster=True),

@@ -94,13 +94,27 @@ def test_contenders_take_the_same_step():
     for name in ("eager", "patched + CUDA graphs"):
         in_training = benchmark.prepared(name, FULL, CPU)
         step = benchmark.stepper(name, in_training, benchmark.images_of(FULL, CPU))
-        before = [parameter.clone() for parameter in in_training.network.parameters()]
+        before = [parameter.clone() for parameter in in_training.model.network.parameters()]
         step()
-        after = list(in_training.network.parameters())
+        after = list(in_training.model.network.parameters())
         assert all(parameter.grad is None for parameter in after)
         assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         weights.append(torch.cat([parameter.detach().flatten() for parameter in after]))
     torch.testing.assert_close(*weights, rtol=0, atol=3 * benchmark.LR)
+
+
+def test_an_adversarial_step():
+    """Both networks take a step, and the work of LPIPS and the discriminator counts."""
+    workload = replace(FULL, size=32, adversarial=True)
+    record = measured(workload)
+    assert record["flops"] > 2 * sum(benchmark.flops_of(replace(workload, adversarial=False)).values())
+    assert all("failure" not in row and row["ms"] > 0 for row in record["contenders"].values())
+    in_training = benchmark.prepared("eager", workload, CPU)
+    networks = in_training.model.network, in_training.critic.network
+    before = [[parameter.clone() for parameter in network.parameters()] for network in networks]
+    benchmark.stepper("eager", in_training, benchmark.images_of(workload, CPU))()
+    for network, weights in zip(networks, before, strict=True):
+        assert not all(torch.equal(a, b) for a, b in zip(network.parameters(), weights, strict=True))
 
 
 @pytest.mark.parametrize("workload", [ADAPTATION, DECODER], ids=lambda workload: workload.recipe)
@@ -180,7 +194,7 @@ def times() -> dict[str, dict]:
 
 def test_fastest_contenders_are_compared(times):
     record = {"workload": TRAINING_WORKLOADS[0].name, "floor_ms": 1.0, "contenders": times}
-    record |= {"model": "dc-ae-x", "recipe": "full", "batch": 16, "size": 256}
+    record |= {"model": "dc-ae-x", "recipe": "full", "batch": 16, "size": 256, "adversarial": False}
     row = "| x full, 16 × 256 px | 5.00 | 3.00 | 2.00 | 1.00 | 2.50× | 1.50× |"
     assert row in tables.autoencoder_training_table([record])
     found = {outcome.target.quantity: outcome for outcome in tables.outcomes({"autoencoder-training": [record]})}
@@ -193,7 +207,8 @@ def test_fastest_contenders_are_compared(times):
 def test_table_without_patched(times):
     rows = {"eager": times["eager"], "torch.compile": {"failure": "out of memory"}}
     record = {"model": "dc-ae-x", "recipe": "full", "batch": 1, "size": 8, "floor_ms": 1.0, "contenders": rows}
-    row = "| x full, 1 × 8 px | 6.00 | out of memory | – | 1.00 | – | – |"
+    record["adversarial"] = True
+    row = "| x full, 1 × 8 px, adversarial | 6.00 | out of memory | – | 1.00 | – | – |"
     assert row in tables.autoencoder_training_table([record])
     assert targets.with_fastest([record]) == [record]
 
