@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .bias_act import MOST_CHANNELS, launch_bias_act, scale_and_shift
+from .bias_act import MOST_CHANNELS, launch_bias_act, norm_terms
 from .common import activate_backward, like_channels_last, persistent_splits, row_tile, rows_of
 from .launch import Kernel
 from .sum_of_splits import TILE, sum_of_splits
@@ -77,17 +77,17 @@ def _batch_norm_act_statistics_kernel(
 
 @triton.jit
 def _block(
-    dy_ptr, x_ptr, block, c, c_mask, scale, shift, mean, rstd, rows, channels,
+    dy_ptr, x_ptr, block, c, c_mask, mean, factor, bias, rstd, rows, channels,
     ACT: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Of a block of rows: offsets, mask, normalised x, and the gradient before the activation."""
     row = tl.cast(block, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     mask = (row < rows)[:, None] & c_mask[None, :]
     offset = row[:, None] * channels + c[None, :]
-    x = tl.load(x_ptr + offset, mask, 0.0).to(tl.float32)
+    x = tl.load(x_ptr + offset, mask, 0.0).to(tl.float32) - mean[None, :]
     dy = tl.load(dy_ptr + offset, mask, 0.0).to(tl.float32)
-    dz = activate_backward(x * scale[None, :] + shift[None, :], dy, ACT)
-    return offset, mask, (x - mean[None, :]) * rstd[None, :], dz
+    dz = activate_backward(x * factor[None, :] + bias[None, :], dy, ACT)
+    return offset, mask, x * rstd[None, :], dz
 
 
 @Kernel
@@ -100,13 +100,12 @@ def _batch_norm_act_sums_backward_kernel(
     split, splits = tl.program_id(0) // blocks_c, tl.num_programs(0) // blocks_c
     c = tl.program_id(0) % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
     c_mask = c < channels
-    scale, shift, rstd = scale_and_shift(bias_ptr, scale_ptr, mean_ptr, variance_ptr, eps, c, c_mask, True)
-    mean = tl.load(mean_ptr + c, c_mask, 0.0)
+    mean, factor, bias, rstd = norm_terms(bias_ptr, scale_ptr, mean_ptr, variance_ptr, eps, c, c_mask, True)
     dbias = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
     dscale = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
     for block in range(split, tl.cdiv(rows, BLOCK_ROWS), splits):
         _, _, normalised, dz = _block(
-            dy_ptr, x_ptr, block, c, c_mask, scale, shift, mean, rstd, rows, channels, ACT, BLOCK_ROWS
+            dy_ptr, x_ptr, block, c, c_mask, mean, factor, bias, rstd, rows, channels, ACT, BLOCK_ROWS
         )
         dbias += dz
         dscale += dz * normalised
@@ -123,14 +122,13 @@ def _batch_norm_act_input_backward_kernel(
     blocks_c = tl.cdiv(channels, BLOCK_C)
     c = tl.program_id(0) % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
     c_mask = c < channels
-    scale, shift, rstd = scale_and_shift(bias_ptr, scale_ptr, mean_ptr, variance_ptr, eps, c, c_mask, True)
-    mean = tl.load(mean_ptr + c, c_mask, 0.0)
+    mean, factor, bias, rstd = norm_terms(bias_ptr, scale_ptr, mean_ptr, variance_ptr, eps, c, c_mask, True)
     dbias, dscale = tl.load(dbias_ptr + c, c_mask, 0.0) / rows, tl.load(dscale_ptr + c, c_mask, 0.0) / rows
     offset, mask, normalised, dz = _block(
-        dy_ptr, x_ptr, tl.program_id(0) // blocks_c, c, c_mask, scale, shift, mean, rstd, rows, channels, ACT,
+        dy_ptr, x_ptr, tl.program_id(0) // blocks_c, c, c_mask, mean, factor, bias, rstd, rows, channels, ACT,
         BLOCK_ROWS,
     )  # fmt: skip
-    dx = (dz - dbias[None, :] - normalised * dscale[None, :]) * scale[None, :]
+    dx = (dz - dbias[None, :] - normalised * dscale[None, :]) * factor[None, :]
     tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask)
 
 

@@ -12,16 +12,18 @@ MOST_CHANNELS = 1024  # of a program
 
 
 @triton.jit
-def scale_and_shift(bias_ptr, scale_ptr, mean_ptr, variance_ptr, eps, c, mask, HAS_NORM: tl.constexpr):
-    """(s, b) such that x * s + b is the batch norm of x, or x + bias without a norm; and 1 / standard deviation."""
+def norm_terms(bias_ptr, scale_ptr, mean_ptr, variance_ptr, eps, c, mask, HAS_NORM: tl.constexpr):
+    """(mean, factor, bias) such that (x - mean) * factor + bias is the batch norm of x, or x + bias without a norm; and
+    1 / standard deviation. The mean is subtracted first: where it is large, x * factor + shift would cancel digits.
+    """
     bias = tl.load(bias_ptr + c, mask, 0.0).to(tl.float32)
     if HAS_NORM:
         rstd = tl.rsqrt(tl.load(variance_ptr + c, mask, 1.0).to(tl.float32) + eps)
-        scale = tl.load(scale_ptr + c, mask, 0.0).to(tl.float32) * rstd
-        return scale, bias - tl.load(mean_ptr + c, mask, 0.0).to(tl.float32) * scale, rstd
+        factor = tl.load(scale_ptr + c, mask, 0.0).to(tl.float32) * rstd
+        return tl.load(mean_ptr + c, mask, 0.0).to(tl.float32), factor, bias, rstd
     else:
         one = tl.full(bias.shape, 1.0, tl.float32)
-        return one, bias, one
+        return tl.zeros(bias.shape, tl.float32), one, bias, one
 
 
 @Kernel
@@ -38,8 +40,8 @@ def _bias_act_forward_kernel(
     x = tl.load(x_ptr + offset, mask, 0.0).to(tl.float32)
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + offset, mask, 0.0).to(tl.float32)
-    scale, shift, _ = scale_and_shift(bias_ptr, scale_ptr, mean_ptr, variance_ptr, eps, c, c < channels, HAS_NORM)
-    y = activate(x * scale[None, :] + shift[None, :], ACT)
+    mean, factor, bias, _ = norm_terms(bias_ptr, scale_ptr, mean_ptr, variance_ptr, eps, c, c < channels, HAS_NORM)
+    y = activate((x - mean[None, :]) * factor[None, :] + bias[None, :], ACT)
     if HAS_RESIDUAL:
         y += residual
     tl.store(out_ptr + offset, y.to(out_ptr.dtype.element_ty), mask)
@@ -57,7 +59,7 @@ def _bias_act_backward_kernel(
     split, splits = tl.program_id(0) // blocks_c, tl.num_programs(0) // blocks_c
     c = tl.program_id(0) % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
     c_mask = c < channels
-    scale, shift, rstd = scale_and_shift(bias_ptr, scale_ptr, mean_ptr, variance_ptr, eps, c, c_mask, HAS_NORM)
+    mean, factor, bias, rstd = norm_terms(bias_ptr, scale_ptr, mean_ptr, variance_ptr, eps, c, c_mask, HAS_NORM)
     dbias = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
     dscale = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
     for block in range(split, tl.cdiv(rows, BLOCK_ROWS), splits):
@@ -66,11 +68,10 @@ def _bias_act_backward_kernel(
         offset = row[:, None] * channels + c[None, :]
         x = tl.load(x_ptr + offset, mask, 0.0).to(tl.float32)
         dy = tl.load(dy_ptr + offset, mask, 0.0).to(tl.float32)
-        dz = activate_backward(x * scale[None, :] + shift[None, :], dy, ACT)
-        tl.store(dx_ptr + offset, (dz * scale[None, :]).to(dx_ptr.dtype.element_ty), mask)
+        dz = activate_backward((x - mean[None, :]) * factor[None, :] + bias[None, :], dy, ACT)
+        tl.store(dx_ptr + offset, (dz * factor[None, :]).to(dx_ptr.dtype.element_ty), mask)
         dbias += dz
         if HAS_NORM:
-            mean = tl.load(mean_ptr + c, c_mask, 0.0).to(tl.float32)
             dscale += dz * ((x - mean[None, :]) * rstd[None, :])
     partial = partial_ptr + split * 2 * channels + c
     tl.store(partial, tl.sum(dbias, 0), c_mask)
@@ -84,13 +85,13 @@ def _fold_batch_norm_kernel(
     """A program computes BLOCK of the `size` elements of a filter."""
     blocks = tl.cdiv(size, BLOCK)
     k, block = tl.program_id(0) // blocks + tl.arange(0, 1), tl.program_id(0) % blocks
-    scale, shift, _ = scale_and_shift(bias_ptr, scale_ptr, mean_ptr, variance_ptr, eps, k, k >= 0, True)
+    mean, factor, bias, _ = norm_terms(bias_ptr, scale_ptr, mean_ptr, variance_ptr, eps, k, k >= 0, True)
     i = block * BLOCK + tl.arange(0, BLOCK)
     offset = k.to(tl.int64) * size + i
     weight = tl.load(weight_ptr + offset, i < size, 0.0).to(tl.float32)
-    tl.store(folded_ptr + offset, (weight * scale).to(folded_ptr.dtype.element_ty), i < size)
+    tl.store(folded_ptr + offset, (weight * factor).to(folded_ptr.dtype.element_ty), i < size)
     if block == 0:
-        tl.store(shift_ptr + k, shift.to(shift_ptr.dtype.element_ty))
+        tl.store(shift_ptr + k, (bias - mean * factor).to(shift_ptr.dtype.element_ty))
 
 
 def launch_fold_batch_norm(weight, bias, scale, mean, variance, eps):
