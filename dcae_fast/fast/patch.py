@@ -174,7 +174,7 @@ def _take_state(module: nn.Module) -> dict[str, Any]:
 
 
 def _components(model: Any) -> dict[str, nn.Module] | None:
-    """The modules among the components of a pipeline; None of a module. Raises TypeError for anything else."""
+    """The modules among the components of a pipeline; None for a module. Raises TypeError for anything else."""
     if isinstance(model, nn.Module):
         return None
     components = getattr(model, "components", None)
@@ -198,15 +198,15 @@ def _described(value: Any) -> str:
 def _parts(
     module: nn.Module, path: str = "", within_coder: bool = False, is_asked_for: bool = True, seen: set | None = None
 ) -> Iterator[tuple[str, nn.Module, bool]]:
-    """(path, module, whether it lies in an encoder or decoder) of a module and all in it, each after those in it.
+    """Yields (path, module, whether it is inside an encoder or decoder) for a module and its submodules, last itself.
 
-    A block that is given itself, or in PyTorch's own containers and wrappers, counts as part of a coder.
+    A block that is patched itself, or inside PyTorch's own containers and wrappers, counts as part of a coder.
     """
     seen = set() if seen is None else seen
     seen.add(module)
     cls = original_class(module)
     within_coder = within_coder or (is_asked_for and is_of_known_module(cls))
-    mixins = filter(None, map(mixin_of, cls.__mro__))  # a class that a user derived from a coder is one, too
+    mixins = filter(None, map(mixin_of, cls.__mro__))  # a class that a user derived from a coder counts as well
     inside = within_coder or any(issubclass(mixin, Coder) for mixin in mixins)
     is_asked_for = is_asked_for and cls.__module__.split(".")[0] == "torch"
     for name, child in module.named_children():
@@ -234,13 +234,13 @@ def _reason_not_fast(
     sharded: bool,
     reasons: dict[nn.Module, str],
 ) -> str:
-    """Why a module of a known class is left as it is; empty if it is made fast. reasons: of its submodules."""
+    """Why a module of a known class is skipped; empty if it is made fast. reasons: for its submodules."""
     if "all" in disabled:
         return "everything is disabled"
     missing = sorted(disabled.intersection(mixin.operators))
     if missing:
         return f"{', '.join(missing)} disabled"
-    if "forward" in module.__dict__ and not is_fast(module):  # which may not know the fast one
+    if "forward" in module.__dict__ and not is_fast(module):  # and may not call the fast one
         return "its forward was replaced on the instance"
     if parametrize.is_parametrized(module):
         return f"parametrised: {', '.join(module.parametrizations)}"
@@ -255,7 +255,7 @@ def _reason_not_fast(
 
 
 def _unsupported_parts(parts: dict[str, nn.Module], reasons: dict[nn.Module, str]) -> str:
-    """Why none of the parts that a module rests on is fast; empty if one is, or it rests on none."""
+    """Why none of the parts that a module rests on is fast; empty if one is, or if there are no such parts."""
     if not parts or any(map(is_fast, parts.values())):
         return ""
     name, part = next((item for item in parts.items() if item[1] in reasons), next(iter(parts.items())))
@@ -263,9 +263,9 @@ def _unsupported_parts(parts: dict[str, nn.Module], reasons: dict[nn.Module, str
 
 
 def _unusual_weights(module: nn.Module, sharded: bool) -> str:
-    """Says of what type the weights of a module are if that is a subclass of torch.Tensor, for example quantised ones.
+    """Names the type of a module's weights if it is a subclass of torch.Tensor, such as a quantised tensor; else empty.
 
-    Weights of other known modules in it do not count. sharded: fully_shard gives each call ordinary tensors.
+    Weights of other known modules inside do not count. sharded: fully_shard gives each call ordinary tensors.
     """
     for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
         name = type(tensor).__name__

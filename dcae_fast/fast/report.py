@@ -1,4 +1,4 @@
-"""What `patch` did, and what is missing on this machine for a patched model to be as fast as it can be."""
+"""What `patch` did, and what this machine lacks for the full speed."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -10,9 +10,9 @@ from dcae_fast.ops._library import EXTENSION_IS_BUILT, HAS_TRITON, INTERPRETED, 
 
 @dataclass
 class Report:
-    """What `patch` did. replaced: class name → modules; skipped: (path, class name, reason); note: one line.
+    """What `patch` did. replaced: class name → number of modules; skipped: (path, class name, reason); note: one line.
 
-    components: of a pipeline, name → report of that component; `replaced` and `skipped` are of all of them.
+    components: for a pipeline, name → report of the component; `replaced` and `skipped` then cover all components.
     """
 
     replaced: Counter[str] = field(default_factory=Counter)
@@ -43,7 +43,7 @@ class Report:
 
 
 def missing() -> str:
-    """What this machine or installation lacks, in one line; empty if nothing."""
+    """What this machine or installation lacks, in one line; empty if nothing is missing."""
     if not torch.cuda.is_available() and not INTERPRETED:
         return "No CUDA device: on a CPU the modules' own forwards run."
     if not HAS_TRITON:
@@ -59,7 +59,7 @@ def missing() -> str:
 
 
 def _how_to_build() -> str:
-    """What brings the extension, on a GPU that it is for. PyPI has no nvcc of CUDA 12."""
+    """How to build the extension, on a GPU that it supports. PyPI has no nvcc for CUDA 12."""
     if not is_hopper(torch.device("cuda", torch.cuda.current_device())):
         return ""
     if torch.version.cuda.startswith("12."):

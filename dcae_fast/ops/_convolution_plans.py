@@ -1,4 +1,4 @@
-"""Plans of cuDNN's for convolutions with an epilogue."""
+"""Plans of cuDNN for convolutions with an epilogue."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ Epilogue = list[tuple[str, torch.Tensor | None]]
 
 
 def available() -> bool:
-    """Whether the CUDA extension was built with cuDNN, and torch may use cuDNN."""
+    """Whether the CUDA extension was built with cuDNN, and cuDNN is enabled in torch."""
     return hasattr(cuda_extension(), "Convolution") and torch.backends.cudnn.enabled
 
 
@@ -45,5 +45,5 @@ def find(
 
 
 def _products(x: torch.Tensor, weight: torch.Tensor, stride: int) -> float:
-    """About how many multiplications a convolution takes."""
+    """About the number of multiplications of a convolution."""
     return x.numel() // x.shape[1] * weight.numel() / stride**2

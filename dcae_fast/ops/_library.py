@@ -1,8 +1,8 @@
 """Registration of operators with torch.library.
 
-An operator is a plain PyTorch reference and a launcher of the same signature. The reference runs on every device and is
-the fake; the launcher takes over for CUDA tensors it accepts (and for CPU tensors under TRITON_INTERPRET=1). Results
-are always channels-last.
+An operator is a reference in plain PyTorch and a launcher with the same signature. The reference runs on every device
+and is the fake implementation. The launcher runs for CUDA tensors that it accepts, and for CPU tensors under
+TRITON_INTERPRET=1. Results are always channels-last.
 """
 
 import functools
@@ -36,15 +36,15 @@ NAMESPACE = "dcae_fast"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 HALVES = (torch.bfloat16, torch.float16)
 KERNEL_DTYPES = (torch.float32, *HALVES)
-LEAST_CAPABILITY = (7, 5)  # of the GPUs that kernels are compiled for: Turing's
+LEAST_CAPABILITY = (7, 5)  # the oldest GPUs that kernels are compiled for: Turing
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 EXTENSION_IS_BUILT = importlib.util.find_spec(f"{NAMESPACE}._C") is not None
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
-ORDINARY = frozenset({torch.Tensor, torch.nn.Parameter})  # types of tensors that are of no subclass
+ORDINARY = frozenset({torch.Tensor, torch.nn.Parameter})  # types of tensors, without subclasses
 
 
 def has_kernels(x: torch.Tensor) -> bool:
-    """Whether operators run as kernels for tensors of x's device and type, or as plain PyTorch."""
+    """Whether operators run as kernels, rather than as plain PyTorch, for tensors of the device and dtype of x."""
     if INTERPRETED:
         return x.dtype in KERNEL_DTYPES and not x.is_meta
     return x.dtype in KERNEL_DTYPES and HAS_TRITON and x.is_cuda and is_supported(x.device)
@@ -52,13 +52,13 @@ def has_kernels(x: torch.Tensor) -> bool:
 
 @functools.cache
 def launcher(operator: str, function: str) -> Callable:
-    """`function` of dcae_fast.kernels.<operator>, imported when first needed."""
+    """`function` of dcae_fast.kernels.<operator>, imported at the first use."""
     return getattr(importlib.import_module(f"{NAMESPACE}.kernels.{operator}"), function)
 
 
 @functools.cache
 def cuda_extension():
-    """The module dcae_fast._C; None where it was not built, or does not load, which a warning tells once."""
+    """The module dcae_fast._C; None if it was not built. If it does not load, a warning says so once."""
     if not EXTENSION_IS_BUILT:
         return None
     try:
@@ -69,8 +69,8 @@ def cuda_extension():
 
 
 def __getattr__(name: str) -> bool:
-    """HAS_EXTENSION: whether it is there and loads. torch.compile reads an attribute of a module as it is, whatever
-    that takes; it would trace a function.
+    """HAS_EXTENSION: whether dcae_fast._C is built and loads. It is an attribute because torch.compile reads attributes
+    of a module without tracing, but would trace a function.
     """
     if name != "HAS_EXTENSION":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -79,7 +79,7 @@ def __getattr__(name: str) -> bool:
 
 
 def without_autocast(function):
-    """Operands have the types that they are to be computed in before an operator is called."""
+    """Switches autocast off for a function: operands already have the dtypes to compute in."""
 
     @functools.wraps(function)
     def run(*args):
@@ -90,49 +90,51 @@ def without_autocast(function):
 
 
 def capability(device: torch.device) -> tuple[int, int]:
-    """The compute capability of a GPU; (0, 0) of other devices."""
+    """The compute capability of a GPU; (0, 0) for other devices."""
     if device not in _CAPABILITIES:
         _CAPABILITIES[device] = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     return _CAPABILITIES[device]
 
 
-_CAPABILITIES: dict[torch.device, tuple[int, int]] = {}  # PyTorch takes longer to tell than some kernels take
+_CAPABILITIES: dict[torch.device, tuple[int, int]] = {}  # PyTorch's own function takes longer than some kernels
 
 
 @constant_in_compile
 def is_supported(device: torch.device) -> bool:
-    """Whether this is a GPU that kernels are compiled for."""
+    """Whether the device is a GPU for which kernels are compiled."""
     return (_CAPABILITIES.get(device) or capability(device)) >= LEAST_CAPABILITY
 
 
 @constant_in_compile
 def is_hopper(device: torch.device) -> bool:
-    """Whether this is a GPU of compute capability 9."""
+    """Whether the device is a GPU of compute capability 9."""
     return capability(device)[0] == 9
 
 
 def are_aligned(tensors: Iterable[torch.Tensor], *dtypes: torch.dtype) -> bool:
-    """Whether all have one of these types, and addresses of whole 16 bytes."""
+    """Whether all tensors have one of these dtypes and start at a multiple of 16 bytes."""
     return all(tensor.dtype in dtypes and tensor.data_ptr() % 16 == 0 for tensor in tensors)
 
 
 def halves_on_hopper(*tensors: torch.Tensor) -> bool:
-    """What the CUDA extension is written for: half precision of one type, 16-byte alignment, compute capability 9."""
+    """Whether the CUDA extension takes the tensors: one dtype of half precision, aligned to 16 bytes, on Hopper."""
     return tensors[0].dtype in HALVES and are_aligned(tensors, tensors[0].dtype) and is_hopper(tensors[0].device)
 
 
 def as_x_or_float32(x: torch.Tensor, *others: torch.Tensor) -> bool:
-    """Whether the CUDA extension takes them beside x: of its type, or in float32 (autocast), and aligned."""
+    """Whether the CUDA extension takes these tensors beside x: in x's dtype or float32 (autocast), and aligned."""
     return are_aligned(others, x.dtype, torch.float32)
 
 
 class Operator:
-    """A registered operator. Calls on plain CUDA tensors go past torch's dispatcher, which takes longer than most
-    kernels: to the kernel, or to `function`, the operator's autograd.Function, where there is one. In a transform
-    (torch.func, forward-mode AD, vmap of gradients) the operator is its reference: PyTorch knows how to transform that.
+    """A registered operator.
 
-    dense_kernel: the kernel for arguments that are dense, as `as_channels_last` makes them, on the current device; for
-    operators that are made of others.
+    A call on plain CUDA tensors bypasses torch's dispatcher, which takes longer than most kernels. It runs the kernel
+    or, with gradients, `function`: the operator's autograd.Function, if there is one. In a transform (torch.func,
+    forward-mode AD, vmap of gradients) the reference runs, because PyTorch can transform it.
+
+    dense_kernel: the kernel for arguments that are dense, as `as_channels_last` makes them, and on the current device.
+    Operators that consist of others call it.
     """
 
     def __init__(self, overload: OpOverload, reference: Callable, kernel: Callable, dense_kernel: Callable):
@@ -154,7 +156,7 @@ class Operator:
         return self.overload(*args) if self.function is None else self.function.apply(*args)
 
     def _dispatch(self, args):
-        if torch.compiler.is_compiling() or is_tracing():  # a trace has tensors in place of integers
+        if torch.compiler.is_compiling() or is_tracing():  # a trace replaces integers by tensors
             return self.overload(*args)
         if in_transform():
             return self.reference(*args)
@@ -173,10 +175,10 @@ def define(
 ) -> Operator:
     """Register dcae_fast::<schema>.
 
-    reference: the result in plain PyTorch. accepts: whether the kernel takes these arguments; they reach it
-    channels-last (4-D) and contiguous (others). launch: calls the kernel; or the name of the Triton kernel's file, for
-    its launch_<name in the schema>. cuda_accepts: the same for the function of that name in the CUDA extension, which
-    goes first where it is built.
+    reference: computes the result in plain PyTorch. accepts: whether the kernel takes these arguments, which are
+    channels-last (4-D tensors) or contiguous (other tensors) by then. launch: a function that calls the kernel, or the
+    name of the Triton kernel's file, whose launch_<operator> is called. cuda_accepts: the same for the function
+    <operator> of the CUDA extension, which is preferred if it is built.
     """
     name = schema.split("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -223,7 +225,7 @@ def differentiable(op: Operator, backward: Callable, setup_context: Callable) ->
     torch.library.register_autograd(op.overload.name(), backward, setup_context=setup_context, lib=LIBRARY)
 
     def forward(ctx, *args):
-        with without_dispatch_keys(VIEW_KEYS):  # as below the dispatcher: results can be changed in place
+        with without_dispatch_keys(VIEW_KEYS):  # as below the dispatcher, so that results can be changed in place
             output = op.kernel(*args)
         setup_context(ctx, args, output)
         return output
@@ -234,9 +236,9 @@ def differentiable(op: Operator, backward: Callable, setup_context: Callable) ->
 
 
 def differentiable_as(op: Operator, reference: Callable) -> None:
-    """Register autograd through `reference`, run again in the backward pass, for gradients that are seldom needed.
+    """Register a gradient that runs `reference` again in the backward pass, for gradients that are seldom needed.
 
-    The gradient is differentiable again, to any order.
+    The gradient is differentiable to any order.
     """
 
     def setup_context(ctx, inputs, output):
@@ -245,9 +247,9 @@ def differentiable_as(op: Operator, reference: Callable) -> None:
         ctx.constants = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
 
     def gradient(ctx, *grads):
-        again = torch.is_grad_enabled()  # somebody asks for a gradient of the gradient
+        again = torch.is_grad_enabled()  # a gradient of the gradient is wanted
         with torch.enable_grad():
-            # views, so that a tensor that was given twice has a gradient in each place
+            # views, so that a tensor that was passed twice has a gradient in each place
             tensors = [
                 t if t is None else t.view_as(t) if again else t.detach().requires_grad_(t.requires_grad)
                 for t in ctx.saved_tensors
@@ -280,7 +282,7 @@ def _dense(args: tuple) -> list:
 
 
 def as_channels_last(value):
-    """Dense: 4-D tensors channels-last, others contiguous; also those in a list or tuple."""
+    """The value with dense tensors: 4-D tensors channels-last, others contiguous, also inside a list or tuple."""
     if isinstance(value, torch.Tensor):
         if value.dim() != 4:
             return value.contiguous()
@@ -293,14 +295,14 @@ def as_channels_last(value):
 
 
 def _is_weight(value: torch.Tensor) -> bool:
-    """Whether a 4-D tensor has the form of a convolution's weight, which torch is slow to bring to channels-last."""
+    """Whether a 4-D tensor looks like the weight of a convolution, which PyTorch converts to channels-last slowly."""
     on_gpu = HAS_TRITON and value.is_cuda and type(value) in ORDINARY
     return on_gpu and value.is_contiguous() and 1 < value.shape[2] * value.shape[3] <= 16
 
 
 def _are_plain(tensors: list[torch.Tensor]) -> bool:
-    """Whether kernels can read these as they lie in memory: tensors of no subclass, where kernels run, whose values are
-    neither negated nor zero by a mark alone. This is asked before every kernel, so the loops are not Python's.
+    """Whether kernels can read these tensors in memory: ordinary tensors on the device of the kernels, without marks of
+    PyTorch for lazily negated or zero values. The loops are in C, since this runs before every kernel.
     """
     return (
         ORDINARY.issuperset(map(type, tensors))
@@ -314,7 +316,7 @@ _IS_CUDA, _IS_META = operator.attrgetter("is_cuda"), operator.attrgetter("is_met
 
 
 def _tensors(args) -> list[torch.Tensor]:
-    """Those among the arguments of an operator, also in their lists."""
+    """The tensors among the arguments of an operator, including those in lists."""
     found = []
     for arg in args:
         if isinstance(arg, torch.Tensor):

@@ -16,7 +16,7 @@ from ._library import HALVES, KERNEL_DTYPES, define, differentiable_as, launcher
 from ._plans import is_deterministic
 from .bias_act import bias_act_reference
 
-FEW_CHANNELS, MOST_TAPS = 4, 7  # what the Triton kernel takes: input channels, and size of the window
+FEW_CHANNELS, MOST_TAPS = 4, 7  # the most input channels and the largest window that the Triton kernel takes
 
 
 def conv2d_reference(x, weight, bias, act, residual, stride, padding):
@@ -32,7 +32,7 @@ def conv2d_reference(x, weight, bias, act, residual, stride, padding):
 
 
 def has_few_channels(x, weight, bias, residual=None):
-    """Whether the Triton kernel takes this convolution. cuDNN leaves most of the memory's bandwidth unused here."""
+    """Whether the Triton kernel takes this convolution, for which cuDNN uses little of the memory bandwidth."""
     return (
         residual is None
         and 0 < x.shape[1] <= FEW_CHANNELS
@@ -44,7 +44,7 @@ def has_few_channels(x, weight, bias, residual=None):
 
 
 def _accepts(x, weight, bias, act, residual, stride, padding):
-    """Few channels; or half precision of one type, where the extension takes addresses of whole 16 bytes."""
+    """Whether a kernel takes these: few channels, or one dtype of half precision and addresses aligned to 16 bytes."""
     if has_few_channels(x, weight, bias, residual):
         return True
     if not x.is_cuda or x.dtype not in HALVES or x.numel() == 0:
@@ -72,7 +72,7 @@ def _launch(x, weight, bias, act, residual, stride, padding):
 
 
 def _epilogue(bias, act, residual):
-    """(step, operand) in order. cuDNN has kernels that add a residual before the bias; after it, it compiles them."""
+    """Pairs (step, operand) in order. cuDNN has kernels that add a residual before the bias; after it, it compiles."""
     biased = [("bias", bias)] if bias is not None else []
     activated = [(act, None)] if act != "none" else []
     added = [("residual", residual)] if residual is not None else []
@@ -80,7 +80,7 @@ def _epilogue(bias, act, residual):
 
 
 def convolve(x, weight, padding, out):
-    """conv(x, weight) with stride 1 into `out`; dense and channels-last, all of them."""
+    """Writes conv(x, weight) with stride 1 to `out`. All tensors are dense and channels-last."""
 
     def fallback():
         return out.copy_(conv2d_reference(x, weight, None, "none", None, 1, padding))
@@ -93,16 +93,16 @@ def convolve(x, weight, padding, out):
 
 
 def _convolve_then_add(x, weight, bias, act, residual, stride, padding):
-    """torch's convolution, and the rest in one pass over its result."""
+    """PyTorch's convolution, then everything else in one pass over its result."""
     if bias is None:
         return conv2d_reference(x, weight, bias, act, residual, stride, padding)
-    in_eights = x.shape[1] % 8 == weight.shape[0] % 8 == 0  # channels that cuDNN can add bias and ReLU to
+    in_eights = x.shape[1] % 8 == weight.shape[0] % 8 == 0  # cuDNN can then add bias and ReLU
     is_relu = act == "relu" and residual is None and padding[:2] == padding[2:] and in_eights
-    # this function of torch's asks no flag whether cuDNN may be used, nor whether it must be deterministic
+    # this function ignores the flags that disable cuDNN or make it deterministic
     if is_relu and torch.backends.cudnn.enabled and not is_deterministic():
         return torch.cudnn_convolution_relu(x, weight, bias, [stride] * 2, padding[:2], [1, 1], 1)
     y = conv2d_reference(x, weight, None, "none", None, stride, padding)
-    y = y.contiguous(memory_format=torch.channels_last)  # not every implementation of torch's keeps to x's
+    y = y.contiguous(memory_format=torch.channels_last)  # not every implementation in PyTorch preserves the format of x
     return launcher("bias_act", "launch_bias_act")(y, bias, act, None, None, None, 0.0, residual, x.dtype)
 
 
