@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from test_ops import CASES, DEVICE, make
+from image_cases import CASES
+from test_ops import DEVICE, make
 
 from dcae_fast import ops
 
