@@ -187,7 +187,7 @@ def timed(step: Run) -> dict[str, float]:
 
 
 def passes(in_training: InTraining, images: torch.Tensor) -> Run:
-    """A function that replaces the model's gradients by those of the loss, and returns loss and reconstructions."""
+    """A function that sets the model's gradients to the gradients of the loss; it returns loss and reconstructions."""
     model, losses = in_training.model, in_training.losses
 
     def run() -> tuple[torch.Tensor, torch.Tensor]:

@@ -194,7 +194,7 @@ __device__ void write_sums(float* to, const float4 (&sums)[kChunks]) {
   }
 }
 
-// The grid is (images, splits of an image's tokens). Where all images share the scale, their tokens count as those of
+// The grid is (images, splits of an image's tokens). If all images share the scale, all tokens count as tokens of
 // one image.
 template <int kChunks, typename X, typename T, typename S, bool kOfImage, bool kBranch>
 __global__ void __launch_bounds__(32 * kWarps, blocks_at_once(kChunks* kChunk))

@@ -59,7 +59,7 @@ cudaError_t launch_packed_attention_backward(const void* dout, const void* qkv, 
 // has its own. s = x + gate · branch if there is a branch, else s = x. See dcae_fast/ops/layer_norm.py.
 //
 // x, branch, total (s), y: [images, tokens, width]; scale, shift, gate: [images, width] if each image has its own. If
-// all images share them, scale and shift are [width], and the tokens of all images count as those of one image. width:
+// all images share them, scale and shift are [width], and all tokens count as tokens of one image. width:
 // a positive multiple of 8, at most kLayerNormMostChannels. Without a branch, branch, gate and total are null.
 constexpr int kLayerNormMostChannels = 2048;
 struct LayerNormPointers {

@@ -60,7 +60,7 @@ def rms_norm(norm: nn.Module, x: torch.Tensor, act: str = "none", residual: torc
 
 
 def batch_norm(norm: nn.BatchNorm2d, x: torch.Tensor, act: str, residual: torch.Tensor | None) -> torch.Tensor:
-    """act(norm(x)) + residual with the statistics of the batch, which also update those of the norm."""
+    """act(norm(x)) + residual with the statistics of the batch, which also update the norm's running statistics."""
     channels = norm.num_features
     count = x.numel() // channels
     if count < 2 or x.shape[1] != channels or not {norm.weight.dtype, norm.bias.dtype} <= {x.dtype, torch.float32}:

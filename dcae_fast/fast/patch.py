@@ -74,8 +74,8 @@ def patch(
     derives from weights: channels-last copies, folded batch norms, casts under autocast. These tensors are never part
     of `state_dict`. `unpatch`, `load_state_dict`, `to`, calls with gradients on, deepcopy and pickle drop them. An
     in-place change that autograd's version counter counts is noticed, and the tensors are derived again. Other writes
-    are not noticed: those through `.data`, and on a GPU those of PyTorch's moving averages (`AveragedModel` with
-    get_ema_multi_avg_fn). Under torch.compile nothing is kept.
+    are not noticed: writes through `.data`, and on a GPU the updates of PyTorch's moving averages (`AveragedModel`
+    with get_ema_multi_avg_fn). Under torch.compile nothing is kept.
 
     Returns a report that prints as a table. Raises TypeError for a model or an option of another type, and ValueError
     for an unknown operator, for a max_memory that is not positive, and for frozen=True with weights that FSDP shards.

@@ -61,7 +61,7 @@ def is_of_known_module(cls: type[nn.Module]) -> bool:
 
 
 def unlike(mixin: type[FastModule], module: nn.Module) -> str:
-    """How the attributes of a module differ from those of the class that a mixin is for; empty if they do not."""
+    """How a module's attributes differ from the attributes that a mixin expects; empty if they do not."""
     missing = [name for name in mixin.attributes if not hasattr(module, name)]
     if missing:
         return f"it has no {', '.join(missing)}"

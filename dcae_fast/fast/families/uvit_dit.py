@@ -174,7 +174,7 @@ def is_ordinary(tensor: torch.Tensor | None) -> bool:
 
 
 def unknown_block(block: nn.Module) -> str:
-    """How the norms, the attention or the MLP of a block differ from those of UViT and DiT; empty if they do not."""
+    """How norms, attention or MLP of a block differ from the blocks of UViT and DiT; empty if they do not."""
     attn, feed, *norms = map(block._modules.get, ("attn", "mlp", "norm1", "norm2"))
     if not all(type(norm) is nn.LayerNorm and len(norm.normalized_shape) == 1 for norm in norms):
         return "a norm is not a LayerNorm over channels"
