@@ -8,7 +8,7 @@ from dcae_fast.fast import graphs
 
 @pytest.fixture
 def same_step(compare):
-    """same_step(got, expected, what): asserts that two results of `step` agree as float32 computations do."""
+    """same_step(got, expected, what): asserts that two results of `step` agree to float32 accuracy."""
 
     def check(got: dict, expected: dict, what: str = "") -> None:
         assert got.keys() == expected.keys()
@@ -22,7 +22,7 @@ def same_step(compare):
 
 @pytest.fixture
 def tape(monkeypatch) -> type[graph_tape.Tape]:
-    """Graphs are tapes for the time of a test, and captured on this machine."""
+    """Replaces CUDA graphs with `Tape` during a test, so that calls are captured on any machine."""
     monkeypatch.setattr(graphs, "Captured", graph_tape.Tape)
     monkeypatch.setattr(graphs, "Pool", graph_tape.NoPool)
     monkeypatch.setattr(graphs, "can_graph", graph_tape.can_graph)

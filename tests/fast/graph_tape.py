@@ -1,4 +1,4 @@
-"""In place of CUDA graphs, where there is no GPU: something that counts what would be captured and replayed."""
+"""A substitute for CUDA graphs on machines without a GPU. Counts captures and replays."""
 
 import torch
 
@@ -6,7 +6,10 @@ from dcae_fast import ops
 
 
 class Tape:
-    """In place of a captured graph: calls the function again. Counts captures, replays and casts of weights."""
+    """Substitute for a captured graph. A replay calls the function again.
+
+    Counts captures, replays and casts of weights.
+    """
 
     captures = replays = casts = 0
 
@@ -41,7 +44,7 @@ SEEN, CAPTURED, REPLAYED = (0, 0), (1, 1), (0, 1)
 
 
 def counts(function, *args, **kwargs) -> tuple[int, int]:
-    """Captures and replays of one call."""
+    """Number of captures and number of replays in one call."""
     before = Tape.captures, Tape.replays
     function(*args, **kwargs)
     return Tape.captures - before[0], Tape.replays - before[1]

@@ -1,4 +1,4 @@
-"""Small autoencoders and single blocks with random weights, and what the tests of `patch` do with them."""
+"""Small autoencoders and single blocks with random weights, and helpers for the tests of `patch`."""
 
 import copy
 import io
@@ -38,7 +38,10 @@ MODELS = ["strided", "shuffled", "adaptive", "diffusers-strided", "diffusers-shu
 
 @torch.no_grad()
 def as_if_trained(model: nn.Module) -> nn.Module:
-    """In evaluation mode, on DEVICE, with weights large enough to matter and no norm that is the identity."""
+    """The model in evaluation mode on DEVICE, with changed weights.
+
+    The weights are large enough to matter, and no norm is the identity.
+    """
     torch.manual_seed(0)
     for tensor in model.state_dict().values():
         if tensor.is_floating_point():
@@ -47,7 +50,7 @@ def as_if_trained(model: nn.Module) -> nn.Module:
 
 
 def narrow(model: nn.Module) -> nn.Module:
-    """With a quarter of the channels in the gated convolutions, on which Triton's interpreter spends the most time."""
+    """Reduces gated convolutions to a quarter of their channels. Triton's interpreter spends the most time on them."""
     for block in model.modules():
         if type(block) is blocks.EfficientViTBlock:
             block.local_module.main = blocks.GLUMBConv(32, expand_ratio=1)
@@ -57,8 +60,10 @@ def narrow(model: nn.Module) -> nn.Module:
 
 
 def build(name: str, wide: bool = False) -> nn.Module:
-    """This project's model of CONFIGS or, after "diffusers-", that library's. wide: with gates as the configuration has
-    them, which takes twice the time."""
+    """This project's model of CONFIGS[name]. If the name starts with "diffusers-", the same model in diffusers.
+
+    wide: keeps all channels of the gated convolutions, which takes twice the time.
+    """
     library, _, name = name.rpartition("-")
     torch.manual_seed(0)
     fit = narrow if not wide else lambda model: model
@@ -71,7 +76,7 @@ def build(name: str, wide: bool = False) -> nn.Module:
 
 
 def attention_block() -> nn.Module:
-    """Whose second scale is of 3×3, which the interpreter computes in half the time."""
+    """The second scale uses 3×3 kernels instead of 5×5. The interpreter then needs half the time."""
     block = blocks.EfficientViTBlock(32)
     block.context_module.main = blocks.LiteMLA(16, head_dim=16, scales=(3,))
     block.local_module.main = blocks.GLUMBConv(16, expand_ratio=1)
@@ -93,7 +98,7 @@ def diffusers_block(name: str, *args, **kwargs) -> nn.Module:
 
 
 DIFFUSERS_CODER = {"latent_channels": 4, "block_out_channels": (8,), "layers_per_block": (1,)}
-BLOCKS: dict[str, tuple[int, Callable[[], nn.Module]]] = {  # channels of the input, the block
+BLOCKS: dict[str, tuple[int, Callable[[], nn.Module]]] = {  # input channels, function that builds the block
     "ResBlock": (16, lambda: stage_block(CONFIGS["strided"].encoder, 0)),
     "ResBlock-batch": (16, lambda: stage_block(CONFIGS["strided"].decoder, 0)),
     "EfficientViTBlock": (16, attention_block),
@@ -116,8 +121,8 @@ BLOCKS: dict[str, tuple[int, Callable[[], nn.Module]]] = {  # channels of the in
 def build_block(name: str) -> tuple[nn.Module, torch.Tensor]:
     """A block of BLOCKS and an input for it.
 
-    Batch norms get two images: for a single one that is channels-last, PyTorch on a CPU computes a wrong gradient as
-    soon as the norm has a backward hook.
+    Batch norms get two images. With one channels-last image and a backward hook on the norm, PyTorch computes a wrong
+    gradient on a CPU.
     """
     channels, block = BLOCKS[name]
     torch.manual_seed(0)
@@ -135,7 +140,10 @@ def reconstruct(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def step(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Output, gradients of a loss for the input and for all parameters that want one, and buffers after it."""
+    """Output of the model, gradients of a loss, and buffers after the step.
+
+    The gradients are for the input and for all parameters that require a gradient.
+    """
     x = x.detach().clone().requires_grad_()
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     y = reconstruct(model, x)
@@ -161,8 +169,11 @@ def step_errors(got: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) ->
 
 
 def assert_as_accurate(errors: tuple[float, float], eager: list[tuple[float, float]]) -> None:
-    """At most twice the plain model's `step_errors`: of the output on the same picture, which is eager's first; of the
-    gradients on any picture, as in half precision these change tenfold with where a ReLU happens to cut.
+    """Asserts that errors are at most twice the plain model's `step_errors`. eager: these errors for several images.
+
+    The error of the output is compared on the same image, the first in eager. The error of the gradients is compared
+    with the largest error on any image. In half precision, the error of the gradients can change tenfold from image to
+    image, because rounding changes which values a ReLU sets to zero.
     """
     of_output, of_gradients = errors
     assert of_output <= 2 * eager[0][0]
@@ -170,7 +181,7 @@ def assert_as_accurate(errors: tuple[float, float], eager: list[tuple[float, flo
 
 
 def operators_called(function: Callable, *args) -> Counter[str]:
-    """How often function(*args) calls each operator of the library."""
+    """How often function(*args) calls each operator of dcae_fast."""
     calls = Counter()
 
     class Count(TorchDispatchMode):
@@ -185,7 +196,7 @@ def operators_called(function: Callable, *args) -> Counter[str]:
 
 
 def in_threads(work: Callable[[int], None], count: int = 4) -> None:
-    """work(0), work(1), ... at the same time."""
+    """Calls work(0), work(1), ... at the same time, each in a thread."""
     threads = [threading.Thread(target=work, args=(index,)) for index in range(count)]
     for thread in threads:
         thread.start()

@@ -1,4 +1,4 @@
-"""Encoding and decoding in bounded memory: the result of the whole image, from bands of it."""
+"""Encoding and decoding in bounded memory: bands of an image give the same result as the whole image."""
 
 import contextlib
 import copy
@@ -27,7 +27,7 @@ from dcae_fast.fast.layers import Layer, Survey
 from dcae_fast.fast.module import original_class
 from dcae_fast.models import DCAE
 
-EXACT = 1e-6  # of float64; diffusers' norms have statistics in float32
+EXACT = 1e-6  # limit in float64; diffusers' norms compute their statistics in float32
 
 
 def latent(model: nn.Module, *size: int) -> torch.Tensor:
@@ -36,7 +36,7 @@ def latent(model: nn.Module, *size: int) -> torch.Tensor:
 
 
 def coders(model: nn.Module, batch: int, height: int, width: int) -> list[tuple[nn.Module, torch.Tensor]]:
-    """Encoder and decoder, each with an input for a picture of that size."""
+    """Encoder and decoder, each with an input for images of this size."""
     ratio = model.spatial_compression_ratio
     dtype = next(model.parameters()).dtype
     z = latent(model, batch, height // ratio, width // ratio)
@@ -54,7 +54,7 @@ def banded_steps(coder: nn.Module, x: torch.Tensor) -> list[Bands]:
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_least_memory_same_result(name, compare):
-    """float64, in which the modules' own forwards run; from pictures too small to cut to ones in many bands."""
+    """In float64, the modules' own forwards run. The smallest images cannot be cut; others have many bands."""
     model, cut = build(name).double(), 0
     for height in (8, 16, 40, 64, 136):
         for coder, x in coders(model, 2, height, 8):
@@ -69,7 +69,7 @@ def test_least_memory_same_result(name, compare):
     assert cut >= 6
 
 
-@pytest.mark.parametrize("name, height", [("strided", 32), ("diffusers-shuffled", 72)])  # that both coders cut
+@pytest.mark.parametrize("name, height", [("strided", 32), ("diffusers-shuffled", 72)])  # both coders cut these
 @torch.no_grad()
 def test_least_memory_with_kernels(name, height, compare):
     model = build(name)
@@ -86,7 +86,7 @@ def test_least_memory_with_kernels(name, height, compare):
 
 
 def local_runs(coder: nn.Module, x: torch.Tensor) -> Iterator[tuple[list[Layer], torch.Tensor]]:
-    """Each run of local layers, and what goes into it."""
+    """Each run of local layers, and the input of the run."""
     layers, x = coder.layers(Survey(x)), coder.start(x)
     for local, group in groupby(layers, lambda layer: layer.before is not None):
         run = list(group)
@@ -99,7 +99,10 @@ def local_runs(coder: nn.Module, x: torch.Tensor) -> Iterator[tuple[list[Layer],
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_any_size_of_band(name, compare):
-    """Every run of local layers, whole or without its ends, in bands of all sizes; one row of halo less is too few."""
+    """Cuts each run of local layers, also without its first or last layer, into bands of several sizes.
+
+    A halo with one row less gives a wrong result.
+    """
     model = build(name).double()
     for coder, picture in coders(model, 1, 48, 8):
         dcae_fast.patch(coder)
@@ -170,7 +173,7 @@ def test_partial_latents_in_bands(compare):
 
 @torch.no_grad()
 def test_autocast_in_bands():
-    """The same type, and at most twice the error against float32."""
+    """Bands give the same dtype as the whole image, and at most twice the error against float32."""
     model = build("strided")
     for coder, x in coders(model, 1, 32, 8):
         dcae_fast.patch(coder)
@@ -197,7 +200,7 @@ def test_some_images_at_a_time(compare):
         compare("whole", coder(x), expected, EXACT)
 
 
-# Where it must not be done.
+# Inputs that are not cut.
 
 
 def test_enough_memory_or_none_known():
@@ -251,7 +254,11 @@ NO_PARTS = {
 @pytest.mark.parametrize("change", NO_PARTS.values(), ids=NO_PARTS)
 @torch.no_grad()
 def test_no_parts(change):
-    """Hooks and own forwards would see bands; nothing is known of other modules; batch statistics are of a batch."""
+    """Cases in which a coder computes the whole batch at once despite max_memory.
+
+    A hook or a replaced forward would see bands. A module or its padding is not supported. A batch norm in training
+    mode needs the statistics of the whole batch.
+    """
     model, x = build("strided"), image(1, 3, 32, 8)
     model.encoder.stages[0].op_list[0].main.conv2.norm = nn.BatchNorm2d(16).eval().to(DEVICE)
     dcae_fast.patch(model, max_memory=1)
@@ -275,7 +282,7 @@ def test_hooks_of_the_coder_see_whole_images():
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that operators return, as long as they live, and the elements of the largest."""
+    """Counts the bytes of all live tensors that operators returned, and the elements of the largest tensor."""
 
     def __init__(self, *known: torch.Tensor):
         super().__init__()
@@ -308,8 +315,8 @@ def peak_of(coder: nn.Module, x: torch.Tensor) -> LiveBytes:
 
 @pytest.fixture(params=["kernels", "plain"])
 def as_if_on_gpu(request, monkeypatch):
-    """Models without storage on the meta device take the fast forwards, or the modules' own."""
-    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())  # has none on meta
+    """Models on the meta device, which has no storage, run the fast forwards or the modules' own forwards."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())  # meta has no autocast
     monkeypatch.setattr("dcae_fast.ops.has_kernels", lambda x: request.param == "kernels")
     return request.param
 
@@ -328,23 +335,26 @@ def meta_inputs(model: DCAE, pixels: int) -> list[tuple[nn.Module, torch.Tensor]
 @pytest.mark.parametrize("name", ["dc-ae-f32c32-in-1.0", "dc-ae-f32c32-sana-1.0", "dc-ae-f64c128-1.5"])
 @torch.no_grad()
 def test_memory_is_bounded(name, as_if_on_gpu):
-    """Real models at real sizes: within the bound, near it, and with little work done twice."""
+    """Real models at real sizes: memory stays within the bound and close to the bound. Few rows are computed twice."""
     model, gib = on_meta(name), 2**30
     for pixels, bound in [(2048, 2 * gib), (4096, 6 * gib), (8192, 24 * gib)]:
         for coder, x in meta_inputs(model, pixels):
             dcae_fast.patch(coder, max_memory=bound)
             live = peak_of(coder, x)
             assert live.peak <= bound
-            if as_if_on_gpu == "kernels":  # the attention's own forward puts its scales together
+            if as_if_on_gpu == "kernels":  # the attention's own forward concatenates its scales
                 assert live.elements <= plan.MAX_ELEMENTS
             assert live.peak > 0.4 * bound or live.elements > 0.8 * plan.MAX_ELEMENTS
             for part in banded_steps(coder, x):
-                assert part.size > (8 if as_if_on_gpu == "kernels" else 6) * part.halos[0]  # plain ones take more
+                assert part.size > (8 if as_if_on_gpu == "kernels" else 6) * part.halos[0]  # own forwards need more
 
 
 @torch.no_grad()
 def test_memory_of_a_large_picture(as_if_on_gpu):
-    """A third of what the model takes that is not patched; and what does not look like bands is whole."""
+    """A patched coder can run in a third of the memory that the unpatched coder needs.
+
+    With a bound of twice that memory, the patched coder does not cut the image.
+    """
     model = on_meta("dc-ae-f32c32-in-1.0")
     for coder, x in meta_inputs(model, 4096):
         dcae_fast.unpatch(coder)
@@ -456,13 +466,16 @@ def test_free_memory():
     held = plan.free_memory(torch.device("cuda"))
     del block
     after = plan.free_memory(torch.device("cuda"))
-    assert before - held >= 2**27 and after - held >= 2**27  # others may use the GPU at the same time
+    assert before - held >= 2**27 and after - held >= 2**27  # other processes may use the GPU
 
 
 @pytest.mark.gpu
 @torch.no_grad()
 def test_bounds_hold_on_a_gpu():
-    """f32c32 with random weights, 2048 pixels: measured by the allocator, and as good a picture as the whole one."""
+    """f32c32 with random weights on 2048×2048 pixels. The allocator measures the memory.
+
+    Bands have at most twice the error of the whole image.
+    """
     torch.manual_seed(0)
     with torch.device("cuda"):
         model = DCAE.from_name("dc-ae-f32c32-in-1.0").eval()
@@ -486,7 +499,7 @@ def test_bounds_hold_on_a_gpu():
 
 @torch.no_grad()
 def test_tiling_of_diffusers():
-    """Its own tiles go through the patched coders, which need no parts for them."""
+    """The patched coders compute the tiles of diffusers. These tiles need no further cuts."""
     model = build("diffusers-shuffled")
     model.enable_tiling(16, 16, 12, 12)
     x = image(1, 3, 24, 16)

@@ -1,4 +1,4 @@
-"""Batch norms in training: results, gradients and running statistics are those of PyTorch's module."""
+"""Batch norms in training: results, gradients and running statistics match PyTorch's module."""
 
 import copy
 
@@ -29,7 +29,7 @@ def pictures(name: str) -> list[torch.Tensor]:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("momentum", [0.1, 0.0, 1.0, None])
 def test_running_statistics(name, momentum, same_step):
-    """None: the mean of all batches."""
+    """With momentum=None the running statistics are the mean over all batches."""
     block = with_norm(name, momentum=momentum)
     fast = copy.deepcopy(block)
     dcae_fast.patch(fast)
@@ -41,7 +41,7 @@ def test_running_statistics(name, momentum, same_step):
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_without_gradients(name):
-    """Training mode without gradients updates the statistics as well."""
+    """Training mode without gradients updates the running statistics, too."""
     block = with_norm(name)
     fast = copy.deepcopy(block)
     dcae_fast.patch(fast)
@@ -75,7 +75,7 @@ def test_one_value_is_refused_as_by_pytorch(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_synchronised_norms_are_left_alone(name):
-    """Their statistics are of all ranks."""
+    """`patch` skips SyncBatchNorm, which computes statistics over all ranks."""
     block = nn.SyncBatchNorm.convert_sync_batchnorm(with_norm(name))
     reasons = [reason for _, _, reason in dcae_fast.patch(block).skipped]
     assert "its norm is SyncBatchNorm" in reasons

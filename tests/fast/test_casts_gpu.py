@@ -1,4 +1,4 @@
-"""Weights under autocast on a GPU: cast as PyTorch's own layers cast them."""
+"""Weights under autocast on a GPU are cast in the same way as in PyTorch's own layers."""
 
 import copy
 import threading
@@ -31,7 +31,7 @@ def test_a_parameter_is_cast_once_until_the_autocast_ends():
 
 
 def test_threads_that_autocast_side_by_side():
-    """Autocast's cache is one for all threads, behind a lock that the thread which clears it holds."""
+    """All threads share the cache of autocast. A thread that clears the cache holds the lock of the cache."""
     weights = [torch.nn.Parameter(torch.randn(16, 16, device="cuda")) for _ in range(40)]
 
     def run():
@@ -62,7 +62,7 @@ def test_a_graph_casts_anew():
 
 
 def test_a_call_before_the_capture_keeps_no_casts():
-    """They would lie beside those of the graphs until the autocast ends."""
+    """Casts of this call would take memory until autocast ends, in addition to the casts that the graphs read."""
     network = build(UVIT).cuda().diffusion_model
     x, t, y = torch.rand(2, 8, 4, 4, device="cuda"), torch.rand(2, device="cuda"), torch.tensor([3, 1], device="cuda")
 
@@ -91,7 +91,7 @@ def test_without_an_autocast_nothing_is_kept():
 
 @pytest.mark.parametrize("config", [UVIT, DIT], ids=["uvit", "dit"])
 def test_inference_leaves_the_gradients_of_its_autocast_alone(config):
-    """A sampling in the middle of a training step, inside the same autocast."""
+    """Runs inference in the middle of a training step, under the same autocast."""
     network = build(config).cuda().diffusion_model
     dcae_fast.patch(network)
     twin = copy.deepcopy(network)

@@ -1,4 +1,4 @@
-"""A patched model in data parallel training, replicated and sharded: two processes on one machine."""
+"""Data parallel training of a patched model with DDP and with FSDP2, in two processes on one machine."""
 
 import os
 
@@ -16,7 +16,7 @@ from dcae_fast.fast.module import is_fast
 
 RANKS = 2
 SIZE = 1, 3, 8, 8
-START = "spawn" if DEVICE == "cuda" else "fork"  # CUDA does not work in a fork, which need not import anything
+START = "spawn" if DEVICE == "cuda" else "fork"  # CUDA does not work after a fork; a fork saves the imports
 
 
 def replicate(model, rank):
@@ -31,7 +31,7 @@ def shard(model, rank):
 
 
 def gradients(rank: int, wrap, folder: str) -> None:
-    """In each process: one backward pass on an image of its own, whose averaged gradients go into the folder."""
+    """Each process runs one backward pass on a different image. Rank 0 saves the averaged gradients in the folder."""
     torch.set_num_threads(1)
     backend = "nccl" if DEVICE == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
@@ -48,11 +48,15 @@ def gradients(rank: int, wrap, folder: str) -> None:
     if rank == 0:
         torch.save({name: grad.cpu() for name, grad in found.items()}, f"{folder}/gradients.pt")
     dist.barrier()
-    os._exit(0)  # destroying a gloo group of DDP's may wait forever for a thread that needs the interpreter's lock
+    os._exit(0)  # destroying the gloo group of DDP can wait forever for a thread that needs the GIL
 
 
 def change_after_sharding(_: int, folder: str) -> None:
-    """In a process of its own: patch and unpatch change the classes beneath those that fully_shard has made."""
+    """Runs in a separate process.
+
+    fully_shard derives a new class from the class of each module. patch and unpatch change the base classes of the new
+    classes.
+    """
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
     mesh = init_device_mesh("cpu", (1,))
     x, expected = image(*SIZE).cpu(), build("adaptive").cpu()(image(*SIZE).cpu()).detach()

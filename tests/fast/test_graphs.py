@@ -1,4 +1,7 @@
-"""CUDA graphs of whole calls: when one is captured, replayed or left alone. Needs no GPU: calls stand for graphs."""
+"""Which whole calls are captured as CUDA graphs, replayed, or run without a graph.
+
+Needs no GPU: `Tape` replaces the CUDA graphs and calls the function again.
+"""
 
 import contextlib
 import copy
@@ -64,7 +67,7 @@ def test_kinds_of_calls(tape, encoder, monkeypatch):
 
 @contextlib.contextmanager
 def deterministic():
-    torch._C._set_deterministic_algorithms(True)  # the same without Inductor's import, which takes seconds
+    torch._C._set_deterministic_algorithms(True)  # the public function imports Inductor, which takes seconds
     try:
         yield
     finally:
@@ -130,7 +133,7 @@ def test_the_first_input_by_name(tape, encoder):
 
 @torch.no_grad()
 def test_nothing_is_kept_of_weights_that_are_gone(tape, encoder):
-    """Also where the calls that follow could not be captured."""
+    """Replaced weights and their graphs are freed even if the next call cannot be captured."""
     x = image(1, 3, 8, 8)
     for _ in range(2):
         encoder(x)
@@ -152,7 +155,7 @@ def test_calls_of_transforms(tape, encoder):
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*deprecated:DeprecationWarning")
 @torch.no_grad()
 def test_a_trace_meets_no_graph(tape, encoder):
-    """What is recorded is what runs, not what a graph has left in its memory."""
+    """A trace records the operators that run, not the output that a graph left in memory."""
     x, other = image(1, 3, 8, 8), image(1, 3, 8, 8, seed=1)
     for _ in range(2):
         encoder(x)
@@ -164,7 +167,7 @@ def test_a_trace_meets_no_graph(tape, encoder):
 
 @contextlib.contextmanager
 def users_capture(monkeypatch):
-    """As if the user captured a CUDA graph: the tape's pool fails if it is waited for."""
+    """Simulates a CUDA graph capture by the user. `NoPool.wait` fails during this capture."""
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         yield
@@ -192,7 +195,7 @@ def test_nothing_is_waited_for_in_a_capture(change, tape, encoder, monkeypatch):
 
 
 def test_default_device(tape, encoder):
-    """A mode of PyTorch's own that changes no operator."""
+    """A default device is a mode of PyTorch that changes no operator."""
     with torch.no_grad(), torch.device(DEVICE):
         x = image(1, 3, 8, 8)
         encoder(x)
@@ -243,7 +246,7 @@ def test_parts_are_not_captured(tape):
     not_captured(model.encoder, x)
 
 
-# What a graph has taken from the model.
+# Changes to the model after a capture.
 
 
 @pytest.mark.parametrize("change", ["edited in place", "loaded", "optimizer", "running statistics"])
@@ -294,7 +297,7 @@ STRUCTURE = {
 @pytest.mark.parametrize("change", STRUCTURE.values(), ids=STRUCTURE)
 @torch.no_grad()
 def test_other_changes_drop_the_graph(change, tape, encoder, compare):
-    """The first call after a change is computed anew, and right; so are those that follow it."""
+    """The first call after a change runs without a graph. The first call and later calls give the correct result."""
     twin, x = copy.deepcopy(encoder), image(1, 3, 8, 8)
     dcae_fast.unpatch(twin)
     for _ in range(2):
@@ -345,7 +348,10 @@ def test_unknown_modules_are_left_alone(tape, encoder):
 
 @torch.no_grad()
 def test_weights_of_somebody_else(tape, encoder):
-    """functional_call, with other tensors every time: nothing is captured for them, and none of them is mistaken."""
+    """functional_call uses other tensors as weights in each call.
+
+    No graph is captured for these calls, and each call uses the given weights.
+    """
     x = image(1, 3, 8, 8)
     for _ in range(2):
         expected = encoder(x)
@@ -358,7 +364,7 @@ def test_weights_of_somebody_else(tape, encoder):
     assert torch.equal(encoder(x), expected)
 
 
-# Where the graphs are.
+# Which modules have graphs.
 
 
 def test_options_come_and_go(tape):
@@ -460,7 +466,7 @@ def test_a_failed_capture_is_not_tried_again(tape, encoder, monkeypatch):
 
 @torch.no_grad()
 def test_replicas_have_no_graphs(tape, encoder):
-    """Data parallel replicas share the original's attributes, and run in threads."""
+    """Replicas of nn.DataParallel share the attributes of the original module and run in threads."""
     x = image(1, 3, 8, 8)
     replica = encoder._replicate_for_data_parallel()
     replica._modules = encoder._modules

@@ -1,4 +1,7 @@
-"""CUDA graphs of whole calls on a GPU: the same bits as without, whatever happens between the calls."""
+"""CUDA graphs of whole calls on a GPU.
+
+Results with and without graphs are bit-identical, whatever happens between the calls.
+"""
 
 import copy
 
@@ -40,7 +43,7 @@ def test_results_are_bit_equal(name, dtype, mode):
 
 @torch.no_grad()
 def test_results_are_kept():
-    """A result lies in memory of its own, whatever is called after it; an input may be written to at once."""
+    """Later calls do not overwrite a result. The caller may overwrite an input as soon as the call returns."""
     model = build("adaptive")
     plain = copy.deepcopy(model)
     dcae_fast.patch(plain)
@@ -83,7 +86,7 @@ def test_changed_weights(name, change):
 
 
 def test_modes():
-    """Calls that are not replayed between calls that are."""
+    """Runs calls that cannot be replayed between calls that are replayed."""
     model = build("strided")
     plain = copy.deepcopy(model)
     dcae_fast.patch(plain)
@@ -119,14 +122,17 @@ def test_modes():
 @pytest.mark.parametrize("change", ["nothing", "weights", "unpatched", "options"])
 @torch.no_grad()
 def test_a_users_own_capture(change):
-    """Of a model with graphs, which may have to be dropped meanwhile: nothing is waited for, nor freed."""
+    """The user captures a call of a model that already has graphs.
+
+    Some changes drop the model's graphs. During the user's capture nothing is waited for and nothing is freed.
+    """
     model, x = build("strided"), image(1, 3, 16, 16)
     dcae_fast.patch(model, cuda_graphs=True)
     for _ in range(3):
         expected = model.encoder(x)
     if change == "weights":
         for parameter in model.parameters():
-            parameter.data = parameter.data * 1.0  # elsewhere now
+            parameter.data = parameter.data * 1.0  # at a new address
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         if change == "unpatched":
@@ -200,7 +206,7 @@ def test_memory_comes_back():
 
 @torch.no_grad()
 def test_dropped_graphs(monkeypatch):
-    """More shapes than graphs, in turns."""
+    """Alternates between more input shapes than a module can have graphs."""
     monkeypatch.setattr(graphs, "LIMIT", 2)
     model = build("adaptive")
     plain = copy.deepcopy(model)
@@ -215,7 +221,7 @@ def test_dropped_graphs(monkeypatch):
 
 @torch.no_grad()
 def test_failed_captures(monkeypatch):
-    """A call that synchronises cannot be captured; the next capture works."""
+    """A call that synchronises cannot be captured. The next capture succeeds."""
     model, x = build("adaptive"), image(1, 3, 16, 16)
     dcae_fast.patch(model, cuda_graphs=True)
     expected = model.encoder(x)

@@ -1,4 +1,4 @@
-"""Inference in half precision, where convolutions are fused as well: the first, the last and those between."""
+"""Inference in half precision, where `patch` also fuses all convolutions, including the first and the last."""
 
 import copy
 
@@ -26,7 +26,7 @@ def no_grad():
 
 
 def assert_as_accurate(fast: nn.Module, eager: nn.Module, x: torch.Tensor, what: str = "") -> None:
-    """At most twice the other's error against float64."""
+    """Asserts that the error of fast against float64 is at most twice the error of eager."""
     exact = reconstruct(copy.deepcopy(eager).double(), x.double())
     error, allowed = ((reconstruct(model, x).double() - exact).norm() for model in (fast, eager))
     assert error <= 2 * allowed, what

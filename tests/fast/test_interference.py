@@ -1,4 +1,7 @@
-"""Whatever is done to the modules inside a patched block counts: hooks, own forwards, replaced modules, weights."""
+"""Changes inside a patched block have the same effect as without patch.
+
+The changes are hooks, replaced forwards, replaced modules and new weights.
+"""
 
 import copy
 
@@ -44,7 +47,7 @@ def output(block: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 FORWARD, BACKWARD = [forward_hook, forward_pre_hook, own_forward], [backward_hook, backward_pre_hook]
-LARGE = 16  # modules: a block of more is slow, and has each of them interfered with once forward and once backward
+LARGE = 16  # modules; larger blocks are slow: each of their modules gets one forward and one backward change
 
 
 @pytest.mark.parametrize("interfere", [*FORWARD, *BACKWARD], ids=lambda function: function.__name__)
@@ -64,7 +67,7 @@ def test_interference_with_any_module(block_and_input, interfere, same_step):
 
 
 class RMSNorm2d(nn.Module):
-    """Of the name of a known class, but something else."""
+    """Has the name of a known class but computes something else."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -143,7 +146,7 @@ def test_replaced_modules(name, path, new, patch_first, same_step):
 
 
 def test_reparametrised_weights(same_step):
-    """torch.nn.utils.parametrizations changes the classes of modules, and may do so before or after `patch`."""
+    """torch.nn.utils.parametrizations changes the classes of modules. This can happen before or after `patch`."""
     block, x = build_block("ResBlock")
     for conv in (block.main.conv1.conv, block.main.conv2.conv):
         parametrizations.weight_norm(conv)
