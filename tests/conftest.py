@@ -56,7 +56,7 @@ class Case:
         return self.file_meta["cases"][self.name]
 
     def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
-        """The file's tensors whose names start with "<prefix>/", by the rest of their names."""
+        """The file's tensors whose names start with "<prefix>/". Keys are the names without this prefix."""
         everything = load_tensors(REFERENCE / "fixtures" / f"{self.file}.safetensors")
         return {k[len(prefix) + 1 :]: v for k, v in everything.items() if k.startswith(f"{prefix}/")}
 
@@ -67,7 +67,7 @@ def pytest_configure(config):
 
 
 def pytest_generate_tests(metafunc):
-    """`@pytest.mark.cases("blocks_*", "core_*", but=["*_float32"])`: globs of files, cases and excluded cases."""
+    """`@pytest.mark.cases("blocks_*", "core_*", but=["*_float32"])`: globs for files, cases and excluded cases."""
     marker = metafunc.definition.get_closest_marker("cases")
     if marker is None:
         return

@@ -1,4 +1,4 @@
-"""Shared by the tests of operators: checks of their registration with torch.library."""
+"""Checks that operators are registered correctly with torch.library; shared by the tests of operators."""
 
 from collections.abc import Callable
 

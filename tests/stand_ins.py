@@ -1,4 +1,4 @@
-"""Small functions that replace the pretrained networks, and processes of several ranks that use them."""
+"""Small functions that replace the pretrained networks, and a launcher for several ranks that use these functions."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from dcae_fast.evaluation.moments import Moments
 
 
 def features(pictures: torch.Tensor) -> torch.Tensor:
-    """[n, 6]: mean and standard deviation of each channel, 0 to 255."""
+    """[n, 6]: mean and standard deviation of each channel, in the range 0 to 255."""
     flat = pictures.double().flatten(2)
     return torch.cat([flat.mean(2), flat.std(2)], 1).float()
 
@@ -41,7 +41,7 @@ STAND_INS |= {"lpips": difference, "clip_iqa": brightness}
 
 
 def use(*names: str) -> dict[str, Callable]:
-    """Loaders for `networks.LOADERS`: the stand-ins with these names (all, if none are given); others are missing."""
+    """Loaders for `networks.LOADERS`: stand-ins with these names, or all if none are given. Others raise OSError."""
 
     def absent(device: torch.device):
         raise OSError("no such file")
@@ -57,7 +57,7 @@ def real_pictures() -> torch.Tensor:
 
 
 def save_references(folder: Path, prefix: str = "") -> list[str]:
-    """Writes the files of reference-stats for `real_pictures`. Returns options of eval-diffusion that name them."""
+    """Writes the files of reference-stats for `real_pictures`. Returns the options that pass them to eval-diffusion."""
     fid, pr, cmmd = folder / "fid.npz", folder / "pr.npy", folder / "cmmd.npy"
     Moments.of(features(real_pictures())).save(fid)
     np.save(pr, features(real_pictures()).numpy())

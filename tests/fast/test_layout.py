@@ -1,4 +1,4 @@
-"""Modules that stay plain inside a patched model see images and gradients as they would in a model that is not."""
+"""Memory formats: unpatched modules in a patched model receive the same formats as in an unpatched model."""
 
 import copy
 
@@ -20,7 +20,7 @@ FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channel
 
 
 class _ByOffset(torch.autograd.Function):
-    """The identity for contiguous images and gradients; reads memory as if all were, as the original's norm does."""
+    """The identity for contiguous images and gradients. Like the original's norm, it ignores strides."""
 
     @staticmethod
     def forward(ctx, x):
@@ -32,7 +32,7 @@ class _ByOffset(torch.autograd.Function):
 
 
 def read_by_offset(model: nn.Module) -> None:
-    """Put `_ByOffset` before and after every module of a DC-AE that is not fast."""
+    """Put `_ByOffset` before and after every unpatched module of a DC-AE."""
     for module in model.modules():
         if not is_fast(module) and type(module).__module__.split(".")[0] in ("dcae_fast", "diffusers", *CODERS):
             own = module.forward
@@ -44,7 +44,7 @@ def _out(y):
 
 
 def seen_by_plain_modules(model: nn.Module, x: torch.Tensor, names: set[str]) -> dict[str, list]:
-    """Type and strides of what these modules get, and of the gradients of their results, by name, in order."""
+    """For each named module, in call order: dtype and strides of its inputs and of its output gradients."""
     seen = {name: [] for name in names}
 
     def watch(name, module):
@@ -66,13 +66,13 @@ def seen_by_plain_modules(model: nn.Module, x: torch.Tensor, names: set[str]) ->
 
 
 def disabled(model: nn.Module, operator: str) -> set[str]:
-    """Modules inside the coders that stay plain without an operator, but would be fast."""
+    """Patch with one operator disabled. Returns the modules inside the coders that are unpatched for this reason."""
     fast = {name for name, module in model.named_modules() if is_fast(module)} - {"encoder", "decoder"}
     dcae_fast.patch(model, disable=operator)
     return fast - {name for name, module in model.named_modules() if is_fast(module)}
 
 
-# On a GPU diffusers' own memory formats follow which of PyTorch's kernels run: a depthwise one ends in contiguous ones.
+# On a GPU, memory formats in diffusers' modules depend on PyTorch's kernels: depthwise ones return contiguous images.
 @pytest.mark.parametrize("name", ["strided", *(["diffusers-shuffled"] if DEVICE == "cpu" else [])])
 @pytest.mark.parametrize("operator", IMAGE_OPERATORS)
 def test_plain_modules_see_what_they_would(name, operator):
@@ -85,7 +85,7 @@ def test_plain_modules_see_what_they_would(name, operator):
 
 @pytest.mark.parametrize("operator", IMAGE_OPERATORS)
 def test_modules_that_read_memory_by_offset(operator, as_original, same_step):  # noqa: F811
-    """In the original's classes, for each operator that can be disabled."""
+    """Original classes, with each operator disabled in turn."""
     model, x = as_original(build("shuffled")), image(1, 3, 4, 8)
     expected = step(model, x)
     dcae_fast.patch(model, disable=operator)
@@ -114,7 +114,7 @@ class Foreign(nn.Module):
 
 @pytest.mark.parametrize("path", ["main.conv1.act", "main.conv2.norm", "main.conv2"])
 def test_modules_of_others(path, same_step):
-    """Whoever is put into a patched coder, or watches a module in it."""
+    """An unknown module that replaces a part of a patched coder gets contiguous images and gradients."""
     model, x = build("strided"), image(1, 3, 4, 8)
     fast = copy.deepcopy(model)
     dcae_fast.patch(fast)
@@ -137,7 +137,7 @@ def test_hooks_see_contiguous_images():
 @pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("name", ["ConvLayer", "RMSNorm2d"])
 def test_blocks_by_themselves(name, memory_format):
-    """Result and gradient lie as the input does."""
+    """A block patched by itself returns results and gradients in the memory format of its input."""
     block = {"ConvLayer": blocks.ConvLayer(8, 8, norm="rms"), "RMSNorm2d": blocks.RMSNorm2d(8)}[name].to(DEVICE)
     dcae_fast.patch(block)
     x = image(2, 8, 4, 4).to(memory_format=memory_format).requires_grad_()
@@ -148,7 +148,7 @@ def test_blocks_by_themselves(name, memory_format):
 
 @torch.no_grad()
 def test_no_copies_between_fast_modules(monkeypatch):
-    """A patched coder brings its input to channels-last, and its result back, and copies nothing else."""
+    """A patched coder converts only its input and its result between memory formats; nothing in between is copied."""
     model, copies = build("strided"), []
     dcae_fast.patch(model)
     for function in ("to_channels_last", "layout_of"):

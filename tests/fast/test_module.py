@@ -1,4 +1,4 @@
-"""What every patched module owes to its callers: arguments by name, other kinds of tensors, types, transforms."""
+"""Calls of patched modules: keyword arguments, tensor subclasses, dtypes, meta tensors, function transforms."""
 
 import copy
 import inspect
@@ -16,7 +16,7 @@ SIZES = {"in_channels": 8, "input_size": 4, "depth": 2, "hidden_size": 64, "num_
 
 
 class DiTBlock(dit.DiTBlock):
-    """The original's class, by its name and the names of its arguments."""
+    """Stand-in for the original's class, with the same name and argument names."""
 
     __module__ = "dc_gen.c2icore.diffusioncore.models.dit"
 
@@ -25,7 +25,7 @@ class DiTBlock(dit.DiTBlock):
 
 
 class RMSNorm2d(nn.LayerNorm):
-    """The original's in PyTorch, which promotes."""
+    """The original's norm written in PyTorch. Its result has the promoted dtype."""
 
     __module__ = "dc_gen.models.nn.norm"
 
@@ -71,7 +71,7 @@ def module_and_inputs(name: str) -> tuple[nn.Module, list[torch.Tensor]]:
 
 
 def patched_copy(module: nn.Module) -> nn.Module:
-    """As inside a model, where parts of a coder are patched."""
+    """A patched copy of a module that shares a model with a DC-AE, so that parts of coders are patched."""
     model = nn.Sequential(module, build("adaptive"))
     model = copy.deepcopy(model)
     dcae_fast.patch(model)
@@ -94,7 +94,7 @@ def test_arguments_by_name(name):
 
 
 def result_type(module: nn.Module, inputs: list[torch.Tensor], autocast: torch.dtype | None) -> torch.dtype | None:
-    """None where PyTorch refuses such types."""
+    """The dtype of the module's result; None if PyTorch does not support this combination of dtypes."""
     try:
         with torch.autocast(DEVICE, autocast or torch.bfloat16, enabled=autocast is not None):
             return module(*inputs).dtype
@@ -105,7 +105,7 @@ def result_type(module: nn.Module, inputs: list[torch.Tensor], autocast: torch.d
 @pytest.mark.parametrize("name", MODULES)
 @torch.no_grad()
 def test_types_of_results(name):
-    """Those of the plain module, with and without autocast, whatever the types of the weights and the input."""
+    """Results have the same dtype as without `patch`, for all dtypes of weights, inputs and autocast."""
     module, inputs = module_and_inputs(name)
     fast = patched_copy(module)
     for weights in (torch.float32, torch.bfloat16):
@@ -118,7 +118,7 @@ def test_types_of_results(name):
 
 
 class Quantised(torch.Tensor):
-    """A weight in 8 bits that only PyTorch's own layers can read."""
+    """An 8-bit weight that only PyTorch's own operators support."""
 
     @staticmethod
     def __new__(cls, weight):
@@ -141,7 +141,7 @@ class Quantised(torch.Tensor):
 @pytest.mark.parametrize("name", [name for name in MODULES if "original" not in name])
 @torch.no_grad()
 def test_weights_of_a_subclass(name):
-    """Each weight in turn: its module's own forward runs."""
+    """One weight at a time is quantised; its module then runs its original forward."""
     module, inputs = module_and_inputs(name)
     for path, weight in list(module.named_parameters()):
         plain, fast = copy.deepcopy(module), patched_copy(module)
@@ -153,7 +153,7 @@ def test_weights_of_a_subclass(name):
 
 
 class Distributed(torch.Tensor):
-    """Stands for tensors whose results are of their own kind."""
+    """Stand-in for tensor subclasses such as DTensor: operators return the same subclass."""
 
 
 @pytest.mark.parametrize("name", ["ResBlock", "EfficientViTBlock", "diffusers-EfficientViTBlock", "DiTBlock", "Block"])
@@ -171,7 +171,7 @@ def test_inputs_of_a_subclass(name):
 
 @pytest.mark.parametrize("name", ["ResBlock-batch", "EfficientViTBlock", "diffusers-up", "DiTBlock", "Block"])
 def test_jacobian(name):
-    """Of all outputs at once: a vmap of gradients, of parameters too."""
+    """Batched gradients (vmap over backward) with respect to inputs and parameters."""
     module, inputs = module_and_inputs(name)
     fast = patched_copy(module)
     found = []
@@ -219,7 +219,7 @@ def test_keywords_in_a_compiled_call():
 @pytest.mark.parametrize("mark", [torch._neg_view, lambda z: torch._efficientzerotensor(z.shape)], ids=["-", "0"])
 @torch.no_grad()
 def test_marked_tensors(mark):
-    """Negated or zero by a mark alone: the input, and then each weight."""
+    """Inputs, then weights, that are negated or zero only by a flag of the tensor, not in memory."""
     model, z = build("adaptive"), image(1, 8, 1, 2)
     fast = copy.deepcopy(model)
     dcae_fast.patch(fast)
@@ -240,7 +240,7 @@ def test_on_the_meta_device():
 
 @torch.no_grad()
 def test_a_list_of_latents():
-    """What `encode` returns for a list of channels, decoded by the plain model and the patched one."""
+    """`decode` accepts the list of latents that `encode` returns for several channel counts, patched or not."""
     model, x = build("adaptive"), image()
     for patched in (False, True):
         if patched:

@@ -1,4 +1,4 @@
-"""CUDA graphs of transformers and of whole sampling steps: which calls they stand for. Calls stand for graphs."""
+"""CUDA graphs of transformers and of sampling steps: which calls are captured or replayed. Graphs are simulated."""
 
 import copy
 import functools
@@ -28,7 +28,7 @@ def inputs(batch: int = 2, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, t
 
 @pytest.fixture(params=["uvit", "dit"])
 def pair(request) -> tuple[nn.Module, nn.Module]:
-    """A patched transformer with graphs, and its twin without."""
+    """A patched transformer with CUDA graphs, and a patched copy without graphs."""
     network = build(CONFIGS[request.param]).diffusion_model.to(DEVICE)
     twin = copy.deepcopy(network)
     dcae_fast.patch(twin)
@@ -69,7 +69,7 @@ def test_kinds_of_calls(tape, pair):
 
 @torch.no_grad()
 def test_calls_with_keywords(tape, pair):
-    """They share the graphs of calls without, in any order; others are refused as without `patch`."""
+    """Keyword arguments, in any order, and positional arguments share one graph. Wrong arguments raise TypeError."""
     network, twin = pair
     x, t, y = inputs()
     assert [counts(network, x, t=t, y=y) for _ in range(3)] == [SEEN, CAPTURED, REPLAYED]
@@ -83,7 +83,7 @@ def test_calls_with_keywords(tape, pair):
 
 @torch.no_grad()
 def test_what_attention_may_run_as(tape, pair):
-    """A graph is of the implementations of attention that were allowed when it was captured."""
+    """A graph is valid only for the set of attention backends that was allowed at its capture."""
     network, _ = pair
     fused = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION)
     for choice in ([SDPBackend.MATH], *([SDPBackend.MATH, backend] for backend in fused)):
@@ -109,7 +109,7 @@ def test_calls_that_are_left_alone(tape, pair):
 
 @torch.no_grad()
 def test_changes(tape, pair):
-    """Weights written in place are seen; anything else drops the graphs."""
+    """Replays use weights that were changed in place. Any other change of the network drops its graphs."""
     network, twin = pair
     for _ in range(2):
         network(*inputs())
@@ -146,7 +146,7 @@ def test_options_come_and_go(tape):
 
 @torch.no_grad()
 def test_a_forward_replaced_while_patched(tape, pair):
-    """As activation checkpointing and torch.compile replace it."""
+    """Activation checkpointing and torch.compile replace a module's forward in this way."""
     network, twin = pair
     network.forward = functools.partial(network.forward)
     expected = twin(*inputs())
@@ -168,7 +168,7 @@ def test_copies_have_no_graphs(duplicate, tape, pair):
     assert [counts(twin, *inputs()) for _ in range(3)] == [SEEN, CAPTURED, REPLAYED]
 
 
-# What autocast makes of weights.
+# Casts of weights under autocast.
 
 
 @torch.no_grad()
@@ -203,7 +203,7 @@ def test_casts_leave_gradients_alone(pair):
 
 
 def test_autocast_keeps_no_casts_of_a_call_before_its_capture(tape, monkeypatch):
-    """They would lie beside those of the graphs until the autocast ends."""
+    """Cached casts would take memory in addition to the graphs' casts until the autocast ends."""
     network, keeps, embedding = build(UVIT).diffusion_model.to(DEVICE), [], uvit.sinusoidal_embedding
     dcae_fast.patch(network, cuda_graphs=True)
 
@@ -238,7 +238,7 @@ def generate(model, seed: int = 0, **options) -> torch.Tensor:
     ],
 )
 def test_steps_are_captured(tape, which, sampler, steps, kinds):
-    """Bit for bit what is computed without graphs; nothing of the network is captured besides."""
+    """Samples are bit-identical to samples without graphs. Only whole steps are captured, not network calls."""
     model = build(CONFIGS[which]).to(DEVICE)
     plain = copy.deepcopy(model)
     dcae_fast.patch(plain)
@@ -271,7 +271,7 @@ def test_the_scale_and_the_labels(tape):
 
 
 def test_guidance_within_an_interval(tape):
-    """Steps before, in and after the interval have graphs of their own; those at its ends run as they are."""
+    """Steps inside and outside the interval use different graphs. A step across an end of the interval uses none."""
     model = build().to(DEVICE)
     plain = copy.deepcopy(model)
     dcae_fast.patch(plain)
@@ -294,7 +294,7 @@ def test_adaptive_solvers_replay_the_network(tape):
 
 
 def test_sampling_under_autocast(tape):
-    """Weights are cast once for each sampling that replays, and are those of the time."""
+    """Each sampling that replays graphs casts the current weights once."""
     model = build().to(DEVICE)
     plain = copy.deepcopy(model)
     dcae_fast.patch(plain)

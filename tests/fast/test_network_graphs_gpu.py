@@ -1,4 +1,4 @@
-"""CUDA graphs of transformers and of sampling steps on a GPU: the same bits as without."""
+"""CUDA graphs of transformers and of sampling steps on a GPU: results are bit-identical to results without graphs."""
 
 import contextlib
 import copy
@@ -24,7 +24,7 @@ def inputs(batch: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch
 
 
 def pair(config=UVIT, dtype: torch.dtype = torch.float32):
-    """A model with graphs, and one that is patched without."""
+    """A patched model with CUDA graphs, and a patched copy without graphs."""
     model = build(config).to("cuda", dtype)
     plain = copy.deepcopy(model)
     dcae_fast.patch(plain)
@@ -37,7 +37,7 @@ def context(mode: str):
 
 
 def order(x: torch.Tensor) -> list[int]:
-    """The dimensions, from the one with the longest strides; UViT's own result is part of a larger tensor."""
+    """Dimensions by decreasing stride. Strides may differ: UViT without graphs returns part of a larger tensor."""
     return sorted(range(x.dim()), key=x.stride, reverse=True)
 
 
@@ -84,7 +84,7 @@ def test_samples_are_bit_equal(config, sampler, mode):
 
 
 def test_eager_calls_within_one_autocast():
-    """Neither do graphs read autocast's cache, nor does anything else read what they leave."""
+    """Graphs do not use autocast's cache, and eager calls do not use casts made by graphs."""
     model, plain = pair()
     network, twin = model.diffusion_model, plain.diffusion_model
     with torch.autocast("cuda", torch.bfloat16):
@@ -99,7 +99,7 @@ def test_eager_calls_within_one_autocast():
 
 
 def test_nothing_waits_for_the_gpu():
-    """Once captured, a step does not synchronise."""
+    """Replaying a captured step does not synchronise with the GPU."""
     model, _ = pair()
     labels, x = LABELS.cuda(), torch.randn(4, 8, 4, 4, device="cuda")
     run = CapturedSteps(

@@ -1,4 +1,4 @@
-"""The original DC-Gen and efficientvit classes: stand-ins of the same qualified names, attributes and results."""
+"""Patches original DC-Gen and efficientvit classes. Stand-ins have their qualified names, attributes and results."""
 
 import copy
 import pickle
@@ -39,7 +39,7 @@ class ConvLayer(blocks.ConvLayer):
 class LiteMLA(blocks.LiteMLA):
     def forward(self, x):
         y = blocks.LiteMLA.forward(self, x)
-        return y if isinstance(self.kernel_func, nn.ReLU) and not self.norm_qk else y.sin()  # something else
+        return y if isinstance(self.kernel_func, nn.ReLU) and not self.norm_qk else y.sin()  # a different result
 
 
 class ResidualBlock(blocks.ResidualBlock):
@@ -49,7 +49,7 @@ class ResidualBlock(blocks.ResidualBlock):
 
 
 def stand_ins(root: str, coders: str) -> dict[type, tuple[str, str, type]]:
-    """This project's class → module and name of the original one, and what to derive it from.
+    """This project's class → (module of the original class, name of the original class, base class of the stand-in).
 
     coders: the module of encoder and decoder.
     """
@@ -84,7 +84,7 @@ def stand_ins(root: str, coders: str) -> dict[type, tuple[str, str, type]]:
 
 @pytest.fixture(params=CODERS)
 def as_original(request, monkeypatch):
-    """as_original(model): a copy made of the original's classes, which can be imported while a test runs."""
+    """as_original(model): a copy that uses stand-ins of the original classes. They can be imported during the test."""
     return converter(request.param, CODERS[request.param], monkeypatch)
 
 
@@ -192,7 +192,7 @@ def test_copies_in_other_packages(root, monkeypatch, compare):
         expected = model(x)
         report, known = dcae_fast.patch(model), dcae_fast.patch(ours)
         assert report.replaced.total() == known.replaced.total() and report.skipped == known.skipped == []
-        assert operators_called(model, x) == operators_called(ours, x)  # what lies between the blocks is known, too
+        assert operators_called(model, x) == operators_called(ours, x)  # modules between the blocks are recognised, too
         compare("eager", model(x), expected, 5e-6)
 
 
@@ -219,7 +219,7 @@ def test_what_is_no_root(root, error):
 
 
 def test_strangers_with_a_known_name(as_original):
-    """Attributes are checked, too: a module that lacks some, or has others, is left alone and named."""
+    """`patch` also checks attributes: it skips and reports a module with missing or additional attributes."""
     model = as_original(build("shuffled"))
     block = model.encoder.stages[1].op_list[0].main
     block.conv1.attention = nn.Conv2d(8, 8, 1)
@@ -245,7 +245,7 @@ def test_derived_classes(as_original):
 
 
 def test_classes_of_the_same_name_elsewhere():
-    """A class is known by its module, too."""
+    """A class is recognised by its name and its module."""
     block, x = build_block("ResBlock")
     for module in block.modules():
         if type(module) is blocks.ConvLayer:

@@ -1,4 +1,4 @@
-"""A patched model against the original implementation's results and against itself, not patched."""
+"""Results of a patched model, compared with the original implementation and with the unpatched model."""
 
 import copy
 import math
@@ -53,7 +53,7 @@ def test_original_partial_latents(case, compare):
 
 @pytest.mark.cases("ae_in_f32", "train")
 def test_original_training(case, compare):
-    """Outputs, gradients that the fixture has whole, the norms of all, and running statistics."""
+    """Outputs, norms of all gradients, running statistics, and the gradients that the fixture contains in full."""
     model, tensors = patched_model_of(case).train(), case.tensors("train")
     picture = tensors["image"].to(DEVICE)
     reconstruction = model(picture)
@@ -82,7 +82,10 @@ def test_step(name, train, same_step):
 @pytest.mark.parametrize("name", ["strided", "diffusers-strided"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision(name, dtype):
-    """At most twice the error of the model that is not patched, against float64; Triton's interpreter cuts bits off."""
+    """The error against float64 is at most twice the unpatched model's.
+
+    Triton's interpreter truncates instead of rounding.
+    """
     model = build(name, wide=True).to(dtype)
     double, pictures = copy.deepcopy(model).double(), [image(1, 3, 16, 12, seed=seed).to(dtype) for seed in range(8)]
     exact = [step(double, x.double()) for x in pictures]
@@ -122,7 +125,7 @@ def test_kernels_are_used(name, operators):
 
 @pytest.mark.parametrize("name", ["strided", "diffusers-strided"])
 def test_training_under_autocast(name):
-    """Kernels compute the gradient of both parts of multi-scale attention, though the weights are in float32."""
+    """Kernels compute the gradients of both parts of multi-scale attention, although the weights are float32."""
     eager, x = build(name, wide=True).train(), image(1, 3, 16, 12)
     double, fast = copy.deepcopy(eager).double(), copy.deepcopy(eager)
     dcae_fast.patch(fast)
@@ -161,7 +164,7 @@ def test_memory_format(name, compare):
 
 
 def test_calls_without_a_batch():
-    """The kernels do not take them."""
+    """Kernels do not support images without a batch dimension; the original forward runs."""
     layer, x = blocks.ConvLayer(3, 8, act="silu").to(DEVICE), image(3, 4, 4)
     alone = layer(x)
     dcae_fast.patch(layer)

@@ -1,4 +1,4 @@
-"""patch, unpatch, patched: the classes of modules and nothing else; the report; saving, copying, pickling."""
+"""patch, unpatch, patched: they change only the classes of modules. Also the report, saving, copying and pickling."""
 
 from types import SimpleNamespace
 
@@ -163,7 +163,7 @@ def test_nothing_to_patch(model):
 @pytest.mark.parametrize("operator", [name for name in OPERATORS if name not in Block.operators])
 @torch.no_grad()
 def test_disabled_operator_is_not_called(library, operator, compare):
-    name = "shuffled" if operator == "conv2d_unshuffle" else "strided"  # has the block that calls it
+    name = "shuffled" if operator == "conv2d_unshuffle" else "strided"  # a model whose blocks call the operator
     model, x = build(library + name), image(1, 3, 8, 4)
     expected = reconstruct(model, x)
     report = dcae_fast.patch(model, disable=operator)
@@ -231,7 +231,7 @@ def test_options_of_another_type(options, message):
 
 
 def test_a_pipeline():
-    """Every component is patched and reported; what is no module is passed over."""
+    """Every component that is a module is patched and reported; other components are ignored."""
     vae, text_encoder = build("strided"), nn.Linear(2, 2)
     pipeline = SimpleNamespace(
         components={"vae": vae, "text_encoder": text_encoder, "tokenizer": object(), "none": None}
@@ -270,14 +270,14 @@ def test_a_pipeline_of_diffusers():
     assert fast_count(pipeline.vae) == report.replaced.total() and fast_count(transformer) == 0
 
 
-# Inputs that no model takes.
+# Invalid inputs.
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 9, 7), (1, 3, 8, 7), (1, 3, 1, 1), (1, 4, 8, 8), (3, 8, 8), (1, 3, 8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
 def test_images_of_another_shape(model, dtype, shape):
-    """Are refused as the plain model refuses them."""
+    """A patched model raises the same error as the unpatched model."""
     model, errors = model.to(dtype), []
     for _ in range(2):
         with pytest.raises(Exception) as refusal:
@@ -290,7 +290,7 @@ def test_images_of_another_shape(model, dtype, shape):
 @pytest.mark.parametrize("value", [[[0.0]], np.zeros((1, 3, 8, 8), np.float32), None], ids=["list", "array", "None"])
 @torch.no_grad()
 def test_values_that_are_no_tensors(model, value):
-    """Never reach what is made for tensors."""
+    """A patched model raises the same error as the unpatched model."""
     errors = []
     for _ in range(2):
         with pytest.raises((TypeError, AttributeError)) as refusal:

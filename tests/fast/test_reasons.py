@@ -1,4 +1,4 @@
-"""What `patch` leaves alone, and why: the report counts what takes its fast forward, and says why the rest cannot."""
+"""Modules that `patch` skips. The report counts the modules with a fast forward and gives a reason for all others."""
 
 from collections import Counter
 
@@ -21,7 +21,7 @@ def reasons(model: nn.Module) -> dict[str, str]:
 
 @pytest.fixture
 def eager_calls(monkeypatch) -> list[FastModule]:
-    """The patched modules that fell back to their own forwards, except coders and networks, which consist of others."""
+    """Patched modules that ran their original forward, except coders and networks, which only contain other modules."""
     calls, eager = [], FastModule.eager
 
     def record(module, *args, **kwargs):
@@ -43,7 +43,7 @@ def test_what_is_counted_takes_its_fast_forward(name, eager_calls):
 
 
 def change(path: str, value):
-    """A function that sets an attribute of a block's module."""
+    """A function that sets an attribute at a path inside a block."""
 
     def apply(block: nn.Module) -> None:
         parent, _, name = path.rpartition(".")
@@ -94,7 +94,7 @@ def test_what_can_never_be_fast_is_left_alone(block, change, name, reason):
 
 
 def test_sana_transformers_have_no_norm():
-    """The one of diffusers' SANA transformer, among them."""
+    """GLUMBConv has no norm in diffusers' SANA transformer and is skipped there."""
     block = diffusers_block("GLUMBConv", 8, 8, norm_type=None)
     assert reasons(block) == {"GLUMBConv": "it has no norm"}
 
@@ -122,7 +122,7 @@ def test_transformer_blocks():
 
 @pytest.mark.parametrize("package", ["dc_gen.c2icore.diffusioncore.models", "efficientvit.diffusioncore.models"])
 def test_networks_of_the_original(package):
-    """Their blocks are fast, and the report says that their whole calls are not."""
+    """Blocks of original networks are patched. The report gives a reason why the whole network is not."""
     sizes = {"in_channels": 4, "input_size": 4, "depth": 2, "hidden_size": 16, "num_heads": 2, "num_classes": 3}
     network = UViT(UViTConfig(**sizes))
     for module in network.modules():
@@ -136,7 +136,7 @@ def test_networks_of_the_original(package):
 
 
 class Quantised(torch.Tensor):
-    """Stands for weights of another kind."""
+    """Stand-in for weights of a tensor subclass."""
 
 
 @pytest.mark.parametrize("name", ["ResBlock", "diffusers-ResBlock"])
@@ -148,7 +148,10 @@ def test_weights_that_are_no_ordinary_tensors(name):
 
 
 def test_blocks_in_a_model_of_another_kind():
-    """Nothing there hands on channels-last tensors; a block that is given itself, or in a container, is a coder's."""
+    """Modules of other models do not pass on channels-last tensors, so coder blocks among them are skipped.
+
+    A block passed to `patch` directly or in a container is treated as part of a coder.
+    """
 
     class Backbone(nn.Module):
         def __init__(self, *stages: nn.Module):
@@ -184,7 +187,7 @@ def test_a_reason_goes_with_its_cause(same_step):
     same_step(step(block, x), expected)
 
 
-# Classes that others derive from patched ones.
+# Classes that other libraries derive from patched classes.
 
 
 class Double(nn.Module):
@@ -197,7 +200,7 @@ def norm_of(model: nn.Module) -> nn.Module:
 
 
 def test_a_parametrised_module(same_step):
-    """It stays fast until the next `patch` or `unpatch`, which keeps the parametrisation."""
+    """A parametrised module stays patched until the next `patch` or `unpatch`. Both keep the parametrisation."""
     block, x = build_block("ResBlock")
     dcae_fast.patch(block)
     norm = norm_of(block)
@@ -230,7 +233,7 @@ def test_removing_a_parametrisation(leave):
 
 
 def test_patched_around_a_parametrisation():
-    """What was parametrised within the scope is parametrised after it."""
+    """A module parametrised inside `patched` is still parametrised afterwards."""
     block, _ = build_block("ResBlock")
     norm = norm_of(block)
     with dcae_fast.patched(block):
@@ -256,7 +259,7 @@ def test_a_class_that_another_library_derived():
 
 
 def test_a_derived_class_that_calls_super():
-    """Its super() would mean the patched class for ever."""
+    """`unpatch` raises an error: super() in the derived class would still refer to the patched class."""
     block, _ = build_block("ResBlock")
     dcae_fast.patch(block)
     patched = type(block.main)

@@ -1,4 +1,4 @@
-"""What people do with a model around its forward: autocast, checkpointing, LoRA, torch.compile, functional calls."""
+"""Patched models with training tools: autocast, checkpointing, LoRA, torch.compile, functional calls, hooks."""
 
 import copy
 import functools
@@ -31,7 +31,7 @@ TWO = pytest.mark.parametrize("name", ["shuffled", "diffusers-shuffled"])
 @pytest.mark.parametrize("name", ["strided", "diffusers-strided"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(name, dtype):
-    """Same type as without `patch`, and at most twice the error against float32."""
+    """Results have the same dtype as without `patch`, and at most twice the error relative to float32."""
     model, pictures = build(name, wide=True), [image(1, 3, 8, 8, seed=seed) for seed in range(8)]
     exact = [step(model, x) for x in pictures]
 
@@ -88,7 +88,7 @@ def test_lora(name, targets, patch_first, same_step):
 
 
 class Graphs:
-    """A torch.compile backend that keeps the graphs and runs them as they are."""
+    """A torch.compile backend that runs graphs unchanged and records the functions they call."""
 
     def __init__(self):
         self.targets = []
@@ -103,7 +103,7 @@ class Graphs:
 
 @pytest.mark.parametrize("name", ["strided", "diffusers-shuffled"])
 def test_compile(name, same_step):
-    """Forward and backward in one graph each."""
+    """Forward and backward are compiled to one graph each."""
     model, x = build(name), image(1, 3, 8, 8)
     expected = step(model, x)
     dcae_fast.patch(model)
@@ -136,7 +136,7 @@ def test_patch_after_compile(compare):
         if change:
             change(compiled)
         compare("eager", compiled(x), expected, OUTPUT)
-        if change is not dcae_fast.unpatch:  # for which the first graph serves again
+        if change is not dcae_fast.unpatch:  # after unpatch, torch.compile reuses the first graph
             assert bool(graphs.operators()) == fast
 
 
@@ -145,7 +145,7 @@ def checkpointed(module):
 
 
 def hooked(module):
-    """As accelerate does, for offloading and for its own autocast."""
+    """Adds a hook as accelerate does for offloading and for autocast."""
     hooks = pytest.importorskip("accelerate.hooks")
     hooks.add_hook_to_module(module, hooks.ModelHook())
 
@@ -161,7 +161,7 @@ def blocks(model):
 @pytest.mark.parametrize("wrap", [checkpointed, hooked])
 @pytest.mark.parametrize("parts", [coders, blocks])
 def test_forwards_replaced_while_patched(parts, wrap, same_step):
-    """They call the fast forward as long as the module is patched, and its own afterwards."""
+    """A replaced forward calls the fast forward while the module is patched, and the original forward afterwards."""
     model, x = build("adaptive"), image(1, 3, 8, 8)
     original, expected = [type(module) for module in model.modules()], step(model, x)
     report = dcae_fast.patch(model)
@@ -217,7 +217,7 @@ def test_inductor(same_step):
 
 
 def test_functional_call(compare):
-    """Parameters of somebody else's, for which gradients are taken."""
+    """Gradients with respect to parameters that the caller passes to functional_call."""
     block, x = build_block("ResBlock")
     weights = {name: 0.5 * parameter.detach() for name, parameter in block.named_parameters()}
 
@@ -232,7 +232,7 @@ def test_functional_call(compare):
 
 
 def test_some_gradients_and_none():
-    """Gradients for the input alone, for the weights alone, in inference mode."""
+    """Gradients of only the weights or only the input, and no gradients in inference mode."""
     block, x = build_block("EfficientViTBlock")
     dcae_fast.patch(block)
     expected = step(block, x)
@@ -256,7 +256,7 @@ def test_in_a_sequence_of_other_modules(compare):
 
 @pytest.mark.parametrize("name", ["ResBlock", "EfficientViTBlock", "diffusers-EfficientViTBlock"])
 def test_second_derivatives_and_transforms(name, compare):
-    """A gradient penalty; forward-mode AD and torch.func, which custom operators take no part in."""
+    """A gradient penalty, forward-mode AD and torch.func. Custom operators do not support the last two."""
     block, x = build_block(name)
     fast = copy.deepcopy(block)
     dcae_fast.patch(fast)

@@ -1,4 +1,4 @@
-"""Patched diffusion transformers against the plain ones: results, gradients, types, and what must keep working."""
+"""Patched diffusion transformers compared with unpatched ones: results, gradients, dtypes, hooks, LoRA, copies."""
 
 import copy
 import pickle
@@ -30,7 +30,7 @@ HALVES = {"norm_attention": ["layer_norm", "linear", "packed_attention", "linear
 
 @pytest.fixture(params=NETWORKS)
 def networks(request) -> tuple[nn.Module, nn.Module]:
-    """A plain network with no parameter at zero, and the patched one."""
+    """An unpatched network without zero parameters, and a patched copy."""
     return pair(request.param)
 
 
@@ -55,7 +55,7 @@ def inputs(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tens
 
 
 def results(network: nn.Module, dtype=torch.float32, autocast: torch.dtype | None = None) -> list[torch.Tensor]:
-    """The prediction and all gradients, one vector."""
+    """The prediction, and all gradients as one vector."""
     with torch.autocast(DEVICE, autocast, enabled=autocast is not None):
         out = network(*inputs(dtype))
     weights = [weight for weight in network.parameters() if weight.requires_grad]
@@ -68,7 +68,7 @@ def error(got: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def launches(network: nn.Module, monkeypatch) -> list[str]:
-    """The operators of transformers that a call runs."""
+    """Names of the transformer operators that one call of the network runs."""
     called = []
     with monkeypatch.context() as patch:
         for name in (*TransformerBlock.operators, *HALVES):
@@ -101,7 +101,9 @@ def test_float32(networks):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "weights"])
 def test_half_precision(networks, autocast, dtype):
-    """Types as in the plain network's; errors too, but for the interpreter, which truncates."""
+    """Results have the unpatched network's dtypes and at most twice its error. The limit is four times its error for
+    Triton's interpreter, which truncates instead of rounding.
+    """
     plain, fast = networks
     if autocast and DEVICE == "cpu" and dtype == torch.float16:
         pytest.skip("slow on a CPU")
@@ -168,7 +170,7 @@ def test_checkpointed_blocks(networks, monkeypatch):
     "targets", [["qkv", "fc2"], ["proj", "fc1"], ["skip_linear", "linear", "decoder_pred"]], ids=str
 )
 def test_lora(networks, targets, monkeypatch):
-    """Its layers are called, everything else is as fast as before."""
+    """LoRA's layers are called; all other parts still use their operators."""
     plain, fast = networks
     config, before = LoraConfig(r=2, target_modules=targets, init_lora_weights=False), launches(fast, monkeypatch)
     for network in networks:
@@ -185,11 +187,11 @@ def test_lora(networks, targets, monkeypatch):
 
 
 class Distributed(torch.Tensor):
-    """Stands for tensors whose results are of their own kind."""
+    """Stand-in for tensor subclasses such as DTensor: operators return the same subclass."""
 
 
 class Quantised(torch.Tensor):
-    """Stands for weights whose products are plain tensors."""
+    """Stand-in for quantised weights: a linear layer with such a weight returns an ordinary tensor."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -218,7 +220,7 @@ def test_quantised_layers_are_called(networks, monkeypatch):
 
 
 def test_layers_in_a_wrapper_are_called(networks, monkeypatch):
-    """A wrapper need not have the attributes of what is in it."""
+    """A wrapper may lack the attributes of the layer that it contains."""
     for network in networks:
         for module in network.modules():
             if original_class(module).__name__ == "Attention":
@@ -264,13 +266,13 @@ def test_norms_without_bias_run_as_they_are():
 
 
 def kept_for_backward(network: nn.Module, autocast: torch.dtype | None) -> int:
-    """Bytes of all tensors that a forward keeps, but for the parameters."""
+    """Bytes of all tensors that the forward saves for backward, excluding parameters."""
     memory, parameters = {}, {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
 
     def keep(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
-            memory[storage.data_ptr()] = storage  # alive, so that no other one has its address
+            memory[storage.data_ptr()] = storage  # a reference, so that the address is not reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -282,7 +284,7 @@ def kept_for_backward(network: nn.Module, autocast: torch.dtype | None) -> int:
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
 def test_training_keeps_no_more_than_a_compiled_network(networks, autocast):
-    """torch.compile recomputes what is cheap."""
+    """The compiled network is a strict limit: torch.compile recomputes cheap operations in backward."""
     torch._dynamo.reset()
     plain, fast = (network.to(torch.float32 if autocast else torch.bfloat16) for network in networks)
     compiled = copy.deepcopy(plain)
@@ -294,7 +296,7 @@ def test_training_keeps_no_more_than_a_compiled_network(networks, autocast):
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
 def test_a_frozen_network_keeps_no_more_than_the_plain_one(networks, autocast):
-    """A gradient goes through it: guidance, for example."""
+    """Only the input requires a gradient, as in gradient-based guidance."""
     dtype = torch.float32 if autocast else torch.bfloat16
     plain, fast = (network.to(dtype).requires_grad_(False) for network in networks)
     assert kept_for_backward(fast, autocast) <= kept_for_backward(plain, autocast)
@@ -338,7 +340,7 @@ def test_long_skips_are_concatenated_by_their_operator(monkeypatch):
 
 
 class Attention(nn.Module):
-    """With the attributes of timm's, which the original's DiT uses."""
+    """Has the attributes of timm's Attention, which the original's DiT uses."""
 
     def __init__(self, dim, num_heads):
         super().__init__()
@@ -352,7 +354,7 @@ Attention.__module__ = "timm.models.vision_transformer"
 
 
 def test_what_else_an_attention_may_have(monkeypatch):
-    """Norms of q and k, or another scale, are not passed over."""
+    """A block does not use the fused forward if its attention has norms of q and k or another scale."""
     others = {"q_norm": nn.LayerNorm(64)}, {"scale": 1.0}, {"scale": nn.Parameter(torch.ones(()))}
     for change, fuses in (({}, True), *((other, False) for other in others)):
         _, fast = pair("dit")
