@@ -1,17 +1,15 @@
 """dcae-fast train-diffusion: a diffusion transformer on cached latents."""
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tyro
 
-from dcae_fast.memory import out_of_memory_as
 from dcae_fast.training.diffusion.config import DESCRIPTIONS, RECIPES, DiffusionRun
-from dcae_fast.training.engine.config import TrainingError
 
-from .common import UsageError, make_folder
+from .common import make_folder
+from .training import training_process
 
 if TYPE_CHECKING:
     import torch
@@ -55,29 +53,17 @@ def train_diffusion(recipe: NamedRecipe, run: DiffusionRun, compared: Compared, 
     Args:
         dry_run: print the size of the network, the cost of a step, the memory needed and the data found, and exit
     """
-    import torch
-
     from dcae_fast import distributed
     from dcae_fast.data.latents import LatentDataset
-    from dcae_fast.errors import DataError
-    from dcae_fast.reconstruction import choose_device
     from dcae_fast.training.diffusion.estimate import describe
     from dcae_fast.training.diffusion.task import train
 
-    advice = "try --accumulate, --checkpoint-activations or, on several GPUs, --parallel fsdp"
-    too_large = UsageError(f"a part of the batch does not fit in memory; {advice}")
-    try:
-        place, _ = choose_device(run.device, recipe.precision)
-        with out_of_memory_as(too_large), distributed.process_group(place) as device:
-            if dry_run:
-                distributed.print_main(describe(recipe, run, LatentDataset(run.data), distributed.world_size()))
-                return 0
-            torch.set_float32_matmul_precision("high")  # as the original: TF32 for products outside autocast
-            warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # nobody changes its result in place
-            comparison = compared.comparison(run, device)
-            make_folder(run.out)
-            model = train(recipe, run, device, comparison)
-            distributed.print_main(f"The model is in {model.resolve()}")
-    except (DataError, TrainingError, ValueError) as error:
-        raise UsageError(str(error)) from error
+    with training_process(run, recipe.precision) as device:
+        if dry_run:
+            distributed.print_main(describe(recipe, run, LatentDataset(run.data), distributed.world_size()))
+            return 0
+        comparison = compared.comparison(run, device)
+        make_folder(run.out)
+        model = train(recipe, run, device, comparison)
+        distributed.print_main(f"The model is in {model.resolve()}")
     return 0

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from dcae_fast.training.engine.config import Recipe, Run, check_least
+from dcae_fast.training.engine.config import Recipe, Run, check_least, check_update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,26 +113,12 @@ class AutoencoderRecipe(Recipe):
             raise ValueError("train: expected at least one beginning of a parameter's name, such as decoder")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ValueError(f"crop_scale={self.crop_scale}; expected two rising numbers, above 0 and up to 1")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas={self.betas}; expected two numbers of at least 0, and less than 1")
-        if self.clip_grad is not None and not self.clip_grad > 0:
-            raise ValueError(f"clip_grad={self.clip_grad}; expected more than 0, or None")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(f"ema_decay={self.ema_decay}; expected between 0 and 1, or None")
+        check_update(self)
 
     @property
     def critic_lr(self) -> float:
         """The learning rate of the discriminator."""
         return self.lr if self.gan.discriminator_lr is None else self.gan.discriminator_lr
-
-    def part(self, ranks: int, accumulate: int) -> int:
-        """The number of crops that a rank computes at once. ValueError if the batch cannot be divided."""
-        if self.batch % (ranks * accumulate):
-            raise ValueError(
-                f"batch={self.batch}; expected a multiple of {ranks * accumulate}, {ranks} ranks x accumulate="
-                f"{accumulate}"
-            )
-        return self.batch // (ranks * accumulate)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dcae_fast.models.config import DiTConfig, UViTConfig
 from dcae_fast.models.diffusion_zoo import DIFFUSION_MODELS, DPM_SOLVER, FLOW, GAUSSIAN, SIZES, DiffusionConfig
 from dcae_fast.models.zoo import autoencoder_config
-from dcae_fast.training.engine.config import Recipe, Run, check_least
+from dcae_fast.training.engine.config import Recipe, Run, check_least, check_update
 
 if TYPE_CHECKING:
     from dcae_fast.data.latents import LatentDataset
@@ -80,21 +80,7 @@ class DiffusionRecipe(Recipe):
         super().__post_init__()
         names = "num_inference_steps", "lr", "weight_decay", "warmup_steps", "warmup_lr"
         check_least(self, dict.fromkeys(names, 0) | {"num_inference_steps": 1})
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas={self.betas}; expected two numbers of at least 0, and less than 1")
-        if self.clip_grad is not None and not self.clip_grad > 0:
-            raise ValueError(f"clip_grad={self.clip_grad}; expected more than 0, or None")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(f"ema_decay={self.ema_decay}; expected between 0 and 1, or None")
-
-    def part(self, ranks: int, accumulate: int) -> int:
-        """The number of latents that a rank computes at once. ValueError if the batch cannot be divided."""
-        if self.batch % (ranks * accumulate):
-            raise ValueError(
-                f"batch={self.batch}; expected a multiple of {ranks * accumulate}, {ranks} ranks x accumulate="
-                f"{accumulate}"
-            )
-        return self.batch // (ranks * accumulate)
+        check_update(self)
 
     def diffusion_config(self, data: "LatentDataset") -> DiffusionConfig:
         """The configuration of the model that is trained on these latents. ValueError if the two do not fit."""

@@ -29,6 +29,15 @@ class Recipe:
     def __post_init__(self):
         check_least(self, {"batch": 1, "steps": 0, "seed": 0})
 
+    def part(self, ranks: int, accumulate: int) -> int:
+        """The number of items that a rank computes at once. ValueError if the batch cannot be divided."""
+        if self.batch % (ranks * accumulate):
+            raise ValueError(
+                f"batch={self.batch}; expected a multiple of {ranks * accumulate}, {ranks} ranks x accumulate="
+                f"{accumulate}"
+            )
+        return self.batch // (ranks * accumulate)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -79,3 +88,13 @@ def check_least(settings: Any, least: dict[str, int]) -> None:
         most, told = (2**63, "less than 2**63") if isinstance(value, int) else (math.inf, "a finite number")
         if not bound <= value < most:
             raise ValueError(f"{name}={value}; expected {told if value > bound else f'at least {bound}'}")
+
+
+def check_update(recipe: Any) -> None:
+    """ValueError unless the fields `betas`, `clip_grad` and `ema_decay` of a recipe have values that a step can use."""
+    if not all(0 <= beta < 1 for beta in recipe.betas):
+        raise ValueError(f"betas={recipe.betas}; expected two numbers of at least 0, and less than 1")
+    if recipe.clip_grad is not None and not recipe.clip_grad > 0:
+        raise ValueError(f"clip_grad={recipe.clip_grad}; expected more than 0, or None")
+    if recipe.ema_decay is not None and not 0 < recipe.ema_decay < 1:
+        raise ValueError(f"ema_decay={recipe.ema_decay}; expected between 0 and 1, or None")
