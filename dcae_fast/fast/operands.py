@@ -55,6 +55,8 @@ class Operands:
             return make()
         with torch.inference_mode(False), torch.no_grad(), without_cache(sources[0].device):
             operand = make()
+        if sources[0].is_cuda:
+            torch.cuda.current_stream(sources[0].device).synchronize()  # other streams may read the operand from now on
         self._kept[key] = [_state(source) for source in sources], operand
         return operand
 
