@@ -62,7 +62,7 @@ class Request:
 
 
 def default_labels(classes: int) -> tuple[int, ...]:
-    """Sixteen labels: for 1000 classes (ImageNet) those of DC-Gen's demonstration, else 0, 1, 2, ..."""
+    """Sixteen labels: for 1000 classes (ImageNet) the labels of DC-Gen's demonstration, else 0, 1, 2, ..."""
     return DEMO_LABELS if classes == 1000 else tuple(i % classes for i in range(16))
 
 

@@ -4,8 +4,8 @@
     out = attention(y · w_qkvᵀ + b_qkv) · w_projᵀ + b_proj   [+ s]
 
 x, branch, s: [B, N, D]; scale, shift: [D] or [B, D]; gate: [B, D]; w_qkv: [3 M, D]; w_proj: [D, M]; out: [B, N, D].
-The kernels, types, precision and kept tensors are those of `layer_norm`, `linear` and `packed_attention`. For fused
-calls and float32 weights see _block_half.py.
+The kernels, types, precision and kept tensors are the same as in `layer_norm`, `linear` and `packed_attention`. For
+fused calls and float32 weights see _block_half.py.
 """
 
 from typing import NamedTuple

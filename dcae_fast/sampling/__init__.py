@@ -1,4 +1,4 @@
-"""Samplers of latents, and the losses that train networks for them. Names are those of the original.
+"""Samplers of latents, and the losses that train networks for them. The names are the original's.
 
     network = guided(model, labels, null_label=1000, scale=1.5)
     z = SAMPLERS["DPM_Solver"](network, torch.randn(len(labels), 128, 8, 8))

@@ -1,4 +1,4 @@
-"""Training losses of the diffusion transformers and the distributions of their times. Names are those of the original.
+"""Training losses of the diffusion transformers and the distributions of their times. The names are the original's.
 
 Each loss is a function loss(network, z, labels, t, noise) -> scalar:
 

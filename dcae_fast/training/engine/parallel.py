@@ -1,7 +1,7 @@
 """How a network is computed: activation checkpointing, compilation, DDP, FSDP2. One function for each.
 
-All of them change the network in place and rename no parameter: state dicts are those of the bare network. They are
-applied in the order: patch, compile the blocks, checkpoint activations, compile the whole network, DDP or FSDP2.
+All of them change the network in place and rename no parameter: state dicts have the names of the bare network. They
+are applied in the order: patch, compile the blocks, checkpoint activations, compile the whole network, DDP or FSDP2.
 """
 
 import contextlib

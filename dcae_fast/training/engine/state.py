@@ -27,7 +27,7 @@ class Trained:
     scaler: torch.amp.GradScaler
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Adds the gradients of a loss, a scalar, to those of the parameters, scaled by the scaler."""
+        """Adds the gradients of a scalar loss, scaled by the scaler, to the gradients of the parameters."""
         with torch.autograd.set_multithreading_enabled(False):  # Python functions take longer in another thread
             self.scaler.scale(loss).backward()
 
