@@ -38,7 +38,7 @@ A DC-AE (arXiv 2410.10733) with {parameters:.2f} M parameters: {ratio}x{ratio} p
 | trained | {trained} |
 | steps | {steps} of {batch} crops of {resolution} px |
 | losses | {losses} |
-| optimizer | AdamW, learning rate {lr:g}, betas {betas}, weight decay {weight_decay:g}; average {ema} |
+| optimizer | AdamW, learning rate {lr}, betas {betas}, weight decay {weight_decay:g}; average {ema} |
 | precision | {precision} |
 
 Measured in {precision} on centre crops of {resolution} px of {measured}:
@@ -119,7 +119,7 @@ def card(task: "AutoencoderTask", model: DCAE, results: dict[str, Result]) -> st
         batch=recipe.batch,
         resolution=recipe.resolution,
         losses=_losses(task),
-        lr=recipe.lr,
+        lr=f"{recipe.lr:g}{', along a cosine to 0' if recipe.lr_decay else ''}",
         betas=f"{recipe.betas[0]:g} and {recipe.betas[1]:g}",
         weight_decay=recipe.weight_decay,
         ema=recipe.ema_decay or "none",

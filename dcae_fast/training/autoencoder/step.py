@@ -114,7 +114,7 @@ def take_step(
             trained.backward(losses["loss"] / len(parts))
         sums.add(losses | numbers)
         pairs.append(Pair(pair.x, y.detach()))
-    lr = learning_rate(step, recipe.lr, recipe.warmup_steps, 0.0)
+    lr = learning_rate(step, recipe.lr, recipe.warmup_steps, 0.0, recipe.lr_ends)
     norm = trained.update(lr, recipe.clip_grad, want_norm=logged)
     if state.average is not None:
         state.average.update(trained.network, step)
@@ -158,7 +158,7 @@ def update_critic(critic: Trained, recipe: AutoencoderRecipe, pairs: list[Pair],
             loss = sum(loss for name, loss in losses.items() if name != "discriminator_accuracy")
             critic.backward(loss / len(pairs))
         sums.add(losses)
-    critic.update(learning_rate(step, recipe.critic_lr, recipe.warmup_steps, 0.0))
+    critic.update(learning_rate(step, recipe.critic_lr, recipe.warmup_steps, 0.0, recipe.lr_ends))
 
 
 class Sums:

@@ -57,7 +57,7 @@ def take_step(
                 loss = batch_loss(config, trained.called, z, labels, draws) / len(parts)
             trained.backward(loss)
         losses.append(loss.detach())
-    lr = learning_rate(step, recipe.lr, recipe.warmup_steps, recipe.warmup_lr)
+    lr = learning_rate(step, recipe.lr, recipe.warmup_steps, recipe.warmup_lr, recipe.lr_ends)
     norm = trained.update(lr, recipe.clip_grad, want_norm)
     if state.average is not None:
         state.average.update(trained.network, step)

@@ -25,9 +25,16 @@ class Recipe:
     """number of steps of the whole training; may change when a run is resumed"""
     seed: int = 0
     """seed of the initial weights, the data order and all random draws"""
+    lr_decay: Literal["cosine"] | None = None
+    """cosine: after the warm-up, lower the learning rate to 0 at the last step (steps decides the curve); None: do not"""
 
     def __post_init__(self):
         check_least(self, {"batch": 1, "steps": 0, "seed": 0})
+
+    @property
+    def lr_ends(self) -> int | None:
+        """The step at which the learning rate reaches 0; None if it does not decay."""
+        return self.steps if self.lr_decay else None
 
     def part(self, ranks: int, accumulate: int) -> int:
         """The number of items that a rank computes at once. ValueError if the batch cannot be divided."""

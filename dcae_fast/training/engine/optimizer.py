@@ -1,5 +1,6 @@
-"""AdamW with the learning rate and the weight decay of the original's trainer, and the norm of a gradient."""
+"""AdamW with the weight decay of the original's trainer, learning rates, and the norm of a gradient."""
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -26,11 +27,17 @@ def build_optimizer(
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
-def learning_rate(step: int, lr: float, warmup_steps: int, warmup_lr: float) -> float:
-    """Learning rate of step 1, 2, ...: w + (lr - w) step / W up to step W, then lr; W = warmup_steps, w = warmup_lr."""
-    if step >= warmup_steps:
+def learning_rate(step: int, lr: float, warmup_steps: int, warmup_lr: float, ends: int | None = None) -> float:
+    """Learning rate of step 1, 2, ...
+
+        w + (lr - w) step / W                          up to step W; W = warmup_steps, w = warmup_lr
+        lr (1 + cos(pi (step - W) / (ends - W))) / 2   after step W; lr, if `ends` is None
+    """
+    if step < warmup_steps:
+        return warmup_lr + (lr - warmup_lr) * step / warmup_steps
+    if ends is None or step == warmup_steps:
         return lr
-    return warmup_lr + (lr - warmup_lr) * step / warmup_steps
+    return lr * (1 + math.cos(math.pi * (step - warmup_steps) / (ends - warmup_steps))) / 2
 
 
 def gradient_norm(parameters: Iterable[torch.Tensor]) -> torch.Tensor:

@@ -1,4 +1,8 @@
-"""training.json: the recipe and the facts about the data that a run began with, compared when the run is resumed."""
+"""training.json: the recipe and the facts about the data that a run began with, compared when the run is resumed.
+
+A value that is absent counts as None. So a run resumes with a later version that has more options, if None is their
+default.
+"""
 
 import json
 from pathlib import Path

@@ -106,7 +106,7 @@ def test_continuing_another_training(shared):
 def test_resuming_is_exact(shared, tmp_path, step):
     """Also of the discriminator, its optimizer and its averages; with other workers and parts of the batch too."""
     (tmp_path / "pictures").symlink_to(shared / "pictures")
-    chosen = recipe(shared, model="batch-norm", train=("decoder",))
+    chosen = recipe(shared, model="batch-norm", train=("decoder",), lr_decay="cosine")
     whole = everything(train_until(6, chosen, run_in(tmp_path / "whole", save_steps=100)))
     assert any("lecam" in name for name in whole) and any(f"{CRITIC}.optimizer" in name for name in whole)
     train_until(step, chosen, run_in(tmp_path / "run", save_steps=1))

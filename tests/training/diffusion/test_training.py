@@ -103,6 +103,18 @@ def test_more_steps(shared):
     assert (run.out / "model" / "model.safetensors").stat().st_mtime_ns > before
 
 
+def test_more_steps_of_a_decaying_learning_rate(shared):
+    """It continues on the curve of the new number of steps. With the same number, resuming is exact."""
+    decaying, folder = replace(RECIPE, lr_decay="cosine"), shared / "decaying"
+    train(decaying, run_in(folder), CPU)
+    train_until(6, decaying, run_in(shared / "decaying-ended"))
+    train(decaying, run_in(shared / "decaying-ended"), CPU)
+    assert_equal(weights(shared / "decaying-ended"), weights(folder))
+    train(replace(decaying, steps=19), run_in(folder), CPU)
+    rates = {line["step"]: line["lr"] for line in log(folder)}
+    assert rates[12] == 0 and rates[16] == pytest.approx(1e-2 * (1 + np.cos(np.pi * 11 / 14)) / 2) and rates[19] == 0
+
+
 @pytest.mark.parametrize("options", [{"workers": 2}, {"checkpoint_activations": True}], ids=str)
 def test_options_that_alter_no_bit(shared, options):
     run = run_in(shared / "-".join(options), **options)

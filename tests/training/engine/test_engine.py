@@ -110,6 +110,17 @@ def test_a_folder_of_other_data(tmp_path, finished):
         train(TwoNetworks(replace(RECIPE, seed=1), run))
 
 
+def test_settings_of_an_earlier_version(tmp_path, finished):
+    """Which has fewer options. Those that are new have their defaults."""
+    run = run_in(shutil.copytree(finished, tmp_path / "run"))
+    settings = json.loads((run.out / "training.json").read_text())
+    del settings["recipe"]["lr_decay"]
+    (run.out / "training.json").write_text(json.dumps(settings))
+    train(TwoNetworks(RECIPE, run))
+    with pytest.raises(TrainingError, match="contains a training with lr_decay None, not cosine"):
+        train(TwoNetworks(replace(RECIPE, lr_decay="cosine"), run))
+
+
 def test_a_loss_that_is_not_finite(tmp_path):
     class Diverging(TwoNetworks):
         def take_step(self, batch, logged):

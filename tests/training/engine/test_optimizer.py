@@ -1,5 +1,7 @@
 """Learning rate, weight decay and moving average, against the original's values where there are any."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -19,6 +21,16 @@ def test_warm_up(open_case):
     rates = [learning_rate(step + 1, **warm_up) for step in range(len(expected))]
     assert rates == pytest.approx(expected, rel=1e-12)
     assert learning_rate(1, **warm_up | {"warmup_steps": 0}) == meta["base_lr"]
+
+
+def test_cosine_decay():
+    """From lr at the last step of the warm-up to 0 at the last step of all."""
+    rates = [learning_rate(step, 2.0, 4, 1.0, ends=12) for step in range(1, 13)]
+    assert rates[:4] == [1.25, 1.5, 1.75, 2.0]
+    expected = [1 + math.cos(math.pi * step / 8) for step in range(1, 9)]
+    assert rates[4:] == pytest.approx(expected, abs=1e-12) and rates[7] == pytest.approx(1) and rates[-1] == 0
+    assert learning_rate(4, 2.0, 4, 1.0, ends=4) == 2.0
+    assert learning_rate(3, 2.0, 0, 0.0, ends=6) == pytest.approx(1)
 
 
 def test_what_decays():
