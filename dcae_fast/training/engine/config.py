@@ -26,7 +26,7 @@ class Recipe:
     seed: int = 0
     """seed of the initial weights, the data order and all random draws"""
     lr_decay: Literal["cosine"] | None = None
-    """after the warm-up, cosine lowers the learning rate to 0 at the last step, on a curve set by steps; None: constant"""
+    """cosine: after the warm-up, the learning rate falls to 0 at the last of the `steps`; None: it stays constant"""
 
     def __post_init__(self):
         check_least(self, {"batch": 1, "steps": 0, "seed": 0})

@@ -30,8 +30,10 @@ def build_optimizer(
 def learning_rate(step: int, lr: float, warmup_steps: int, warmup_lr: float, ends: int | None = None) -> float:
     """Learning rate of step 1, 2, ...
 
-    w + (lr - w) step / W                          up to step W; W = warmup_steps, w = warmup_lr
-    lr (1 + cos(pi (step - W) / (ends - W))) / 2   after step W; lr, if `ends` is None
+        w + (lr - w) step / W                          up to step W
+        lr (1 + cos(pi (step - W) / (ends - W))) / 2   after step W
+
+    W = warmup_steps, w = warmup_lr. If `ends` is None, it is lr after step W.
     """
     if step < warmup_steps:
         return warmup_lr + (lr - warmup_lr) * step / warmup_steps
