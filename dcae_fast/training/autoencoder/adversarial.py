@@ -51,8 +51,9 @@ def _check_kind(kind: str) -> None:
 
 
 def adaptive_weight(
-    reconstruction_loss: torch.Tensor,
-    generator_loss: torch.Tensor,
+    y: torch.Tensor,
+    of_reconstruction: torch.Tensor,
+    of_generator: torch.Tensor,
     last_weight: torch.Tensor,
     clamp: float = 1e4,
     scaler: torch.amp.GradScaler | None = None,
@@ -61,45 +62,46 @@ def adaptive_weight(
 
         min(|dR/dw| / (|dG/dw| + 1e-4), clamp)
 
-    R, G: reconstruction_loss, generator_loss, unscaled. w: last_weight, the weight of the decoder's last layer. The
-    norms are L2. The result is a scalar without gradient, in float32, on the device of w. The graph of both losses is
-    kept, and no `.grad` changes.
+    R, G: the loss of the reconstructions y, and the loss of the generator. of_reconstruction, of_generator: their
+    gradients by y, in any dtype, scaled if there is a scaler. w: last_weight, the weight of the decoder's last layer.
+    The norms are L2. The result is a scalar without gradient, in float32, on the device of w. The graph of y is kept,
+    and no `.grad` changes.
 
     Several ranks: the gradients are averaged over the ranks before their norms are taken. So the weight is the same on
     all ranks, and it is the weight of one process with the whole batch. All ranks must call this.
 
-    scaler: of the autoencoder, in float16. The gradients are computed from scaled losses, so that they do not
-    underflow; the scale cancels. If they overflow, the weight may be NaN, and the scaler skips the step.
+    scaler: of the autoencoder, in float16. Scaled gradients do not underflow; the scale cancels. If they overflow, the
+    weight may be NaN, and the scaler skips the step.
 
     FSDP2: the forward pass uses a whole weight, not the sharded parameter. Read `layer.weight` after the forward pass:
     it is then the whole weight if the layer belongs to the root, or to another unit that does not reshard after the
     forward pass.
 
-    Raises ValueError if w requires no gradient, if a loss does not depend on w, or if clamp is not positive.
+    Raises ValueError if w requires no gradient, if y does not depend on w, or if clamp is not positive.
     """
     if not clamp > 0:
         raise ValueError(f"clamp={clamp}; expected a positive number")
     if not last_weight.requires_grad:
         raise ValueError("last_weight requires no gradient; expected a trained weight")
-    scale = scaler.scale if scaler is not None else lambda x: x
-    losses = {"reconstruction_loss": reconstruction_loss, "generator_loss": generator_loss}
-    gradients = [_gradient(name, scale(full_precision(loss)), last_weight) for name, loss in losses.items()]
+    gradients = [_by_weight(y, gradient, last_weight) for gradient in (of_reconstruction, of_generator)]
     mean = distributed.all_sum(torch.stack(gradients)) / distributed.world_size()
-    of_reconstruction, of_generator = torch.linalg.vector_norm(mean, dim=1)
-    eps = scale(torch.full_like(of_generator, WEIGHT_EPS))
-    return (of_reconstruction / (of_generator + eps)).clamp(max=clamp)
+    by_reconstruction, by_generator = torch.linalg.vector_norm(mean, dim=1)
+    eps = torch.full_like(by_generator, WEIGHT_EPS)
+    eps = eps if scaler is None else scaler.scale(eps)
+    return (by_reconstruction / (by_generator + eps)).clamp(max=clamp)
 
 
-def _gradient(name: str, loss: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The gradient of a loss by a weight as a flat tensor, whole on each rank."""
-    gradient = None
-    if loss.requires_grad:
-        (gradient,) = torch.autograd.grad(loss, weight, retain_graph=True, allow_unused=True)
-    if gradient is None:
+def _by_weight(y: torch.Tensor, gradient: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The gradient by a weight of a loss with this gradient by y; as a flat tensor, whole on each rank."""
+    result = None
+    if y.requires_grad:
+        with torch.autograd.set_multithreading_enabled(False):  # Python functions take longer in another thread
+            (result,) = torch.autograd.grad(y, weight, gradient.to(y.dtype), retain_graph=True, allow_unused=True)
+    if result is None:
         sharded = isinstance(weight, DTensor)
         advice = ": it is sharded; read it after the forward pass, from a layer of FSDP's root" if sharded else ""
-        raise ValueError(f"{name} does not depend on last_weight{advice}")
-    whole = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+        raise ValueError(f"y does not depend on last_weight{advice}")
+    whole = result.full_tensor() if isinstance(result, DTensor) else result
     return full_precision(whole.detach()).flatten()
 
 

@@ -21,7 +21,7 @@ from dcae_fast.training.engine.task import Taken
 from .adversarial import adaptive_weight
 from .config import AutoencoderRecipe, AutoencoderRun
 from .critic import Critic
-from .losses import perceptual_loss, pixel_loss
+from .losses import full_precision, perceptual_loss, pixel_loss
 from .network import PartlyTrained, parallelize
 
 NAME, CRITIC = "autoencoder", "discriminator"  # in State.networks
@@ -109,11 +109,15 @@ def take_step(
         with gradients_summed(trained.called, last=number == len(parts) - 1):
             with autocast(x.device, recipe.precision):
                 y = trained.called(x, channels)
-                pair = Pair(torch.cat([x] * len(channels)) if channels else x, y)
-                losses, numbers = reconstruction_losses(trained, objective, critic, pair)
-            trained.backward(losses["loss"] / len(parts))
-        sums.add(losses | numbers)
-        pairs.append(Pair(pair.x, y.detach()))
+                made = full_precision(y.detach()).requires_grad_()
+                x = torch.cat([x] * len(channels)) if channels else x
+                losses = objective.reconstruction(made, x)
+                if critic is not None:
+                    losses["adversarial"] = critic.network.judge(made)
+            combined, gradient = combine(trained, objective, losses, made, y)
+            trained.backward(y, gradient / len(parts))
+        sums.add(combined | losses)
+        pairs.append(Pair(x, made.detach()))
     lr = learning_rate(step, recipe.lr, recipe.warmup_steps, 0.0, recipe.lr_ends)
     norm = trained.update(lr, recipe.clip_grad, want_norm=logged)
     if state.average is not None:
@@ -123,24 +127,25 @@ def take_step(
     return Taken(sums.means(), {"lr": lr, "grad_norm": norm} if logged else {})
 
 
-def reconstruction_losses(
-    trained: Trained, objective: Objective, critic: Trained | None, pair: Pair
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The losses of the autoencoder by name, among them the whole "loss"; and other numbers for the log."""
-    losses, numbers = objective.reconstruction(pair.y, pair.x), {}
-    total = objective.total(losses)
-    if critic is not None:
-        options = objective.recipe.gan
-        losses["adversarial"] = critic.network.judge(pair.y)
-        weight = options.gan_weight
+def combine(
+    trained: Trained, objective: Objective, losses: dict[str, torch.Tensor], made: torch.Tensor, y: torch.Tensor
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The weighted sum of the losses, "loss", with other numbers for the log; and its gradient by `made`, scaled.
+
+    y: the reconstructions. made: the same as a leaf, from which the losses were computed. So each loss is
+    differentiated once, and the adaptive weight needs only the last layer of the decoder besides.
+    """
+    total, numbers, options = objective.total(losses), {}, objective.recipe.gan
+    gradient = trained.gradient(total, made)
+    if "adversarial" in losses:
+        of_adversarial, weight = trained.gradient(losses["adversarial"], made), options.gan_weight
         if options.gan_adaptive:
-            ratio = adaptive_weight(
-                total, losses["adversarial"], last_weight(trained.network), options.gan_clamp, trained.scaler
-            )
+            last = last_weight(trained.network)
+            ratio = adaptive_weight(y, gradient, of_adversarial, last, options.gan_clamp, trained.scaler)
             ratio = ratio.nan_to_num(0.0)  # in float16, if the gradients overflow; the scaler then skips the step
             weight, numbers["adversarial_ratio"] = weight * ratio, ratio
-        total = total + weight * losses["adversarial"]
-    return {"loss": total} | losses, numbers
+        total, gradient = total + weight * losses["adversarial"], gradient + weight * of_adversarial
+    return {"loss": total} | numbers, gradient
 
 
 def last_weight(network: DCAE) -> torch.Tensor:
@@ -154,7 +159,7 @@ def update_critic(critic: Trained, recipe: AutoencoderRecipe, pairs: list[Pair],
     for number, (x, y) in enumerate(pairs):
         with gradients_summed(critic.called, last=number == len(pairs) - 1):
             with autocast(x.device, recipe.precision):
-                losses = critic.called(x, y.float())
+                losses = critic.called(x, y)
             loss = sum(loss for name, loss in losses.items() if name != "discriminator_accuracy")
             critic.backward(loss / len(pairs))
         sums.add(losses)

@@ -26,10 +26,21 @@ class Trained:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Adds the gradients of a scalar loss, scaled by the scaler, to the gradients of the parameters."""
+    def gradient(self, loss: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The gradient of a scalar loss, scaled by the scaler, by x."""
         with torch.autograd.set_multithreading_enabled(False):  # Python functions take longer in another thread
-            self.scaler.scale(loss).backward()
+            return torch.autograd.grad(self.scaler.scale(loss), x)[0]
+
+    def backward(self, y: torch.Tensor, gradient: torch.Tensor | None = None) -> None:
+        """Adds gradients to the gradients of the parameters.
+
+        y: a scalar loss, which the scaler scales; or any tensor, with the gradient of a scaled loss by it.
+        """
+        with torch.autograd.set_multithreading_enabled(False):
+            if gradient is None:
+                self.scaler.scale(y).backward()
+            else:
+                y.backward(gradient.to(y.dtype))
 
     def update(self, lr: float, clip_grad: float | None = None, want_norm: bool = False) -> torch.Tensor | None:
         """Takes a step of the optimizer with this learning rate and discards the gradients.

@@ -66,28 +66,28 @@ def test_an_unknown_kind_is_named():
             call()
 
 
-def quadratic(factor: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """w = (3, 4), R = |w|², G = factor * sum(w): |dR/dw| = 10, |dG/dw| = factor sqrt(2)."""
+def quadratic(factor: float = 1.0, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """For adaptive_weight: y = w = (3, 4), R = |y|², G = factor * sum(y); |dR/dw| = 10, |dG/dw| = factor √2."""
     w = torch.tensor([3.0, 4.0], requires_grad=True)
-    return (w**2).sum(), factor * w.sum(), w
+    y = w.clone()
+    return y, scale * 2 * y.detach(), scale * factor * torch.ones(2), w
 
 
 @pytest.mark.parametrize("factor, clamp", [(1.0, 1e4), (-2.0, 1e4), (1e-5, 1e4), (1e-5, 100.0), (0.0, 1e6)])
 def test_adaptive_weight_is_its_formula(factor, clamp):
-    reconstruction, adversarial, w = quadratic(factor)
-    weight = adaptive_weight(reconstruction, adversarial, w, clamp)
+    y, *gradients, w = quadratic(factor)
+    weight = adaptive_weight(y, *gradients, w, clamp)
     assert weight.item() == pytest.approx(min(10 / (abs(factor) * 2**0.5 + 1e-4), clamp))
     assert weight.shape == () and not weight.requires_grad and w.grad is None
-    (reconstruction + weight * adversarial).backward()  # the graphs are kept
+    y.sum().backward()  # the graph is kept
     assert w.grad is not None
 
 
 def test_the_scale_of_the_gradient_scaler_cancels():
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
     for factor in (1.0, 1e-5):
-        torch.testing.assert_close(
-            adaptive_weight(*quadratic(factor), scaler=scaler), adaptive_weight(*quadratic(factor)), rtol=1e-6, atol=0
-        )
+        scaled = adaptive_weight(*quadratic(factor, scale=2.0**12), scaler=scaler)
+        torch.testing.assert_close(scaled, adaptive_weight(*quadratic(factor)), rtol=1e-6, atol=0)
     disabled = torch.amp.GradScaler("cpu", enabled=False)
     assert adaptive_weight(*quadratic(), scaler=disabled) == adaptive_weight(*quadratic())
 
@@ -95,8 +95,10 @@ def test_the_scale_of_the_gradient_scaler_cancels():
 def test_the_scaler_keeps_small_float16_gradients():
     def weight(scaler):
         w = torch.ones(4, requires_grad=True)
-        small = (w.half() * 2.0**-13).float().sum() * 2.0**-13  # a gradient of 2^-26 is 0 in float16
-        return adaptive_weight(small, 1000 * small, w, scaler=scaler)
+        y = w.half() * 2.0**-13
+        gradient = torch.full((4,), 2.0**-13)  # of w: 2^-26, which is 0 in float16
+        gradient = scaler.scale(gradient) if scaler else gradient
+        return adaptive_weight(y, gradient, 1000 * gradient, w, scaler=scaler)
 
     assert weight(None) == 0
     assert weight(torch.amp.GradScaler("cpu", init_scale=2.0**16)) > 0
@@ -111,20 +113,20 @@ def test_adaptive_weight_of_a_patched_decoder():
             dcae_fast.patch(model)
         x = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
         last_weight = model.decoder.project_out.op_list[-1].conv.conv.weight
-        weights.append(adaptive_weight(*two_losses(model(x), x), last_weight))
+        y = model(x)
+        weights.append(adaptive_weight(y, *two_gradients(y, x), last_weight))
     torch.testing.assert_close(*weights, rtol=1e-4, atol=0)
 
 
 def test_adaptive_weight_names_bad_arguments():
-    reconstruction, adversarial, w = quadratic()
+    y, *gradients, w = quadratic()
     with pytest.raises(ValueError, match="clamp=0; expected a positive number"):
-        adaptive_weight(reconstruction, adversarial, w, clamp=0)
+        adaptive_weight(y, *gradients, w, clamp=0)
     with pytest.raises(ValueError, match="last_weight requires no gradient"):
-        adaptive_weight(reconstruction, adversarial, w.detach())
-    with pytest.raises(ValueError, match="generator_loss does not depend on last_weight"):
-        adaptive_weight(reconstruction, torch.ones(()), w)
-    with pytest.raises(ValueError, match="reconstruction_loss does not depend on last_weight"):
-        adaptive_weight(torch.ones((), requires_grad=True), adversarial, w)
+        adaptive_weight(y, *gradients, w.detach())
+    for other in (y.detach(), torch.ones(2, requires_grad=True) * 1):
+        with pytest.raises(ValueError, match="y does not depend on last_weight"):
+            adaptive_weight(other, *gradients, w)
 
 
 def test_gradient_penalty_is_its_formula():
@@ -208,11 +210,18 @@ def two_losses(made: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch
     return (made - x).abs().mean(), F.softplus(-F.conv2d(made, kernel)).mean()
 
 
+def two_gradients(y: torch.Tensor, x: torch.Tensor) -> list[torch.Tensor]:
+    """The gradients of both losses by y."""
+    made = y.detach().requires_grad_()
+    return [torch.autograd.grad(loss, made)[0] for loss in two_losses(made, x)]
+
+
 def trained(network: nn.Module, called: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The adaptive weight, and the gradients of the weighted sum of both losses."""
-    reconstruction, adversarial = two_losses(called(x), x)
-    weight = adaptive_weight(reconstruction, adversarial, network[-1].weight)
-    (reconstruction + weight * adversarial).backward()
+    y = called(x)
+    reconstruction, adversarial = two_gradients(y, x)
+    weight = adaptive_weight(y, reconstruction, adversarial, network[-1].weight)
+    y.backward(reconstruction + weight * adversarial)
     gradients = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in network.parameters()]
     return weight, gradients
 
@@ -228,11 +237,12 @@ def in_each_rank(rank: int, folder: str) -> None:
         results[parallel] = trained(network, called, mine)
     network = small_network()
     called = apply_fsdp(network, [network[4]])  # resharded after the forward pass
-    with pytest.raises(ValueError, match="reconstruction_loss does not depend on last_weight: it is sharded"):
-        adaptive_weight(*two_losses(called(mine), mine), network[4].weight)
+    y = called(mine)
+    with pytest.raises(ValueError, match="y does not depend on last_weight: it is sharded"):
+        adaptive_weight(y, *two_gradients(y, mine), network[4].weight)
     mesh = init_device_mesh("cpu", (RANKS,))
     w = nn.Parameter(distribute_tensor(torch.tensor([3.0, 4.0]), mesh, [Shard(0)]))
-    results["sharded"] = adaptive_weight((w**2).sum().full_tensor(), w.sum().full_tensor(), w)
+    results["sharded"] = adaptive_weight(w.clone().full_tensor(), torch.tensor([6.0, 8.0]), torch.ones(2), w)
     lecam = LeCam(0.9)
     results["lecam"] = [lecam(REAL[rank], FAKE + rank), lecam.real, lecam.fake]
     torch.save(results, f"{folder}/{rank}.pt")
