@@ -1,6 +1,7 @@
 """python -m benchmarks: runs all benchmarks on this machine; without a GPU, a rehearsal on small shapes."""
 
 import argparse
+import os
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 from . import (
     autoencoder,
+    autoencoder_loss_curve,
     autoencoder_training,
     contenders,
     first_call,
@@ -23,7 +25,7 @@ from . import (
     training,
     transformer,
 )
-from .autoencoder_workloads import TrainingWorkload, training_workloads
+from .autoencoder_workloads import TrainingWorkload, loss_workloads, training_workloads
 from .ceilings import Ceilings, measure_ceilings
 from .network_workloads import NetworkWorkload, network_workloads
 from .workloads import Workload, workloads
@@ -35,8 +37,10 @@ NETWORK_PARTS = {
     "loss-curve": loss_curve.benchmark,
 }
 PARTS = (
-    "operators", "autoencoder", "memory", "first-call", "autoencoder-training", *NETWORK_PARTS, "pipeline",
+    "operators", "autoencoder", "memory", "first-call", "autoencoder-training", "autoencoder-loss-curve",
+    *NETWORK_PARTS, "pipeline",
 )  # fmt: skip
+TRAININGS_AT_ONCE = 5  # processes that compile training steps; each takes up to 25 GiB of the GPU
 CONTENDERS = list(contenders.CONTENDERS | autoencoder_training.CONTENDERS | networks.CONTENDERS)
 W = TypeVar("W", Workload, TrainingWorkload, NetworkWorkload)
 
@@ -62,8 +66,15 @@ def records_of(
             yield NETWORK_PARTS[part](workload, device, ceilings)
         return
     if part == "autoencoder-training":
-        for workload in chosen(training_workloads(), only, names):
+        selected = chosen(training_workloads(), only, names)
+        first_call.fill_caches(selected, TRAININGS_AT_ONCE)
+        for workload in selected:
             yield autoencoder_training.benchmark(workload, device, ceilings)
+        return
+    if part == "autoencoder-loss-curve":
+        for workload in loss_workloads():
+            if only(workload.name):
+                yield autoencoder_loss_curve.benchmark(workload, device, ceilings)
         return
     if part == "pipeline":
         for each in pipeline.pipelines():
@@ -72,7 +83,7 @@ def records_of(
         return
     selected = chosen(workloads(part), only, names)
     if part == "autoencoder":
-        first_call.fill_caches(selected)
+        first_call.fill_caches(selected, os.cpu_count())
     for workload in selected:
         if part == "autoencoder":
             yield autoencoder.benchmark(workload, device, ceilings)
@@ -98,7 +109,7 @@ def main() -> None:
         default=CONTENDERS,
         metavar="NAME",
         help="run only eager and these contenders of each workload; the record replaces a record with more contenders"
-        " in the same file. Not for operators and pipeline",
+        " in the same file. Not for operators, loss curves of autoencoders and pipeline",
     )
     parser.add_argument(
         "--out", type=Path, default=results.default_path(), help="JSON file for the results (default: %(default)s)"

@@ -1,5 +1,7 @@
 """Time of the first call with a new shape: python -m benchmarks.first_call WORKLOAD CONTENDER, in a fresh process.
 
+A workload is encoding, decoding, or a training step of an autoencoder.
+
 Cold means that all caches on the disk (Triton, torch.compile, convolution plans) are empty. Warm means that a previous
 process has filled them.
 """
@@ -9,17 +11,20 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from . import contenders
+from . import autoencoder_training, contenders
+from .autoencoder_workloads import TrainingWorkload, training_workloads
 from .timing import seconds
 from .workloads import Workload, parse
 
 ROOT = Path(__file__).parents[1]
+AnyWorkload = Workload | TrainingWorkload
 
 
 def benchmark(workload: Workload) -> dict:
@@ -36,20 +41,21 @@ def benchmark(workload: Workload) -> dict:
     return {"workload": workload.name, "contenders": rows}
 
 
-def fill_caches(workloads: list[Workload]) -> None:
-    """Fills the disk cache of torch.compile for these workloads, with one process per CPU core.
+def fill_caches(workloads: Sequence[AnyWorkload], processes: int) -> None:
+    """Fills the disk cache of torch.compile for these workloads, with so many processes at a time.
 
     Only compiled code is cached. The choices that torch.compile makes by timing kernels are not: a process that has the
     GPU for itself repeats them later. Failures are ignored here; they occur again when the contender is called.
     """
     pairs = [(workload, name) for workload in workloads for name in workload.contenders if "torch.compile" in name]
-    environment = {"TORCHINDUCTOR_COMPILE_THREADS": str(max(1, os.cpu_count() // max(1, len(pairs))))}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    threads = os.cpu_count() // max(1, min(len(pairs), processes))
+    environment = {"TORCHINDUCTOR_COMPILE_THREADS": str(max(1, threads))}
+    with ThreadPoolExecutor(processes) as pool:
         for workload, name in pairs:
             pool.submit(in_fresh_process, workload, name, environment, "--compile-only")
 
 
-def in_fresh_process(workload: Workload, contender: str, environment: dict[str, str], *options: str) -> float:
+def in_fresh_process(workload: AnyWorkload, contender: str, environment: dict[str, str], *options: str) -> float:
     """The seconds of the first call, measured in a new process."""
     command = [sys.executable, "-m", "benchmarks.first_call", workload.name, contender, *options]
     environment = os.environ | environment
@@ -57,8 +63,13 @@ def in_fresh_process(workload: Workload, contender: str, environment: dict[str, 
     return float(result.stdout.split()[-1])
 
 
-def first_call(workload: Workload, contender: str, device: torch.device) -> float:
+def first_call(workload: AnyWorkload, contender: str, device: torch.device) -> float:
     """Seconds of the first call, with the model already on the device and the libraries loaded."""
+    if isinstance(workload, TrainingWorkload):
+        in_training = autoencoder_training.prepared(contender, workload, device)
+        images = autoencoder_training.images_of(workload, device)
+        load_libraries(images)
+        return seconds(autoencoder_training.stepper(contender, in_training, images))
     half, x = contenders.prepared(contender, workload, device)
     load_libraries(x)
     return seconds(contenders.caller(contender, half, x))
@@ -72,8 +83,8 @@ def load_libraries(like: torch.Tensor) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("workload", type=parse, help="MODEL-DIRECTION-bBATCH-SIZE")
-    parser.add_argument("contender", choices=contenders.CONTENDERS)
+    parser.add_argument("workload", help="MODEL-DIRECTION-bBATCH-SIZE, or a workload of autoencoder-training")
+    parser.add_argument("contender", choices=contenders.CONTENDERS | autoencoder_training.CONTENDERS)
     parser.add_argument("--compile-only", action="store_true", help="do not cache choices made by timing kernels")
     options = parser.parse_args()
     if options.compile_only:
@@ -81,7 +92,9 @@ def main() -> None:
 
         config.autotune_local_cache = False
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(first_call(options.workload, options.contender, device))
+    training = {workload.name: workload for workload in training_workloads()}
+    workload = training.get(options.workload) or parse(options.workload)
+    print(first_call(workload, options.contender, device))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ except ImportError as error:
 COLOURS = {
     "eager": "#b8bec6",
     "eager channels-last": "#9aa2ac",
+    "eager, other seed": "#55708f",
     "torch.compile": "#7d93b2",
     "torch.compile, reduce-overhead": "#55708f",
     "plain + torch.compile": "#5b7fa6",

@@ -32,6 +32,7 @@ PLOTS = {  # name of the file → part, what draws it, title
         "Autoencoders, training step: share of the ceiling",
     ),
     "loss": ("loss-curve", plots.losses, "Training loss of a small transformer"),
+    "autoencoder_loss": ("autoencoder-loss-curve", plots.losses, "Training loss of a small autoencoder"),
 }
 SECTIONS = {  # heading → part, table
     "All contenders": ("autoencoder", tables.contender_table),
@@ -42,7 +43,8 @@ SECTIONS = {  # heading → part, table
     "Diffusion transformers": ("transformer", tables.network_table),
     "Training steps": ("training", tables.network_table),
     "Sampling": ("sampling", tables.network_table),
-    "Loss of a training": ("loss-curve", tables.loss_table),
+    "Loss of a transformer in training": ("loss-curve", tables.loss_table),
+    "Loss of an autoencoder in training": ("autoencoder-loss-curve", tables.loss_table),
     "Commands": ("pipeline", tables.pipeline_table),
 }
 SETTING = """Measured on one {gpu} in bf16 with random weights: torch {torch}, cuDNN {cudnn}, triton {triton}, {date}.

@@ -4,6 +4,7 @@ import math
 
 from .targets import (
     GRAPHS,
+    LOSS_CURVES,
     NOMINAL,
     PATCHED,
     TARGETS,
@@ -297,7 +298,7 @@ def line(part: str, record: dict) -> str:
         shape = "×".join(map(str, record["shape"]))
         ms = f"{record['ms']:.3f} ms, eager {record['eager_ms']:.3f}" if "ms" in record else "wrong"
         return f"{record['operator']} {shape}: {ms}"
-    if part == "loss-curve":
+    if part in LOSS_CURVES:
         differences = {name: f"{row['difference']:.2%}" for name, row in record["contenders"].items()}
         return f"{record['workload']}: largest difference of the loss {differences}"
     cells = []

@@ -5,13 +5,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 
-from .autoencoder_workloads import TRAINING_WORKLOADS
+from .autoencoder_workloads import LOSS_WORKLOADS, TRAINING_WORKLOADS
 from .network_workloads import NETWORK_WORKLOADS
 from .workloads import DIRECTIONS, F32, F64, F128, SANA, WORKLOADS
 
 NOMINAL = 790  # TFLOP/s of a large bf16 matrix product; defines the floors in targets
 PATCHED, GRAPHS, BOUNDED = "patched channels-last", "patched + CUDA graphs", "patched, bounded memory"
 FASTEST = "patched, fastest"  # see `with_fastest`
+LOSS_CURVES = "loss-curve", "autoencoder-loss-curve"  # parts
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ TARGETS = [
     Target("headline", "sampling", "patched", "ratio", None, 34, faster=True),
     Target("headline", "training", "patched", "ratio", None, 34, faster=True),
     *[Target(part, None, "patched", "error", "eager", 1.0) for part in ("transformer", "training")],
-    Target("loss-curve", None, "patched", "difference", None, 0.01),
+    *[Target(part, None, "patched", "difference", None, 0.01) for part in LOSS_CURVES],
 ]
 PAPER = {"sampling": 19.1, "training": 17.9}  # the throughput ratios in the DC-AE paper, on one H100
 HEADLINE = {  # name → part, workload on Stable Diffusion's latents, workload on DC-AE's latents
@@ -172,6 +173,8 @@ def contenders_of(part: str) -> dict[str, tuple[str, ...]]:
     if part == "headline":
         workloads = {workload.name: workload.contenders for each in NETWORK_WORKLOADS.values() for workload in each}
         return {name: workloads[ours] for name, (_, _, ours) in HEADLINE.items()}
+    if part == "autoencoder-loss-curve":
+        return {workload.name: workload.contenders for workload in LOSS_WORKLOADS}
     if part == "autoencoder-training":
         return {workload.name: (*workload.contenders, FASTEST) for workload in TRAINING_WORKLOADS}
     return {workload.name: workload.contenders for workload in (WORKLOADS | NETWORK_WORKLOADS)[part]}

@@ -9,9 +9,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks import __main__ as main
-from benchmarks import autoencoder, profile, tables, targets
+from benchmarks import autoencoder, autoencoder_loss_curve, profile, tables, targets
 from benchmarks import autoencoder_training as benchmark
-from benchmarks.autoencoder_workloads import RECIPES, TRAINING_REHEARSAL, TRAINING_WORKLOADS, TrainingWorkload
+from benchmarks.autoencoder_workloads import (
+    LOSS_WORKLOADS,
+    RECIPES,
+    TRAINING_REHEARSAL,
+    TRAINING_WORKLOADS,
+    LossWorkload,
+    TrainingWorkload,
+)
 from benchmarks.ceilings import Ceilings
 from benchmarks.workloads import Workload
 from dcae_fast.models.autoencoder import DCAE, CoderConfig, DCAEConfig
@@ -241,3 +248,18 @@ def test_profile_accounts_for_the_step():
 def test_a_line_for_the_terminal(records):
     for record in records:
         assert tables.line("autoencoder-training", record).startswith(record["workload"])
+
+
+def test_losses_of_patched_and_eager_are_compared(monkeypatch):
+    monkeypatch.setattr(autoencoder_loss_curve, "STEPS", 6)
+    monkeypatch.setattr(autoencoder_loss_curve, "WINDOW", 3)
+    monkeypatch.setattr(LossWorkload, "config", lambda workload: DCAE.from_name("small").config)
+    record = autoencoder_loss_curve.benchmark(LossWorkload("small", 1, 1, 8), CPU, CEILINGS)
+    assert all(len(row["losses"]) == 2 for row in record["contenders"].values())
+    eager, patched, other = (row["difference"] for row in record["contenders"].values())
+    assert eager == 0 < patched < min(0.01, other)
+
+
+def test_the_model_of_the_loss_curve_is_narrow():
+    config = LOSS_WORKLOADS[0].config()
+    assert config.encoder.width == (32, 64, 128, 128, 256, 256) and config.decoder.depth == (0, 5, 10, 2, 2, 2)

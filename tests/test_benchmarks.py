@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks import autoencoder, contenders, first_call, operators, profile, results, tables, targets
+from benchmarks.autoencoder_workloads import TrainingWorkload
 from benchmarks.ceilings import Ceilings, measure_ceilings
 from benchmarks.workloads import COMPILED, WORKLOADS, Workload, parse
 from dcae_fast.models.autoencoder import DCAE, CoderConfig, DCAEConfig
@@ -301,5 +302,6 @@ def test_caches_of_torch_compile_are_filled_first(monkeypatch):
     compiled = []
     monkeypatch.setattr(first_call, "in_fresh_process", lambda workload, name, *rest: compiled.append((workload, name)))
     workload = Workload("small", "decode", 1, 8, COMPILED)
-    first_call.fill_caches([TINY, workload])
-    assert compiled == [(workload, "torch.compile")]
+    training = TrainingWorkload("small", "full", 1, 8, ("eager", "patched + torch.compile"))
+    first_call.fill_caches([TINY, workload, training], 1)
+    assert compiled == [(workload, "torch.compile"), (training, "patched + torch.compile")]

@@ -216,7 +216,7 @@ def test_report(records, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "PAGES", tmp_path / "docs" / "benchmarks")
     report.main()
     page = (tmp_path / "docs" / "benchmarks" / "gpu.md").read_text()
-    for heading in ("Diffusion transformers", "Training steps", "Sampling", "Loss of a training"):
+    for heading in ("Diffusion transformers", "Training steps", "Sampling", "Loss of a transformer in training"):
         assert f"\n## {heading}\n" in page
     assert "| large | eager | out of memory |" in page and "| uvit-tiny-f64-step-b2 | patched + CUDA graphs |" in page
     for plot in ("transformer", "training", "loss"):
