@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import dcae_fast
 from dcae_fast.training.autoencoder.config import Adversarial
 from dcae_fast.training.autoencoder.critic import Critic
 from dcae_fast.training.autoencoder.losses import LPIPS
@@ -30,6 +31,10 @@ class Losses:
             if device.type == "cuda":
                 for module in (self.perceptual, self.critic):
                     module.to(memory_format=torch.channels_last)
+
+    def patch(self) -> None:
+        if self.critic is not None:
+            dcae_fast.patch(self.perceptual)
 
     def compile(self, mode: str | None) -> None:
         if self.critic is not None:

@@ -118,6 +118,7 @@ def prepared(name: str, workload: TrainingWorkload, device: torch.device) -> InT
         model.to(memory_format=torch.channels_last)
     if contender.patched:
         dcae_fast.patch(model)
+        losses.patch()
     if contender.compiled:
         apply_compile([model], contender.mode)
         losses.compile(contender.mode)

@@ -19,6 +19,11 @@ from dcae_fast.ops.bias_act import bias_act_backward_op, bias_act_backward_refer
 from dcae_fast.ops.concatenate import concatenate_reference
 from dcae_fast.ops.conv2d_unshuffle import conv2d_unshuffle_reference
 from dcae_fast.ops.depthwise_glu import depthwise_glu_reference
+from dcae_fast.ops.feature_distance import (
+    feature_distance_backward_op,
+    feature_distance_backward_reference,
+    feature_distance_reference,
+)
 from dcae_fast.ops.layer_norm import layer_norm_backward_op, layer_norm_backward_reference
 from dcae_fast.ops.linear import linear_gelu_reference, linear_reference
 from dcae_fast.ops.mlp import mlp_reference
@@ -58,6 +63,8 @@ SHAPES: list[tuple[str, Shape]] = [
     ("bias_act gradient", (16, 256, 128, 128)),
     ("batch_norm_act + residual", (16, 256, 128, 128)),
     ("batch_norm_act gradient", (16, 256, 128, 128)),
+    ("feature_distance", (16, 64, 256, 256)),
+    ("feature_distance gradient", (16, 64, 256, 256)),
     ("relu_linear_attention", (8, 1536, 64, 64)),
     ("relu_linear_attention", (32, 3072, 32, 32)),
     ("multiscale_qkv", (8, 1536, 64, 64)),
@@ -115,6 +122,19 @@ def bias_act_gradient(random, b, c, h, w) -> Case:
     return Case(
         lambda *tensors: bias_act_backward_op(*tensors, *constants)[0],
         lambda *tensors: bias_act_backward_reference(*tensors, *constants)[0],
+        [random(b, c, h, w), random(b, c, h, w), random(c)],
+    )
+
+
+def feature_distance(random, b, c, h, w) -> Case:
+    return Case(ops.feature_distance, feature_distance_reference, [random(b, c, h, w), random(b, c, h, w), random(c)])
+
+
+def feature_distance_gradient(random, b, c, h, w) -> Case:
+    one = torch.ones((), device=random(1).device)
+    return Case(
+        lambda *tensors: feature_distance_backward_op(one, *tensors, 1e-8),
+        lambda *tensors: feature_distance_backward_reference(one, *tensors, 1e-8),
         [random(b, c, h, w), random(b, c, h, w), random(c)],
     )
 
@@ -305,6 +325,8 @@ CASES: dict[str, Callable[..., Case]] = {
     "bias_act gradient": bias_act_gradient,
     "batch_norm_act + residual": batch_norm_act,
     "batch_norm_act gradient": batch_norm_act_gradient,
+    "feature_distance": feature_distance,
+    "feature_distance gradient": feature_distance_gradient,
     "relu_linear_attention": relu_linear_attention,
     "multiscale_qkv": multiscale_qkv,
     "multiscale_qkv gradient": multiscale_qkv_gradient,

@@ -27,6 +27,7 @@ OPERATORS = (
     "conv2d_unshuffle",
     "depthwise_glu",
     "duplicate_shuffle_add",
+    "feature_distance",
     "layer_norm",
     "linear",
     "mlp",

@@ -4,6 +4,10 @@ import torch
 import torch.nn.functional as F
 
 
+def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
     """Channel RMS norm.
 
@@ -17,6 +21,22 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, e
     if bias is not None:
         y = y + bias.view(1, -1, 1, 1)
     return y.to(x.dtype)
+
+
+def feature_distance(a: torch.Tensor, b: torch.Tensor, head: torch.Tensor, eps: float = 1e-8) -> torch.Tensor:
+    """The distance of LPIPS (arXiv 1801.03924) between two feature maps, a scalar in fp32 or wider.
+
+        mean over b, h, w of Σ_c head[c] (â[c] - b̂[c])²,    x̂ = x * rsqrt(Σ_c x² + eps)
+
+    a, b: [B, C, H, W]; head: [C]. As in torchmetrics, the epsilon is within the root, where it keeps the gradient of
+    zero features finite.
+    """
+
+    def normalised(x: torch.Tensor) -> torch.Tensor:
+        wide = _at_least_float32(x)
+        return wide * torch.rsqrt(wide.square().sum(dim=1, keepdim=True) + eps)
+
+    return ((normalised(a) - normalised(b)).square() * head.view(1, -1, 1, 1)).sum(dim=1).mean()
 
 
 def relu_linear_attention(qkv: torch.Tensor, head_dim: int, eps: float) -> torch.Tensor:
@@ -45,10 +65,6 @@ def relu_linear_attention(qkv: torch.Tensor, head_dim: int, eps: float) -> torch
             scores = scores / (scores.sum(dim=2, keepdim=True) + eps)
             out = v @ scores.to(v.dtype)
         return out.reshape(batch, channels // 3, height, width).to(qkv.dtype)
-
-
-def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def pixel_unshuffle(x: torch.Tensor, factor: int) -> torch.Tensor:

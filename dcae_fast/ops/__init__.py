@@ -9,6 +9,7 @@ from .conv2d import conv2d
 from .conv2d_unshuffle import conv2d_unshuffle
 from .convolution_weights import channels_last, fold_batch_norm, subpixel_weights
 from .depthwise_glu import depthwise_glu
+from .feature_distance import feature_distance
 from .layer_norm import layer_norm
 from .linear import linear
 from .mlp import mlp
@@ -32,6 +33,7 @@ __all__ = [
     "conv2d_unshuffle",
     "depthwise_glu",
     "duplicate_shuffle_add",
+    "feature_distance",
     "fold_batch_norm",
     "has_kernels",
     "in_transform",

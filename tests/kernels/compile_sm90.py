@@ -59,6 +59,7 @@ def main():
     from dcae_fast.kernels.conv2d import launch_conv2d, launch_conv2d_unshuffle
     from dcae_fast.kernels.depthwise_glu import launch_depthwise_glu, launch_depthwise_glu_backward
     from dcae_fast.kernels.duplicate_shuffle_add import launch_duplicate_shuffle_add
+    from dcae_fast.kernels.feature_distance import launch_feature_distance, launch_feature_distance_backward
     from dcae_fast.kernels.gelu_backward import launch_gelu_backward
     from dcae_fast.kernels.layer_norm import launch_layer_norm, launch_layer_norm_backward
     from dcae_fast.kernels.multiscale_qkv import launch_multiscale_qkv, launch_multiscale_qkv_backward
@@ -81,6 +82,8 @@ def main():
         x, c = tensor(2, channels, 8, 8), tensor(channels)
         launch_rms_norm(x, c, c, 1e-5, "none", x, x.dtype)
         launch_rms_norm_backward(x, x, c, c, 1e-5, "none")
+        launch_feature_distance(x, x, c, 1e-8)
+        launch_feature_distance_backward(torch.empty(()), x, x, c, 1e-8)
     for channels in (256, 8192):
         x, c = tensor(2, channels, 8, 8), tensor(channels)
         launch_bias_act(x, c, "silu", None, None, None, 0.0, None, x.dtype)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dcae_fast import distributed
+from dcae_fast.models import functional
 from dcae_fast.training.engine.config import TrainingError
 
 CHARBONNIER_EPS = 1e-3
@@ -17,7 +18,6 @@ VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512)
 VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"  # torchvision's VGG16_Weights.IMAGENET1K_V1
 VGG16_HASH = "397923af"  # the first digits of the file's SHA-256
 HEADS = (("torchmetrics", "functional/image/lpips_models/vgg.pth"), ("lpips", "weights/v0.1/vgg.pth"))
-NORM_EPS = 1e-8
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -28,11 +28,11 @@ def full_precision(x: torch.Tensor) -> torch.Tensor:
 
 
 def _difference(reconstruction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    _check_shapes(reconstruction, target)
+    check_shapes(reconstruction, target)
     return full_precision(reconstruction) - full_precision(target)
 
 
-def _check_shapes(reconstruction: torch.Tensor, target: torch.Tensor) -> None:
+def check_shapes(reconstruction: torch.Tensor, target: torch.Tensor) -> None:
     if reconstruction.shape != target.shape:
         shapes = f"{list(reconstruction.shape)}; target has shape {list(target.shape)}"
         raise ValueError(f"reconstruction has shape {shapes}; expected equal shapes")
@@ -76,9 +76,8 @@ class LPIPS(nn.Module):
 
         mean over b of sum over stages s of mean over pixels of sum over c of heads[s][c] (a_c - b_c)²
 
-    a, b: features of reconstruction and target after the last ReLU of a stage, [B, C, h, w], divided by
-    sqrt(sum over c of a_c² + 1e-8). As in torchmetrics, this epsilon is within the root, where it keeps the gradient
-    of zero features finite.
+    a, b: features of reconstruction and target after the last ReLU of a stage, [B, C, h, w], normalised as in
+    `functional.feature_distance`.
 
     Inputs: [B, 3, H, W] in [-1, 1], at least 16 pixels high and wide. The gradient flows to the reconstruction only;
     the parameters are frozen. Under autocast, convolutions run in its precision. The distance is in float32.
@@ -102,7 +101,8 @@ class LPIPS(nn.Module):
         self.register_buffer("scale", torch.tensor(SCALE)[:, None, None], persistent=False)
         self.requires_grad_(False)
 
-    def _stages(self, x: torch.Tensor) -> list[torch.Tensor]:
+    def stages(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """The features of pictures after the last ReLU of each stage."""
         x, stages = (x - self.shift) / self.scale, []
         for number, layer in enumerate(self.features, 1):
             x = layer(x)
@@ -111,27 +111,15 @@ class LPIPS(nn.Module):
         return stages
 
     def forward(self, reconstruction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        _check_shapes(reconstruction, target)
+        check_shapes(reconstruction, target)
         if reconstruction.ndim != 4 or reconstruction.shape[1] != 3:
             raise ValueError(f"reconstruction has shape {list(reconstruction.shape)}; expected [B, 3, H, W]")
         with torch.no_grad():
-            wanted = self._stages(target)
-        stages = zip(self._stages(reconstruction), wanted, self.heads, strict=True)
-        return torch.stack([feature_distance(*stage) for stage in stages]).sum()
+            wanted = self.stages(target)
+        stages = zip(self.stages(reconstruction), wanted, self.heads, strict=True)
+        return torch.stack([self.distance(*stage) for stage in stages]).sum()
 
-
-def feature_distance(a: torch.Tensor, b: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-    """Mean over pictures and pixels of sum over c of head_c (â_c - b̂_c)², where â is a with length 1 in each pixel.
-
-    a, b: [B, C, h, w]; head: [C]. A scalar, in float32.
-    """
-    square = (_normalized(a) - _normalized(b)).square()
-    return (square * head[:, None, None]).sum(1).mean()
-
-
-def _normalized(x: torch.Tensor) -> torch.Tensor:
-    x = full_precision(x)
-    return x * (x.square().sum(1, keepdim=True) + NORM_EPS).rsqrt()
+    distance = staticmethod(functional.feature_distance)
 
 
 def perceptual_loss(device: torch.device) -> LPIPS:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+import dcae_fast
 from dcae_fast import distributed
 from dcae_fast.models import checkpoint
 from dcae_fast.models.autoencoder import DCAE
@@ -58,12 +59,17 @@ def save_weights(config: DCAEConfig, tensors: dict[str, torch.Tensor], folder: P
 
 
 class Objective:
-    """The losses of the autoencoder. Raises TrainingError if the weights of the perceptual loss are missing."""
+    """The losses of the autoencoder. Raises TrainingError if the weights of the perceptual loss are missing.
 
-    def __init__(self, recipe: AutoencoderRecipe, device: torch.device):
+    patch: whether the perceptual loss uses the fast operators.
+    """
+
+    def __init__(self, recipe: AutoencoderRecipe, device: torch.device, patch: bool):
         self.recipe, self.pixel = recipe, pixel_loss(recipe.pixel)
         wanted = recipe.perceptual == "lpips" and recipe.perceptual_weight > 0
         self.perceptual: Callable | None = perceptual_loss(device) if wanted else None
+        if self.perceptual is not None and patch:
+            dcae_fast.patch(self.perceptual)
 
     def reconstruction(self, y: torch.Tensor, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """The losses of reconstructions y of pictures x, by name, without their weights."""

@@ -67,7 +67,7 @@ class AutoencoderTask(Task):
 
     def build(self) -> State:
         """Raises TrainingError if the weights of the perceptual loss are missing."""
-        self.objective = Objective(self.recipe, self.device)
+        self.objective = Objective(self.recipe, self.device, self.run.patch)
         self.held_out = HeldOut(self.recipe, self.run, self.pictures, self.device)
         with_fsdp = distributed.is_distributed() and self.run.parallel == "fsdp"  # which needs contiguous weights
         layout = torch.contiguous_format if with_fsdp else torch.channels_last

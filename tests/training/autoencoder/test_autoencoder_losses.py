@@ -4,9 +4,12 @@ from urllib.error import URLError
 
 import pytest
 import torch
+from torch import nn
 
+import dcae_fast
+from dcae_fast.models.functional import feature_distance
 from dcae_fast.training.autoencoder import losses
-from dcae_fast.training.autoencoder.losses import LPIPS, feature_distance, perceptual_loss, pixel_loss
+from dcae_fast.training.autoencoder.losses import LPIPS, perceptual_loss, pixel_loss
 from dcae_fast.training.engine.config import TrainingError
 
 CPU = torch.device("cpu")
@@ -69,6 +72,26 @@ def test_bad_arguments_are_named(network):
             loss(torch.zeros(1, 3, 16, 16), torch.zeros(3, 16, 16))
     with pytest.raises(ValueError, match=r"reconstruction has shape \[1, 1, 16, 16\]; expected \[B, 3, H, W\]"):
         network(torch.zeros(1, 1, 16, 16), torch.zeros(1, 1, 16, 16))
+
+
+def test_patched_lpips_is_lpips():
+    torch.manual_seed(0)
+    loss, pictures = LPIPS(), torch.randn(2, 2, 3, 16, 24)
+    for module in loss.features:
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+
+    def run():
+        y = pictures[0].clone().requires_grad_()
+        value = loss(y, pictures[1])
+        return value, *torch.autograd.grad(value, y)
+
+    expected = run()
+    assert dcae_fast.patch(loss).replaced == {"LPIPS": 1}
+    for got, want in zip(run(), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-7)
+    with pytest.raises(ValueError, match="expected equal shapes"):
+        loss(pictures[0], pictures[1][:, :, :8])
 
 
 def test_feature_distance_is_its_formula():
