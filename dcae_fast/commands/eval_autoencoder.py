@@ -79,7 +79,7 @@ def eval_autoencoder(
             batches = FolderBatches(found_pictures, resolution, batch, workers, limit)
             if distributed.is_main():
                 make_folder(out)
-            found, missing = networks.load_all(autoencoder.NETWORKS, device)
+            found, missing = networks.load_all(autoencoder.NETWORKS, device, resolution)
             results = autoencoder.evaluate(batches, models, found, moments)
         except DataError as error:
             raise UsageError(str(error)) from error

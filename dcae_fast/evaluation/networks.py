@@ -143,6 +143,7 @@ WEIGHTS = {
     "inception_score": INCEPTION,
     "cmmd": CLIP_336,
 }
+SMALLEST = {"ssim": 11, "lpips": 31}  # pixels: the window of SSIM; the layers of AlexNet
 
 
 def load(name: str, device: torch.device) -> Network:
@@ -181,18 +182,27 @@ def _how_to_get(name: str) -> str:
     return f"with internet access, run: hf download {source}\n  then copy {folder} from its cache into {HF_HUB_CACHE}"
 
 
-def load_all(names: Iterable[str], device: torch.device) -> tuple[dict[str, Network], dict[str, str]]:
+def load_all(
+    names: Iterable[str], device: torch.device, side: int | None = None
+) -> tuple[dict[str, Network], dict[str, str]]:
     """The networks that all ranks can load, by name, and the reasons why the others are missing, by name.
 
+    side: of square pictures, in pixels. Networks that cannot measure such small pictures are missing.
     The main process loads first, so that only one process downloads. The other ranks skip what the main process lacks.
     """
+    too_small = {
+        name: f"{name}: crops of {side} px; expected at least {SMALLEST[name]}"
+        for name in names
+        if side is not None and side < SMALLEST.get(name, 0)
+    }
+    names = [name for name in names if name not in too_small]
     found, missing = _load_each(names, device) if distributed.is_main() else ({}, {})
     missing = distributed.broadcast(missing)
     if not distributed.is_main():
         found, missing_here = _load_each([name for name in names if name not in missing], device)
         missing = missing | missing_here
     missing = {name: reason for each in distributed.all_gather(missing) for name, reason in each.items()}
-    return {name: network for name, network in found.items() if name not in missing}, missing
+    return {name: network for name, network in found.items() if name not in missing}, missing | too_small
 
 
 def _load_each(names: Iterable[str], device: torch.device) -> tuple[dict[str, Network], dict[str, str]]:

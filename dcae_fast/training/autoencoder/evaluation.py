@@ -36,7 +36,7 @@ class HeldOut:
         pictures = find(run.eval_data) if self.is_held_out else _some(trained_on)
         self.batches = FolderBatches(pictures, recipe.resolution, AT_ONCE, run.workers, max_pixels_of(run))
         self.named: set[str] = set()
-        found, missing = networks.load_all(NETWORKS, device)
+        found, missing = networks.load_all(NETWORKS, device, recipe.resolution)
         self.networks = {name: _in_float32(network, device) for name, network in found.items()}
         for reason in missing.values():
             distributed.print_main(f"not measured: {reason}", error=True)

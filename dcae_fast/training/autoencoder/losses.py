@@ -18,6 +18,7 @@ VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512)
 VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"  # torchvision's VGG16_Weights.IMAGENET1K_V1
 VGG16_HASH = "397923af"  # the first digits of the file's SHA-256
 HEADS = (("torchmetrics", "functional/image/lpips_models/vgg.pth"), ("lpips", "weights/v0.1/vgg.pth"))
+SMALLEST = 2 ** (len(VGG16) - 1)  # side of the pictures of LPIPS, in pixels
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 

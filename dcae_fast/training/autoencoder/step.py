@@ -22,7 +22,7 @@ from dcae_fast.training.engine.task import Taken
 from .adversarial import adaptive_weight
 from .config import AutoencoderRecipe, AutoencoderRun
 from .critic import Critic
-from .losses import full_precision, perceptual_loss, pixel_loss
+from .losses import SMALLEST, full_precision, perceptual_loss, pixel_loss
 from .network import PartlyTrained, parallelize
 
 NAME, CRITIC = "autoencoder", "discriminator"  # in State.networks
@@ -59,7 +59,9 @@ def save_weights(config: DCAEConfig, tensors: dict[str, torch.Tensor], folder: P
 
 
 class Objective:
-    """The losses of the autoencoder. Raises TrainingError if the weights of the perceptual loss are missing.
+    """The losses of the autoencoder.
+
+    Raises TrainingError if the weights of the perceptual loss are missing, ValueError if crops are too small for it.
 
     patch: whether the perceptual loss uses the fast operators.
     """
@@ -67,6 +69,10 @@ class Objective:
     def __init__(self, recipe: AutoencoderRecipe, device: torch.device, patch: bool):
         self.recipe, self.pixel = recipe, pixel_loss(recipe.pixel)
         wanted = recipe.perceptual == "lpips" and recipe.perceptual_weight > 0
+        if wanted and recipe.resolution < SMALLEST:
+            raise ValueError(
+                f"resolution={recipe.resolution}; expected at least {SMALLEST} for LPIPS, or --perceptual none"
+            )
         self.perceptual: Callable | None = perceptual_loss(device) if wanted else None
         if self.perceptual is not None and patch:
             dcae_fast.patch(self.perceptual)

@@ -210,6 +210,21 @@ def test_held_out_pictures_that_cannot_be_measured(shared, tmp_path, capsys):
     assert f"of held-out photographs ({PICTURES}):" in (out / "README.md").read_text()
 
 
+def test_crops_that_are_too_small_for_a_metric(shared, capsys):
+    """They are measured by the others."""
+    run = run_in(shared / "small-crops", eval_steps=1)
+    train_until(1, recipe(shared, "decoder", resolution=8, steps=1), run)
+    assert {"psnr", "rfid"} <= log(run.out)[-1].keys() and "ssim" not in log(run.out)[-1]
+    errors = capsys.readouterr().err
+    assert "not measured: ssim: crops of 8 px; expected at least 11" in errors
+    assert "not measured: lpips: crops of 8 px; expected at least 31" in errors
+
+
+def test_crops_that_are_too_small_for_lpips(shared):
+    with pytest.raises(ValueError, match="resolution=8; expected at least 16 for LPIPS, or --perceptual none"):
+        train_until(1, recipe(shared, "decoder", resolution=8, perceptual="lpips"), run_in(shared / "no-lpips"))
+
+
 def test_metrics_are_computed_in_float32(shared, monkeypatch):
     """In a training in bfloat16 too, of whose reconstructions they are."""
     under_autocast = []
