@@ -18,7 +18,6 @@ from dcae_fast.models.autoencoder import DCAE, CoderConfig, DCAEConfig, down_sam
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU the Triton kernels run in the interpreter
 OUTPUT, GRADIENT = 5e-6, 1e-4
-torch.backends.cudnn.allow_tf32 = False
 
 SHUFFLED = CoderConfig((8, 8, 32), (0, 1, 1), ("ResBlock",) * 2 + ("EViTGLU",), ("rms",) * 3, ("silu",) * 3)
 ADAPTIVE = CoderConfig((8, 8), (0, 1), ("ResBlock",) * 2, ("rms",) * 2, ("silu",) * 2, shortcut=False)
