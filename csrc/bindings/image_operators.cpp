@@ -47,6 +47,16 @@ at::Tensor empty_channels_last(const at::Tensor& like, int64_t channels) {
                    at::MemoryFormat::ChannelsLast);
 }
 
+// Checks dout, the gradient of a result of this shape. Returns the address of its data.
+const void* gradient(const at::Tensor& dout, const at::Tensor& x, at::IntArrayRef shape) {
+  const void* data = channels_last("dout", dout);
+  require_value(dout.sizes() == shape, "dout must have shape ", shape, ", got ", dout.sizes());
+  require_type(dout.scalar_type() == x.scalar_type(), "dout must be ", x.scalar_type(), " as x, got ",
+               dout.scalar_type());
+  require_value(dout.device() == x.device(), "dout must be on ", x.device(), ", got ", dout.device());
+  return data;
+}
+
 // The checked arguments of the depthwise convolution. Makes their device the current one while it exists.
 struct DepthwiseConvolution {
   const void* x;
@@ -87,13 +97,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> depthwise_glu_backward(const at::
                                                                       const at::Tensor& weight, const at::Tensor& bias,
                                                                       bool parameters) {
   const DepthwiseConvolution conv(x, weight, bias);
-  const void* dout_data = channels_last("dout", dout);
-  const std::vector<int64_t> shape = {x.size(0), conv.channels, x.size(2), x.size(3)};
-  require_value(dout.sizes() == shape, "dout must have shape ", shape, ", got ", dout.sizes());
-  require_type(dout.scalar_type() == x.scalar_type(), "dout must be ", x.scalar_type(), " as x, got ",
-               dout.scalar_type());
-  require_value(dout.device() == x.device(), "dout must be on ", x.device(), ", got ", dout.device());
-
+  const void* dout_data = gradient(dout, x, {x.size(0), conv.channels, x.size(2), x.size(3)});
   at::Tensor dx = empty_channels_last(x, x.size(1));
   const auto none = [&] { return at::empty({0}, x.options()); };
   if (x.numel() == 0) {
@@ -149,24 +153,65 @@ at::Tensor relu_linear_attention(const std::vector<at::Tensor>& qkvs, int64_t he
   return out;
 }
 
+// The checked arguments of multiscale_qkv. Makes their device the current one while it exists.
+struct MultiscaleQkv {
+  static constexpr int kGroup = 32, kSize = 5;
+
+  const void* x;
+  c10::cuda::CUDAGuard guard;
+  DType dtype;
+  int64_t batch;
+  int height, width, channels;
+  at::Tensor depthwise, grouped;  // in x's dtype
+
+  MultiscaleQkv(const at::Tensor& x, const at::Tensor& depthwise, const at::Tensor& grouped)
+      : x(channels_last("x", x)), guard(x.device()), dtype(dtype_of("x", x.scalar_type())), batch(x.size(0)) {
+    require_value(x.size(1) > 0 && x.size(1) % kGroup == 0,
+                  "x must have shape [B, C, H, W] with C a positive multiple of 32, got ", x.sizes());
+    require_int_sizes(x);
+    channels = static_cast<int>(x.size(1));
+    height = static_cast<int>(x.size(2));
+    width = static_cast<int>(x.size(3));
+    this->depthwise = parameter("depthwise", depthwise, x, {channels, 1, kSize, kSize});
+    this->grouped = parameter("grouped", grouped, x, {channels, kGroup, 1, 1});
+  }
+};
+
 at::Tensor multiscale_qkv(const at::Tensor& x, const at::Tensor& depthwise, const at::Tensor& grouped) {
-  constexpr int kGroup = 32, kSize = 5;
-  const void* x_data = channels_last("x", x);
-  const c10::cuda::CUDAGuard guard(x.device());
-  const DType dtype = dtype_of("x", x.scalar_type());
-  require_value(x.size(1) > 0 && x.size(1) % kGroup == 0,
-                "x must have shape [B, C, H, W] with C a positive multiple of 32, got ", x.sizes());
-  require_int_sizes(x);
-  const at::Tensor taps = parameter("depthwise", depthwise, x, {x.size(1), 1, kSize, kSize});
-  const at::Tensor matrices = parameter("grouped", grouped, x, {x.size(1), kGroup, 1, 1});
-  at::Tensor out = empty_channels_last(x, x.size(1));
+  const MultiscaleQkv args(x, depthwise, grouped);
+  at::Tensor out = empty_channels_last(x, args.channels);
   if (out.numel() > 0) {
-    C10_CUDA_CHECK(launch_multiscale_qkv(x_data, taps.const_data_ptr(), matrices.const_data_ptr(),
-                                         out.mutable_data_ptr(), x.size(0), static_cast<int>(x.size(2)),
-                                         static_cast<int>(x.size(3)), static_cast<int>(x.size(1)), dtype,
-                                         c10::cuda::getCurrentCUDAStream()));
+    C10_CUDA_CHECK(launch_multiscale_qkv(args.x, args.depthwise.const_data_ptr(), args.grouped.const_data_ptr(),
+                                         out.mutable_data_ptr(), args.batch, args.height, args.width, args.channels,
+                                         args.dtype, c10::cuda::getCurrentCUDAStream()));
   }
   return out;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> multiscale_qkv_backward(const at::Tensor& dout, const at::Tensor& x,
+                                                                       const at::Tensor& depthwise,
+                                                                       const at::Tensor& grouped, bool parameters) {
+  const MultiscaleQkv args(x, depthwise, grouped);
+  const void* dout_data = gradient(dout, x, x.sizes());
+  at::Tensor dx = empty_channels_last(x, args.channels);
+  const auto none = [&] { return at::empty({0}, x.options()); };
+  if (x.numel() == 0) {
+    return {dx, parameters ? at::zeros_like(depthwise) : none(), parameters ? at::zeros_like(grouped) : none()};
+  }
+  const int64_t of_depthwise = depthwise.numel(), of_grouped = grouped.numel();
+  at::Tensor sums;
+  if (parameters) {
+    int splits;
+    C10_CUDA_CHECK(multiscale_qkv_backward_splits(args.batch, args.height, args.width, args.channels, &splits));
+    sums = at::empty({splits, of_depthwise + of_grouped}, x.options().dtype(at::kFloat));
+  }
+  C10_CUDA_CHECK(launch_multiscale_qkv_backward(
+      dout_data, args.x, args.depthwise.const_data_ptr(), args.grouped.const_data_ptr(), dx.mutable_data_ptr(),
+      parameters ? sums.mutable_data_ptr<float>() : nullptr, args.batch, args.height, args.width, args.channels,
+      args.dtype, c10::cuda::getCurrentCUDAStream()));
+  if (!parameters) return {dx, none(), none()};
+  return {dx, sums.narrow(1, 0, of_depthwise).sum(0).view(depthwise.sizes()).to(depthwise.scalar_type()),
+          sums.narrow(1, of_depthwise, of_grouped).sum(0).view(grouped.sizes()).to(grouped.scalar_type())};
 }
 
 }  // namespace
@@ -183,6 +228,9 @@ void bind_image_operators(pybind11::module_& module) {
       "ReLU linear attention of packed qkv tensors, channels-last; the results are concatenated along channels.");
   module.def("multiscale_qkv", &multiscale_qkv, py::arg("x"), py::arg("depthwise"), py::arg("grouped"),
              "Depthwise 5x5 convolution of x, then grouped 1x1 convolution, channels-last.");
+  module.def("multiscale_qkv_backward", &multiscale_qkv_backward, py::arg("dout"), py::arg("x"), py::arg("depthwise"),
+             py::arg("grouped"), py::arg("parameters"),
+             "The gradients of multiscale_qkv by x, depthwise and grouped. Without `parameters` the last two are empty.");
 }
 
 }  // namespace dcae_fast

@@ -4,22 +4,17 @@
 // partial sums of the four output rows that an input row does not complete. Four completed rows of a warp, 16 pixels,
 // form the rows of a tensor core fragment. Tensor cores multiply the strip's two groups of channels by their matrices.
 
+#include "multiscale_qkv.cuh"
 #include "ops.h"
-#include "strips.cuh"
-#include "tensor_cores.cuh"
 
 namespace dcae_fast {
 
 namespace {
 
-constexpr int kSize = 5, kHalo = kSize / 2, kTaps = kSize * kSize;
-constexpr int kGroup = 32;       // channels of a group; a strip has two groups
 constexpr int kMaxWarps = 4;     // of a block
 constexpr int kWarpsPerSM = 12;  // as many as the registers allow
 constexpr int kStages = 3;       // of the ring
-constexpr int kBatch = 4;        // rows multiplied at a time
-constexpr int kPixels = kBatch * kColumns;
-constexpr int kPixelSize = kPairs + 4, kFilterSize = kGroup / 2 + 4;  // in pairs; padded against bank conflicts
+constexpr int kBatch = kPixels / kColumns;  // rows multiplied at a time
 
 template <typename T>
 __global__ void __launch_bounds__(32 * kMaxWarps, kWarpsPerSM / kMaxWarps)
@@ -47,34 +42,6 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kWarpsPerSM / kMaxWarps)
   }
   __syncthreads();  // the barriers and the filters are ready
 
-  // Multiplies the warp's pixels by the matrices of their groups, in place.
-  const auto mix = [&](Pair(&pixels)[kPixels][kPixelSize]) {
-    __syncwarp();
-#pragma unroll
-    for (int group = 0; group < 2; ++group) {
-      Pair a[2][4];
-#pragma unroll
-      for (int s = 0; s < 2; ++s) {
-        const Pair* row = &pixels[lane % 16][group * kGroup / 2 + 8 * s + lane / 16 * 4];
-        load_matrices(a[s][0], a[s][1], a[s][2], a[s][3], shared_address(row));
-      }
-      __syncwarp();
-#pragma unroll
-      for (int i = 0; i < kGroup / 8; ++i) {
-        Pair b[2][2];
-        float c[4] = {};
-        const Pair* row = &filters[group * kGroup + 8 * i + lane % 8][lane / 8 * 4];
-        load_matrices(b[0][0], b[0][1], b[1][0], b[1][1], shared_address(row));
-        multiply_add<T>(c, a[0], b[0]);
-        multiply_add<T>(c, a[1], b[1]);
-        Pair* to = &pixels[lane / 4][(group * kGroup + 8 * i) / 2 + lane % 4];
-        to[0] = narrow<T>(c[0], c[1]);
-        to[8 * kPixelSize] = narrow<T>(c[2], c[3]);
-      }
-    }
-    __syncwarp();
-  };
-
   for (int index = first_strip; index < cut.strips; index += cut.lanes) {
     const Strip to = strip(cut, index);
     // a thread writes four pairs of one column at a time
@@ -93,21 +60,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kWarpsPerSM / kMaxWarps)
           const float2 two = widen<T>(rows[r * row_size + i * kPairs]);
           in[i][0] = two.x, in[i][1] = two.y;
         }
-#pragma unroll
-        for (int j = 0; j < kColumns; ++j) {
-#pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            float of_rows[kSize] = {sums[0][j][c], sums[1][j][c], sums[2][j][c], sums[3][j][c], 0.0f};
-#pragma unroll
-            for (int tap = 0; tap < kTaps; ++tap) {
-              float& sum = of_rows[kSize - 1 - tap / kSize];
-              sum = fmaf(in[j + tap % kSize][c], taps[c][tap], sum);
-            }
-            done[j][c] = of_rows[0];
-#pragma unroll
-            for (int i = 1; i < kSize; ++i) sums[i - 1][j][c] = of_rows[i];
-          }
-        }
+        add_row<false>(in, taps, sums, done);
         const int row = to.halo_row + step * kRows + r - kHalo - to.row;  // completed, relative to the strip's first
         if (!within(row, to.rows)) continue;
 #pragma unroll
@@ -115,7 +68,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kWarpsPerSM / kMaxWarps)
           pixels[warp][row % kBatch * kColumns + j][lane] = narrow<T>(done[j][0], done[j][1]);
         }
         if (row % kBatch < kBatch - 1 && row < to.rows - 1) continue;
-        mix(pixels[warp]);
+        multiply_groups<T>(pixels[warp], filters, [&](int i) { return shared_address(&pixels[warp][lane % 16][4 * i]); });
         for (int i = 0; i <= row % kBatch; ++i) {
           const Pair* from = &pixels[warp][i * kColumns + lane / 8][lane % 8 * 4];
           if (writes) *reinterpret_cast<uint4*>(target) = *reinterpret_cast<const uint4*>(from);

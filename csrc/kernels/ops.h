@@ -42,6 +42,16 @@ cudaError_t launch_relu_linear_attention(const void* qkv, void* out, int64_t bat
 cudaError_t launch_multiscale_qkv(const void* x, const void* depthwise, const void* grouped, void* out, int64_t batch,
                                   int height, int width, int channels, DType dtype, cudaStream_t stream);
 
+// The gradients of multiscale_qkv, computed from dout, the gradient of out.
+//
+// dx has x's shape. sums: null, or partial sums in fp32, for each split first of ddepthwise, [channels, 5, 5], then of
+// dgrouped, [channels, 32]. The caller adds up the splits; multiscale_qkv_backward_splits computes their number. The
+// gradient of the depthwise result is rounded to x's dtype for dx only. The result is deterministic.
+cudaError_t multiscale_qkv_backward_splits(int64_t batch, int height, int width, int channels, int* splits);
+cudaError_t launch_multiscale_qkv_backward(const void* dout, const void* x, const void* depthwise, const void* grouped,
+                                           void* dx, float* sums, int64_t batch, int height, int width, int channels,
+                                           DType dtype, cudaStream_t stream);
+
 // out = softmax(q kᵀ / sqrt(head_dim)) v for each head, and lse, the logarithm of the softmax's denominator.
 //
 // qkv: [batch, tokens, 3, heads, head_dim]; out: [batch, tokens, heads, head_dim]; lse: [batch, heads, tokens] in fp32;

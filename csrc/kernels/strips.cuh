@@ -88,8 +88,13 @@ inline cudaError_t cut_into_strips(Cut* cut, int64_t batch, int height, int widt
 }
 
 // Describes a tensor [batch, height, width, parts, 2 * pairs] of 16-bit elements to the tensor memory accelerator, for
-// boxes of one step, [kRows, columns, parts, 64].
-inline cudaError_t describe(CUtensorMap* map, const void* x, int64_t batch, const Cut& cut, int parts, int columns) {
+// boxes [rows, columns, parts, channels].
+struct Boxes {
+  int rows, columns, channels;
+  CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_NONE;
+};
+inline cudaError_t describe(CUtensorMap* map, const void* x, int64_t batch, int height, int width, int parts, int pairs,
+                            const Boxes& boxes) {
   static const auto encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult result;
@@ -98,14 +103,22 @@ inline cudaError_t describe(CUtensorMap* map, const void* x, int64_t batch, cons
   }();
   if (encode == nullptr) return cudaErrorNotSupported;
   using Size = cuuint64_t;
-  const Size part = sizeof(Pair) * static_cast<Size>(cut.pairs), pixel = part * parts;
-  const Size sizes[] = {Size(2 * cut.pairs), Size(parts), Size(cut.width), Size(cut.height), Size(batch)};
-  const Size strides[] = {part, pixel, pixel * cut.width, pixel * cut.width * cut.height};
-  const cuuint32_t box[] = {2 * kPairs, cuuint32_t(parts), cuuint32_t(columns), kRows, 1}, every[] = {1, 1, 1, 1, 1};
+  const Size part = sizeof(Pair) * static_cast<Size>(pairs), pixel = part * parts;
+  const Size sizes[] = {Size(2 * pairs), Size(parts), Size(width), Size(height), Size(batch)};
+  const Size strides[] = {part, pixel, pixel * width, pixel * width * height};
+  const cuuint32_t box[] = {cuuint32_t(boxes.channels), cuuint32_t(parts), cuuint32_t(boxes.columns),
+                            cuuint32_t(boxes.rows), 1};
+  const cuuint32_t every[] = {1, 1, 1, 1, 1};
   const CUresult result = encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 5, const_cast<void*>(x), sizes, strides, box,
-                                 every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE,
-                                 CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+                                 every, CU_TENSOR_MAP_INTERLEAVE_NONE, boxes.swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+// The same for boxes of one step of strips, [kRows, columns, parts, 64].
+inline cudaError_t describe(CUtensorMap* map, const void* x, int64_t batch, const Cut& cut, int parts, int columns,
+                            CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_NONE) {
+  return describe(map, x, batch, cut.height, cut.width, parts, cut.pairs, {kRows, columns, 2 * kPairs, swizzle});
 }
 
 // Initializes the barriers of a ring. The block must synchronize before any other thread waits for them.

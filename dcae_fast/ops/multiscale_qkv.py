@@ -46,10 +46,10 @@ def _accepts(x, depthwise, grouped):
     return all(tensor.dtype in KERNEL_DTYPES for tensor in (x, depthwise, grouped)) and grouped.shape[1] in GROUPS
 
 
-def _cuda_accepts(x, depthwise, grouped):
-    """The kernel of the CUDA extension takes 5×5 windows and groups of 32 channels."""
+def _cuda_accepts(x, depthwise, grouped, *gradient):
+    """The kernels of the CUDA extension take 5×5 windows and groups of 32 channels."""
     sizes = depthwise.shape[2] == 5 and grouped.shape[1] == 32
-    return sizes and halves_on_hopper(x) and as_x_or_float32(x, depthwise, grouped)
+    return sizes and halves_on_hopper(x, *gradient) and as_x_or_float32(x, depthwise, grouped)
 
 
 multiscale_qkv_op = define(
@@ -65,6 +65,7 @@ multiscale_qkv_backward_op = define(
     multiscale_qkv_backward_reference,
     lambda dout, x, depthwise, grouped, _: _accepts(x, depthwise, grouped) and depthwise.shape[2] <= MOST_TAPS,
     "multiscale_qkv",
+    lambda dout, x, depthwise, grouped, _: _cuda_accepts(x, depthwise, grouped, dout),
 )
 
 
