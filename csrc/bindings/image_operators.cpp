@@ -119,38 +119,74 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> depthwise_glu_backward(const at::
   return {dx, dweight, sums.select(0, 9).to(bias.scalar_type())};
 }
 
-at::Tensor relu_linear_attention(const std::vector<at::Tensor>& qkvs, int64_t head_dim, double eps) {
-  constexpr int kHeadDim = 32;
-  require_value(head_dim == kHeadDim, "head_dim must be 32, got ", std::to_string(head_dim));
-  require_value(!qkvs.empty(), "qkvs is empty; expected at least one packed qkv tensor");
-  const at::Tensor& first = qkvs[0];
-  int64_t channels = 0;
-  for (const at::Tensor& qkv : qkvs) {
-    channels_last("qkv", qkv);
-    require_type(qkv.scalar_type() == first.scalar_type(), "qkv must be ", first.scalar_type(), " as the first, got ",
-                 qkv.scalar_type());
-    require_value(qkv.device() == first.device(), "qkv must be on ", first.device(), ", got ", qkv.device());
-    require_value(qkv.size(0) == first.size(0) && qkv.sizes().slice(2) == first.sizes().slice(2) &&
-                      qkv.size(1) % (3 * kHeadDim) == 0,
-                  "qkv must have the first one's batch and size and a multiple of 96 channels, got ", qkv.sizes());
-    channels += qkv.size(1) / 3;
-  }
-  const DType dtype = dtype_of("qkv", first.scalar_type());
-  const int64_t positions = first.size(2) * first.size(3);
-  require_value(positions <= INT_MAX / 2 && channels <= INT_MAX / 3, "qkv is too large: ", first.sizes());
+// The checked arguments of the attention.
+struct Attention {
+  static constexpr int kHeadDim = 32;
 
-  const c10::cuda::CUDAGuard guard(first.device());
-  at::Tensor out = empty_channels_last(first, channels);
+  DType dtype;
+  int positions, channels;  // channels: of the result
+
+  Attention(const std::vector<at::Tensor>& qkvs, int64_t head_dim) {
+    require_value(head_dim == kHeadDim, "head_dim must be 32, got ", std::to_string(head_dim));
+    require_value(!qkvs.empty(), "qkvs is empty; expected at least one packed qkv tensor");
+    const at::Tensor& first = qkvs[0];
+    int64_t channels = 0;
+    for (const at::Tensor& qkv : qkvs) {
+      channels_last("qkv", qkv);
+      require_type(qkv.scalar_type() == first.scalar_type(), "qkv must be ", first.scalar_type(), " as the first, got ",
+                   qkv.scalar_type());
+      require_value(qkv.device() == first.device(), "qkv must be on ", first.device(), ", got ", qkv.device());
+      require_value(qkv.size(0) == first.size(0) && qkv.sizes().slice(2) == first.sizes().slice(2) &&
+                        qkv.size(1) % (3 * kHeadDim) == 0,
+                    "qkv must have the first one's batch and size and a multiple of 96 channels, got ", qkv.sizes());
+      channels += qkv.size(1) / 3;
+    }
+    dtype = dtype_of("qkv", first.scalar_type());
+    const int64_t positions = first.size(2) * first.size(3);
+    require_value(positions <= INT_MAX / 2 && channels <= INT_MAX / 3, "qkv is too large: ", first.sizes());
+    this->positions = static_cast<int>(positions);
+    this->channels = static_cast<int>(channels);
+  }
+
+  static int heads(const at::Tensor& qkv) { return static_cast<int>(qkv.size(1) / (3 * kHeadDim)); }
+};
+
+at::Tensor relu_linear_attention(const std::vector<at::Tensor>& qkvs, int64_t head_dim, double eps) {
+  const Attention args(qkvs, head_dim);
+  const c10::cuda::CUDAGuard guard(qkvs[0].device());
+  at::Tensor out = empty_channels_last(qkvs[0], args.channels);
   auto* target = static_cast<uint16_t*>(out.mutable_data_ptr());
   for (const at::Tensor& qkv : qkvs) {
     if (qkv.numel() == 0) continue;
-    const int heads = static_cast<int>(qkv.size(1) / (3 * kHeadDim));
-    C10_CUDA_CHECK(launch_relu_linear_attention(qkv.const_data_ptr(), target, qkv.size(0), static_cast<int>(positions),
-                                                heads, static_cast<int>(channels), static_cast<float>(eps), dtype,
+    const int heads = Attention::heads(qkv);
+    C10_CUDA_CHECK(launch_relu_linear_attention(qkv.const_data_ptr(), target, qkv.size(0), args.positions, heads,
+                                                args.channels, static_cast<float>(eps), args.dtype,
                                                 c10::cuda::getCurrentCUDAStream()));
-    target += heads * kHeadDim;
+    target += heads * Attention::kHeadDim;
   }
   return out;
+}
+
+std::vector<at::Tensor> relu_linear_attention_backward(const at::Tensor& dout, const std::vector<at::Tensor>& qkvs,
+                                                       int64_t head_dim, double eps) {
+  const Attention args(qkvs, head_dim);
+  const at::Tensor& first = qkvs[0];
+  require_type(args.dtype == DType::kBFloat16, "qkv must be bfloat16, got ", first.scalar_type());
+  const auto* from = static_cast<const uint16_t*>(
+      gradient(dout, first, {first.size(0), args.channels, first.size(2), first.size(3)}));
+  const c10::cuda::CUDAGuard guard(first.device());
+  std::vector<at::Tensor> dqkvs;
+  for (const at::Tensor& qkv : qkvs) {
+    dqkvs.push_back(empty_channels_last(qkv, qkv.size(1)));
+    if (qkv.numel() == 0) continue;
+    const int heads = Attention::heads(qkv);
+    C10_CUDA_CHECK(launch_relu_linear_attention_backward(from, qkv.const_data_ptr(), dqkvs.back().mutable_data_ptr(),
+                                                         qkv.size(0), args.positions, heads, args.channels,
+                                                         static_cast<float>(eps),
+                                                         c10::cuda::getCurrentCUDAStream()));
+    from += heads * Attention::kHeadDim;
+  }
+  return dqkvs;
 }
 
 // The checked arguments of multiscale_qkv. Makes their device the current one while it exists.
@@ -226,6 +262,8 @@ void bind_image_operators(pybind11::module_& module) {
   module.def(
       "relu_linear_attention", &relu_linear_attention, py::arg("qkvs"), py::arg("head_dim"), py::arg("eps"),
       "ReLU linear attention of packed qkv tensors, channels-last; the results are concatenated along channels.");
+  module.def("relu_linear_attention_backward", &relu_linear_attention_backward, py::arg("dout"), py::arg("qkvs"),
+             py::arg("head_dim"), py::arg("eps"), "The gradients of relu_linear_attention by each qkv, in bfloat16.");
   module.def("multiscale_qkv", &multiscale_qkv, py::arg("x"), py::arg("depthwise"), py::arg("grouped"),
              "Depthwise 5x5 convolution of x, then grouped 1x1 convolution, channels-last.");
   module.def("multiscale_qkv_backward", &multiscale_qkv_backward, py::arg("dout"), py::arg("x"), py::arg("depthwise"),

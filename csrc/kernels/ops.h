@@ -35,6 +35,12 @@ cudaError_t launch_depthwise_glu_backward(const void* dout, const void* x, const
 cudaError_t launch_relu_linear_attention(const void* qkv, void* out, int64_t batch, int positions, int heads,
                                          int out_channels, float eps, DType dtype, cudaStream_t stream);
 
+// The gradient of relu_linear_attention: dqkv, computed from dout, the gradient of out, of which the first 32 * heads
+// channels are read. All tensors are in bfloat16. The result is deterministic.
+cudaError_t launch_relu_linear_attention_backward(const void* dout, const void* qkv, void* dqkv, int64_t batch,
+                                                  int positions, int heads, int out_channels, float eps,
+                                                  cudaStream_t stream);
+
 // out[o] = sum over c in the group of o of grouped[o, c] * depthwise_conv5x5(x, depthwise)[c], padding 2, groups of 32.
 //
 // x, out: [batch, height, width, channels], channels a positive multiple of 32; depthwise: [channels, 5, 5];

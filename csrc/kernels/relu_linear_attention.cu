@@ -6,48 +6,21 @@
 // channels within a fragment of the tensor cores is free, as long as both factors agree. It is chosen such that each
 // thread reads and writes neighbouring channels, directly from and to memory.
 
-#include <cooperative_groups.h>
-
 #include <algorithm>
 #include <climits>
 
 #include "launch.h"
 #include "ops.h"
-#include "tensor_cores.cuh"
+#include "relu_linear_attention.cuh"
 
 namespace dcae_fast {
 
 namespace {
 
-namespace cg = cooperative_groups;
-
-constexpr int kDim = 32;                  // channels of q, k and v of a head
-constexpr int kSums = (kDim + 1) * kDim;  // of relu(k) vᵀ, then of relu(k)
-constexpr int kGroup = 16;                // positions of a tensor core fragment
-constexpr int kUnroll = 2;                // groups that a warp reads at a time
-constexpr int kWarps = 8;                 // of a block
+constexpr int kUnroll = 2;  // groups that a warp reads at a time
+constexpr int kWarps = kMaxWarps;  // of a block
 constexpr int kThreads = 32 * kWarps;
 constexpr int kBlocksPerSM = 2;  // as many as the registers allow
-constexpr int kMaxCluster = 8;   // blocks
-
-template <typename T>
-__device__ Pair relu(Pair pair);
-
-template <>
-__device__ Pair relu<__nv_bfloat16>(Pair pair) {
-  const auto y = __hmax2_nan(reinterpret_cast<const __nv_bfloat162&>(pair), __nv_bfloat162{});
-  return reinterpret_cast<const Pair&>(y);
-}
-
-template <>
-__device__ Pair relu<__half>(Pair pair) {
-  const auto y = __hmax2_nan(reinterpret_cast<const __half2&>(pair), __half2{});
-  return reinterpret_cast<const Pair&>(y);
-}
-
-// A pair of the first elements of two pairs, and a pair of the second elements.
-__device__ Pair first(Pair a, Pair b) { return __byte_perm(a, b, 0x5410); }
-__device__ Pair second(Pair a, Pair b) { return __byte_perm(a, b, 0x7632); }
 
 // c += a b on tensor cores, with a [16, 8] and b [8, 8] in TF32, which represents half precision exactly.
 __device__ void multiply_add_tf32(float (&c)[4], const float (&a)[4], const unsigned (&b)[2]) {
@@ -62,69 +35,6 @@ __device__ unsigned round_to_tf32(float x) {
   unsigned y;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
   return y;
-}
-
-__device__ float4 operator+(float4 a, float4 b) { return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w}; }
-
-// Adds relu(k) vᵀ and relu(k) of a group to the warp's sums. A thread passes channels 4g to 4g + 3 of k and v at
-// positions 2t, 2t + 1, 2t + 8 and 2t + 9. products: rows g and g + 8 of tile i are channels 4g + 2i and 4g + 2i + 1 of
-// k; column n of tile j is channel 4n + j of v. totals: the same rows, all columns equal.
-template <typename T>
-__device__ void sum_group(const uint2 (&k)[4], const uint2 (&v)[4], float (&products)[2][4][4], float (&totals)[2][4]) {
-  Pair a[2][4], b[4][2];
-#pragma unroll
-  for (int p = 0; p < 2; ++p) {
-    const uint2 k0 = {relu<T>(k[2 * p].x), relu<T>(k[2 * p].y)};
-    const uint2 k1 = {relu<T>(k[2 * p + 1].x), relu<T>(k[2 * p + 1].y)};
-    const uint2 v0 = v[2 * p], v1 = v[2 * p + 1];
-    a[0][2 * p] = first(k0.x, k1.x), a[0][2 * p + 1] = second(k0.x, k1.x);
-    a[1][2 * p] = first(k0.y, k1.y), a[1][2 * p + 1] = second(k0.y, k1.y);
-    b[0][p] = first(v0.x, v1.x), b[1][p] = second(v0.x, v1.x);
-    b[2][p] = first(v0.y, v1.y), b[3][p] = second(v0.y, v1.y);
-  }
-  const Pair ones[2] = {narrow<T>(1.0f, 1.0f), narrow<T>(1.0f, 1.0f)};
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) multiply_add<T>(products[i][j], a[i], b[j]);
-    multiply_add<T>(totals[i], a[i], ones);
-  }
-}
-
-// Stores the thread's share of its warp's sums, channels 4g to 4g + 3 of k by channels 8t to 8t + 7 of v.
-__device__ void store_sums(float4 (&to)[kSums / 4], const float (&products)[2][4][4], const float (&totals)[2][4],
-                           int g, int t) {
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int d = 4 * g + 2 * i + r;
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int c = 2 * r + e;
-        to[d * kDim / 4 + 2 * t + e] = {products[i][0][c], products[i][1][c], products[i][2][c], products[i][3][c]};
-      }
-      if (t == 0) reinterpret_cast<float*>(&to[kDim * kDim / 4])[d] = totals[i][2 * r];
-    }
-  }
-}
-
-// Adds up the sums of a cluster's blocks. Each block adds up a share of the sums and writes the result to all blocks.
-__device__ void add_up(const cg::cluster_group& cluster, float4 (&block_sums)[kSums / 4], float4 (&sums)[kSums / 4]) {
-  const int blocks = cluster.num_blocks(), rank = cluster.block_rank();
-  cluster.sync();
-  for (int i = rank + threadIdx.x * blocks; i < kSums / 4; i += kThreads * blocks) {
-    float4 parts[kMaxCluster];
-#pragma unroll
-    for (int r = 0; r < kMaxCluster; ++r) parts[r] = *cluster.map_shared_rank(&block_sums[i], r < blocks ? r : rank);
-    float4 sum = parts[0];
-#pragma unroll
-    for (int r = 1; r < kMaxCluster; ++r) {
-      if (r < blocks) sum = sum + parts[r];
-    }
-    for (int r = 0; r < blocks; ++r) *cluster.map_shared_rank(&sums[i], r) = sum;
-  }
-  cluster.sync();
 }
 
 template <typename T>
@@ -144,22 +54,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
   const int first_group = cluster.block_rank() * kWarps + warp;
 
   float products[2][4][4] = {}, totals[2][4] = {};
-  for (int group = first_group; group < groups; group += kUnroll * every) {
-    uint2 k[kUnroll][4], v[kUnroll][4];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-#pragma unroll
-      for (int p = 0; p < 4; ++p) {
-        const int position = (group + u * every) * kGroup + 2 * t + p % 2 + p / 2 * 8;
-        const bool valid = position < positions;
-        const T* from = qkv + static_cast<int64_t>(position) * stride + 4 * g;
-        k[u][p] = valid ? __ldg(reinterpret_cast<const uint2*>(from + kDim)) : uint2{};
-        v[u][p] = valid ? __ldg(reinterpret_cast<const uint2*>(from + 2 * kDim)) : uint2{};
-      }
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) sum_group<T>(k[u], v[u], products, totals);
-  }
+  sum_keys_and_values<T, kUnroll>(qkv, stride, positions, first_group, every, products, totals);
 
   uint4 q[kUnroll][2];  // rows g and g + 8 of a group, channels 8t to 8t + 7
   const auto load_q = [&](int group) {
@@ -176,18 +71,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
   load_q(first_group);
 
   store_sums(warp_sums[warp], products, totals, g, t);
-  __syncthreads();
-  for (int i = threadIdx.x; i < kSums / 4; i += kThreads) {
-    float4 sum = warp_sums[0][i];
-#pragma unroll
-    for (int w = 1; w < kWarps; ++w) sum = sum + warp_sums[w][i];
-    (blocks == 1 ? sums : block_sums)[i] = sum;
-  }
-  if (blocks == 1) {
-    __syncthreads();
-  } else {
-    add_up(cluster, block_sums, sums);
-  }
+  add_up(cluster, warp_sums, block_sums, sums);
 
   // In fragments of q, columns t and t + 4 of step s are channels 8t + 2s and 8t + 2s + 1. In fragments of the result,
   // column 2t + e of tile j is channel 8t + 2j + e.

@@ -51,6 +51,11 @@ def _cuda_accepts(qkvs, head_dim, _):
     return halves_on_hopper(*qkvs) and head_dim == 32
 
 
+def _backward_cuda_accepts(dout, qkvs, head_dim, _):
+    """The gradient's kernel splits sums into terms in bfloat16; float16 has too small a range."""
+    return halves_on_hopper(dout, *qkvs) and dout.dtype == torch.bfloat16 and head_dim == 32
+
+
 relu_linear_attention_op = define(
     "relu_linear_attention(Tensor[] qkvs, int head_dim, float eps) -> Tensor",
     relu_linear_attention_reference,
@@ -63,6 +68,7 @@ relu_linear_attention_backward_op = define(
     relu_linear_attention_backward_reference,
     lambda dout, *args: _accepts(*args),
     "relu_linear_attention",
+    _backward_cuda_accepts,
 )
 
 
