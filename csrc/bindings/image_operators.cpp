@@ -268,7 +268,7 @@ void bind_image_operators(pybind11::module_& module) {
              "Depthwise 5x5 convolution of x, then grouped 1x1 convolution, channels-last.");
   module.def("multiscale_qkv_backward", &multiscale_qkv_backward, py::arg("dout"), py::arg("x"), py::arg("depthwise"),
              py::arg("grouped"), py::arg("parameters"),
-             "The gradients of multiscale_qkv by x, depthwise and grouped. Without `parameters` the last two are empty.");
+             "The gradients of multiscale_qkv by x, depthwise, grouped. Without `parameters` the last two are empty.");
 }
 
 }  // namespace dcae_fast

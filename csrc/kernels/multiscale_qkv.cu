@@ -68,7 +68,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kWarpsPerSM / kMaxWarps)
           pixels[warp][row % kBatch * kColumns + j][lane] = narrow<T>(done[j][0], done[j][1]);
         }
         if (row % kBatch < kBatch - 1 && row < to.rows - 1) continue;
-        multiply_groups<T>(pixels[warp], filters, [&](int i) { return shared_address(&pixels[warp][lane % 16][4 * i]); });
+        multiply_groups<T>(pixels[warp], filters,
+                           [&](int i) { return shared_address(&pixels[warp][lane % 16][4 * i]); });
         for (int i = 0; i <= row % kBatch; ++i) {
           const Pair* from = &pixels[warp][i * kColumns + lane / 8][lane % 8 * 4];
           if (writes) *reinterpret_cast<uint4*>(target) = *reinterpret_cast<const uint4*>(from);

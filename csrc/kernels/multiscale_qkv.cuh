@@ -12,7 +12,7 @@ constexpr int kGroup = 32;    // channels of a group; a strip has two groups
 constexpr int kPixels = 16;   // multiplied at a time
 constexpr int kPixelSize = kPairs + 4, kFilterSize = kGroup / 2 + 4;  // in pairs; padded against bank conflicts
 
-// Multiplies 16 pixels by the matrices of their two groups: to[p][n] = sum over k of the group of from[p][k] matrix[n][k].
+// Multiplies 16 pixels by the matrices of their two groups: to[p][n] = sum over k of from[p][k] matrix[n][k].
 //
 // address(i): where pairs 4i to 4i + 3 of pixel lane % 16 lie in shared memory. The pixels may lie in `to`.
 template <typename T, typename Address>

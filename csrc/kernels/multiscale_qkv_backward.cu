@@ -1,7 +1,7 @@
 // Gradients of multiscale_qkv by its input and by its weights. See ops.h for the layout.
 //
 // The first kernel computes the gradient of the input in one pass over memory, in the manner of multiscale_qkv.cu.
-// Tensor cores multiply two rows of a warp's columns and their halo by the transposed matrices, which gives the gradient
+// Tensor cores multiply two rows of a warp's columns and their halo by the transposed matrices. This gives the gradient
 // of the depthwise result. The transposed depthwise convolution follows.
 //
 // The second kernel sums the gradients of the weights. Both are linear in
@@ -10,8 +10,8 @@
 //     ddepthwise[c, tap] = sum over o of grouped[o, c] product[tap][o, c],
 //     dgrouped[o, c]     = sum over taps of depthwise[c, tap] product[tap][o, c],
 //
-// so that tensor cores compute all sums over pixels. A block computes a group of channels on a part of the tiles, a warp
-// eight channels of x. All products of a warp stay in registers.
+// so that tensor cores compute all sums over pixels. A block computes a group of channels on a part of the tiles. A warp
+// computes eight channels of x. Its products stay in registers.
 
 #include <algorithm>
 #include <climits>
@@ -133,9 +133,10 @@ __host__ __device__ inline int halo_pixels(const Tiles& tiles) {
 
 template <typename T>
 __global__ void __launch_bounds__(32 * kSumWarps, kSumBlocksPerSM)
-    multiscale_qkv_weight_backward_kernel(const __grid_constant__ CUtensorMap dout, const __grid_constant__ CUtensorMap x,
-                                          const T* __restrict__ depthwise, const Pair* __restrict__ grouped,
-                                          float* __restrict__ partial, const Tiles tiles) {
+    multiscale_qkv_weight_backward_kernel(const __grid_constant__ CUtensorMap dout,
+                                          const __grid_constant__ CUtensorMap x, const T* __restrict__ depthwise,
+                                          const Pair* __restrict__ grouped, float* __restrict__ partial,
+                                          const Tiles tiles) {
   extern __shared__ Pair memory[];  // [stage]: dout [row][column][pair], x [row with halo][column with halo][pair]
   __shared__ uint64_t full[kSumStages];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -158,9 +159,9 @@ __global__ void __launch_bounds__(32 * kSumWarps, kSumBlocksPerSM)
   }
   __syncthreads();  // the barriers are ready
 
-  // Where a thread's row of the matrices lies, for the first 16 pixels of a tile: two rows of eight columns. Matrices of
-  // dout: the two rows, each with eight channels and the next eight; matrices of x: four rows. The accelerator stores 16
-  // bytes i of pixel p as 16 bytes i ^ (p / 2 % 4).
+  // Where a thread's row of the matrices lies, for the first 16 pixels of a tile: two rows of eight columns. Matrices
+  // of dout: the two rows, each with eight channels and the next eight. Matrices of x: four rows. The accelerator stores
+  // 16 bytes i of pixel p as 16 bytes i ^ (p / 2 % 4).
   const auto arranged = [](unsigned offset) { return offset ^ offset >> 3 & 0x30; };
   const int x_columns = tiles.columns + 2 * kHalo, i = lane / 8;
   const unsigned dout_row = arranged((i / 2 * tiles.columns + lane % 8) * kPixelBytes + i % 2 * 16);
@@ -245,7 +246,8 @@ cudaError_t tile(Tiles* tiles, int64_t batch, int height, int width, int channel
   const int rows = height < kSide ? height + height % 2 : kSide, columns = width <= kSide / 2 ? kSide / 2 : kSide;
   const int64_t down = divide_up(height, rows), across = divide_up(width, columns), all = batch * down * across;
   if (all > INT_MAX / 2) return cudaErrorInvalidConfiguration;
-  *tiles = {rows, columns, static_cast<int>(down), static_cast<int>(across), static_cast<int>(all), channels / kGroup, 1};
+  const int counts[] = {static_cast<int>(down), static_cast<int>(across), static_cast<int>(all)};
+  *tiles = {rows, columns, counts[0], counts[1], counts[2], channels / kGroup, 1};
   int64_t shortest = INT64_MAX;
   for (int splits = 1; splits <= std::min<int64_t>(all, kMostSplits); ++splits) {
     const int64_t waves = divide_up(int64_t{tiles->groups} * splits, kSumBlocksPerSM * processors);

@@ -63,8 +63,8 @@ __device__ void sum_group(const uint2 (&k)[4], const uint2 (&v)[4], float (&prod
 }
 
 // Stores the thread's share of its warp's sums, channels 4g to 4g + 3 of k by channels 8t to 8t + 7 of v.
-__device__ inline void store_sums(float4 (&to)[kSums / 4], const float (&products)[2][4][4], const float (&totals)[2][4],
-                                  int g, int t) {
+__device__ inline void store_sums(float4 (&to)[kSums / 4], const float (&products)[2][4][4],
+                                  const float (&totals)[2][4], int g, int t) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
 #pragma unroll
@@ -81,7 +81,8 @@ __device__ inline void store_sums(float4 (&to)[kSums / 4], const float (&product
 }
 
 // Adds up the sums of a cluster's blocks. Each block adds up a share of the sums and writes the result to all blocks.
-__device__ inline void add_up_blocks(const cg::cluster_group& cluster, float4 (&block_sums)[kSums / 4], float4 (&sums)[kSums / 4]) {
+__device__ inline void add_up_blocks(const cg::cluster_group& cluster, float4 (&block_sums)[kSums / 4],
+                                     float4 (&sums)[kSums / 4]) {
   const int blocks = cluster.num_blocks(), rank = cluster.block_rank();
   cluster.sync();
   for (int i = rank + threadIdx.x * blocks; i < kSums / 4; i += static_cast<int>(blockDim.x) * blocks) {

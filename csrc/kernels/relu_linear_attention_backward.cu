@@ -60,8 +60,8 @@ __device__ void load_factor(Factor& factor, int g, int t, const Value& value) {
   }
 }
 
-// product = rows factor. rows: channels 8t to 8t + 7 of rows g and g + 8; product[j]: channels 8t + 2j and 8t + 2j + 1 of
-// row g, then of row g + 8.
+// product = rows factor. rows: channels 8t to 8t + 7 of rows g and g + 8. product[j]: channels 8t + 2j and 8t + 2j + 1
+// of row g, then of row g + 8.
 __device__ void multiply(float (&product)[4][4], const Pair (&rows)[2][4], const Factor& factor) {
 #pragma unroll
   for (int j = 0; j < 4; ++j) {

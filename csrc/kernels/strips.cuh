@@ -110,8 +110,8 @@ inline cudaError_t describe(CUtensorMap* map, const void* x, int64_t batch, int 
                             cuuint32_t(boxes.rows), 1};
   const cuuint32_t every[] = {1, 1, 1, 1, 1};
   const CUresult result = encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 5, const_cast<void*>(x), sizes, strides, box,
-                                 every, CU_TENSOR_MAP_INTERLEAVE_NONE, boxes.swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-                                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+                                 every, CU_TENSOR_MAP_INTERLEAVE_NONE, boxes.swizzle,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
