@@ -1,17 +1,25 @@
 """Training pictures of dc-ae-tiny-uvit-digits, enlarged and coloured handwritten digits, and a classifier for them.
 
+    python examples/tiny_digits.py --out digits
+
+writes such pictures as PNG files, 2000 to digits/train and 200 of other handwritten digits to digits/held-out.
+
 Digits suit the tiny autoencoder, which keeps broad shapes and colours and blurs fine detail. Everybody can tell the ten
 classes apart. Each class has many handwritings, so that samples are new digits rather than copies. A classifier can
 measure how many samples show the requested digit.
 """
 
+import argparse
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
+
+from dcae_fast.images import save_png, to_image
 
 CLASSES = 10
 HELD_OUT = 5  # every fifth digit is held out
@@ -78,3 +86,25 @@ class Judge:
         """Pictures [B, 3, H, W] → maps of the ink [B, 256]. Ink is lighter than middle grey."""
         light = (x.float().mean(dim=1, keepdim=True) > 0).float()
         return F.adaptive_avg_pool2d(light, 16).flatten(1).cpu().numpy()
+
+
+def write_pictures(folder: Path, count: int, size: int, held_out: bool) -> None:
+    """Writes random pictures as PNG files. Seed 0."""
+    torch.manual_seed(0)
+    digits = Digits(size, torch.device("cpu"), held_out)
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        save_png(to_image(digits.draw(1)[0]), folder / f"{number:04d}.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Writes pictures of handwritten digits.")
+    parser.add_argument("--out", type=Path, required=True, help="output folder")
+    parser.add_argument("--count", type=int, default=2000, help="pictures to train on (default: %(default)s)")
+    options = parser.parse_args()
+    write_pictures(options.out / "train", options.count, 256, held_out=False)
+    write_pictures(options.out / "held-out", max(1, options.count // 10), 256, held_out=True)
+
+
+if __name__ == "__main__":
+    main()

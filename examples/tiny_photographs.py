@@ -1,19 +1,23 @@
 """Training pictures of dc-ae-tiny: a few free photographs, and random augmented crops of them, computed on the GPU."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.resources import as_file, files
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tiny_training import whole_folder
+from tqdm import tqdm
 
-from dcae_fast.images import to_tensor
+from dcae_fast.images import to_image, to_tensor
 
 
 @dataclass(frozen=True)
 class Photograph:
-    """A file in an installed package. weight: relative frequency in training; 0 holds the photograph out."""
+    """A file in an installed package. weight: relative frequency in training, 0 if held out."""
 
     package: str
     path: str
@@ -27,6 +31,10 @@ class Photograph:
     @property
     def name(self) -> str:
         return self.path.rpartition("/")[2].partition(".")[0]
+
+    @property
+    def is_held_out(self) -> bool:
+        return self.weight == 0
 
 
 PHOTOGRAPHS = (
@@ -45,6 +53,31 @@ PHOTOGRAPHS = (
     Photograph("skimage", "data/grass.png", "linolafett (DeviantArt), CC0", 0.2),
     Photograph("skimage", "data/gravel.png", "CC0Textures, CC0", 0.2),
 )
+
+
+def write_held_out(folder: Path) -> None:
+    """Writes the held-out photographs to a folder, as PNG files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for photograph in PHOTOGRAPHS:
+        if photograph.is_held_out:
+            photograph.open().save(folder / f"{photograph.name}.png")
+
+
+def write_pictures(folder: Path, size: int, count: int, device: torch.device) -> None:
+    """Writes augmented crops of the photographs that are not held out, as JPEG files, to a new folder. Seed 0.
+
+    JPEG files with full chroma and high quality are read several times as fast as PNG files.
+    """
+    torch.manual_seed(0)
+    crops = Crops([photograph for photograph in PHOTOGRAPHS if not photograph.is_held_out], size, device)
+    with whole_folder(folder) as part, ThreadPoolExecutor() as threads:
+
+        def save(number: int, x: torch.Tensor) -> None:
+            to_image(x[None]).save(part / f"{number:06d}.jpg", quality=95, subsampling=0)
+
+        for first in tqdm(range(0, count, 16), desc=folder.name, unit="batch"):
+            numbers = range(first, min(first + 16, count))
+            list(threads.map(save, numbers, crops.draw(len(numbers)).cpu()))
 
 
 def uniform(count: int, low: float, high: float, device: torch.device) -> torch.Tensor:

@@ -1,8 +1,9 @@
-"""Shared by the training programs of the tiny models: options, a training loop with a time limit, the output folder."""
+"""For the training programs of the tiny models: options, whole folders, and a training loop with a time limit."""
 
 import argparse
 import copy
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -59,11 +60,11 @@ def train(model: nn.Module, draw_loss: Callable[[], torch.Tensor], minutes: floa
     return average, step
 
 
-def parse_options(description: str, minutes: float) -> argparse.Namespace:
-    """Parses --out, --minutes and --device. minutes: the default of --minutes."""
+def parse_options(description: str, length: str, default: float, meaning: str) -> argparse.Namespace:
+    """Parses --out, --device, and the option `length`, with its default and its meaning for the help."""
     parser = argparse.ArgumentParser(description=description.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="output folder; must not exist")
-    parser.add_argument("--minutes", type=float, default=minutes, help="training time (default: %(default)s)")
+    parser.add_argument(f"--{length}", type=type(default), default=default, help=f"{meaning} (default: %(default)s)")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     if options.out.exists():
@@ -77,9 +78,10 @@ def device_name(device: torch.device) -> str:
 
 
 @contextmanager
-def whole_folder(out: Path, card: str) -> Iterator[Path]:
-    """Yields a temporary folder, which becomes `out`, with the model card, if the block ends without an error."""
+def whole_folder(out: Path) -> Iterator[Path]:
+    """Yields a new temporary folder, which becomes `out` if the block ends without an error."""
     part = out.with_name(f".{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
     yield part
-    (part / "README.md").write_text(card, encoding="utf-8")
     part.rename(out)

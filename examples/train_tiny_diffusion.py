@@ -104,7 +104,7 @@ def evaluate(model: DCAEDiffusion, device: torch.device, count: int, batches: in
 
 
 def main() -> None:
-    options = parse_options(__doc__, minutes=4.0)
+    options = parse_options(__doc__, "minutes", 4.0, "training time")
     device, on_cuda = options.device, options.device.type == "cuda"
     pictures, batch = (49152, 512) if on_cuda else (64, 8)  # on a CPU, a rehearsal
     torch.manual_seed(0)
@@ -122,8 +122,9 @@ def main() -> None:
     facts |= evaluate(model, device, *((50, 100) if on_cuda else (1, 2)))
     text = CARD.format(**facts, device=device_name(device))
     sheet = torch.cat([draw(model, 2, scale)[0] for scale in SCALES])
-    with whole_folder(options.out, text) as folder:
+    with whole_folder(options.out) as folder:
         diffusion_checkpoint.save(config, network.half(), folder)
+        (folder / "README.md").write_text(text, encoding="utf-8")
     save_png(grid(to_uint8(sheet), CLASSES), options.out.with_name(f"{options.out.name}.png"))
     print(text)
 
