@@ -56,7 +56,7 @@ PHASES = (
 
 def rehearsed(phase: Phase) -> Phase:
     """The phase in small, to rehearse the program on a CPU."""
-    options = f"{phase.options} --precision float32"
+    options = f"{phase.options} --precision float32 --no-patch"
     return replace(phase, resolution=phase.resolution // 4, pictures=24, batch=4, options=options)
 
 
