@@ -12,7 +12,9 @@ import triton.language as tl
 from .bias_act import MOST_CHANNELS, launch_bias_act, norm_terms
 from .common import activate_backward, like_channels_last, persistent_splits, row_tile, rows_of
 from .launch import Kernel
-from .sum_of_splits import TILE, sum_of_splits
+from .sum_of_splits import TILE, WARPS, sum_of_splits
+
+LOOPS = {"elements": 2048, "per_processor": 4, "stages": 1}  # of the programs that sum over the gradient's positions
 
 
 @triton.jit
@@ -24,7 +26,9 @@ def _rows_of_split(split, splits, rows, BLOCK_ROWS: tl.constexpr):
 
 
 @Kernel
-def _batch_norm_act_split_kernel(x_ptr, partial_ptr, rows, channels, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
+def _batch_norm_act_split_kernel(
+    x_ptr, partial_ptr, rows, channels, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr
+):
     """Writes mean and Σ (x - mean)² of this split's rows to partial [splits, 2, channels]. Sums are of x - x₀, with the
     split's first row x₀, so that a large mean does not cancel digits.
     """
@@ -35,7 +39,7 @@ def _batch_norm_act_split_kernel(x_ptr, partial_ptr, rows, channels, BLOCK_ROWS:
     first = tl.load(x_ptr + tl.cast(split, tl.int64) * BLOCK_ROWS * channels + c, c_mask, 0.0).to(tl.float32)
     total = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
     squares = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
-    for block in range(split, tl.cdiv(rows, BLOCK_ROWS), splits):
+    for block in tl.range(split, tl.cdiv(rows, BLOCK_ROWS), splits, num_stages=STAGES):
         row = tl.cast(block, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         mask = (row < rows)[:, None] & c_mask[None, :]
         x = tl.load(x_ptr + row[:, None] * channels + c[None, :], mask, 0.0).to(tl.float32)
@@ -86,14 +90,14 @@ def _block(
     offset = row[:, None] * channels + c[None, :]
     x = tl.load(x_ptr + offset, mask, 0.0).to(tl.float32) - mean[None, :]
     dy = tl.load(dy_ptr + offset, mask, 0.0).to(tl.float32)
-    dz = activate_backward(x * factor[None, :] + bias[None, :], dy, ACT)
+    dz = activate_backward(x * factor[None, :] + bias[None, :], dy, ACT, x_ptr.dtype.element_ty == tl.float32)
     return offset, mask, x * rstd[None, :], dz
 
 
 @Kernel
 def _batch_norm_act_sums_backward_kernel(
     dy_ptr, x_ptr, bias_ptr, scale_ptr, mean_ptr, variance_ptr, partial_ptr, rows, channels, eps,
-    ACT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Writes this split's sums of dbias and dscale to partial [splits, 2, channels]."""
     blocks_c = tl.cdiv(channels, BLOCK_C)
@@ -103,7 +107,7 @@ def _batch_norm_act_sums_backward_kernel(
     mean, factor, bias, rstd = norm_terms(bias_ptr, scale_ptr, mean_ptr, variance_ptr, eps, c, c_mask, True)
     dbias = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
     dscale = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
-    for block in range(split, tl.cdiv(rows, BLOCK_ROWS), splits):
+    for block in tl.range(split, tl.cdiv(rows, BLOCK_ROWS), splits, num_stages=STAGES):
         _, _, normalised, dz = _block(
             dy_ptr, x_ptr, block, c, c_mask, mean, factor, bias, rstd, rows, channels, ACT, BLOCK_ROWS
         )
@@ -134,16 +138,16 @@ def _batch_norm_act_input_backward_kernel(
 
 def _launch_statistics(x):
     rows, channels = rows_of(x), x.shape[1]
-    block_rows, block_c = row_tile(channels, MOST_CHANNELS)
+    block_rows, block_c = row_tile(channels, MOST_CHANNELS, 2 * LOOPS["elements"])
     blocks_c = triton.cdiv(channels, block_c)
-    splits = persistent_splits(x, triton.cdiv(rows, block_rows), blocks_c)
+    splits = persistent_splits(x, triton.cdiv(rows, block_rows), blocks_c, LOOPS["per_processor"])
     partial = torch.empty(splits, 2, channels, dtype=torch.float32, device=x.device)
     mean, variance = partial.new_empty(channels), partial.new_empty(channels)
     _batch_norm_act_split_kernel[(splits * blocks_c,)](
-        x, partial, rows, channels, BLOCK_ROWS=block_rows, BLOCK_C=block_c
+        x, partial, rows, channels, BLOCK_ROWS=block_rows, BLOCK_C=block_c, STAGES=LOOPS["stages"]
     )
     _batch_norm_act_statistics_kernel[(triton.cdiv(channels, TILE["BLOCK_C"]),)](
-        partial, mean, variance, rows, channels, splits, BLOCK_ROWS=block_rows, **TILE, num_warps=8
+        partial, mean, variance, rows, channels, splits, BLOCK_ROWS=block_rows, **TILE, num_warps=WARPS
     )
     return mean, variance
 
@@ -157,13 +161,13 @@ def launch_batch_norm_act(x, scale, bias, eps, act, residual, dtype):
 def launch_batch_norm_act_backward(dy, x, scale, bias, mean, variance, eps, act):
     """The gradients by x, scale and bias. x must not be empty."""
     dx, rows, channels = like_channels_last(x), rows_of(x), x.shape[1]
-    block_rows, block_c = row_tile(channels, MOST_CHANNELS, 2048)
+    block_rows, block_c = row_tile(channels, MOST_CHANNELS, LOOPS["elements"])
     blocks, blocks_c = triton.cdiv(rows, block_rows), triton.cdiv(channels, block_c)
-    splits = persistent_splits(x, blocks, blocks_c)
+    splits = persistent_splits(x, blocks, blocks_c, LOOPS["per_processor"])
     partial = torch.empty(splits, 2, channels, dtype=torch.float32, device=x.device)
     _batch_norm_act_sums_backward_kernel[(splits * blocks_c,)](
         dy, x, bias, scale, mean, variance, partial, rows, channels, eps,
-        ACT=act, BLOCK_ROWS=block_rows, BLOCK_C=block_c,
+        ACT=act, BLOCK_ROWS=block_rows, BLOCK_C=block_c, STAGES=LOOPS["stages"],
     )  # fmt: skip
     dbias, dscale = sum_of_splits(partial, torch.float32, torch.float32)
     _batch_norm_act_input_backward_kernel[(blocks * blocks_c,)](

@@ -9,6 +9,7 @@ from .launch import Kernel
 from .sum_of_splits import sum_of_splits
 
 MOST_CHANNELS = 1024  # of a program
+BACKWARD = {"elements": 2048, "per_processor": 8, "stages": 1, "num_warps": 4}  # of the gradient's programs
 
 
 @triton.jit
@@ -41,7 +42,7 @@ def _bias_act_forward_kernel(
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + offset, mask, 0.0).to(tl.float32)
     mean, factor, bias, _ = norm_terms(bias_ptr, scale_ptr, mean_ptr, variance_ptr, eps, c, c < channels, HAS_NORM)
-    y = activate((x - mean[None, :]) * factor[None, :] + bias[None, :], ACT)
+    y = activate((x - mean[None, :]) * factor[None, :] + bias[None, :], ACT, x_ptr.dtype.element_ty == tl.float32)
     if HAS_RESIDUAL:
         y += residual
     tl.store(out_ptr + offset, y.to(out_ptr.dtype.element_ty), mask)
@@ -50,7 +51,7 @@ def _bias_act_forward_kernel(
 @Kernel
 def _bias_act_backward_kernel(
     dy_ptr, x_ptr, bias_ptr, scale_ptr, mean_ptr, variance_ptr, dx_ptr, partial_ptr, rows, channels, eps,
-    ACT: tl.constexpr, HAS_NORM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACT: tl.constexpr, HAS_NORM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Writes dx, and this program's partial sums of dbias and dscale to partial [splits, 2, channels]. The sums of each
     row of the tile stay apart until the end, so that threads exchange nothing in the loop.
@@ -62,13 +63,14 @@ def _bias_act_backward_kernel(
     mean, factor, bias, rstd = norm_terms(bias_ptr, scale_ptr, mean_ptr, variance_ptr, eps, c, c_mask, HAS_NORM)
     dbias = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
     dscale = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
-    for block in range(split, tl.cdiv(rows, BLOCK_ROWS), splits):
+    for block in tl.range(split, tl.cdiv(rows, BLOCK_ROWS), splits, num_stages=STAGES):
         row = tl.cast(block, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         mask = (row < rows)[:, None] & c_mask[None, :]
         offset = row[:, None] * channels + c[None, :]
         x = tl.load(x_ptr + offset, mask, 0.0).to(tl.float32)
         dy = tl.load(dy_ptr + offset, mask, 0.0).to(tl.float32)
-        dz = activate_backward((x - mean[None, :]) * factor[None, :] + bias[None, :], dy, ACT)
+        z = (x - mean[None, :]) * factor[None, :] + bias[None, :]
+        dz = activate_backward(z, dy, ACT, x_ptr.dtype.element_ty == tl.float32)
         tl.store(dx_ptr + offset, (dz * factor[None, :]).to(dx_ptr.dtype.element_ty), mask)
         dbias += dz
         if HAS_NORM:
@@ -118,13 +120,14 @@ def launch_bias_act(x, bias, act, scale, mean, variance, eps, residual, dtype):
 
 def launch_bias_act_backward(dy, x, bias, act, scale, mean, variance, eps):
     dx, channels = like_channels_last(x), x.shape[1]
-    block_rows, block_c = row_tile(channels, MOST_CHANNELS, 2048)
+    block_rows, block_c = row_tile(channels, MOST_CHANNELS, BACKWARD["elements"])
     blocks_c, blocks = triton.cdiv(channels, block_c), triton.cdiv(rows_of(x), block_rows)
-    splits = persistent_splits(x, blocks, blocks_c, per_processor=8)
+    splits = persistent_splits(x, blocks, blocks_c, BACKWARD["per_processor"])
     partial = torch.empty(splits, 2, channels, dtype=torch.float32, device=x.device)
     if splits:
         _bias_act_backward_kernel[(splits * blocks_c,)](
             dy, x, bias, scale, mean, variance, dx, partial, rows_of(x), channels, eps,
-            ACT=act, HAS_NORM=scale is not None, BLOCK_ROWS=block_rows, BLOCK_C=block_c,
+            ACT=act, HAS_NORM=scale is not None, BLOCK_ROWS=block_rows, BLOCK_C=block_c, STAGES=BACKWARD["stages"],
+            num_warps=BACKWARD["num_warps"],
         )  # fmt: skip
     return dx, *sum_of_splits(partial, bias.dtype, bias.dtype if scale is None else scale.dtype)

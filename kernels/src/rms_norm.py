@@ -8,6 +8,8 @@ from .common import activate, activate_backward, like_channels_last, persistent_
 from .launch import Kernel
 from .sum_of_splits import sum_of_splits
 
+BACKWARD = {"elements": 2048, "per_processor": 4, "stages": 1, "num_warps": 4}  # of the gradient's programs
+
 
 @Kernel
 def _rms_norm_forward_kernel(
@@ -24,7 +26,7 @@ def _rms_norm_forward_kernel(
     weight = tl.load(weight_ptr + c, c < channels, 0.0).to(tl.float32)
     bias = tl.load(bias_ptr + c, c < channels, 0.0).to(tl.float32)
     rstd = tl.rsqrt(tl.sum(x * x, 1) / channels + eps)
-    y = activate(x * rstd[:, None] * weight[None, :] + bias[None, :], ACT)
+    y = activate(x * rstd[:, None] * weight[None, :] + bias[None, :], ACT, x_ptr.dtype.element_ty == tl.float32)
     if HAS_RESIDUAL:
         y += residual
     tl.store(out_ptr + offset, y.to(out_ptr.dtype.element_ty), mask)
@@ -33,7 +35,7 @@ def _rms_norm_forward_kernel(
 @Kernel
 def _rms_norm_backward_kernel(
     dy_ptr, x_ptr, weight_ptr, bias_ptr, dx_ptr, partial_ptr, rows, channels, eps,
-    ACT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Writes dx, and this program's partial sums of dweight and dbias to partial [programs, 2, channels]. The sums of
     each row of the tile stay apart until the end, so that threads exchange little in the loop.
@@ -44,7 +46,7 @@ def _rms_norm_backward_kernel(
     bias = tl.load(bias_ptr + c, c_mask, 0.0).to(tl.float32)
     dweight = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
     dbias = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
-    for block in range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0)):
+    for block in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0), num_stages=STAGES):
         row = tl.cast(block, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         mask = (row < rows)[:, None] & c_mask[None, :]
         offset = row[:, None] * channels + c[None, :]
@@ -52,7 +54,8 @@ def _rms_norm_backward_kernel(
         dy = tl.load(dy_ptr + offset, mask, 0.0).to(tl.float32)
         rstd = tl.rsqrt(tl.sum(x * x, 1) / channels + eps)
         x_hat = x * rstd[:, None]
-        dz = activate_backward(x_hat * weight[None, :] + bias[None, :], dy, ACT)
+        z = x_hat * weight[None, :] + bias[None, :]
+        dz = activate_backward(z, dy, ACT, x_ptr.dtype.element_ty == tl.float32)
         dx_hat = dz * weight[None, :]
         mean = tl.sum(x_hat * dx_hat, 1) / channels
         dx = (dx_hat - x_hat * mean[:, None]) * rstd[:, None]
@@ -83,12 +86,13 @@ def launch_rms_norm(x, weight, bias, eps, act, residual, dtype):
 
 def launch_rms_norm_backward(dy, x, weight, bias, eps, act):
     dx, channels = like_channels_last(x), x.shape[1]
-    block_rows, block_c = row_tile(channels, channels, 2048)
-    programs = persistent_splits(x, triton.cdiv(rows_of(x), block_rows))
+    block_rows, block_c = row_tile(channels, channels, BACKWARD["elements"])
+    programs = persistent_splits(x, triton.cdiv(rows_of(x), block_rows), 1, BACKWARD["per_processor"])
     partial = torch.empty(programs, 2, channels, dtype=torch.float32, device=x.device)
     if programs:
         _rms_norm_backward_kernel[(programs,)](
             dy, x, weight, bias, dx, partial, rows_of(x), channels, eps,
-            ACT=act, BLOCK_ROWS=block_rows, BLOCK_C=block_c, num_warps=_num_warps(block_c),
+            ACT=act, BLOCK_ROWS=block_rows, BLOCK_C=block_c, STAGES=BACKWARD["stages"],
+            num_warps=max(BACKWARD["num_warps"], block_c // 1024),
         )  # fmt: skip
     return dx, *sum_of_splits(partial, weight.dtype, bias.dtype)

@@ -7,6 +7,7 @@ import triton.language as tl
 from .launch import Kernel
 
 TILE = {"SPLITS": 256, "BLOCK_C": 16}
+WARPS = 8
 
 
 @Kernel
@@ -35,6 +36,6 @@ def sum_of_splits(
     first, second = partial.new_empty(channels, dtype=first_dtype), partial.new_empty(channels, dtype=second_dtype)
     if channels:
         _sum_of_splits_kernel[(triton.cdiv(channels, TILE["BLOCK_C"]),)](
-            partial, first, second, splits, channels, **TILE, num_warps=8
+            partial, first, second, splits, channels, **TILE, num_warps=WARPS
         )
     return first, second
