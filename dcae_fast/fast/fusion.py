@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dcae_fast import ops
-from dcae_fast.ops._library import HALVES
+from dcae_fast.ops._library import HALVES, KERNEL_DTYPES
 from dcae_fast.ops._private import convolve
 from dcae_fast.ops.conv2d import FEW_CHANNELS
 from dcae_fast.ops.rms_norm_conv2d import MOST_CHANNELS, MOST_FILTERS
@@ -114,18 +114,32 @@ def can_fuse_conv(
 ) -> bool:
     """Whether `ops.conv2d` does the work of conv(x) + residual: in inference, in half precision of one type.
 
-    any_shape: ignores the number of channels of x. Without it the module itself raises the error for other channels.
+    Under autocast that is autocast's type; x and the weights are cast. any_shape: ignores the number of channels of x.
+    Without it the module itself raises the error for other channels.
     """
-    dtype = x.dtype
-    if type(conv) is not nn.Conv2d or dtype not in HALVES or torch.is_grad_enabled():
+    dtype = compute_dtype(x)
+    return (
+        dtype in HALVES
+        and not torch.is_grad_enabled()
+        and (residual is None or residual.dtype == dtype)
+        and _has_known_parts(conv, x)
+        and (any_shape or x.shape[1] == conv.in_channels)
+    )
+
+
+def _has_known_parts(conv: nn.Module | None, x: torch.Tensor) -> bool:
+    """Whether conv(x) is a convolution with zero padding, of one group, one stride and ordinary weights of known types,
+    on a device with kernels.
+    """
+    if type(conv) is not nn.Conv2d:
         return False
     parameters = conv._parameters
     weight, bias = parameters.get("weight"), parameters.get("bias")  # no weight: it is computed
+    dtypes = KERNEL_DTYPES if autocasts(x) else (x.dtype,)
     return (
         weight is not None
-        and weight.dtype == dtype
-        and (bias is None or bias.dtype == dtype)
-        and (residual is None or residual.dtype == dtype)
+        and weight.dtype in dtypes
+        and (bias is None or bias.dtype in dtypes)
         and conv.groups == 1
         and conv.dilation == (1, 1)
         and conv.padding_mode == "zeros"
@@ -133,14 +147,16 @@ def can_fuse_conv(
         and conv.stride[0] == conv.stride[1]
         and plain(conv)
         and ops.has_kernels(x)
-        and not autocasts(x)
-        and (any_shape or x.shape[1] == conv.in_channels)
     )
 
 
 def can_fuse_conv3x3(conv: nn.Module | None, x: torch.Tensor) -> bool:
     """`can_fuse_conv`, for a 3×3 convolution with padding 1 and stride 1."""
-    return can_fuse_conv(conv, x) and conv.kernel_size == (3, 3) and conv.padding == conv.stride == (1, 1)
+    return can_fuse_conv(conv, x) and _is_3x3(conv)
+
+
+def _is_3x3(conv: nn.Conv2d) -> bool:
+    return conv.kernel_size == (3, 3) and conv.padding == conv.stride == (1, 1)
 
 
 def can_fuse_unshuffle(conv: nn.Module | None, x: torch.Tensor) -> bool:
@@ -148,23 +164,42 @@ def can_fuse_unshuffle(conv: nn.Module | None, x: torch.Tensor) -> bool:
     return can_fuse_conv3x3(conv, x) and conv.in_channels <= FEW_CHANNELS
 
 
+def conv_unshuffle(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    """conv(x) and a pixel-unshuffle by 2 in one kernel, for `can_fuse_unshuffle`."""
+    dtype = compute_dtype(x)
+    return ops.conv2d_unshuffle(x.to(dtype), operands.of_convolution(conv, dtype), operands.of_bias(conv, dtype))
+
+
 def _convolve(
+    conv: nn.Conv2d,
+    x: torch.Tensor,
+    act: str = "none",
+    residual: torch.Tensor | None = None,
+    with_bias: bool = True,
+) -> torch.Tensor:
+    """act(conv(x)) + residual in one kernel, for `can_fuse_conv`."""
+    dtype = compute_dtype(x)
+    bias = operands.of_bias(conv, dtype) if with_bias else None
+    return _convolve_with(conv, x, operands.of_convolution(conv, dtype), bias, act, residual)
+
+
+def _convolve_with(
     conv: nn.Conv2d,
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    act: str = "none",
-    residual: torch.Tensor | None = None,
+    act: str,
+    residual: torch.Tensor | None,
 ) -> torch.Tensor:
-    """act(x * weight + bias) + residual in one kernel, with the stride and padding of conv, for `can_fuse_conv`."""
+    """act(x * weight + bias) + residual in one kernel, in the type of the weight, with conv's stride and padding."""
     rows, columns = conv.padding
-    return ops.conv2d(x, weight, bias, act, residual, conv.stride[0], [rows, columns, rows, columns])
+    return ops.conv2d(x.to(weight.dtype), weight, bias, act, residual, conv.stride[0], [rows, columns, rows, columns])
 
 
 def conv_without_bias(conv: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """conv(x) without its bias, and the bias. The bias is None if there is none, or if conv(x) already includes it."""
     if can_fuse_conv(conv, x):
-        return _convolve(conv, x, operands.of_convolution(conv), None), conv._parameters["bias"]
+        return _convolve(conv, x, with_bias=False), conv._parameters["bias"]
     if type(conv) is nn.Conv2d and conv.bias is not None and plain(conv):
         return convolve(conv, x, conv.weight, None), conv.bias
     return conv(x), None
@@ -173,10 +208,15 @@ def conv_without_bias(conv: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, t
 def upsample_conv_without_bias(conv: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """conv(nearest-neighbour 2× up-sampling of x) without its bias, and the bias, as in `conv_without_bias`.
 
-    The first is four planes, as `ops.duplicate_shuffle_add` takes them, if that is faster. conv: 3×3 with padding 1.
+    The first is four planes in inference, as `ops.duplicate_shuffle_add` takes them. With gradients it is a transposed
+    convolution. Both compute with 4 products instead of 9. conv: 3×3 with padding 1.
     """
     if can_fuse_conv3x3(conv, x):
-        return ops.upsample_conv2d(x, operands.of_upsampling_convolution(conv)), conv.bias
+        dtype = compute_dtype(x)
+        return ops.upsample_conv2d(x.to(dtype), operands.of_upsampling_convolution(conv, dtype)), conv.bias
+    if torch.is_grad_enabled() and _has_known_parts(conv, x) and _is_3x3(conv) and x.shape[1] == conv.in_channels:
+        weight = ops.transposed_weights(conv.weight, compute_dtype(x))
+        return F.conv_transpose2d(x, weight, stride=2, padding=1), conv.bias
     return conv_without_bias(conv, upsample(x))
 
 
@@ -198,7 +238,7 @@ def conv_norm_act(
     fused = can_fuse_conv(conv, x, residual)
     if norm is None:
         if fused:
-            return _convolve(conv, x, operands.of_convolution(conv), conv.bias, act, residual)
+            return _convolve(conv, x, act, residual)
         y, bias = conv_without_bias(conv, x)
         if bias is not None:
             return ops.bias_act(y, bias, act, residual=residual)
@@ -208,10 +248,11 @@ def conv_norm_act(
         if norm.training:
             return batch_norm(norm, conv(x), act, residual)
         if fused and conv.bias is None:
-            return _convolve(conv, x, *operands.of_convolution_and_norm(conv, norm), act, residual)
-        statistics = norm.weight, norm.running_mean, norm.running_var, norm.eps
-        return ops.bias_act(conv(x), norm.bias, act, residual, *statistics)
-    y = _convolve(conv, x, operands.of_convolution(conv), conv.bias) if fused else conv(x)
+            folded = operands.of_convolution_and_norm(conv, norm, compute_dtype(x))
+            return _convolve_with(conv, x, *folded, act, residual)
+    y = _convolve(conv, x) if fused or can_fuse_conv(conv, x) else conv(x)
+    if is_batch_norm(norm):
+        return ops.bias_act(y, norm.bias, act, residual, norm.weight, norm.running_mean, norm.running_var, norm.eps)
     return rms_norm(norm, y, act, residual)
 
 
@@ -243,12 +284,15 @@ def multiscale_qkv(scale: nn.Module, qkv: torch.Tensor) -> torch.Tensor:
 def norm_act_conv(norm: nn.Module, act: str, conv: nn.Module | None, x: torch.Tensor) -> torch.Tensor | None:
     """conv(act(norm(x))) if one operator computes it, for convolutions to few channels; else None.
 
-    norm: an RMS norm that satisfies `can_fuse_norm` and returns the dtype of its input.
+    norm: an RMS norm that satisfies `can_fuse_norm`. It returns the dtype of its input, or autocast is on, which rounds
+    the input of the convolution as the operator does.
     """
-    if can_fuse_conv3x3(conv, x) and conv.in_channels <= MOST_CHANNELS and conv.out_channels <= MOST_FILTERS:
-        weight = operands.of_convolution(conv)
-        return ops.rms_norm_conv2d(x, norm.weight, norm.bias, weight, conv.bias, norm.eps, act)
-    return None
+    few = can_fuse_conv3x3(conv, x) and conv.in_channels <= MOST_CHANNELS and conv.out_channels <= MOST_FILTERS
+    dtype = compute_dtype(x)
+    if not few or x.dtype != dtype:
+        return None
+    weight, bias = operands.of_convolution(conv, dtype), operands.of_bias(conv, dtype)
+    return ops.rms_norm_conv2d(x, norm.weight, norm.bias, weight, bias, norm.eps, act)
 
 
 def is_depthwise3x3(conv: nn.Module) -> bool:

@@ -131,23 +131,33 @@ def _operand(
     return kept.get(key, tuple(source for source in sources if source is not None), make)
 
 
-def of_convolution(conv: nn.Conv2d) -> torch.Tensor:
-    """The weight, channels-last."""
+def of_convolution(conv: nn.Conv2d, dtype: torch.dtype) -> torch.Tensor:
+    """The weight in this dtype, channels-last."""
     weight = conv._parameters["weight"]
-    if weight.is_contiguous(memory_format=torch.channels_last) or torch.compiler.is_compiling():
+    if weight.dtype == dtype and _is_channels_last(weight):
         return weight
-    return _operand(conv, "weight", (weight,), lambda: ops.channels_last(weight))
+    return _operand(conv, ("weight", dtype), (weight,), lambda: _channels_last(cast(weight, dtype)))
 
 
-def of_convolution_and_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
+def of_bias(conv: nn.Conv2d, dtype: torch.dtype) -> torch.Tensor | None:
+    """The bias of a convolution in this dtype."""
+    bias = conv._parameters["bias"]
+    if bias is None or bias.dtype == dtype:
+        return bias
+    return _operand(conv, ("bias", dtype), (bias,), lambda: cast(bias, dtype))
+
+
+def of_convolution_and_norm(
+    conv: nn.Conv2d, norm: nn.BatchNorm2d, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight and bias of one convolution that does the work of conv, which has no bias, and of the batch norm."""
     sources = conv.weight, norm.bias, norm.weight, norm.running_mean, norm.running_var
-    return _operand(conv, "folded", sources, lambda: ops.fold_batch_norm(*sources, norm.eps))
+    return _operand(conv, ("folded", dtype), sources, lambda: ops.fold_batch_norm(*sources, norm.eps, dtype))
 
 
-def of_upsampling_convolution(conv: nn.Conv2d) -> torch.Tensor:
+def of_upsampling_convolution(conv: nn.Conv2d, dtype: torch.dtype) -> torch.Tensor:
     """What `ops.upsample_conv2d` reads."""
-    return _operand(conv, "subpixel", (conv.weight,), lambda: ops.subpixel_weights(conv.weight))
+    return _operand(conv, ("subpixel", dtype), (conv.weight,), lambda: ops.subpixel_weights(conv.weight, dtype))
 
 
 def of_layer(
@@ -173,10 +183,23 @@ def of_layer(
     )
 
 
-def of_joined_layers(layers: tuple[nn.Linear, ...]) -> torch.Tensor:
-    """The weights of linear layers without biases, as one: [M_1 + M_2 + ..., K]."""
+def of_joined_layers(layers: tuple[nn.Linear, ...], dtype: torch.dtype) -> torch.Tensor:
+    """The weights of linear layers without biases, as one: [M_1 + M_2 + ..., K].
+
+    It has this dtype, or where gradients are on the layers' own, so that their gradients are not rounded.
+    """
     weights = tuple(layer.weight for layer in layers)
-    return _operand(layers[0], "joined", weights, lambda: torch.cat(weights))
+    if torch.is_grad_enabled():
+        return torch.cat(weights)
+    return _operand(layers[0], ("joined", dtype), weights, lambda: torch.cat([cast(each, dtype) for each in weights]))
+
+
+def _is_channels_last(weight: torch.Tensor) -> bool:
+    return torch.compiler.is_compiling() or weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def _channels_last(weight: torch.Tensor) -> torch.Tensor:
+    return weight if _is_channels_last(weight) else ops.channels_last(weight)
 
 
 def _is_aligned(tensor: torch.Tensor) -> bool:

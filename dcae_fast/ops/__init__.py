@@ -7,7 +7,7 @@ from .bias_act import bias_act
 from .concatenate import concatenate
 from .conv2d import conv2d
 from .conv2d_unshuffle import conv2d_unshuffle
-from .convolution_weights import channels_last, fold_batch_norm, subpixel_weights
+from .convolution_weights import channels_last, fold_batch_norm, subpixel_weights, transposed_weights
 from .depthwise_glu import depthwise_glu
 from .feature_distance import feature_distance
 from .layer_norm import layer_norm
@@ -49,6 +49,7 @@ __all__ = [
     "rms_norm",
     "rms_norm_conv2d",
     "subpixel_weights",
+    "transposed_weights",
     "unshuffle_average_add",
     "upsample_conv2d",
 ]

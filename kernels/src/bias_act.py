@@ -96,9 +96,9 @@ def _fold_batch_norm_kernel(
         tl.store(shift_ptr + k, (bias - mean * factor).to(shift_ptr.dtype.element_ty))
 
 
-def launch_fold_batch_norm(weight, bias, scale, mean, variance, eps):
-    """Weight and bias, in weight's dtype, of the convolution that equals conv(x, weight) followed by the batch norm."""
-    folded, shift = torch.empty_like(weight), torch.empty_like(bias, dtype=weight.dtype)
+def launch_fold_batch_norm(weight, bias, scale, mean, variance, eps, dtype):
+    """Weight and bias, in this dtype, of the convolution that equals conv(x, weight) followed by the batch norm."""
+    folded, shift = torch.empty_like(weight, dtype=dtype), torch.empty_like(bias, dtype=dtype)
     filters, size = weight.shape[0], weight.numel() // weight.shape[0]
     _fold_batch_norm_kernel[(filters * triton.cdiv(size, 1024),)](
         weight, bias, scale, mean, variance, folded, shift, size, eps, BLOCK=1024

@@ -8,6 +8,7 @@ from small_models import BLOCKS, DEVICE, MODELS, build, build_block, image, oper
 from torch import nn
 
 import dcae_fast
+from dcae_fast.fast import operands
 from dcae_fast.models import blocks
 
 EVERYWHERE = {"conv2d", "duplicate_shuffle_add", "rms_norm", "rms_norm_conv2d"}
@@ -40,6 +41,27 @@ def test_models(name, dtype):
     dcae_fast.patch(fast)
     assert_as_accurate(fast, eager, x)
     assert operators_called(reconstruct, fast, x).keys() == OPERATORS[name.removeprefix("diffusers-")]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_in_float32_under_autocast(name):
+    """The same operators as in half precision. What a frozen model keeps has the type of autocast.
+
+    The norms of diffusers return float32, so that some layers take more operators.
+    """
+    eager, x = build(name, wide=True), image(1, 3, 16, 12)
+    fast = copy.deepcopy(eager)
+    dcae_fast.patch(fast, frozen=True)
+    exact = reconstruct(copy.deepcopy(eager).double(), x.double())
+    with torch.autocast(DEVICE, torch.bfloat16):
+        y, of_eager = reconstruct(fast, x), reconstruct(eager, x)
+        assert torch.equal(reconstruct(fast, x), y)
+        called = operators_called(reconstruct, fast, x).keys()
+    assert y.dtype == of_eager.dtype == torch.bfloat16
+    assert (y.double() - exact).norm() <= 2 * (of_eager.double() - exact).norm()
+    expected = OPERATORS[name.removeprefix("diffusers-")] - {"fold_batch_norm", "subpixel_weights"}  # kept
+    assert called == expected or ("diffusers" in name and called >= expected - {"rms_norm_conv2d"})
+    assert {tensor.dtype for tensor in operands.kept_by(fast.modules())} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("name", BLOCKS)

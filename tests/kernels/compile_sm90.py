@@ -70,7 +70,11 @@ def main():
     from dcae_fast.kernels.rms_norm import launch_rms_norm, launch_rms_norm_backward
     from dcae_fast.kernels.rms_norm_conv2d import launch_rms_norm_conv2d
     from dcae_fast.kernels.unshuffle_average_add import launch_unshuffle_average_add
-    from dcae_fast.kernels.upsample_conv2d import launch_subpixel_weights
+    from dcae_fast.kernels.upsample_conv2d import (
+        launch_subpixel_weights,
+        launch_transposed_weights,
+        launch_transposed_weights_backward,
+    )
     from dcae_fast.kernels.weight_layout import launch_weight_layout
 
     def tensor(*shape, dtype=torch.bfloat16):
@@ -91,7 +95,7 @@ def main():
         launch_bias_act_backward(x, x, c, "silu", c, c, c, 1e-5)
         launch_batch_norm_act(x, c, c, 1e-5, "relu", x, x.dtype)
         launch_batch_norm_act_backward(x, x, c, c, c.float(), c.float(), 1e-5, "silu")
-        launch_fold_batch_norm(tensor(channels, 64, 3, 3), c, c, c, c, 1e-5)
+        launch_fold_batch_norm(tensor(channels, 64, 3, 3), c, c, c, c, 1e-5, torch.bfloat16)
     for dtype in POINTER:
         qkv, dout = tensor(2, 1536, 16, 16, dtype=dtype), tensor(2, 512, 16, 16, dtype=dtype)
         launch_relu_linear_attention([qkv], 32, 1e-15)
@@ -127,7 +131,9 @@ def main():
     launch_unshuffle_average_add(tensor(2, 256, 64, 64), tensor(2, 128, 64, 64), tensor(128), 512, 2, 0.5)
     launch_duplicate_shuffle_add(tensor(2, 512, 32, 32), tensor(2, 1024, 32, 32), tensor(1024), 256, 2, 1.0)
     launch_duplicate_shuffle_add(tensor(2, 512, 32, 32), tensor(8, 256, 32, 32), tensor(256), 256, 2, 1.0)
-    launch_subpixel_weights(tensor(256, 512, 3, 3))
+    launch_subpixel_weights(tensor(256, 512, 3, 3, dtype=torch.float32), torch.bfloat16)
+    launch_transposed_weights(tensor(256, 512, 3, 3, dtype=torch.float32), torch.bfloat16)
+    launch_transposed_weights_backward(tensor(512, 256, 4, 4), torch.float32)
     launch_weight_layout(tensor(256, 512, 3, 3))
 
 

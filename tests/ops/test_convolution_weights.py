@@ -38,6 +38,31 @@ def test_subpixel_weights_are_up_sampling_and_convolution(channels, filters, hei
     torch.testing.assert_close(ops.upsample_conv2d(x, weights), expected)
 
 
+@pytest.mark.parametrize("channels, filters, height, width", [(3, 4, 2, 5), (8, 1, 1, 1)])
+def test_transposed_weights_are_up_sampling_and_convolution(channels, filters, height, width):
+    x, weight = random(2, channels, height, width), random(filters, channels, 3, 3)
+    expected = F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, padding=1)
+    transposed = ops.transposed_weights(weight)
+    assert transposed.shape == (channels, filters, 4, 4)
+    assert transposed.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(F.conv_transpose2d(x, transposed, stride=2, padding=1), expected)
+
+
+@pytest.mark.parametrize("operator", [ops.subpixel_weights, ops.transposed_weights])
+def test_a_float32_weight_is_rounded_once_and_its_gradient_is_float32(operator):
+    """Triton's interpreter truncates to bfloat16 where a GPU rounds."""
+    weight = random(8, 16, 3, 3).float().requires_grad_()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        rounded, wide = operator(weight, torch.bfloat16), operator(weight)
+        assert (rounded.dtype, wide.dtype) == (torch.bfloat16, torch.float32)
+        torch.testing.assert_close(rounded.float(), wide, rtol=2**-7, atol=0)
+    drounded = random(*rounded.shape).bfloat16()
+    (got,) = torch.autograd.grad(rounded, weight, drounded)
+    (expected,) = torch.autograd.grad(wide, weight, drounded.float())
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("filters", [0, 7])
 def test_results_have_the_type_of_the_weight_and_are_rounded_once(dtype, filters):
@@ -51,6 +76,7 @@ def test_results_have_the_type_of_the_weight_and_are_rounded_once(dtype, filters
         (folded, expected),
         (shift, expected_shift),
         (ops.subpixel_weights(weight), ops.subpixel_weights(wide)),
+        (ops.transposed_weights(weight), ops.transposed_weights(wide)),
     ]:
         assert got.dtype == dtype
         torch.testing.assert_close(got.double(), want, rtol=eps, atol=eps)

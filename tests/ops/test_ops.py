@@ -308,6 +308,7 @@ def test_gradients_of_float32_weights_are_float32(name, dtype, monkeypatch):
         (lambda x: ops.fold_batch_norm(x, *[x[:, 0, 0, 0]] * 2, x[0], x[:, 0, 0, 0], 0.0), "mean is"),
         (lambda x: ops.fold_batch_norm(x[0], *[x[:, 0, 0, 0]] * 4, 0.0), "weight is"),
         (lambda x: ops.subpixel_weights(x), "weight is"),
+        (lambda x: ops.transposed_weights(x), "weight is"),
         (lambda x: ops.conv2d(x, x, x[0, :, 0, 0]), "bias"),
         (lambda x: ops.conv2d_unshuffle(x[:, :, 1:], x[:, :, :3, :3].expand(24, -1, -1, -1)), "even"),
         (lambda x: ops.conv2d_unshuffle(x, x[:, :, 1:, 1:], x[0, :3, 0, 0]), "bias"),

@@ -9,11 +9,13 @@ from .. import operands
 from ..call import Coder
 from ..fusion import (
     activation_name,
+    autocasts,
     can_fuse_conv,
     can_fuse_norm,
     can_fuse_unshuffle,
     compute_dtype,
     conv_norm_act,
+    conv_unshuffle,
     conv_without_bias,
     is_depthwise3x3,
     is_divisible,
@@ -96,7 +98,7 @@ class Decoder(Coder):
 def _norm_act_head(norm: nn.Module, act: str, head: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """head(act(norm(x))), for the decoder's last convolution or an up-sampling block."""
     shuffled = isinstance(head, DCUpBlock2d) and plain(head) and not head.interpolate and not head.shortcut
-    if norm_dtype(norm, x) == x.dtype:
+    if norm_dtype(norm, x) == x.dtype or autocasts(x):
         y = norm_act_conv(norm, act, head.conv if shuffled else head, x)
         if y is not None:
             return ops.duplicate_shuffle_add(None, y, None, head.factor) if shuffled else y
@@ -189,9 +191,11 @@ class SanaMultiscaleLinearAttention(Part):
         """Queries, keys and values [B, H, W, 3 C] from one product for the three projections."""
         parts = (self.to_q, self.to_k, self.to_v)
         linear = all(type(part) is nn.Linear and part.bias is None for part in parts) and plain(*parts)
-        if linear and all(part.weight.dtype in (torch.float32, compute_dtype(x)) for part in parts):
+        dtype = compute_dtype(x)
+        dtypes = (dtype, torch.float32) if autocasts(x) else (dtype,)
+        if linear and all(part.weight.dtype in dtypes for part in parts):
             pixels = x.contiguous(memory_format=torch.channels_last).movedim(1, -1)
-            return nn.functional.linear(pixels, operands.of_joined_layers(parts))
+            return nn.functional.linear(pixels, operands.of_joined_layers(parts, dtype))
         return torch.cat([part(x.movedim(1, -1)) for part in parts], dim=-1)
 
 
@@ -211,7 +215,7 @@ class DCDownBlock2d(Part):
         if self.reason_not_fast(self) or not is_divisible(x, self.factor):
             return self.eager(x)
         if not self.shortcut and self.factor == 2 and can_fuse_unshuffle(self.conv, x):
-            return ops.conv2d_unshuffle(x, operands.of_convolution(self.conv), self.conv.bias)
+            return conv_unshuffle(self.conv, x)
         main, bias = conv_without_bias(self.conv, x)
         return ops.unshuffle_average_add(x if self.shortcut else None, main, bias, self.factor)
 

@@ -5,13 +5,13 @@ from torch import nn
 
 from dcae_fast import ops
 
-from .. import operands
 from ..call import Coder
 from ..fusion import (
     activation_name,
     can_fuse_norm,
     can_fuse_unshuffle,
     conv_norm_act,
+    conv_unshuffle,
     conv_without_bias,
     is_depthwise3x3,
     is_divisible,
@@ -254,7 +254,7 @@ class PixelShuffleSampler(Part):
         if shrinks and not is_divisible(x, self.factor):
             return self.eager(x)
         if shrinks and self.factor == 2 and can_fuse_unshuffle(conv, x):
-            return ops.conv2d_unshuffle(x, operands.of_convolution(conv), conv.bias)
+            return conv_unshuffle(conv, x)
         return self.shuffle(*self.without_bias(x))
 
     def shuffle(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
