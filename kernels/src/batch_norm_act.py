@@ -30,13 +30,16 @@ def _batch_norm_act_split_kernel(
     x_ptr, partial_ptr, rows, channels, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr
 ):
     """Writes mean and Σ (x - mean)² of this split's rows to partial [splits, 2, channels]. Sums are of x - x₀, with the
-    split's first row x₀, so that a large mean does not cancel digits.
+    mean x₀ of the split's first block, so that a large mean does not cancel digits.
     """
     blocks_c = tl.cdiv(channels, BLOCK_C)
     split, splits = tl.program_id(0) // blocks_c, tl.num_programs(0) // blocks_c
     c = tl.program_id(0) % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
     c_mask = c < channels
-    first = tl.load(x_ptr + tl.cast(split, tl.int64) * BLOCK_ROWS * channels + c, c_mask, 0.0).to(tl.float32)
+    row = tl.cast(split, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    mask = (row < rows)[:, None] & c_mask[None, :]
+    x = tl.load(x_ptr + row[:, None] * channels + c[None, :], mask, 0.0).to(tl.float32)
+    first = tl.sum(x, 0) / tl.minimum(rows - split * BLOCK_ROWS, BLOCK_ROWS).to(tl.float32)
     total = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
     squares = tl.zeros((BLOCK_ROWS, BLOCK_C), tl.float32)
     for block in tl.range(split, tl.cdiv(rows, BLOCK_ROWS), splits, num_stages=STAGES):
