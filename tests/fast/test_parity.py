@@ -112,9 +112,9 @@ EVERY = (
 @pytest.mark.parametrize(
     "name, operators",
     [
-        ("strided", EVERY),
+        ("strided", f"{EVERY} transposed_weights"),
         ("adaptive", "bias_act rms_norm unshuffle_average_add duplicate_shuffle_add"),
-        ("diffusers-strided", EVERY),
+        ("diffusers-strided", f"{EVERY} transposed_weights"),
     ],
 )
 def test_kernels_are_used(name, operators):
