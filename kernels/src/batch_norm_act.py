@@ -14,7 +14,7 @@ from .common import activate_backward, like_channels_last, persistent_splits, ro
 from .launch import Kernel
 from .sum_of_splits import TILE, WARPS, sum_of_splits
 
-LOOPS = {"elements": 2048, "per_processor": 4, "stages": 1}  # of the programs that sum over the gradient's positions
+LOOPS = {"elements": 2048, "per_processor": 4, "stages": 3}  # of the programs that sum over the gradient's positions
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from .launch import Kernel
 from .sum_of_splits import sum_of_splits
 
 MOST_CHANNELS = 1024  # of a program
-BACKWARD = {"elements": 2048, "per_processor": 8, "stages": 1, "num_warps": 4}  # of the gradient's programs
+BACKWARD = {"elements": 2048, "per_processor": 4, "stages": 3, "num_warps": 4}  # of the gradient's programs
 
 
 @triton.jit

@@ -8,7 +8,7 @@ from .common import activate, activate_backward, like_channels_last, persistent_
 from .launch import Kernel
 from .sum_of_splits import sum_of_splits
 
-BACKWARD = {"elements": 2048, "per_processor": 4, "stages": 1, "num_warps": 4}  # of the gradient's programs
+BACKWARD = {"elements": 2048, "per_processor": 4, "stages": 3, "num_warps": 4}  # of the gradient's programs
 
 
 @Kernel

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from .launch import Kernel
 
-TILE = {"SPLITS": 256, "BLOCK_C": 16}
+TILE = {"SPLITS": 1024, "BLOCK_C": 4}
 WARPS = 8
 
 
