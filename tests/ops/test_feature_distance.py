@@ -56,7 +56,7 @@ def test_zero_features_have_a_finite_gradient():
 
 def test_equal_features_have_no_distance():
     a, _, head = make((1, 16, 2, 2), torch.bfloat16)
-    assert ops.feature_distance(a, a, head) == 0
+    assert ops.feature_distance(a, a, head).abs() < 1e-12  # rounded, where products and sums are fused
 
 
 def test_gradients_of_the_reference():
