@@ -58,8 +58,8 @@ struct BoundPlan {
       if (!has_operand(step.name)) continue;
       require_value(operand != operands.end(), "too few operands for the epilogue");
       const char* name = step.name.c_str();
-      check_operand(name, *operand, step.name == "residual" ? at::IntArrayRef(y_sizes) : at::IntArrayRef(y_sizes[1]),
-                    x.device());
+      const bool whole = has_whole_operand(step.name);
+      check_operand(name, *operand, whole ? at::IntArrayRef(y_sizes) : at::IntArrayRef(y_sizes[1]), x.device());
       require_type(dtype_of(*operand) == step.dtype, name, " must have the dtype that the plan was made for");
       pointers.push_back((operand++)->data_ptr());
     }

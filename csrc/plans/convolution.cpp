@@ -2,6 +2,7 @@
 
 #include "convolution.h"
 
+#include <optional>
 #include <stdexcept>
 
 namespace dcae_fast {
@@ -53,11 +54,15 @@ Descriptor convolution(const ConvolutionShape& shape, const Descriptor& x, const
 }
 
 cudnnPointwiseMode_t pointwise_mode(const std::string& step) {
-  if (step == "bias" || step == "residual") return CUDNN_POINTWISE_ADD;
+  if (step == "bias" || step == "residual" || step == "operand_bias") return CUDNN_POINTWISE_ADD;
   if (step == "relu") return CUDNN_POINTWISE_RELU_FWD;
   if (step == "silu") return CUDNN_POINTWISE_SWISH_FWD;
+  if (step == "relu_backward") return CUDNN_POINTWISE_RELU_BWD;
+  if (step == "silu_backward") return CUDNN_POINTWISE_SWISH_BWD;
   throw std::invalid_argument("unknown step of an epilogue: " + step);
 }
+
+bool is_gradient(const std::string& step) { return step == "relu_backward" || step == "silu_backward"; }
 
 Descriptor pointwise(const std::string& step, const Descriptor& x, const Descriptor* operand, const Descriptor& y) {
   Descriptor kind(CUDNN_BACKEND_POINTWISE_DESCRIPTOR);
@@ -65,10 +70,15 @@ Descriptor pointwise(const std::string& step, const Descriptor& x, const Descrip
       .set(CUDNN_ATTR_POINTWISE_MATH_PREC, CUDNN_TYPE_DATA_TYPE, CUDNN_DATA_FLOAT)
       .finalize();
   Descriptor operation(CUDNN_BACKEND_OPERATION_POINTWISE_DESCRIPTOR);
-  operation.set(CUDNN_ATTR_OPERATION_POINTWISE_PW_DESCRIPTOR, kind)
-      .set(CUDNN_ATTR_OPERATION_POINTWISE_XDESC, x)
-      .set(CUDNN_ATTR_OPERATION_POINTWISE_YDESC, y);
-  if (operand != nullptr) operation.set(CUDNN_ATTR_OPERATION_POINTWISE_BDESC, *operand);
+  operation.set(CUDNN_ATTR_OPERATION_POINTWISE_PW_DESCRIPTOR, kind);
+  if (is_gradient(step)) {
+    operation.set(CUDNN_ATTR_OPERATION_POINTWISE_XDESC, *operand)
+        .set(CUDNN_ATTR_OPERATION_POINTWISE_DYDESC, x)
+        .set(CUDNN_ATTR_OPERATION_POINTWISE_DXDESC, y);
+  } else {
+    operation.set(CUDNN_ATTR_OPERATION_POINTWISE_XDESC, x).set(CUDNN_ATTR_OPERATION_POINTWISE_YDESC, y);
+    if (operand != nullptr) operation.set(CUDNN_ATTR_OPERATION_POINTWISE_BDESC, *operand);
+  }
   return operation.finalize();
 }
 
@@ -163,6 +173,8 @@ void ConvolutionPlan::run(cudnnHandle_t handle, const std::vector<void*>& pointe
 
 bool has_operand(const std::string& step) { return step != "relu" && step != "silu"; }
 
+bool has_whole_operand(const std::string& step) { return step == "residual" || is_gradient(step); }
+
 std::array<int64_t, 4> ConvolutionShape::output() const {
   const auto side = [&](int axis) { return (x[axis] + padding[axis - 2] + padding[axis] - weight[axis]) / stride + 1; };
   return {x[0], weight[0], side(2), side(3)};
@@ -171,6 +183,7 @@ std::array<int64_t, 4> ConvolutionShape::output() const {
 Convolution::Convolution(cudnnHandle_t handle, const ConvolutionShape& shape,
                          const std::vector<EpilogueStep>& epilogue) {
   const auto y_sizes = shape.output();
+  const std::array<int64_t, 4> vector_sizes{1, y_sizes[1], 1, 1};
   const auto y = tensor(2, shape.dtype, y_sizes);
   int64_t next_operand = 3, next_virtual = 3 + static_cast<int64_t>(epilogue.size());
   const auto result = [&](bool is_last) {
@@ -178,19 +191,26 @@ Convolution::Convolution(cudnnHandle_t handle, const ConvolutionShape& shape,
   };
 
   std::vector<Descriptor> operations;
+  std::optional<Descriptor> operand_bias;
   Descriptor value = result(epilogue.empty());
   operations.push_back(
       convolution(shape, tensor(0, shape.dtype, shape.x), tensor(1, shape.dtype, shape.weight), value));
   for (size_t i = 0; i < epilogue.size(); ++i) {
     const auto& [name, dtype] = epilogue[i];
-    const Descriptor next = result(i + 1 == epilogue.size());
-    if (has_operand(name)) {
-      const bool whole = name == "residual";
-      const auto operand = tensor(next_operand++, dtype, whole ? y_sizes : std::array<int64_t, 4>{1, y_sizes[1], 1, 1});
-      operations.push_back(pointwise(name, value, &operand, next));
-    } else {
-      operations.push_back(pointwise(name, value, nullptr, next));
+    std::optional<Descriptor> operand;
+    if (has_operand(name)) operand = tensor(next_operand++, dtype, has_whole_operand(name) ? y_sizes : vector_sizes);
+    if (name == "operand_bias") {
+      operand_bias = operand;
+      continue;
     }
+    if (operand_bias) {
+      const Descriptor sum = result(false);
+      operations.push_back(pointwise("operand_bias", operand.value(), &*operand_bias, sum));
+      operand = sum;
+      operand_bias.reset();
+    }
+    const Descriptor next = result(i + 1 == epilogue.size());
+    operations.push_back(pointwise(name, value, operand ? &*operand : nullptr, next));
     value = next;
   }
 

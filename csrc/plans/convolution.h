@@ -67,15 +67,20 @@ struct ConvolutionShape {
   std::array<int64_t, 4> output() const;
 };
 
-// One step after the convolution: "bias" (adds an operand [k]), "residual" (adds an operand of y's shape and dtype),
-// "relu" or "silu". dtype: of the operand.
+// One step after the convolution, for the value v so far. dtype: of the operand.
+//   "bias"           v + operand, an operand [k]
+//   "residual"       v + operand, here and below an operand of y's shape
+//   "relu", "silu"   act(v); no operand
+//   "relu_backward", "silu_backward"   v * act'(operand)
+//   "operand_bias"   leaves v, and adds its operand [k] to the operand of the next step
 struct EpilogueStep {
   std::string name;
   cudnnDataType_t dtype;
 };
 
-// Whether a step takes an operand.
+// Whether a step takes an operand, and whether this operand has y's shape.
 bool has_operand(const std::string& step);
+bool has_whole_operand(const std::string& step);
 
 class Convolution {
  public:

@@ -18,6 +18,7 @@ from .norm_attention import norm_attention
 from .norm_mlp import norm_mlp
 from .packed_attention import is_for_few_tokens, packed_attention
 from .relu_linear_attention import relu_linear_attention
+from .res_block import res_block
 from .rms_norm import rms_norm
 from .rms_norm_conv2d import rms_norm_conv2d
 from .shuffle import duplicate_shuffle_add, unshuffle_average_add
@@ -46,6 +47,7 @@ __all__ = [
     "norm_mlp",
     "packed_attention",
     "relu_linear_attention",
+    "res_block",
     "rms_norm",
     "rms_norm_conv2d",
     "subpixel_weights",

@@ -24,9 +24,10 @@ def find(
     stride: int,
     padding: tuple[int, int, int, int],
     epilogue: Epilogue,
-    fallback: Callable[[], torch.Tensor],
+    fallback: Callable[[], object],
+    then: Callable[[torch.Tensor], object] = lambda y: y,
 ):
-    """The ConvolutionPlan for tensors like these; None if `fallback` does the same work faster.
+    """The ConvolutionPlan for tensors like these; None if `fallback` does the same work as the plan and `then` faster.
 
     epilogue: (step, its operand or None) in order, as in csrc/plans/convolution.h. None is also the answer for a new
     shape while a CUDA graph is captured, and for tiny ones.
@@ -39,7 +40,7 @@ def find(
         x.device,
         _products(x, weight, stride) >= WORTH_A_SEARCH,
         lambda: cuda_extension().Convolution(x, weight, stride, padding, epilogue),
-        lambda plan: plan(x, weight, operands),
+        lambda plan: then(plan(x, weight, operands)),
         fallback,
     )
 

@@ -91,6 +91,13 @@ def norm_conv2d_case(b, c, n, h, w, act="none", bias=True):
     return op, [(b, c, h, w), (c,), (c,), (n, c, 3, 3)] + [(n,)] * bias
 
 
+def res_block_case(b, c, m, h, w, act, norm):
+    def op(x, w1, b1, w2, shift, scale=None):
+        return ops.res_block(x, w1, b1, act, w2, norm, scale, shift, 1e-5)[0]
+
+    return op, [(b, c, h, w), (m, c, 3, 3), (m,), (c, m, 3, 3), (c,)] + [(c,)] * (norm != "none")
+
+
 CASES = {
     "rms_norm": rms_norm_case(2, 64, 5, 7, "none"),
     "rms_norm-silu": rms_norm_case(1, 257, 3, 5, "silu"),
@@ -126,6 +133,11 @@ CASES = {
     "conv2d_unshuffle-wide": (ops.conv2d_unshuffle, [(1, 4, 2, 134), (35, 4, 3, 3)]),
     "conv2d_unshuffle-many_channels": (ops.conv2d_unshuffle, [(1, 6, 4, 2), (4, 6, 3, 3), (4,)]),
     "conv2d_unshuffle-empty": (ops.conv2d_unshuffle, [(0, 3, 4, 4), (4, 3, 3, 3), (4,)]),
+    "res_block-conv2d-rms": res_block_case(2, 16, 24, 5, 7, "silu", "rms"),
+    "res_block-conv2d-batch": res_block_case(2, 24, 16, 3, 5, "relu", "batch"),
+    "res_block-conv2d-none": res_block_case(1, 16, 16, 4, 3, "relu", "none"),
+    "res_block-conv2d-no_activation": res_block_case(1, 5, 67, 3, 4, "none", "rms"),
+    "res_block-conv2d-empty": res_block_case(0, 8, 8, 4, 4, "silu", "rms"),
     "rms_norm_conv2d": norm_conv2d_case(2, 64, 12, 9, 35, "relu"),
     "rms_norm_conv2d-silu-no_bias": norm_conv2d_case(1, 24, 3, 17, 5, "silu", bias=False),
     "rms_norm_conv2d-many_channels": norm_conv2d_case(1, 272, 16, 3, 7),

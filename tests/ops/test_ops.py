@@ -1,5 +1,6 @@
 """Every operator of images against its formula in float64: results, gradients, layouts, odd and empty sizes."""
 
+import functools
 import importlib
 import sys
 
@@ -54,7 +55,9 @@ def eager_errors(op, tensors, exact, monkeypatch):
         for module in modules:
             for attribute, value in list(vars(module).items()):
                 if isinstance(value, Operator):
-                    patch.setattr(module, attribute, value.reference)
+                    eager = functools.partial(value.reference)
+                    eager.reference = eager  # for operators that consist of others
+                    patch.setattr(module, attribute, eager)
         return [relative_error(got, want) for got, want in zip(run(op, tensors), exact, strict=True)]
 
 
@@ -126,6 +129,10 @@ def test_only_one_gradient(name):
         y = op(*tensors)
         dy = torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=y.device).view(y.shape).to(y.dtype)
         torch.testing.assert_close(torch.autograd.grad(y, tensors[wanted], dy, retain_graph=True)[0], expected)
+        if "res_block" in name and wanted != 1:
+            with pytest.raises(RuntimeError, match="keeps no input"):
+                torch.autograd.grad(y, tensors[wanted], dy, create_graph=True)
+            continue
         (again,) = torch.autograd.grad(y, tensors[wanted], dy, create_graph=True)
         torch.testing.assert_close(again, expected)
         if again.requires_grad:
