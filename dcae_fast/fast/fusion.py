@@ -8,6 +8,7 @@ from dcae_fast import ops
 from dcae_fast.ops._library import HALVES, KERNEL_DTYPES
 from dcae_fast.ops._private import convolve
 from dcae_fast.ops.conv2d import FEW_CHANNELS
+from dcae_fast.ops.linear import wants_gradient
 from dcae_fast.ops.rms_norm_conv2d import MOST_CHANNELS, MOST_FILTERS
 
 from . import operands
@@ -67,6 +68,12 @@ def batch_norm(norm: nn.BatchNorm2d, x: torch.Tensor, act: str, residual: torch.
         y = _activate(norm(x), act)
         return y if residual is None else y + residual
     y, mean, variance = ops.batch_norm_act(x, norm.weight, norm.bias, norm.eps, act, residual)
+    _update_statistics(norm, mean, variance, count)
+    return y
+
+
+def _update_statistics(norm: nn.BatchNorm2d, mean: torch.Tensor, variance: torch.Tensor, count: int) -> None:
+    """Moves the norm's running statistics towards those of a batch with `count` values for each channel."""
     momentum = norm.momentum
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
@@ -76,7 +83,6 @@ def batch_norm(norm: nn.BatchNorm2d, x: torch.Tensor, act: str, residual: torch.
         with torch.no_grad():
             norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
             norm.running_var.lerp_((variance * (count / (count - 1))).to(norm.running_var.dtype), momentum)
-    return y
 
 
 def _activate(x: torch.Tensor, act: str) -> torch.Tensor:
@@ -254,6 +260,50 @@ def conv_norm_act(
     if is_batch_norm(norm):
         return ops.bias_act(y, norm.bias, act, residual, norm.weight, norm.running_mean, norm.running_var, norm.eps)
     return rms_norm(norm, y, act, residual)
+
+
+def res_block(
+    first: nn.Module, act: str | None, second: nn.Module, norm: nn.Module | None, x: torch.Tensor
+) -> torch.Tensor | None:
+    """norm(second(act(first(x)))) + x if a gradient is wanted and one operator computes this; else None.
+
+    norm must satisfy `can_fuse_norm`.
+    """
+    if act is None or norm is None or not (_can_train3x3(first, x) and _can_train3x3(second, x)):
+        return None
+    w1, b1, w2, scale, shift = first.weight, first.bias, second.weight, norm.weight, norm.bias
+    same_widths = w1.shape[1] == w2.shape[0] == scale.shape[0] == x.shape[1] and w1.shape[0] == w2.shape[1]
+    dtypes = {scale.dtype, shift.dtype} <= {x.dtype, torch.float32}
+    known = same_widths and dtypes and b1 is not None and second.bias is None
+    if not known or not wants_gradient(x, w1, b1, w2, scale, shift):
+        return None
+    if not is_batch_norm(norm):
+        if norm_dtype(norm, x) != x.dtype:
+            return None
+        return ops.res_block(x, w1, b1, act, w2, "rms", scale, shift, norm.eps)[0]
+    if not norm.training:
+        folded, shift = operands.of_convolution_and_norm(second, norm)
+        return ops.res_block(x, w1, b1, act, folded, "none", None, shift)[0]
+    count = x.numel() // x.shape[1]
+    if count < 2:
+        return None
+    y, mean, variance = ops.res_block(x, w1, b1, act, w2, "batch", scale, shift, norm.eps)
+    _update_statistics(norm, mean, variance, count)
+    return y
+
+
+def _can_train3x3(conv: nn.Module, x: torch.Tensor) -> bool:
+    """Whether conv(x) is a 3×3 convolution with padding 1 and stride 1 in x's dtype, also under autocast."""
+    return (
+        type(conv) is nn.Conv2d
+        and conv.kernel_size == (3, 3)
+        and conv.padding == conv.stride == conv.dilation == (1, 1)
+        and conv.groups == 1
+        and conv.padding_mode == "zeros"
+        and plain(conv)
+        and x.dtype == compute_dtype(x)
+        and (conv.weight.dtype == x.dtype or (autocasts(x) and conv.weight.dtype == torch.float32))
+    )
 
 
 def multiscale_qkv(scale: nn.Module, qkv: torch.Tensor) -> torch.Tensor:

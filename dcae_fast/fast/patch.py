@@ -34,6 +34,7 @@ OPERATORS = (
     "multiscale_qkv",
     "packed_attention",
     "relu_linear_attention",
+    "res_block",
     "rms_norm",
     "rms_norm_conv2d",
     "unshuffle_average_add",

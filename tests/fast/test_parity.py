@@ -105,7 +105,8 @@ def test_double_precision_is_left_alone(name):
 
 
 EVERY = (
-    "bias_act rms_norm depthwise_glu multiscale_qkv relu_linear_attention unshuffle_average_add duplicate_shuffle_add"
+    "bias_act rms_norm depthwise_glu multiscale_qkv relu_linear_attention unshuffle_average_add duplicate_shuffle_add "
+    "fold_batch_norm res_block"
 )
 
 
@@ -113,7 +114,7 @@ EVERY = (
     "name, operators",
     [
         ("strided", f"{EVERY} transposed_weights"),
-        ("adaptive", "bias_act rms_norm unshuffle_average_add duplicate_shuffle_add"),
+        ("adaptive", "res_block rms_norm unshuffle_average_add duplicate_shuffle_add"),
         ("diffusers-strided", f"{EVERY} transposed_weights"),
     ],
 )

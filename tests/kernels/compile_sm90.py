@@ -60,6 +60,7 @@ def main():
     from dcae_fast.kernels.depthwise_glu import launch_depthwise_glu, launch_depthwise_glu_backward
     from dcae_fast.kernels.duplicate_shuffle_add import launch_duplicate_shuffle_add
     from dcae_fast.kernels.feature_distance import launch_feature_distance, launch_feature_distance_backward
+    from dcae_fast.kernels.flip_weight import launch_flip_weight
     from dcae_fast.kernels.gelu_backward import launch_gelu_backward
     from dcae_fast.kernels.layer_norm import launch_layer_norm, launch_layer_norm_backward
     from dcae_fast.kernels.multiscale_qkv import launch_multiscale_qkv, launch_multiscale_qkv_backward
@@ -69,6 +70,7 @@ def main():
     )
     from dcae_fast.kernels.rms_norm import launch_rms_norm, launch_rms_norm_backward
     from dcae_fast.kernels.rms_norm_conv2d import launch_rms_norm_conv2d
+    from dcae_fast.kernels.sum_to_channels import launch_sum_to_channels
     from dcae_fast.kernels.unshuffle_average_add import launch_unshuffle_average_add
     from dcae_fast.kernels.upsample_conv2d import (
         launch_subpixel_weights,
@@ -95,6 +97,7 @@ def main():
         launch_bias_act_backward(x, x, c, "silu", c, c, c, 1e-5)
         launch_batch_norm_act(x, c, c, 1e-5, "relu", x, x.dtype)
         launch_batch_norm_act_backward(x, x, c, c, c.float(), c.float(), 1e-5, "silu")
+        launch_sum_to_channels(x, torch.float32)
         launch_fold_batch_norm(tensor(channels, 64, 3, 3), c, c, c, c, 1e-5, torch.bfloat16)
     for dtype in POINTER:
         qkv, dout = tensor(2, 1536, 16, 16, dtype=dtype), tensor(2, 512, 16, 16, dtype=dtype)
@@ -135,6 +138,8 @@ def main():
     launch_transposed_weights(tensor(256, 512, 3, 3, dtype=torch.float32), torch.bfloat16)
     launch_transposed_weights_backward(tensor(512, 256, 4, 4), torch.float32)
     launch_weight_layout(tensor(256, 512, 3, 3))
+    for dtype in POINTER:
+        launch_flip_weight(tensor(256, 512, 3, 3, dtype=dtype), torch.bfloat16)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from ..fusion import (
     multiscale_qkv,
     norm_act_conv,
     norm_dtype,
+    res_block,
     rms_norm,
     unknown_activation,
     unknown_norm,
@@ -111,7 +112,9 @@ def missing_norm(norm: nn.Module | None) -> str:
 
 
 class ResBlock(Part):
-    operators = ("batch_norm_act", "bias_act", "conv2d", "rms_norm")
+    """If a gradient is wanted, one operator computes the block."""
+
+    operators = ("batch_norm_act", "bias_act", "conv2d", "res_block", "rms_norm")
     attributes = ("conv1", "nonlinearity", "conv2", "norm")
 
     @staticmethod
@@ -126,7 +129,10 @@ class ResBlock(Part):
         act = activation_name(self.nonlinearity)
         if act is None or self.reason_not_fast(self) or not can_fuse_norm(self.norm):
             return self.eager(x)
-        return conv_norm_act(self.conv2, self.norm, "none", conv_norm_act(self.conv1, None, act, x), x)
+        y = res_block(self.conv1, act, self.conv2, self.norm, x)
+        if y is None:
+            y = conv_norm_act(self.conv2, self.norm, "none", conv_norm_act(self.conv1, None, act, x), x)
+        return y
 
 
 class GLUMBConv(Part):

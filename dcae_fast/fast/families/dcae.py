@@ -17,6 +17,7 @@ from ..fusion import (
     is_divisible,
     multiscale_qkv,
     norm_act_conv,
+    res_block,
     rms_norm,
     unknown_activation,
     unknown_norm,
@@ -129,6 +130,11 @@ def bare_conv(layer: nn.Module) -> nn.Module | None:
     return layer.conv if isinstance(layer, ConvLayer) and plain(layer) and layer.is_bare() else None
 
 
+def is_plain_layer(layer: nn.Module) -> bool:
+    """Whether a layer is a plain, fast ConvLayer without dropout."""
+    return isinstance(layer, ConvLayer) and plain(layer) and layer._modules.get("dropout") is None
+
+
 class OpSequential(Part):
     """Operations in sequence. An RMS norm, the activation and a small convolution behind it are one operator."""
 
@@ -177,12 +183,22 @@ class Branch(Part):
 
 
 class ResBlock(Branch):
-    operators = ConvLayer.operators
+    """If a gradient is wanted, one operator computes the branch and adds the residual."""
+
+    operators = (*ConvLayer.operators, "res_block")
     attributes = ("conv1", "conv2")
 
     @staticmethod
     def rests_on(block: nn.Module) -> dict[str, nn.Module]:
         return {"conv2": block.conv2}
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        first, second = self.conv1, self.conv2
+        known = residual is x and is_plain_layer(first) and is_plain_layer(second)
+        y = None
+        if known and first.norm is None and second.act is None and can_fuse_norm(second.norm):
+            y = res_block(first.conv, activation_name(first.act), second.conv, second.norm, x)
+        return super().add(x, residual) if y is None else y
 
     def body(self, x: torch.Tensor) -> torch.Tensor:
         return self.conv1(x)
