@@ -4,15 +4,15 @@
 
 x: [B, C, H, W] channels-last; weight: [K, C, R, S]; bias: [K]; residual and y: [B, K, P, Q]. Sums in fp32; nothing is
 rounded between the convolution and y. `fold_batch_norm` makes weight and bias of a convolution with a batch norm. The
-gradient runs the convolution again; in training a convolution and `bias_act` are faster.
+gradient of SiLU runs the convolution again; in training a convolution and `bias_act` are faster.
 """
 
 import torch
 import torch.nn.functional as F
 
 from . import _convolution_plans
-from ._elementwise import ACTIVATIONS, check_activation, check_filters
-from ._library import HALVES, KERNEL_DTYPES, define, differentiable_as, launcher
+from ._elementwise import ACTIVATIONS, activate_backward, check_activation, check_filters, sum_to_channels
+from ._library import HALVES, KERNEL_DTYPES, define, differentiable, launcher
 from ._plans import is_deterministic
 from .bias_act import bias_act_reference
 
@@ -112,7 +112,44 @@ conv2d_op = define(
     _accepts,
     _launch,
 )
-differentiable_as(conv2d_op, conv2d_reference)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, ctx.act, residual, ctx.stride, ctx.padding = inputs
+    ctx.from_y = ctx.act == "none" or (ctx.act == "relu" and residual is None)
+    ctx.x_shape, ctx.residual_dtype = x.shape, None if residual is None else residual.dtype
+    kept_x = x if ctx.needs_input_grad[1] or not ctx.from_y else None
+    ctx.save_for_backward(kept_x, weight, bias, output if ctx.act == "relu" and ctx.from_y else None)
+
+
+def _backward(ctx, dy):
+    """By functions of PyTorch that have gradients themselves. SiLU, and ReLU below a residual, convolve again."""
+    x, weight, bias, y = ctx.saved_tensors
+    wants_x, wants_weight, wants_bias, _, wants_residual, *_ = ctx.needs_input_grad
+    dz = dy if y is None else torch.ops.aten.threshold_backward(dy, y, 0)
+    if not ctx.from_y:
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        z = conv2d_reference(x, weight, None, "none", None, ctx.stride, ctx.padding).to(wide)
+        dz = activate_backward(z if bias is None else z + bias.view(1, -1, 1, 1), dy.to(wide), ctx.act)
+    dbias = sum_to_channels(dz).to(bias.dtype) if wants_bias else None
+    dresidual = dy.to(ctx.residual_dtype) if wants_residual else None
+    dz = dz.to(weight.dtype)
+    x = dz.new_empty(ctx.x_shape) if x is None else x
+    dx, dweight = _convolution_backward(dz, x, weight, ctx.stride, ctx.padding, [wants_x, wants_weight, False])
+    return dx, dweight, dbias, None, dresidual, None, None
+
+
+def _convolution_backward(dy, x, weight, stride, padding, wants):
+    top, left, bottom, right = padding
+    if (top, left) != (bottom, right):
+        padded = F.pad(x, (left, right, top, bottom))
+        dx, dweight = _convolution_backward(dy, padded, weight, stride, [0] * 4, wants)
+        return dx[:, :, top : top + x.shape[2], left : left + x.shape[3]] if wants[0] else None, dweight
+    options = [stride] * 2, [top, left], [1, 1], False, [0, 0], 1, wants
+    return torch.ops.aten.convolution_backward(dy, x, weight, None, *options)[:2]
+
+
+differentiable(conv2d_op, _backward, _setup_context)
 
 
 def conv2d(
