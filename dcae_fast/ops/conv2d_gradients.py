@@ -4,8 +4,8 @@
     conv(dy, flipped) is the gradient of x in y = conv(x, weight)
     dz = act'(z + bias) * conv(dy, flipped),   dbias = Σ_bhw dz
 
-So the gradient of x is a convolution itself, and cuDNN can multiply by act' within it. x, z: [B, C, H, W] channels-last;
-dy: [B, K, H, W]; weight: [K, C, 3, 3]; bias, dbias: [C]. Sums are in fp32.
+So the gradient of x is a convolution itself, and cuDNN can multiply by act' within it. x, z: [B, C, H, W]
+channels-last; dy: [B, K, H, W]; weight: [K, C, 3, 3]; bias, dbias: [C]. Sums are in fp32.
 """
 
 import torch
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from . import _convolution_plans
 from ._elementwise import sum_to_channels
-from ._library import HALVES, KERNEL_DTYPES, are_aligned, define, differentiable_as, launcher
+from ._library import HALVES, KERNEL_DTYPES, are_aligned, define, differentiable_as
 from .bias_act import bias_act_backward_op, bias_act_backward_reference
 from .conv2d import conv2d_reference
 
@@ -88,7 +88,7 @@ differentiable_as(sum_to_channels_op, sum_to_channels_reference)
 differentiable_as(conv2d_act_backward_op, conv2d_act_backward_reference)
 
 
-def flipped(via, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def rounded_and_flipped(via, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """The weight in this dtype, and its flipped form. via: see _parts.py."""
     rounded, flipped = via(flip_weight_op)(weight, dtype)
     return weight if weight.dtype == dtype else rounded, flipped

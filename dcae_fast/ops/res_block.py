@@ -2,10 +2,10 @@
 
     a = act(conv(x, w1) + b1),    y = norm(conv(a, w2)) + x
 
-norm: "rms", `rms_norm` with weight `scale` and bias `shift`; "batch", `batch_norm_act` with the statistics of the batch;
-or "none", which only adds `shift`, for a batch norm that was folded into w2. x, y: [B, C, H, W] channels-last; w1:
-[M, C, 3, 3]; w2: [C, M, 3, 3]; b1: [M]; scale, shift: [C]. float32 parameters beside half-precision x are allowed: the
-products round them, and their gradients are float32.
+norm: "rms", `rms_norm` with weight `scale` and bias `shift`; "batch", `batch_norm_act` with the statistics of the
+batch; or "none", which only adds `shift`, for a batch norm that was folded into w2. x, y: [B, C, H, W] channels-last;
+w1: [M, C, 3, 3]; w2: [C, M, 3, 3]; b1: [M]; scale, shift: [C]. float32 parameters beside half-precision x are allowed:
+the products round them, and their gradients are float32.
 
 The gradients of x are convolutions, see conv2d_gradients.py. cuDNN computes what surrounds a convolution within it,
 where that is the fastest:
@@ -32,7 +32,7 @@ from .conv2d_gradients import (
     NO_NORM,
     PADDING,
     conv2d_act_backward_op,
-    flipped,
+    rounded_and_flipped,
     sum_to_channels_op,
     weight_gradient,
 )
@@ -69,8 +69,8 @@ class ResBlock(NamedTuple):
     def forward(self, via):
         """y and `Kept`."""
         x, b1, act, scale, shift, eps = self.x, self.b1, self.act, self.scale, self.shift, self.eps
-        w1, flipped1 = flipped(via, self.w1, x.dtype)
-        w2, flipped2 = flipped(via, self.w2, x.dtype)
+        w1, flipped1 = rounded_and_flipped(via, self.w1, x.dtype)
+        w2, flipped2 = rounded_and_flipped(via, self.w2, x.dtype)
         z, c, mean, variance = (x.new_empty(0) for _ in range(4))
         if act == "silu":
             z = _conv(via, x, w1)
@@ -191,9 +191,9 @@ def res_block(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(y, mean, variance); see the head of this file. mean and variance: those of the batch for "batch", else empty.
 
-    x: [B, C, H, W]; w1: [M, C, 3, 3]; b1: [M]; w2: [C, M, 3, 3]; scale, shift: [C]; act: "none", "relu" or "silu"; norm:
-    "rms", "batch" or "none", without scale. y is [B, C, H, W] channels-last, in the type of x. Raises ValueError on other
-    shapes, activations or norms.
+    x: [B, C, H, W]; w1: [M, C, 3, 3]; b1: [M]; w2: [C, M, 3, 3]; scale, shift: [C]; act: "none", "relu" or "silu";
+    norm: "rms", "batch" or "none", without scale. y is [B, C, H, W] channels-last, in the type of x. Raises ValueError
+    on other shapes, activations or norms.
     """
     check_activation(act)
     if norm not in NORMS or (scale is None) != (norm == "none"):

@@ -1,6 +1,5 @@
 """Rounds the weight of a convolution, and turns it into the weight of the convolution that computes its gradient."""
 
-import torch
 import triton
 import triton.language as tl
 
