@@ -282,7 +282,7 @@ def res_block(
             return None
         return ops.res_block(x, w1, b1, act, w2, "rms", scale, shift, norm.eps)[0]
     if not norm.training:
-        folded, shift = operands.of_convolution_and_norm(second, norm)
+        folded, shift = operands.of_convolution_and_norm(second, norm, compute_dtype(x))
         return ops.res_block(x, w1, b1, act, folded, "none", None, shift)[0]
     count = x.numel() // x.shape[1]
     if count < 2:

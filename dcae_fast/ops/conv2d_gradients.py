@@ -99,4 +99,4 @@ def weight_gradient(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> 
     like = torch.empty(weight.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     ones, mask = [1, 1], [False, True, False]
     gradient = torch.ops.aten.convolution_backward(dy, x, like, None, ones, ones, ones, False, [0, 0], 1, mask)[1]
-    return gradient.to(weight.dtype, memory_format=torch.channels_last)
+    return gradient.to(weight.dtype)

@@ -129,7 +129,8 @@ def _backward(via, dy, *args):
     if via is as_reference and torch.is_grad_enabled() and given.x is not None:  # the gradient of the gradient
         kept = Kept(*given.forward(as_reference)[1:])
     found = given.backward(via, dy, kept, wants)
-    return tuple(dy.new_empty(0) if gradient is None else as_channels_last(gradient) for gradient in found)
+    found = tuple(dy.new_empty(0) if gradient is None else gradient for gradient in found)
+    return found if via is as_reference else tuple(map(as_channels_last, found))  # `define` does it for the reference
 
 
 def _accepts(w1, b1, act, w2, norm, scale, shift, *_):
