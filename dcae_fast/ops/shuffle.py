@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from dcae_fast.models import functional
 
 from ._library import KERNEL_DTYPES, define, differentiable
+from .conv2d_gradients import sum_to_channels_op
 
 
 def to_planes(y: torch.Tensor) -> torch.Tensor:
@@ -104,8 +105,7 @@ def _backward_with(adjoint):
                 dmain = adjoint(dout, None, None, channels, ctx.factor, 1.0) if ctx.moved else dout
             dmain = dmain.to(dtype)
         if wants_bias:
-            wide = torch.promote_types(dmain.dtype, torch.float32)
-            dbias = dmain.sum((0, 2, 3), dtype=wide).to(ctx.bias_dtype)
+            dbias = sum_to_channels_op(dmain, ctx.bias_dtype)
         return dx, dmain, dbias, None, None, None
 
     return backward
