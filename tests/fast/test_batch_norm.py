@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from small_models import DEVICE, build_block, image, operators_called, step
+from small_models import DEVICE, assert_as_accurate, build_block, image, operators_called, step, step_errors
 from torch import nn
 
 import dcae_fast
@@ -56,13 +56,16 @@ def test_under_autocast(name):
     block = with_norm(name)
     fast = copy.deepcopy(block)
     dcae_fast.patch(fast)
-    results = []
-    for model in (fast, block):
+
+    def errors(model, x):
+        exact = step(copy.deepcopy(block).double(), x.double())
         with torch.autocast(DEVICE, torch.bfloat16):
-            results.append(step(model, pictures(name)[0]))
-    for key, value in results[1].items():
-        assert results[0][key].dtype == value.dtype
-        torch.testing.assert_close(results[0][key], value, atol=0.05, rtol=0.05)
+            result = step(copy.deepcopy(model), x)
+        return result, step_errors(result, exact)
+
+    (result, of_fast), *eager = errors(fast, pictures(name)[0]), *(errors(block, x) for x in pictures(name))
+    assert_as_accurate(of_fast, [of_eager for _, of_eager in eager])
+    assert all(result[key].dtype == value.dtype for key, value in eager[0][0].items())
 
 
 @pytest.mark.parametrize("name", NAMES)
