@@ -19,7 +19,7 @@ MAY_IMPORT = {  # folder → allowed imports, besides the folder itself and the 
     "dcae_fast/training/engine": [
         "torch", "numpy", "safetensors", "PIL", "tqdm", "wandb", "dcae_fast.data.sampler", "dcae_fast.distributed",
         "dcae_fast.errors", "dcae_fast.files", "dcae_fast.images", "dcae_fast.interruption", "dcae_fast.lock",
-        "dcae_fast.memory", "dcae_fast.workers",
+        "dcae_fast.memory", "dcae_fast.ops._private", "dcae_fast.workers",
     ],
     "dcae_fast/__init__.py": ["dcae_fast.fast"],
 }  # fmt: skip

@@ -131,6 +131,8 @@ class AutoencoderRun(Run):
     """held-out photographs, to measure the reconstructions; None: at most 1000 of the training photographs"""
     max_pixels: int | None = None
     """skip photographs with more pixels; None means Pillow's limit, 178956970"""
+    cuda_graphs: bool = False
+    """replay whole steps, with backward pass and optimizer, as CUDA graphs: without Python overhead, on one GPU"""
     sample_steps: int = 1000
     """steps between two pictures that compare originals with reconstructions; 0 for none"""
     eval_steps: int = 5000

@@ -10,6 +10,7 @@ from torch import nn
 
 import dcae_fast
 from dcae_fast import distributed
+from dcae_fast.evaluation.pictures import channels_first
 from dcae_fast.models import checkpoint
 from dcae_fast.models.autoencoder import DCAE
 from dcae_fast.models.config import DCAEConfig
@@ -99,30 +100,68 @@ class Pair(NamedTuple):
     y: torch.Tensor
 
 
+class Kind(NamedTuple):
+    """What distinguishes steps that compute differently.
+
+    channels: see `PartlyTrained.forward`. judged: whether the discriminator counts, and trains. want_norm: whether the
+    norm of the autoencoder's gradient is computed.
+    """
+
+    channels: tuple[int, ...]
+    judged: bool
+    want_norm: bool
+
+
+Compute = Callable[[Kind, torch.Tensor, float, float], dict[str, torch.Tensor]]  # the last arguments of update_networks
+
+
 def take_step(
+    state: State,
+    recipe: AutoencoderRecipe,
+    compute: Compute,
+    pixels: torch.Tensor,
+    channels: tuple[int, ...],
+    want_norm: bool,
+) -> Taken:
+    """Takes the step after `state.step` on this rank's share of the batch, uint8 [b, H, W, 3] on the CPU."""
+    step = state.step + 1
+    kind = Kind(channels, CRITIC in state.networks and step > recipe.gan.gan_start, want_norm)
+    lr, critic_lr = (
+        learning_rate(step, lr, recipe.warmup_steps, 0.0, recipe.lr_ends) for lr in (recipe.lr, recipe.critic_lr)
+    )
+    losses = compute(kind, pixels, lr, critic_lr)
+    if state.average is not None:
+        state.average.update(state.networks[NAME].network, step)
+    norm = {"grad_norm": losses.pop("grad_norm")} if want_norm else {}
+    return Taken(losses, {"lr": lr} | norm)
+
+
+def update_networks(
     state: State,
     objective: Objective,
     recipe: AutoencoderRecipe,
-    parts: list[torch.Tensor],
-    channels: tuple[int, ...],
-    logged: bool,
-) -> Taken:
-    """Takes the step after `state.step` on this rank's share of the batch, one part [b, 3, H, W] after another.
+    accumulate: int,
+    kind: Kind,
+    pixels: torch.Tensor,
+    lr: float | torch.Tensor,
+    critic_lr: float | torch.Tensor,
+) -> dict[str, torch.Tensor]:
+    """Updates the weights with a batch, in `accumulate` parts one after another. Returns the losses; and "grad_norm".
 
-    The autoencoder takes its step first, then the discriminator with the same reconstructions. channels: see
-    `PartlyTrained.forward`.
+    The autoencoder takes its step first, then the discriminator with the same reconstructions. A CUDA graph can repeat
+    this if pixels and learning rates are tensors on the device.
     """
-    step, sums = state.step + 1, Sums(len(parts))
-    trained, critic = state.networks[NAME], state.networks.get(CRITIC)
-    if critic is not None and step <= recipe.gan.gan_start:
-        critic = None
-    pairs = []
+    trained = state.networks[NAME]
+    critic = state.networks[CRITIC] if kind.judged else None
+    pixels = channels_first(pixels.to(next(trained.network.parameters()).device, non_blocking=True))
+    parts = [part / 127.5 - 1 for part in pixels.chunk(accumulate)]
+    sums, pairs = Sums(len(parts)), []
     for number, x in enumerate(parts):
         with gradients_summed(trained.called, last=number == len(parts) - 1):
             with autocast(x.device, recipe.precision):
-                y = trained.called(x, channels)
+                y = trained.called(x, kind.channels)
                 made = full_precision(y.detach()).requires_grad_()
-                x = torch.cat([x] * len(channels)) if channels else x
+                x = torch.cat([x] * len(kind.channels)) if kind.channels else x
                 losses = objective.reconstruction(made, x)
                 if critic is not None:
                     losses["adversarial"] = critic.network.judge(made)
@@ -130,13 +169,10 @@ def take_step(
             trained.backward(y, gradient / len(parts))
         sums.add(combined | losses)
         pairs.append(Pair(x, made.detach()))
-    lr = learning_rate(step, recipe.lr, recipe.warmup_steps, 0.0, recipe.lr_ends)
-    norm = trained.update(lr, recipe.clip_grad, want_norm=logged)
-    if state.average is not None:
-        state.average.update(trained.network, step)
+    norm = trained.update(lr, recipe.clip_grad, kind.want_norm)
     if critic is not None:
-        update_critic(critic, recipe, pairs, step, sums)
-    return Taken(sums.means(), {"lr": lr, "grad_norm": norm} if logged else {})
+        update_critic(critic, recipe, pairs, critic_lr, sums)
+    return sums.means() | ({"grad_norm": norm} if kind.want_norm else {})
 
 
 def combine(
@@ -166,7 +202,9 @@ def last_weight(network: DCAE) -> torch.Tensor:
     return list(convolutions)[-1].weight
 
 
-def update_critic(critic: Trained, recipe: AutoencoderRecipe, pairs: list[Pair], step: int, sums: "Sums") -> None:
+def update_critic(
+    critic: Trained, recipe: AutoencoderRecipe, pairs: list[Pair], lr: float | torch.Tensor, sums: "Sums"
+) -> None:
     """Takes the discriminator's step."""
     for number, (x, y) in enumerate(pairs):
         with gradients_summed(critic.called, last=number == len(pairs) - 1):
@@ -175,7 +213,7 @@ def update_critic(critic: Trained, recipe: AutoencoderRecipe, pairs: list[Pair],
             loss = sum(loss for name, loss in losses.items() if name != "discriminator_accuracy")
             critic.backward(loss / len(pairs))
         sums.add(losses)
-    critic.update(learning_rate(step, recipe.critic_lr, recipe.warmup_steps, 0.0, recipe.lr_ends))
+    critic.update(lr)
 
 
 class Sums:

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ from PIL import Image
 
 from dcae_fast import distributed
 from dcae_fast.data.manifest import weights_hash
-from dcae_fast.evaluation.pictures import channels_first
 from dcae_fast.training.engine import loop
 from dcae_fast.training.engine.batches import generator_of, load_batches
+from dcae_fast.training.engine.graphs import StepGraphs
 from dcae_fast.training.engine.state import State
 from dcae_fast.training.engine.task import Taken, Task
 
@@ -22,7 +23,7 @@ from .evaluation import HeldOut, comparison
 from .network import allowed_channels, draw_channels, load_source
 from .pictures import CropOrder, RandomCrops, max_pixels_of, print_notes, usable_pictures
 from .result import finish
-from .step import Objective, initial_state, last_weight, take_step
+from .step import Compute, Objective, initial_state, last_weight, take_step, update_networks
 
 
 def train(recipe: AutoencoderRecipe, run: AutoencoderRun, device: torch.device) -> Path:
@@ -49,6 +50,7 @@ class AutoencoderTask(Task):
         self.network = load_source(recipe)
         self.source_weights = weights_hash(self.network) if recipe.source is not None else None
         self.channels = allowed_channels(recipe, self.network)
+        _check_graphs(recipe, run, device)
         _check_discriminator(recipe, last_weight(self.network).requires_grad)
         self.pictures, skipped = usable_pictures(recipe, run)
         print_notes("skipped", skipped)
@@ -74,6 +76,10 @@ class AutoencoderTask(Task):
         self.network.to(self.device, memory_format=layout)
         self.before = self._rows() if self.run.sample_steps else []
         self.state = initial_state(self.network, self.recipe, self.run, self.device)
+        self.compute: Compute = partial(update_networks, self.state, self.objective, self.recipe, self.run.accumulate)
+        if self.run.cuda_graphs:
+            optimizers = [trained.optimizer for trained in self.state.networks.values()]
+            self.compute = StepGraphs(self.compute, optimizers, self.device)
         return self.state
 
     def _rows(self) -> list[torch.Tensor]:
@@ -91,9 +97,10 @@ class AutoencoderTask(Task):
         return load_batches(crops, order, self.run.workers, self.device)
 
     def take_step(self, batch: torch.Tensor, logged: bool) -> Taken:
-        pixels = channels_first(batch.to(self.device, non_blocking=True))
-        parts = [part / 127.5 - 1 for part in pixels.chunk(self.run.accumulate)]
-        return take_step(self.state, self.objective, self.recipe, parts, self._draw_channels(), logged)
+        want_norm = (
+            logged or self.run.cuda_graphs
+        )  # one graph for steps that write a line of the log and those that do not
+        return take_step(self.state, self.recipe, self.compute, batch, self._draw_channels(), want_norm)
 
     def _draw_channels(self) -> tuple[int, ...]:
         """The numbers of latent channels that this step trains; none unless the model is adaptive."""
@@ -108,6 +115,15 @@ class AutoencoderTask(Task):
 
     def evaluate(self) -> dict[str, float]:
         return self.held_out.figures(self.state.exported)
+
+
+def _check_graphs(recipe: AutoencoderRecipe, run: AutoencoderRun, device: torch.device) -> None:
+    ranks = distributed.world_size()
+    if run.cuda_graphs and (device.type != "cuda" or ranks > 1 or recipe.precision == "float16"):
+        raise ValueError(
+            "cuda_graphs: expected one process on a GPU, and precision bfloat16 or float32; found "
+            f"{ranks if ranks > 1 else 'one'} on {device}, and {recipe.precision}"
+        )
 
 
 def _check_discriminator(recipe: AutoencoderRecipe, last_trains: bool) -> None:

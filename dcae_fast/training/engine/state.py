@@ -42,7 +42,9 @@ class Trained:
             else:
                 y.backward(gradient.to(y.dtype))
 
-    def update(self, lr: float, clip_grad: float | None = None, want_norm: bool = False) -> torch.Tensor | None:
+    def update(
+        self, lr: float | torch.Tensor, clip_grad: float | None = None, want_norm: bool = False
+    ) -> torch.Tensor | None:
         """Takes a step of the optimizer with this learning rate and discards the gradients.
 
         clip_grad: the largest norm of the gradient. Returns the norm before clipping, on the device, if it is wanted or

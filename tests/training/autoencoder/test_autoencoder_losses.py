@@ -14,6 +14,7 @@ from dcae_fast.training.engine.config import TrainingError
 
 CPU = torch.device("cpu")
 VGG16_FILE = "vgg16-397923af.pth"
+PUBLISHED_HEADS = losses.HEADS
 FORMULAS = {
     "l1": lambda d: d.abs().mean(),
     "l2": lambda d: (d**2).mean(),
@@ -165,6 +166,8 @@ def test_perceptual_loss_loads_the_published_layouts(network, folders):
     checkpoints, models = folders
     save_heads(network, models)
     features = {f"features.{name}": tensor for name, tensor in network.features.state_dict().items()}
+    layers = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)  # the convolutions of torchvision's VGG16
+    assert features.keys() == {f"features.{layer}.{name}" for layer in layers for name in ("weight", "bias")}
     torch.save(features | {"classifier.6.bias": torch.zeros(1000)}, checkpoints / VGG16_FILE)
     loaded = perceptual_loss(CPU)
     assert loaded.features[0].weight.is_contiguous(memory_format=torch.channels_last)
@@ -174,6 +177,16 @@ def test_perceptual_loss_loads_the_published_layouts(network, folders):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
     x, y = pair(1, 3, 32, 32, dtype=torch.float32)
     torch.testing.assert_close(loaded(x, y), network(x, y), rtol=1e-5, atol=0)
+
+
+def test_published_heads_are_found(network, folders, monkeypatch):
+    pytest.importorskip("torchmetrics")
+    monkeypatch.setattr(losses, "HEADS", PUBLISHED_HEADS)
+    features = {f"features.{name}": tensor for name, tensor in network.features.state_dict().items()}
+    torch.save(features, folders[0] / VGG16_FILE)
+    heads = perceptual_loss(CPU).heads
+    assert [len(head) for head in heads] == [64, 128, 256, 512, 512]
+    assert all(head.min() >= 0 and 0 < head.max() < 10 for head in heads)
 
 
 def test_missing_heads_are_named(folders):
