@@ -52,6 +52,10 @@ class PartlyTrained(DCAE):
         channels: for adaptive models, numbers of latent channels: one reconstruction of x for each, one batch after
         another. What lies before all trained modules runs without autograd, and so takes the inference path.
         """
+        return through([self.decoder.project_out], self.trunk(x, channels))
+
+    def trunk(self, x: torch.Tensor, channels: tuple[int, ...]) -> torch.Tensor:
+        """The input of decoder.project_out."""
         encoder, decoder = self.encoder, self.decoder
         head, stem = encoder.project_out, decoder.project_in
         x = through([encoder.project_in, *encoder_blocks(self)], x)
@@ -60,7 +64,7 @@ class PartlyTrained(DCAE):
             x = compute(lambda z: torch.cat([stem(part) for part in z.split(channels, dim=1)]), z, stem)
         else:
             x = through([head, stem], x)
-        return through([*decoder_blocks(self), decoder.project_out], x)
+        return through(decoder_blocks(self), x)
 
 
 def begins_with(name: str, prefix: str) -> bool:
@@ -173,22 +177,25 @@ def batch_norms(module: nn.Module) -> Iterator[nn.BatchNorm2d]:
 def parallelize(network: PartlyTrained, recipe: AutoencoderRecipe, run: AutoencoderRun) -> nn.Module:
     """The module to call in training: the network, which is changed in place, or DDP around it.
 
-    One rank compiles the whole network. Each block that keeps activations is compiled on its own on several ranks, and
-    with adaptive weights of the adversarial loss: those need gradients of the last layer, without the other layers.
+    One rank compiles the whole network. If the adversarial loss has adaptive weights, it compiles only the trunk: those
+    weights need gradients of the last layer, without the other layers. Several ranks compile each block that keeps
+    activations on its own.
     """
     ranks, blocks = distributed.world_size(), with_gradient(network)
-    by_block = ranks > 1 or (recipe.gan.gan_weight > 0 and recipe.gan.gan_adaptive)
     if run.patch:
         dcae_fast.patch(network)
-    if run.compile and by_block:
+    if run.compile and ranks > 1:
         apply_compile(blocks)
     if run.checkpoint_activations:
         for norm in (norm for block in blocks for norm in batch_norms(block)):
             # a norm sees each batch twice; two steps of this momentum are one step of the former
             norm.momentum = 1 - math.sqrt(1 - norm.momentum)
         apply_activation_checkpointing(blocks)
-    if run.compile and not by_block:
-        apply_compile([network])
+    if run.compile and ranks == 1:
+        if recipe.gan.gan_weight and recipe.gan.gan_adaptive:
+            network.trunk = torch.compile(network.trunk, dynamic=False)
+        else:
+            apply_compile([network])
     if not distributed.is_distributed():
         return network
     return apply_ddp(network) if run.parallel == "ddp" else apply_fsdp(network, blocks_of(network))
