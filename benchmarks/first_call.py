@@ -48,7 +48,7 @@ def fill_caches(workloads: Sequence[AnyWorkload], processes: int) -> None:
     GPU for itself repeats them later. Failures are ignored here; they occur again when the contender is called.
     """
     pairs = [(workload, name) for workload in workloads for name in workload.contenders if "torch.compile" in name]
-    threads = os.cpu_count() // max(1, min(len(pairs), processes))
+    threads = len(os.sched_getaffinity(0)) // max(1, min(len(pairs), processes))
     environment = {"TORCHINDUCTOR_COMPILE_THREADS": str(max(1, threads))}
     with ThreadPoolExecutor(processes) as pool:
         for workload, name in pairs:
