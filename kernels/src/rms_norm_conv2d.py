@@ -84,7 +84,7 @@ def _taps(x, norm_weight, norm_bias, eps, act, weight):
     _rms_norm_conv2d_taps_kernel[(splits * blocks_t,)](
         x, norm_weight, norm_bias, weight, z, rows, channels, eps, blocks_t, N=filters, COLUMNS=columns, ACT=act,
         BLOCK_ROWS=block_rows, BLOCK_C=block_c, BLOCK_T=block_t,
-        num_warps=WARPS, num_stages=STAGES,
+        num_warps=WARPS if block_c <= 512 else 2 * WARPS, num_stages=STAGES,
     )  # fmt: skip
     return z
 
