@@ -70,6 +70,7 @@ def run(phase: Phase, steps: int, source: Path | None, folder: Path, device: tor
     places = ["--data", pictures, "--eval-data", folder / "held-out", "--out", out, "--device", device]
     length = ["--steps", max(1, round(phase.share * steps))]
     options = [*start, *crops, *places, *length, *COMMON.split(), *phase.options.split()]
+    options += ["--cuda-graphs"] if device.type == "cuda" else []
     status = cli.main(["train-autoencoder", phase.recipe, *map(str, options)])
     if status:
         raise SystemExit(status)
@@ -152,7 +153,7 @@ def card(results: Sequence[Result], chosen: Result, steps: int, device: torch.de
 
 
 def main() -> None:
-    options = parse_options(__doc__, "steps", 20000, "steps of the first phase")
+    options = parse_options(__doc__, "steps", 24000, "steps of the first phase")
     phases = PHASES if options.device.type == "cuda" else [rehearsed(phase) for phase in PHASES]
     folder = options.out.with_name(f"{options.out.name}-training")
     write_held_out(folder / "held-out")
