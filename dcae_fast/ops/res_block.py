@@ -170,7 +170,10 @@ def _gradient(ctx, dy, *_):
     saved, wants = ctx.saved_tensors, ctx.needs_input_grad[:9]
     given = [c if t is None else t for t, c in zip(saved[:9], ctx.constants, strict=True)]
     if torch.is_grad_enabled() and given[0] is None:
-        raise RuntimeError("res_block with a frozen first weight keeps no input, so its gradient has no gradient")
+        raise RuntimeError(
+            "res_block with a frozen first weight keeps no input, so its gradient has no gradient. For second"
+            " derivatives of a frozen autoencoder: dcae_fast.patch(model, disable='res_block')"
+        )
     found = dict(zip(TENSORS, res_block_backward_op(dy, *given, *saved[9:], [*wants]), strict=True))
     return tuple(found[name] if wanted else None for name, wanted in zip(ResBlock._fields, wants, strict=True))
 
