@@ -14,6 +14,7 @@ from dcae_fast import ops
 from . import plan as planning
 from .bands import Plan
 from .graphs import Graphs, NetworkGraphs, Result
+from .judge import Budget
 from .layers import Layer, Survey, UnknownModule
 from .layout import ImageModule, layout_of
 from .module import FastModule, plain
@@ -129,12 +130,16 @@ class Coder(WholeCall, ImageModule):
         return x
 
 
-def configure(module: WholeCall, cuda_graphs: bool, max_memory: int | None) -> None:
-    """Replace the options of a patched module. max_memory counts for encoders and decoders."""
+def configure(module: WholeCall, cuda_graphs: bool | str, max_memory: int | None, budget: Budget) -> None:
+    """Replace the options of a patched module. max_memory counts for encoders and decoders.
+
+    budget: memory of graphs, if cuda_graphs is "auto".
+    """
     release(module)
     bound = max_memory if isinstance(module, Coder) else None
     if cuda_graphs or bound is not None:
-        module.fast_options = Options(module.graphs_class() if cuda_graphs else None, bound)
+        graphs = module.graphs_class(budget if cuda_graphs == "auto" else None) if cuda_graphs else None
+        module.fast_options = Options(graphs, bound)
 
 
 def release(module: nn.Module) -> None:

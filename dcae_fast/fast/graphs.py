@@ -1,6 +1,10 @@
 """CUDA graphs of whole calls of a module: captured once for each kind of call, then replayed with one launch."""
 
 import contextlib
+import copy
+import functools
+import itertools
+import math
 import threading
 import warnings
 from collections import OrderedDict, deque
@@ -23,9 +27,11 @@ from dcae_fast.ops._private import (
 
 from . import operands
 from .casts import Casts, without_cache
+from .judge import Budget, Judge, Step, Timing
 from .layout import is_indifferent, layout_of
 from .module import plain
-from .watch import Watch
+from .plan import free_memory
+from .watch import Places, Watch, wants_gradient
 
 Result = torch.Tensor | list[torch.Tensor]
 LIMIT = 8  # graphs of one module
@@ -42,13 +48,17 @@ class Graphs:
 
     This class is for encoders and decoders: their inputs are made channels-last if nothing in them depends on the
     memory format, and calls under autocast are not captured.
+
+    budget: if given, a `Judge` decides which kinds of calls are captured, and graphs hold no more memory than this.
     """
 
     of_network = False
     under_autocast = False
 
-    def __init__(self):
+    def __init__(self, budget: Budget | None = None):
         self._lock, self._thread = threading.RLock(), threading.local()
+        self._budget, self._judge = budget, None if budget is None else Judge()
+        self._places: Places | None = None  # of the last call that was timed
         self._forget()
 
     def _forget(self) -> None:
@@ -58,12 +68,14 @@ class Graphs:
         self._watch: Watch | None = None
         self._pool: Pool | None = None
         self._casts: Casts | None = None
+        if self._budget is not None:
+            self._budget.hold(self, 0)
 
     def __deepcopy__(self, memo: dict) -> "Graphs":
-        return type(self)()
+        return type(self)(copy.deepcopy(self._budget, memo))
 
     def __reduce__(self):
-        return type(self), ()
+        return type(self), (self._budget,)
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -81,17 +93,18 @@ class Graphs:
         finally:
             self._thread.inside = False
 
-    def clear(self) -> None:
+    def clear(self, wait: bool = True) -> None:
         """Drop all graphs as soon as the GPU has finished with them.
 
-        During a capture nothing may be waited for or freed. Then the graphs are freed when graphs are next dropped.
+        wait: for the GPU. During a capture nothing may be waited for or freed. Graphs that are not freed now are freed
+        when graphs are next dropped.
         """
         with self._lock:
             if self._pool is not None:
                 _dropped.append((self._pool, self._graphs, self._casts))
             self._forget()
         if _dropped and not torch.cuda.is_current_stream_capturing():
-            _free_dropped()
+            _free_dropped(wait)
 
     def key(self, args: tuple, kwargs: dict[str, Any], name: Hashable = ()) -> Hashable | None:
         key = call_key(args, kwargs, self.of_network, self.under_autocast)
@@ -111,6 +124,8 @@ class Graphs:
             if graph is None or not self._watch.same_addresses(module) or self._watch.wants_gradient(*tensors(args)):
                 return None
             self._graphs.move_to_end(key)
+            if self._judge is not None:
+                self._judge.replayed(key)
             result = graph.replay(args, cast)
             return result if self._watch.same_otherwise(module) else None
 
@@ -123,6 +138,8 @@ class Graphs:
         name: Hashable = (),
     ) -> Result:
         """function(*args, **kwargs), which calls the module. The second call of a kind is captured."""
+        if self._judge is not None:
+            return self._run_judged(self._judge, module, function, args, kwargs, name)
         key, to_be_captured = self.key(args, kwargs, name), False
         with self._lock, self._computing():
             if key is None:
@@ -142,6 +159,78 @@ class Graphs:
             with self._lock:  # the present key: the first attention chooses the order of PyTorch's backends
                 self._called.append(self.key(args, kwargs, name))
         return result
+
+    def _run_judged(
+        self, judge: Judge, module: nn.Module, function: Callable, args: tuple, kwargs: dict[str, Any], name: Hashable
+    ) -> Result:
+        """As `run`, but the judge decides which calls are captured."""
+        key, timing = self.key(args, kwargs, name), None
+        with self._lock, self._computing():
+            watch = self._watch
+            if watch is not None and not (
+                watch.same_addresses(module) and (key is None or watch.same_otherwise(module))
+            ):
+                self.clear(wait=False)
+                judge.start_over()
+            elif _dropped and key is not None:
+                _free_dropped(wait=False)
+            step = Step.RUN if key is None else judge.consider(key)
+            if step is not Step.RUN and wants_gradient(itertools.chain(tensors(args), module.parameters())):
+                judge.refuse(key)
+            elif step is Step.CAPTURE:
+                graph = self._graphs.get(key) or self._capture_judged(judge, module, key, function, args, kwargs)
+                if graph is not None:
+                    return graph.replay(args, cast=True)
+            elif step is Step.TIME:
+                self._places = Places(module)
+                timing = Timing(functools.partial(record_event, args[0].device))
+        with self._computing():
+            result = function(*args, **kwargs)
+        if timing is not None:
+            timing.finish()
+        with self._lock:
+            if key is not None and not judge.knows(key):
+                key = self.key(args, kwargs, name)  # the first attention chooses the order of PyTorch's backends
+            if key is not None:
+                judge.note(key, timing)
+        return result
+
+    def _capture_judged(
+        self, judge: Judge, module: nn.Module, key: Hashable, function: Callable, args: tuple, kwargs: dict[str, Any]
+    ) -> "Captured | None":
+        """The graph of a kind that is worth one; None if it must not be captured now."""
+        if self._places is None or not self._places.same(module):
+            judge.start_over()
+            return None
+        if not self._has_room(judge, key) or not self._may_capture(module, args):
+            judge.refuse(key)
+            if not self._graphs:
+                self._watch = None  # which would keep weights alive that are moved to a CPU
+            return None
+        limit = min(self._budget.limit, self._budget.held() + free_memory(args[0].device) // 2)
+        graph = self._capture(module, key, function, args, kwargs)
+        if graph is None:
+            self._watch = None
+            judge.reject(key)
+            return None
+        size, alone = self._pool.reserved() + sum(each.size for each in self._graphs.values()), len(self._graphs) == 1
+        self._budget.hold(self, size)
+        if self._budget.held() <= limit:
+            return graph
+        self.clear()  # the graphs of a pool return their memory together
+        if alone and size > self._budget.limit:
+            judge.reject(key)
+        else:
+            judge.refuse(key, is_crowded=True)
+        return None
+
+    def _has_room(self, judge: Judge, key: Hashable) -> bool:
+        """Whether another graph may be captured. Drops all graphs if they leave too little memory and are not used."""
+        if judge.is_crowded(key):
+            if not all(judge.gives_way(other, key) for other in self._graphs):
+                return False
+            self.clear()
+        return len(self._graphs) < LIMIT or judge.gives_way(next(iter(self._graphs)), key)
 
     def _may_capture(self, module: nn.Module, args: tuple) -> bool:
         watch = self._watch
@@ -179,12 +268,18 @@ class Graphs:
         return torch.channels_last if is_indifferent(module) else torch.contiguous_format
 
 
-def _free_dropped() -> None:
+def _free_dropped(wait: bool) -> None:
+    """Free dropped graphs. Without wait, graphs that the GPU still uses are kept for the next time."""
+    in_use = []
     with contextlib.suppress(IndexError):  # other threads may do the same
         while True:
             pool, *of_pool = _dropped.pop()
-            pool.wait()
+            if wait:
+                pool.wait()
+            elif not pool.is_done():
+                in_use.append((pool, *of_pool))
             of_pool.clear()
+    _dropped.extend(in_use)
 
 
 class NetworkGraphs(Graphs):
@@ -206,6 +301,18 @@ class Pool:
         """Wait until the GPU has finished the last replay."""
         self.replayed.synchronize()
 
+    def is_done(self) -> bool:
+        """Whether the GPU has finished the last replay."""
+        return self.replayed.query()
+
+    def reserved(self) -> float:
+        """Bytes of the memory that the graphs share; infinity for an allocator that does not say."""
+        try:
+            segments = torch.cuda.memory_snapshot()
+        except RuntimeError:
+            return math.inf
+        return sum(segment["total_size"] for segment in segments if segment["segment_pool_id"] == self.memory)
+
     def abandon(self) -> None:
         """After a failed capture: PyTorch may not have noticed that it is over, and would keep its memory."""
         abandon_capture(self.stream.device_index, self.memory)
@@ -215,6 +322,7 @@ class Captured:
     """A call as a CUDA graph with its own inputs and output. Raises what the call or its capture raises.
 
     layout: memory format of the inputs. Unless it is torch.preserve_format, the result gets the memory format of x.
+    size: bytes of the inputs.
     operands: tensors kept by frozen layers that the graph reads; they live as long as the graph.
     """
 
@@ -236,6 +344,7 @@ class Captured:
         with _CAPTURING, torch.inference_mode(False), torch.set_grad_enabled(grad), torch.cuda.stream(pool.stream):
             own = [torch.empty_like(x, memory_format=layout).copy_(x) if is_tensor(x) else x for x in args]
             self._inputs = tensors(own)
+            self.size = sum(x.nbytes for x in self._inputs)
             with casts.once(device):
                 function(*own, **kwargs)  # compiles kernels, chooses convolution algorithms, casts weights
                 clear_cublas_workspaces()  # so that the graph gets its own
@@ -294,6 +403,13 @@ def call_key(args: tuple, kwargs: dict[str, Any], network: bool, under_autocast:
         (x.stride() if network else None, *((tensor.shape, tensor.dtype, tensor.stride()) for tensor in given)),
         (torch.is_grad_enabled(), *(setting() for setting in SETTINGS), *attention_order()),
     )
+
+
+def record_event(device: torch.device) -> torch.cuda.Event:
+    """An event with a time, recorded on the current stream."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 def can_graph(x: torch.Tensor) -> bool:

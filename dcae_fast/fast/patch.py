@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -11,11 +11,12 @@ from torch.nn.utils import parametrize
 
 from . import families, operands  # noqa: F401, families register their classes
 from .call import Coder, WholeCall, configure, release
+from .judge import Budget
 from .layout import Part
 from .module import FastModule, change_class, class_in_use, fast_class, is_fast, original_class
 from .names import register_root
 from .registry import is_of_known_module, mixin_of, resemblance, unlike
-from .report import Report, missing
+from .report import Report, about_auto, missing
 
 __all__ = ["OPERATORS", "Report", "patch", "patched", "register_root", "unpatch"]
 
@@ -45,9 +46,10 @@ OPERATORS = (
 def patch(
     model: Any,
     disable: Iterable[str] = (),
-    cuda_graphs: bool = False,
+    cuda_graphs: bool | Literal["auto"] = False,
     max_memory: int | None = None,
     frozen: bool = False,
+    graph_memory: int = 2**30,
 ) -> Report:
     """Make a DC-AE and the diffusion transformers on its latents fast.
 
@@ -69,6 +71,13 @@ def patch(
     cuda_graphs: capture an inference call of a patched encoder, decoder or transformer as a CUDA graph when a call with
     the same shapes and types is made the second time, and replay the graph from then on. `DCAEDiffusion.generate`
     captures its steps. Each module keeps at most eight graphs and the memory that the graphs compute in.
+    cuda_graphs="auto": capture only calls that are short on the GPU. The second call with the same shapes and types is
+    timed, without waiting for the GPU. If the GPU takes at most 1.5 times as long as Python needs to issue the call, a
+    later call is captured. Calls that get no graph for lack of memory are considered again after 16 more calls, then
+    after 32, up to 1024. Each time that weights move, twice as many calls are needed.
+    graph_memory: bytes that the graphs of "auto" hold at most, in all modules of the model or pipeline together: the
+    memory they compute in, their inputs and outputs. Weights that autocast casts for a transformer come on top. A
+    capture takes at most half of the GPU's free memory.
     max_memory: bytes that an encoder or decoder may allocate in an inference call, including the result. A call that
     needs more computes a few images at a time, and computes layers that do not fit in bands of rows. The result is the
     same up to rounding. None: the free memory of the GPU, no bound on a CPU.
@@ -80,19 +89,20 @@ def patch(
     with get_ema_multi_avg_fn). Under torch.compile nothing is kept.
 
     Returns a report that prints as a table. Raises TypeError for a model or an option of another type, and ValueError
-    for an unknown operator, for a max_memory that is not positive, and for frozen=True with weights that FSDP shards.
+    for an unknown operator, for a number of bytes that is not positive, and for frozen=True with weights that FSDP
+    shards.
     """
     components, disabled = _components(model), _disabled(disable)
-    for name, value in {"cuda_graphs": cuda_graphs, "frozen": frozen}.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"{name}={value!r}; expected True or False")
-    if max_memory is not None and (isinstance(max_memory, bool) or not isinstance(max_memory, int)):
-        raise TypeError(f"max_memory={max_memory!r}; expected a number of bytes, an integer, or None")
-    if max_memory is not None and max_memory <= 0:
-        raise ValueError(f"max_memory={max_memory}; expected a positive number of bytes")
+    if not isinstance(cuda_graphs, bool) and cuda_graphs != "auto":
+        raise TypeError(f"cuda_graphs={cuda_graphs!r}; expected True, False or 'auto'")
+    if not isinstance(frozen, bool):
+        raise TypeError(f"frozen={frozen!r}; expected True or False")
+    if max_memory is not None:
+        _check_bytes("max_memory", max_memory, " or None")
+    _check_bytes("graph_memory", graph_memory)
     if frozen and any(map(_is_sharded, _modules(model))):
         raise ValueError("frozen=True: FSDP shards the weights of this model, and gathers them again in every call")
-    options = disabled, cuda_graphs, max_memory, frozen
+    options = disabled, cuda_graphs, max_memory, frozen, Budget(graph_memory)
     if components is None:
         return _patch(model, *options)
     if not components:
@@ -100,7 +110,21 @@ def patch(
     return Report.of_components({name: _patch(component, *options) for name, component in components.items()})
 
 
-def _patch(model: nn.Module, disabled: set[str], cuda_graphs: bool, max_memory: int | None, frozen: bool) -> Report:
+def _check_bytes(name: str, value: Any, alternative: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r}; expected a number of bytes, an integer{alternative}")
+    if value <= 0:
+        raise ValueError(f"{name}={value}; expected a positive number of bytes")
+
+
+def _patch(
+    model: nn.Module,
+    disabled: set[str],
+    cuda_graphs: bool | str,
+    max_memory: int | None,
+    frozen: bool,
+    budget: Budget,
+) -> Report:
     report, reasons = Report(), {}
     sharded = any(map(_is_sharded, model.modules()))
     operands.unfreeze(model)
@@ -119,7 +143,8 @@ def _patch(model: nn.Module, disabled: set[str], cuda_graphs: bool, max_memory: 
         elif mixin is not None:
             report.replaced[cls.__name__] += 1
             if issubclass(mixin, WholeCall):
-                configure(module, cuda_graphs, max_memory)
+                configure(module, cuda_graphs, max_memory, budget)
+                report.graphs = about_auto(budget.limit) if cuda_graphs == "auto" else ""
             if frozen:
                 operands.freeze(module)
     known = report.replaced or report.skipped
@@ -145,9 +170,10 @@ def unpatch(model: Any) -> None:
 def patched(
     model: Any,
     disable: Iterable[str] = (),
-    cuda_graphs: bool = False,
+    cuda_graphs: bool | Literal["auto"] = False,
     max_memory: int | None = None,
     frozen: bool = False,
+    graph_memory: int = 2**30,
 ) -> Iterator[Report]:
     """`patch` for a scope, with the same arguments. At its end each module has its former class and options again.
 
@@ -157,7 +183,7 @@ def patched(
     before = [(module, class_in_use(module), _take_state(module)) for module in modules]
     changed = []
     try:
-        report = patch(model, disable, cuda_graphs, max_memory, frozen)
+        report = patch(model, disable, cuda_graphs, max_memory, frozen, graph_memory)
         changed += [(module, cls) for module, cls, _ in before if class_in_use(module) is not cls]
         yield report
     finally:

@@ -12,6 +12,7 @@ from dcae_fast.ops._library import EXTENSION_IS_BUILT, HAS_TRITON, INTERPRETED, 
 class Report:
     """What `patch` did. replaced: class name → number of modules; skipped: (path, class name, reason); note: one line.
 
+    graphs: what cuda_graphs="auto" means; empty for other values.
     components: for a pipeline, name → report of the component; `replaced` and `skipped` then cover all components.
     """
 
@@ -19,6 +20,7 @@ class Report:
     skipped: list[tuple[str, str, str]] = field(default_factory=list)
     note: str = ""
     components: dict[str, "Report"] = field(default_factory=dict)
+    graphs: str = ""
 
     @classmethod
     def of_components(cls, reports: dict[str, "Report"]) -> "Report":
@@ -39,7 +41,15 @@ class Report:
         rows += [(name, "", f"{reason} ({count})") for (name, reason), count in sorted(reasons.items())]
         widths = [max(len(row[column]) for row in rows) for column in range(2)]
         table = [f"{name:<{widths[0]}}  {count:>{widths[1]}}  {reason}".rstrip() for name, count, reason in rows]
-        return "\n".join([*table, self.note] if self.note else table)
+        return "\n".join([*table, *filter(None, (self.graphs, self.note))])
+
+
+def about_auto(graph_memory: int) -> str:
+    """What cuda_graphs="auto" means, in one line."""
+    return (
+        "CUDA graphs: automatic. A repeated inference call is captured if the GPU computes it about as fast as Python "
+        f"issues it; all graphs together hold at most {graph_memory / 2**30:.3g} GiB."
+    )
 
 
 def missing() -> str:

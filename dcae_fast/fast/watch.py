@@ -3,6 +3,7 @@
 import itertools
 import operator
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ class Watch:
         self._contents = self._read_contents()
         self._tensors = [value for value in self._contents if isinstance(value, torch.Tensor)]
         self._hooks = [hooks for m in self._modules for hooks in hooks_of(m)]
-        ordinary = {type(tensor) for tensor in self._tensors} <= {nn.Parameter, torch.Tensor}
+        ordinary = _are_ordinary(self._tensors)
         self._addresses = self._read_addresses() if ordinary else None
         self._versions = None if operands.kept_by(modules) is None else self._read_versions()
         devices = {tensor.device for tensor in self._tensors}
@@ -62,8 +63,7 @@ class Watch:
 
     def wants_gradient(self, *inputs: torch.Tensor) -> bool:
         """Whether the result for these inputs would require a gradient."""
-        requires_grad = (tensor.requires_grad for tensor in (*inputs, *self._tensors))
-        return torch.is_grad_enabled() and any(requires_grad)
+        return wants_gradient((*inputs, *self._tensors))
 
     def _read_contents(self) -> list[nn.Module | torch.Tensor | None]:
         return list(itertools.chain.from_iterable(map(dict.values, self._filled)))
@@ -82,3 +82,32 @@ class Watch:
         tensors = [] if self._addresses is None else self._tensors
         layouts = zip(map(_LAYOUT, tensors), map(torch.Tensor.stride, tensors), strict=True)
         return [type(module), *map(type, self._modules), *own, *attributes, *layouts]
+
+
+class Places:
+    """The addresses of a module's tensors, to see whether tensors move or are replaced. Keeps no tensor alive."""
+
+    def __init__(self, module: nn.Module):
+        tensors = list(itertools.chain(module.parameters(), module.buffers()))
+        self._are_known = _are_ordinary(tensors)
+        self._tensors = [weakref.ref(tensor) for tensor in tensors]
+        self._addresses = list(map(torch.Tensor.data_ptr, tensors)) if self._are_known else []
+
+    def same(self, module: nn.Module) -> bool:
+        if not self._are_known:
+            return False
+        tensors = list(itertools.chain(module.parameters(), module.buffers()))
+        return (
+            len(tensors) == len(self._tensors)
+            and all(known() is tensor for known, tensor in zip(self._tensors, tensors, strict=True))
+            and list(map(torch.Tensor.data_ptr, tensors)) == self._addresses
+        )
+
+
+def wants_gradient(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether the result of an operation on these tensors would require a gradient."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _are_ordinary(tensors: Iterable[torch.Tensor]) -> bool:
+    return {type(tensor) for tensor in tensors} <= {nn.Parameter, torch.Tensor}

@@ -210,11 +210,13 @@ def test_what_is_no_model(function, model):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"cuda_graphs": "yes"}, "cuda_graphs='yes'; expected True or False"),
-        ({"cuda_graphs": 1}, "cuda_graphs=1; expected True or False"),
-        ({"max_memory": "4GB"}, "max_memory='4GB'; expected a number of bytes, an integer, or None"),
+        ({"cuda_graphs": "yes"}, "cuda_graphs='yes'; expected True, False or 'auto'"),
+        ({"cuda_graphs": 1}, "cuda_graphs=1; expected True, False or 'auto'"),
+        ({"max_memory": "4GB"}, "max_memory='4GB'; expected a number of bytes, an integer or None"),
         ({"max_memory": 2.0**30}, "max_memory=1073741824.0; expected a number of bytes"),
         ({"max_memory": True}, "max_memory=True; expected a number of bytes"),
+        ({"graph_memory": None}, "graph_memory=None; expected a number of bytes, an integer"),
+        ({"frozen": "auto"}, "frozen='auto'; expected True or False"),
         ({"disable": 3}, "disable=3; expected names of operators"),
         ({"disable": None}, "disable=None; expected names of operators"),
         ({"disable": ["rms_norm", 3]}, "disable=.'rms_norm', 3.; expected names of operators"),

@@ -1,0 +1,312 @@
+"""`patch(model, cuda_graphs="auto")` on a GPU: what is captured, and that nothing else changes."""
+
+import copy
+import gc
+
+import pytest
+import small_diffusion
+import torch
+from small_models import MODELS, build, image, in_threads
+from test_interference import CHANGES
+from torch import nn
+
+import dcae_fast
+from dcae_fast.models.autoencoder import DCAE
+from dcae_fast.models.zoo import autoencoder_config
+from dcae_fast.ops._private import sleep_on_gpu
+
+pytestmark = pytest.mark.gpu
+GIB = 2**30
+
+
+def pair(model: nn.Module, **options) -> tuple[nn.Module, nn.Module]:
+    """The model with automatic graphs, and a patched copy without graphs."""
+    plain = copy.deepcopy(model)
+    dcae_fast.patch(plain)
+    dcae_fast.patch(model, cuda_graphs="auto", **options)
+    return model, plain
+
+
+def graphs_of(module: nn.Module):
+    return module.fast_options.graphs
+
+
+def settle(module: nn.Module, *args, calls: int = 4) -> None:
+    """Calls as a program makes them that uses each result, so that the GPU is idle before each call."""
+    for _ in range(calls):
+        module(*args)
+        torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_small_model_is_captured(name, mode):
+    model, plain = pair(build(name))
+    with mode():
+        x = image(1, 3, 32, 16)
+        z = plain.encoder(x)
+        settle(model.encoder, x)
+        settle(model.decoder, z)
+        assert len(graphs_of(model.encoder)) == len(graphs_of(model.decoder)) == 1
+        for seed in range(3):
+            x = image(1, 3, 32, 16, seed=seed)
+            z = model.encoder(x)
+            assert torch.equal(z, plain.encoder(x)) and torch.equal(model.decoder(z), plain.decoder(z))
+
+
+@torch.no_grad()
+def test_a_loop_without_waiting():
+    """Nobody waits for results between calls."""
+    model, plain = pair(build("strided"))
+    x = image(1, 3, 32, 16)
+    for _ in range(100):
+        z = model.encoder(x)
+    assert len(graphs_of(model.encoder)) == 1 and torch.equal(z, plain.encoder(x))
+
+
+@pytest.fixture(scope="module")
+def large() -> nn.Module:
+    """A model of usual size."""
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = DCAE(autoencoder_config("dc-ae-f32c32-in-1.0")).bfloat16().eval()
+    return model.to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("is_waiting", [True, False])
+@torch.no_grad()
+def test_a_large_batch_is_not_captured(large, is_waiting):
+    dcae_fast.patch(large, cuda_graphs="auto", graph_memory=64 * GIB)
+    x = torch.randn(16, 3, 512, 512, device="cuda", dtype=torch.bfloat16)
+    for _ in range(6):
+        z = large.encoder(x)
+        if is_waiting:
+            torch.cuda.synchronize()
+    for _ in range(6):
+        large.decoder(z)
+        if is_waiting:
+            torch.cuda.synchronize()
+    assert len(graphs_of(large.encoder)) == len(graphs_of(large.decoder)) == 0
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@torch.no_grad()
+def test_one_picture_fits_into_the_memory(large, frozen, record_property):
+    """Encoder and decoder of one picture of 512 px get graphs with the default graph_memory."""
+    dcae_fast.patch(large, frozen=frozen)
+    x = torch.randn(1, 3, 512, 512, device="cuda", dtype=torch.bfloat16)
+    z = large.encoder(x)
+    y = large.decoder(z)
+    dcae_fast.patch(large, cuda_graphs="auto", frozen=frozen)
+    settle(large.encoder, x)
+    settle(large.decoder, z)
+    assert len(graphs_of(large.encoder)) == len(graphs_of(large.decoder)) == 1
+    assert torch.equal(large.encoder(x), z) and torch.equal(large.decoder(z), y)
+    held = graphs_of(large.encoder)._budget.held()
+    record_property("bytes held", held)
+    assert 2**20 < held <= GIB
+
+
+@torch.no_grad()
+def test_memory_is_bounded(large):
+    """20 shapes in turn. What is reserved beyond the memory without graphs stays within graph_memory."""
+    dcae_fast.patch(large)
+    inputs = [torch.randn(1, 3, 256, 128 + 32 * k, device="cuda", dtype=torch.bfloat16) for k in range(20)]
+    expected = [large.encoder(x) for x in inputs]
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    bound = GIB // 4
+    dcae_fast.patch(large, cuda_graphs="auto", graph_memory=bound)
+    for _ in range(8):
+        for x, want in zip(inputs, expected, strict=True):
+            assert torch.equal(large.encoder(x), want)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    held = graphs_of(large.encoder)._budget.held()
+    assert 0 < held <= bound and torch.cuda.memory_reserved() - before <= held + 2**25
+    dcae_fast.unpatch(large)
+    torch.cuda.synchronize()
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() - before <= 2**25
+
+
+@pytest.mark.parametrize("repetitions", [1, 2])
+@torch.no_grad()
+def test_changing_shapes(repetitions):
+    model, plain = pair(build("strided"))
+    for k in range(20):
+        x = image(1, 3, 16, 16 + 8 * k)
+        for _ in range(repetitions):
+            assert torch.equal(model.encoder(x), plain.encoder(x))
+    assert len(graphs_of(model.encoder)) == 0
+
+
+@torch.no_grad()
+def test_judging_does_not_wait():
+    """First calls, timed calls and calls whose judgement is pending do not synchronise. The capture does."""
+    model, _ = pair(build("strided"))
+    x = image(1, 3, 16, 16)
+    model.encoder(x)
+    sleep_on_gpu(400_000_000)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):
+            model.encoder(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert not torch.cuda.current_stream().query(), "the GPU sleeps"
+    assert len(graphs_of(model.encoder)) == 0
+    torch.cuda.synchronize()
+    settle(model.encoder, x, calls=20)
+    assert len(graphs_of(model.encoder)) == 1
+
+
+@torch.no_grad()
+def test_streams_and_threads():
+    model, plain = pair(build("shuffled"))
+    inputs = [image(1, 3, 64, 64 + 32 * (seed % 3), seed=seed) for seed in range(12)]
+    expected = [plain(x) for x in inputs]
+    torch.cuda.synchronize()
+    errors = []
+
+    def work(offset: int) -> None:
+        with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
+            for index in range(48):
+                k = (5 * offset + index) % len(inputs)
+                y = model(inputs[k])
+                torch.cuda.current_stream().synchronize()
+                if not torch.equal(y, expected[k]):
+                    errors.append((offset, index))
+
+    in_threads(work)
+    torch.cuda.synchronize()
+    assert not errors and len(graphs_of(model.encoder)) == len(graphs_of(model.decoder)) == 3
+
+
+@pytest.mark.parametrize("calls", [0, 1, 2, 4])
+@torch.no_grad()
+def test_a_users_own_capture(calls):
+    """The user captures a call at any state of the judgement."""
+    model, plain = pair(build("strided"))
+    x = image(1, 3, 16, 16)
+    plain.encoder(x)
+    settle(model.encoder, x, calls=calls)
+    if calls == 0:  # kernels must be compiled before a capture
+        with dcae_fast.patched(model):
+            model.encoder(x)
+    had, graph, static = len(graphs_of(model.encoder)), torch.cuda.CUDAGraph(), x.clone()
+    with torch.cuda.graph(graph):
+        out = model.encoder(static)
+    assert len(graphs_of(model.encoder)) == had
+    static.copy_(2 * x)
+    graph.replay()
+    torch.testing.assert_close(out, plain.encoder(2 * x), atol=1e-4, rtol=1e-4)
+    settle(model.encoder, x)
+    assert torch.equal(model.encoder(x), plain.encoder(x)) and len(graphs_of(model.encoder)) == 1
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_changed_weights(change):
+    model, plain = pair(build("strided"))
+    x = image(1, 3, 16, 16)
+    with torch.no_grad():
+        settle(model.encoder, x)
+    for each in (model, plain):
+        change(each)
+    x = x.to(next(plain.parameters()).dtype)
+    with torch.no_grad():
+        for _ in range(6):
+            assert torch.equal(model.encoder(x), plain.encoder(x))
+
+
+@torch.no_grad()
+def test_weights_that_move_to_a_cpu_and_back():
+    """As diffusers' model offloading does. Weights on the CPU leave no memory of their own on the GPU."""
+    model, plain = pair(build("strided"))
+    x = image(1, 3, 16, 16)
+    expected = plain.encoder(x)
+    for _ in range(40):
+        model.to("cuda")
+        assert torch.equal(model.encoder(x), expected)
+        model.to("cpu")
+    model.to("cuda")
+    settle(model.encoder, x, calls=100)
+    assert torch.equal(model.encoder(x), expected) and len(graphs_of(model.encoder)) == 1
+
+
+@pytest.mark.parametrize("library", ["accelerate", "diffusers"])
+@torch.no_grad()
+def test_offloading_hooks(library):
+    name = "diffusers-strided" if library == "diffusers" else "strided"
+    model, plain = pair(build(name))
+    if library == "accelerate":
+        pytest.importorskip("accelerate").cpu_offload(model, torch.device("cuda"))
+    else:
+        apply = pytest.importorskip("diffusers.hooks").apply_group_offloading
+        cuda, cpu = torch.device("cuda"), torch.device("cpu")
+        apply(model, onload_device=cuda, offload_device=cpu, offload_type="leaf_level", use_stream=True)
+    x = image(1, 3, 16, 16)
+    expected = plain.encoder(x)
+    for _ in range(40):
+        torch.testing.assert_close(model.encoder(x), expected, atol=1e-4, rtol=1e-4)
+    torch.cuda.synchronize()
+    assert all(parameter.device.type != "cuda" for parameter in model.encoder.parameters())
+    assert len(graphs_of(model.encoder)) == 0
+
+
+@torch.no_grad()
+def test_unpatch_frees_everything():
+    model, x = build("shuffled"), image(4, 3, 256, 256)
+    dcae_fast.patch(model)
+    model(x)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    dcae_fast.patch(model, cuda_graphs="auto", graph_memory=8 * GIB)
+    settle(model, x)
+    dcae_fast.unpatch(model)
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() - before <= 2**22
+
+
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_inside_torch_compile():
+    model, plain = pair(build("strided"))
+    torch._dynamo.reset()
+    compiled, x = torch.compile(model.encoder, fullgraph=True), image(1, 3, 16, 16)
+    for _ in range(5):
+        torch.testing.assert_close(compiled(x), plain.encoder(x), atol=1e-4, rtol=1e-4)
+    assert len(graphs_of(model.encoder)) == 0
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", ["UVIT", "FLOW", "DIT"])
+def test_sampling(name, autocast):
+    model = small_diffusion.build(getattr(small_diffusion, name)).cuda()
+    models, labels = pair(model), torch.tensor([3, 1, 10, 0])
+    for seed in range(3):
+        samples = []
+        for each in models:
+            generator = torch.Generator("cuda").manual_seed(seed)
+            with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+                samples.append(each.generate(labels, None, 2.0, generator, steps=12))
+        assert torch.equal(*samples)
+        for each in models:
+            for parameter in each.diffusion_model.parameters():
+                parameter.data.mul_(1.01)
+    assert len(graphs_of(models[0].diffusion_model)) > 0
+
+
+@torch.no_grad()
+def test_two_devices():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    model, plain = pair(build("strided").to("cuda:1"))
+    x = image(1, 3, 16, 16).to("cuda:1")
+    settle(model.encoder, x)
+    assert torch.equal(model.encoder(x), plain.encoder(x))
