@@ -233,6 +233,46 @@ def test_hooks_inside(encoder):
     assert several(encoder, x, 3 * PATIENCE) == 1
 
 
+@pytest.mark.parametrize("name", ["strided", "diffusers-strided"])
+@torch.no_grad()
+def test_offloading_with_accelerate(name, gpu):
+    accelerate = pytest.importorskip("accelerate")
+    model, x = build(name), image(1, 3, 8, 8)
+    expected = model.encoder(x)
+    dcae_fast.patch(model, cuda_graphs="auto")
+    accelerate.cpu_offload(model, torch.device(DEVICE))
+    for _ in range(2 * PATIENCE):
+        torch.testing.assert_close(model.encoder(x), expected, atol=1e-4, rtol=1e-4)
+        assert all(parameter.is_meta for parameter in model.encoder.parameters())
+    assert Tape.captures == 0 and model.encoder.fast_options.graphs._watch is None
+
+
+@torch.no_grad()
+def test_adapters(gpu):
+    """LoRA layers drop the graphs. Their results are right in every call, also after a merge."""
+    peft = pytest.importorskip("peft")
+    network = small_diffusion.build().diffusion_model.to(DEVICE)
+    x, t, y = torch.randn(2, 8, 4, 4, device=DEVICE), torch.rand(2, device=DEVICE), torch.tensor([1, 3], device=DEVICE)
+    twin = copy.deepcopy(network)
+    dcae_fast.patch(network, cuda_graphs="auto")
+    for _ in range(4):
+        network(x, t, y)
+    assert len(network.fast_options.graphs) == 1
+    targets = [name for name, module in twin.named_modules() if isinstance(module, nn.Linear)][:3]
+    for each in (network, twin):
+        torch.manual_seed(1)
+        config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+        peft.inject_adapter_in_model(config, each)
+    for is_merged in (False, True):
+        for each in (network, twin):
+            for module in each.modules():
+                if is_merged and isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
+                    module.merge()
+        for _ in range(6):
+            torch.testing.assert_close(network(x, t, y), twin(x, t, y), atol=1e-4, rtol=1e-4)
+        assert len(network.fast_options.graphs) == 0
+
+
 @torch.no_grad()
 def test_the_callers_own_capture(gpu, encoder, monkeypatch):
     x = image(1, 3, 8, 8)

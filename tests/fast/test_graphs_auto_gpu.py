@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import threading
 
 import pytest
 import small_diffusion
@@ -207,6 +208,46 @@ def test_a_users_own_capture(calls):
     assert torch.equal(model.encoder(x), plain.encoder(x)) and len(graphs_of(model.encoder)) == 1
 
 
+@pytest.mark.parametrize("cuda_graphs", [False, "auto"])
+@pytest.mark.parametrize("mode", ["thread_local", "global"])
+@torch.no_grad()
+def test_a_capture_of_another_thread(mode, cuda_graphs):
+    """Another thread captures a graph of its own while a call is timed. cuda_graphs=False shows what works anyway."""
+    model, x = build("strided"), image(1, 3, 16, 16)
+    dcae_fast.patch(model, cuda_graphs=cuda_graphs)
+    for _ in range(3):
+        with dcae_fast.patched(model):
+            expected = model.encoder(x)  # so that the memory of a call is cached
+    settle(model.encoder, x, calls=1)
+    capturing, timed, errors = threading.Event(), threading.Event(), []
+    static, graph = torch.ones(8, device="cuda"), torch.cuda.CUDAGraph()
+
+    def capture() -> None:
+        try:
+            with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode=mode):
+                out = static + 1
+                capturing.set()
+                timed.wait(30)
+            graph.replay()
+            assert out.tolist() == [2.0] * 8
+        except Exception as error:
+            errors.append(error)
+        finally:
+            capturing.set()
+
+    thread = threading.Thread(target=capture)
+    thread.start()
+    capturing.wait(30)
+    try:
+        got = model.encoder(x)
+    finally:
+        timed.set()
+        thread.join()
+    assert torch.equal(got, expected) and not errors
+    settle(model.encoder, x, calls=20)
+    assert cuda_graphs is False or len(graphs_of(model.encoder)) == 1
+
+
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_changed_weights(change):
     model, plain = pair(build("strided"))
@@ -252,7 +293,7 @@ def test_offloading_hooks(library):
     for _ in range(40):
         torch.testing.assert_close(model.encoder(x), expected, atol=1e-4, rtol=1e-4)
     torch.cuda.synchronize()
-    assert all(parameter.device.type != "cuda" for parameter in model.encoder.parameters())
+    assert library == "diffusers" or all(weight.device.type == "meta" for weight in model.encoder.parameters())
     assert len(graphs_of(model.encoder)) == 0
 
 
