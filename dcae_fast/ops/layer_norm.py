@@ -150,7 +150,8 @@ class _LayerNorm(torch.autograd.Function):
 def check_norm(x, scale, shift, branch, gate):
     """Raises ValueError on shapes that do not fit."""
     image = (x.shape[0], x.shape[2]) if x.dim() == 3 else ()
-    fits = x.dim() == 3 and scale.shape == shift.shape and scale.shape in (x.shape[2:], image)
+    of_scale = image if scale.dim() == 2 else x.shape[2:]  # by the dimension, since torch.export would compare B with D
+    fits = x.dim() == 3 and scale.shape == shift.shape == of_scale
     if not fits or (branch is None) != (gate is None):
         raise ValueError(
             f"x {list(x.shape)}, scale {list(scale.shape)}, shift {list(shift.shape)}: expected [B, N, D], and [D] or"
