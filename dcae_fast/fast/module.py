@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from dcae_fast import ops
-from dcae_fast.ops._private import constant_in_compile, unobserved
+from dcae_fast.ops._library import ORDINARY
+from dcae_fast.ops._private import FakeTensor, constant_in_compile, unobserved
 
 from . import operands
 from .names import cache_by_class, is_known
@@ -53,10 +54,10 @@ class FastModule:
         They have none for subclasses of torch.Tensor, such as distributed or quantised tensors: the module's own
         forward computes what those mean.
         """
-        if type(x) not in ops.ORDINARY or x.dim() != self.dims or not ops.has_kernels(x) or ops.in_transform():
+        if not ops.is_ordinary(x) or x.dim() != self.dims or not ops.has_kernels(x) or ops.in_transform():
             return False
         for other in others:
-            if isinstance(other, torch.Tensor) and type(other) not in ops.ORDINARY:
+            if isinstance(other, torch.Tensor) and not ops.is_ordinary(other):
                 return False
         return not (self._parameters or self._buffers) or has_ordinary_weights(self)
 
@@ -202,7 +203,7 @@ def has_ordinary_weights(module: nn.Module) -> bool:
     )
 
 
-_WEIGHTS = ops.ORDINARY | {type(None)}
+_WEIGHTS = ORDINARY | {type(None), FakeTensor}  # torch.export's non-strict mode replaces weights by fake tensors
 
 
 def plain(*modules: nn.Module | None) -> bool:

@@ -46,15 +46,16 @@ def relu_linear_attention(qkv: torch.Tensor, head_dim: int, eps: float) -> torch
 
     qkv: [B, heads * 3 * head_dim, H, W], channels grouped per head as q, k, v; returns [B, heads * head_dim, H, W] in
     qkv.dtype. With more than head_dim positions this computes (V Kᵀ) Q, otherwise V (Kᵀ Q), which is mathematically the
-    same. As in the original implementation, float16 becomes float32 in the first form, and the division is always in
-    float32 or wider.
+    same. For a symbolic number of positions, as torch.export has with dynamic shapes, it computes the first form for
+    all sizes. As in the original implementation, float16 becomes float32 in the first form, and the division is always
+    in float32 or wider.
     """
     batch, channels, height, width = qkv.shape
     positions = height * width
     with torch.autocast("cpu" if qkv.is_meta else qkv.device.type, enabled=False):  # the meta device has no autocast
         q, k, v = qkv.reshape(batch, channels // (3 * head_dim), 3, head_dim, positions).unbind(2)
         q, k = F.relu(q), F.relu(k)
-        if positions > head_dim:
+        if isinstance(positions, torch.SymInt) or positions > head_dim:
             if qkv.dtype == torch.float16:
                 q, k, v = q.float(), k.float(), v.float()
             out = (F.pad(v, (0, 0, 0, 1), value=1) @ k.transpose(-1, -2)) @ q  # the last row is the denominator

@@ -1,6 +1,6 @@
 """Operators registered with torch.library: each has a reference in PyTorch, kernels for CUDA, and a gradient."""
 
-from ._library import ORDINARY, has_kernels
+from ._library import has_kernels, is_ordinary
 from ._private import in_transform
 from .batch_norm_act import batch_norm_act
 from .bias_act import bias_act
@@ -25,7 +25,6 @@ from .shuffle import duplicate_shuffle_add, unshuffle_average_add
 from .upsample_conv2d import upsample_conv2d
 
 __all__ = [
-    "ORDINARY",
     "batch_norm_act",
     "bias_act",
     "channels_last",
@@ -39,6 +38,7 @@ __all__ = [
     "has_kernels",
     "in_transform",
     "is_for_few_tokens",
+    "is_ordinary",
     "layer_norm",
     "linear",
     "mlp",

@@ -18,6 +18,7 @@ import torch
 from ._private import (
     AUTOCAST_KEYS,
     VIEW_KEYS,
+    FakeTensor,
     OpOverload,
     constant_in_compile,
     count_dispatch_modes,
@@ -48,6 +49,14 @@ def has_kernels(x: torch.Tensor) -> bool:
     if INTERPRETED:
         return x.dtype in KERNEL_DTYPES and not x.is_meta
     return x.dtype in KERNEL_DTYPES and HAS_TRITON and x.is_cuda and is_supported(x.device)
+
+
+def is_ordinary(tensor: torch.Tensor | None) -> bool:
+    """Whether a tensor is of no subclass, such as a distributed or quantised tensor.
+
+    The non-strict mode of torch.export calls modules with fake tensors in place of ordinary ones.
+    """
+    return type(tensor) in ORDINARY or (type(tensor) is FakeTensor and torch.compiler.is_compiling())
 
 
 @functools.cache

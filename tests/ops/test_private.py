@@ -277,6 +277,17 @@ def test_cast_operator():
     assert seen.count((_private.CAST_OPERATOR, {"dtype"})) == 2
 
 
+def test_modules_see_fake_tensors_during_a_non_strict_export():
+    class Module(torch.nn.Linear):
+        def forward(self, x):
+            types.update(map(type, (x, self.weight)))
+            return super().forward(x)
+
+    types = set()
+    torch.export.export(Module(3, 2), (torch.ones(1, 3),), strict=False)
+    assert types == {_private.FakeTensor}
+
+
 def test_storage_id():
     with _private.FakeTensorMode():
         x = torch.empty(2, 3)

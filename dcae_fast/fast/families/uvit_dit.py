@@ -139,7 +139,7 @@ class DiT(Network):
     def fast_forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         check_inputs(self.config, x, t, y, fewest_channels=self.config.in_channels)
         table, layers = self.pos_embed, (*self.blocks, self.final_layer)
-        if not is_ordinary(table) or not all(
+        if not ops.is_ordinary(table) or not all(
             isinstance(layer, DiTBlock | FinalLayer) and plain(layer) and layer.fuses() for layer in layers
         ):
             return self.eager(x, t, y)
@@ -166,11 +166,6 @@ def input_dtype(layer: nn.Module, x: torch.Tensor) -> torch.dtype:
     if is_linear(layer, x):
         return compute_dtype(x)
     return torch.float32 if autocasts(x) else x.dtype
-
-
-def is_ordinary(tensor: torch.Tensor | None) -> bool:
-    """Whether this is an ordinary tensor, not of a subclass, such as a distributed or quantised tensor."""
-    return type(tensor) in ops.ORDINARY
 
 
 def unknown_block(block: nn.Module) -> str:
@@ -215,7 +210,7 @@ def are_linear(first: nn.Module, second: nn.Module, x: torch.Tensor) -> bool:
 
 def is_affine(norm: nn.Module) -> bool:
     """Whether this is a LayerNorm with weight and bias."""
-    return type(norm) is nn.LayerNorm and all(map(is_ordinary, parameters_of(norm)))
+    return type(norm) is nn.LayerNorm and all(map(ops.is_ordinary, parameters_of(norm)))
 
 
 def has_no_more(module: nn.Module, *names: str) -> bool:
