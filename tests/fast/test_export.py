@@ -112,7 +112,7 @@ def test_exported_program_calls_the_operators(name, sizes, mode, part):
     assert_right(results, model, several)
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", [pytest.param("encoder", marks=pytest.mark.gpu), "decoder"])  # slow without a GPU
 def test_loaded_in_another_process(part, tmp_path):
     model, several, dims = coder("diffusers-shuffled", part, torch.bfloat16)
     package("export", exported(model, several[0], dims), tmp_path)
@@ -121,7 +121,13 @@ def test_loaded_in_another_process(part, tmp_path):
     assert process.returncode and "failed to resolve torch.ops.dcae_fast" in process.stderr
 
 
-@pytest.mark.parametrize("name, part, dtype", [("strided", "encoder", "float32"), ("strided", "decoder", "bfloat16")])
+@pytest.mark.parametrize(
+    "name, part, dtype",
+    [
+        pytest.param("strided", "encoder", "float32", marks=pytest.mark.gpu),  # slow without a GPU
+        ("strided", "decoder", "bfloat16"),
+    ],
+)
 def test_aot_inductor(name, part, dtype, tmp_path):
     model, several, dims = coder(name, part, getattr(torch, dtype))
     package("aoti", exported(model, several[0], dims), tmp_path)
@@ -143,7 +149,7 @@ def test_aot_inductor_on_another_stream(part, tmp_path):
     assert_right(results, model, several)
 
 
-@pytest.mark.parametrize("name, kind", [("uvit", "export"), ("dit", "aoti")])
+@pytest.mark.parametrize("name, kind", [("uvit", "export"), pytest.param("dit", "aoti", marks=pytest.mark.gpu)])
 def test_transformer(name, kind, tmp_path):
     _, model = pair(name)
     example = inputs()
