@@ -12,7 +12,7 @@ import triton.language as tl
 from .bias_act import MOST_CHANNELS, launch_bias_act, norm_terms
 from .common import activate_backward, like_channels_last, persistent_splits, row_tile, rows_of
 from .launch import Kernel
-from .sum_of_splits import TILE, WARPS, sum_of_splits
+from .sum_of_splits import WARPS, sum_of_splits, tile
 
 LOOPS = {"elements": 2048, "per_processor": 4, "stages": 3}  # of the programs that sum over the gradient's positions
 
@@ -149,8 +149,9 @@ def _launch_statistics(x):
     _batch_norm_act_split_kernel[(splits * blocks_c,)](
         x, partial, rows, channels, BLOCK_ROWS=block_rows, BLOCK_C=block_c, STAGES=LOOPS["stages"]
     )
-    _batch_norm_act_statistics_kernel[(triton.cdiv(channels, TILE["BLOCK_C"]),)](
-        partial, mean, variance, rows, channels, splits, BLOCK_ROWS=block_rows, **TILE, num_warps=WARPS
+    sides = tile(splits)
+    _batch_norm_act_statistics_kernel[(triton.cdiv(channels, sides["BLOCK_C"]),)](
+        partial, mean, variance, rows, channels, splits, BLOCK_ROWS=block_rows, **sides, num_warps=WARPS
     )
     return mean, variance
 

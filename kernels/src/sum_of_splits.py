@@ -6,8 +6,13 @@ import triton.language as tl
 
 from .launch import Kernel
 
-TILE = {"SPLITS": 1024, "BLOCK_C": 4}
 WARPS = 8
+
+
+def tile(splits: int) -> dict[str, int]:
+    """A tile of at most 4096 sums: many splits of few channels, or all splits of more channels."""
+    size = min(1024, triton.next_power_of_2(max(splits, 1)))
+    return {"SPLITS": size, "BLOCK_C": min(256, 4096 // size)}
 
 
 @Kernel
@@ -35,7 +40,8 @@ def sum_of_splits(
     splits, _, channels = partial.shape
     first, second = partial.new_empty(channels, dtype=first_dtype), partial.new_empty(channels, dtype=second_dtype)
     if channels:
-        _sum_of_splits_kernel[(triton.cdiv(channels, TILE["BLOCK_C"]),)](
-            partial, first, second, splits, channels, **TILE, num_warps=WARPS
+        sides = tile(splits)
+        _sum_of_splits_kernel[(triton.cdiv(channels, sides["BLOCK_C"]),)](
+            partial, first, second, splits, channels, **sides, num_warps=WARPS
         )
     return first, second
