@@ -76,7 +76,7 @@ def test_gradients_agree_with_float64(multiscale_qkv_backward, shape, dtype):
 
 @pytest.mark.parametrize("shape", [(8, 3072, 16, 16), (16, 1536, 32, 32)], ids=str)
 def test_gradients_by_weights_are_those_of_parts(multiscale_qkv_backward, shape):
-    """At real sizes, many blocks share the pixels. The gradients of each image add up to those of all."""
+    """At real sizes, many blocks share the pixels. The gradients of the images add up to the gradient of the batch."""
     dout, x, *weights = with_gradient(inputs(torch.bfloat16, *shape))
     wide = [weight.float() for weight in weights]
     got = multiscale_qkv_backward(dout, x, *wide, True)

@@ -193,7 +193,7 @@ def res_block(
     shift: torch.Tensor,
     eps: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(y, mean, variance); see the head of this file. mean and variance: those of the batch for "batch", else empty.
+    """(y, mean, variance); see the head of this file. mean and variance: of the batch for "batch", else empty.
 
     x: [B, C, H, W]; w1: [M, C, 3, 3]; b1: [M]; w2: [C, M, 3, 3]; scale, shift: [C]; act: "none", "relu" or "silu";
     norm: "rms", "batch" or "none", without scale. y is [B, C, H, W] channels-last, in the type of x. Raises ValueError

@@ -81,7 +81,7 @@ for patched in (False, True):
 
 @pytest.mark.gpu
 def test_training_steps_within_their_tensors(tmp_path):
-    """Models like those of ImageNet, which have batch norm, ReLU and shuffled pixels. The choice of convolutions runs
+    """Models like the ImageNet ones, with batch norm, ReLU and shuffled pixels. The choice of convolutions runs
     every candidate of cuDNN.
     """
     triton = pytest.importorskip("triton")
