@@ -73,7 +73,7 @@ def batch_norm(norm: nn.BatchNorm2d, x: torch.Tensor, act: str, residual: torch.
 
 
 def _update_statistics(norm: nn.BatchNorm2d, mean: torch.Tensor, variance: torch.Tensor, count: int) -> None:
-    """Moves the running statistics of the norm towards the statistics of a batch with `count` values for each channel."""
+    """Moves the running statistics of the norm towards the statistics of a batch, `count` values per channel."""
     momentum = norm.momentum
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
