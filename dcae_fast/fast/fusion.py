@@ -294,16 +294,8 @@ def res_block(
 
 def _can_train3x3(conv: nn.Module, x: torch.Tensor) -> bool:
     """Whether conv(x) is a 3×3 convolution with padding 1 and stride 1 in x's dtype, also under autocast."""
-    return (
-        type(conv) is nn.Conv2d
-        and conv.kernel_size == (3, 3)
-        and conv.padding == conv.stride == conv.dilation == (1, 1)
-        and conv.groups == 1
-        and conv.padding_mode == "zeros"
-        and plain(conv)
-        and x.dtype == compute_dtype(x)
-        and (conv.weight.dtype == x.dtype or (autocasts(x) and conv.weight.dtype == torch.float32))
-    )
+    known = _has_known_parts(conv, x) and _is_3x3(conv)
+    return known and x.dtype == compute_dtype(x) and conv.weight.dtype in (x.dtype, torch.float32)
 
 
 def multiscale_qkv(scale: nn.Module, qkv: torch.Tensor) -> torch.Tensor:
