@@ -1,5 +1,6 @@
 """Benchmarks each operator at shapes of the released models; the floor follows from its memory traffic and FLOPs."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -32,6 +33,7 @@ from dcae_fast.ops.multiscale_qkv import (
     multiscale_qkv_backward_reference,
     multiscale_qkv_reference,
 )
+from dcae_fast.ops.quantize import quantize_reference
 from dcae_fast.ops.relu_linear_attention import relu_linear_attention_reference
 from dcae_fast.ops.rms_norm import rms_norm_reference
 from dcae_fast.ops.rms_norm_conv2d import rms_norm_conv2d_reference
@@ -52,12 +54,23 @@ SHAPES: list[tuple[str, Shape]] = [
     ("conv3x3 + bias + silu", (1, 512, 128, 128)),
     ("conv3x3 + bias + residual", (8, 256, 256, 256)),
     ("conv3x3 + bias + residual", (8, 512, 128, 128)),
+    ("int8 conv3x3 + bias + silu", (8, 256, 256, 256)),
+    ("int8 conv3x3 + bias + silu", (8, 512, 128, 128)),
+    ("int8 conv3x3 + bias + silu", (8, 1024, 64, 64)),
+    ("int8 conv3x3 + bias + silu", (32, 128, 256, 256)),
+    ("int8 conv3x3 + bias + silu", (1, 256, 256, 256)),
+    ("int8 conv3x3 + bias + silu", (1, 512, 128, 128)),
+    ("int8 conv3x3 + bias + residual", (8, 512, 128, 128)),
+    ("int8 conv1x1 to 8C + bias + silu", (8, 512, 64, 64)),
+    ("int8 conv1x1 to 8C + bias + silu", (8, 1024, 32, 32)),
+    ("int8 upsample_conv2d", (8, 512, 128, 128)),
     ("upsample_conv2d", (8, 512, 128, 128)),
     ("conv2d_unshuffle", (8, 3, 512, 512)),
     ("rms_norm_conv2d", (8, 256, 256, 256)),
     ("rms_norm", (8, 256, 256, 256)),
     ("rms_norm", (8, 512, 128, 128)),
     ("rms_norm", (32, 1024, 32, 32)),
+    ("quantize", (8, 256, 256, 256)),
     ("bias_act", (8, 256, 256, 256)),
     ("bias_act", (8, 4096, 64, 64)),
     ("bias_act gradient", (16, 256, 128, 128)),
@@ -93,12 +106,16 @@ SDPA = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFIC
 
 @dataclass
 class Case:
-    """op, reference: functions of the tensors. flops: set if arithmetic limits the speed, 0 if bandwidth does."""
+    """op, reference: functions of the tensors. flops: set if arithmetic limits the speed, 0 if bandwidth does.
+
+    peak: of the products, over the peak in bf16.
+    """
 
     op: Callable[..., torch.Tensor]
     reference: Callable[..., torch.Tensor]
     tensors: list[torch.Tensor]
     flops: float = 0
+    peak: float = 1
 
 
 def rms_norm(random, b, c, h, w) -> Case:
@@ -314,9 +331,50 @@ def convolution(random, b, c, h, w, act: str = "none", residual: bool = False) -
     )
 
 
+def int8_convolution(
+    random, b, c, h, w, out: float = 1, side: int = 3, act: str = "none", residual: bool = False
+) -> Case:
+    """An 8-bit convolution to out · C channels that writes bf16, with a residual also int8.
+
+    The reference is the fastest convolution in bf16. The tensors hold integers, times a power of two for the weight, so
+    that both compute with the same numbers.
+    """
+    planes, filters = 4 if side == 2 else 1, round(out * c)
+    weight, scale = _integers(random(planes * filters, c, side, side)), 0.5 ** round(math.log2(42**2 * side * c**0.5))
+    tensors = [_integers(random(b, c, h, w)), weight * scale, *([random(filters)] if act != "none" or residual else [])]
+    tensors += [random(b, filters, h, w)] if residual else []
+    x8, weight8 = tensors[0].to(torch.int8), weight.to(torch.int8)
+    scales = torch.full((planes * filters,), scale, device=x8.device)
+    out_scale = 1 / 32 if residual else None
+
+    def op(x, weight, bias=None, residual=None):
+        convolve = ops.upsample_conv2d_int8 if side == 2 else ops.conv2d_int8
+        return convolve(x8, weight8, scales, bias, act, residual, out_scale=out_scale)[0]
+
+    def reference(x, weight, bias=None, residual=None):
+        if side == 2:
+            return ops.upsample_conv2d(x, weight)
+        return ops.conv2d(x, weight, bias, act, residual, padding=side // 2)
+
+    return Case(op, reference, tensors, flops=2 * x8.numel() // c * weight.numel(), peak=2)
+
+
+def _integers(x: torch.Tensor) -> torch.Tensor:
+    return (42 * x).round().clamp(-127, 127)
+
+
+def quantize(random, b, c, h, w) -> Case:
+    return Case(lambda x: ops.quantize(x, 1 / 32), lambda x: quantize_reference(x, 1 / 32), [random(b, c, h, w)])
+
+
 CASES: dict[str, Callable[..., Case]] = {
     "conv3x3 + bias + silu": lambda *args: convolution(*args, act="silu"),
     "conv3x3 + bias + residual": lambda *args: convolution(*args, residual=True),
+    "int8 conv3x3 + bias + silu": lambda *args: int8_convolution(*args, act="silu"),
+    "int8 conv3x3 + bias + residual": lambda *args: int8_convolution(*args, residual=True),
+    "int8 conv1x1 to 8C + bias + silu": lambda *args: int8_convolution(*args, out=8, side=1, act="silu"),
+    "int8 upsample_conv2d": lambda *args: int8_convolution(*args, out=1 / 2, side=2),
+    "quantize": quantize,
     "upsample_conv2d": upsample_conv2d,
     "conv2d_unshuffle": conv2d_unshuffle,
     "rms_norm_conv2d": rms_norm_conv2d,
@@ -386,5 +444,5 @@ def benchmark(device: torch.device, ceilings: Ceilings, only: Callable[[str], bo
             runs = {"ours": repeated(this.op, this.tensors), "eager": repeated(this.reference, this.tensors)}
             times = measure(runs, seconds=0.05)
             record |= {"ms": times["ours"].median / CALLS, "eager_ms": times["eager"].median / CALLS}
-            record["floor_ms"] = ceilings.floor(this.flops, moved)
+            record["floor_ms"] = ceilings.floor(this.flops / this.peak, moved)
         yield record

@@ -6,6 +6,7 @@ from .batch_norm_act import batch_norm_act
 from .bias_act import bias_act
 from .concatenate import concatenate
 from .conv2d import conv2d
+from .conv2d_int8 import conv2d_int8, upsample_conv2d_int8
 from .conv2d_unshuffle import conv2d_unshuffle
 from .convolution_weights import channels_last, fold_batch_norm, subpixel_weights, transposed_weights
 from .depthwise_glu import depthwise_glu
@@ -17,6 +18,7 @@ from .multiscale_qkv import multiscale_qkv
 from .norm_attention import norm_attention
 from .norm_mlp import norm_mlp
 from .packed_attention import is_for_few_tokens, packed_attention
+from .quantize import quantize, quantize_weight
 from .relu_linear_attention import relu_linear_attention
 from .res_block import res_block
 from .rms_norm import rms_norm
@@ -30,6 +32,7 @@ __all__ = [
     "channels_last",
     "concatenate",
     "conv2d",
+    "conv2d_int8",
     "conv2d_unshuffle",
     "depthwise_glu",
     "duplicate_shuffle_add",
@@ -46,6 +49,8 @@ __all__ = [
     "norm_attention",
     "norm_mlp",
     "packed_attention",
+    "quantize",
+    "quantize_weight",
     "relu_linear_attention",
     "res_block",
     "rms_norm",
@@ -54,4 +59,5 @@ __all__ = [
     "transposed_weights",
     "unshuffle_average_add",
     "upsample_conv2d",
+    "upsample_conv2d_int8",
 ]

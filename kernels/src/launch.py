@@ -17,6 +17,7 @@ import warnings
 import torch
 import triton
 from triton.runtime.errors import OutOfResources, PTXASError
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 TRIED = "3.6", "3.9"
 OPTIONS = ("num_warps", "num_stages")
@@ -75,10 +76,12 @@ def specialisation(arg):
     """Differs for two arguments if Triton compiles a kernel for each of them.
 
     Tensors: dtype, address divisible by 16. Integers from 0 to 2⁶³ - 1: equal to 1, divisible by 16, more than 31 bits.
-    Others, None and floats: type.
+    Descriptors: dtype, size of a block. Others, None and floats: type.
     """
     if isinstance(arg, torch.Tensor):
         return arg.dtype, arg.data_ptr() % 16 == 0
+    if isinstance(arg, TensorDescriptor):
+        return arg.base.dtype, *arg.block_shape
     if isinstance(arg, int):
         return arg == 1, arg % 16 == 0, arg.bit_length() > 31
     return type(arg)

@@ -15,8 +15,10 @@ from dcae_fast.kernels.launch import OPTIONS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+FLOATS = torch.float32, torch.bfloat16, torch.float16
+NAME = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "i8"}
 SHARED_MEMORY = 227 * 1024  # bytes that a program can have
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -33,8 +35,10 @@ def source(kernel, args, named):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
+        elif isinstance(value, TensorDescriptor):
+            signature[parameter.name] = f"tensordesc<{NAME[value.base.dtype]}{value.block_shape}>"
         else:
-            signature[parameter.name] = POINTER[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+            signature[parameter.name] = f"*{NAME[value.dtype]}" if isinstance(value, torch.Tensor) else "i32"
             if isinstance(value, torch.Tensor) or value % 16 == 0:
                 hints[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, hints), options
@@ -57,6 +61,7 @@ def main():
     from dcae_fast.kernels.bias_act import launch_bias_act, launch_bias_act_backward, launch_fold_batch_norm
     from dcae_fast.kernels.concatenate import launch_concatenate, launch_concatenate_backward
     from dcae_fast.kernels.conv2d import launch_conv2d, launch_conv2d_unshuffle
+    from dcae_fast.kernels.conv2d_int8 import launch_conv2d_int8, tiles_of
     from dcae_fast.kernels.depthwise_glu import launch_depthwise_glu, launch_depthwise_glu_backward
     from dcae_fast.kernels.duplicate_shuffle_add import launch_duplicate_shuffle_add
     from dcae_fast.kernels.feature_distance import launch_feature_distance, launch_feature_distance_backward
@@ -64,6 +69,7 @@ def main():
     from dcae_fast.kernels.gelu_backward import launch_gelu_backward
     from dcae_fast.kernels.layer_norm import launch_layer_norm, launch_layer_norm_backward
     from dcae_fast.kernels.multiscale_qkv import launch_multiscale_qkv, launch_multiscale_qkv_backward
+    from dcae_fast.kernels.quantize import launch_quantize
     from dcae_fast.kernels.relu_linear_attention import (
         launch_relu_linear_attention,
         launch_relu_linear_attention_backward,
@@ -99,7 +105,7 @@ def main():
         launch_batch_norm_act_backward(x, x, c, c, c.float(), c.float(), 1e-5, "silu")
         launch_sum_to_channels(x, torch.float32)
         launch_fold_batch_norm(tensor(channels, 64, 3, 3), c, c, c, c, 1e-5, torch.bfloat16)
-    for dtype in POINTER:
+    for dtype in FLOATS:
         qkv, dout = tensor(2, 1536, 16, 16, dtype=dtype), tensor(2, 512, 16, 16, dtype=dtype)
         launch_relu_linear_attention([qkv], 32, 1e-15)
         launch_relu_linear_attention_backward(dout, [qkv], 32, 1e-15)
@@ -110,7 +116,7 @@ def main():
         x, weight, bias = tensor(2, 256, 16, 16, dtype=dtype), tensor(256, 1, 3, 3), tensor(256)
         launch_depthwise_glu(x, weight, bias)
         launch_depthwise_glu_backward(x[:, :128], x, weight, bias, True)
-    for dtype in POINTER:
+    for dtype in FLOATS:
         x, weight, bias = tensor(2, 3, 64, 64, dtype=dtype), tensor(128, 3, 3, 3, dtype=dtype), tensor(128, dtype=dtype)
         launch_conv2d(x, weight, bias, "none", 1, (1, 1, 1, 1))
         launch_conv2d(x, weight, None, "silu", 2, (1, 1, 1, 1))
@@ -119,6 +125,13 @@ def main():
         for dtype in (torch.bfloat16, torch.float16):
             x, weight = tensor(2, channels, 64, 64, dtype=dtype), tensor(filters, channels, 3, 3, dtype=dtype)
             launch_rms_norm_conv2d(x, tensor(channels), tensor(channels), 1e-5, "silu", weight, tensor(filters))
+    x, k, residual = tensor(2, 512, 64, 64, dtype=torch.int8), tensor(512, dtype=torch.float32), tensor(2, 512, 64, 64)
+    for tile in tiles_of(tensor(512, 512, 3, 3)):  # with the epilogue that takes the most registers
+        weight = tensor(512, 512, 3, 3, dtype=torch.int8)
+        launch_conv2d_int8(x, weight, k, k, "silu", residual, torch.bfloat16, 1.0, tile)
+    for weight in (tensor(512, 512, 1, 1, dtype=torch.int8), tensor(2048, 512, 2, 2, dtype=torch.int8)):
+        launch_conv2d_int8(x, weight, k, None, "none", None, torch.bfloat16, None, tiles_of(weight)[0])
+    launch_quantize(residual, 1.0)
     for width, dtype in ((512, torch.bfloat16), (1152, torch.float32), (2048, torch.float16)):
         x, d, of_image = tensor(2, 66, width, dtype=dtype), tensor(width), tensor(2, width)
         half = torch.bfloat16 if dtype == torch.float32 else dtype
@@ -138,7 +151,7 @@ def main():
     launch_transposed_weights(tensor(256, 512, 3, 3, dtype=torch.float32), torch.bfloat16)
     launch_transposed_weights_backward(tensor(512, 256, 4, 4), torch.float32)
     launch_weight_layout(tensor(256, 512, 3, 3))
-    for dtype in POINTER:
+    for dtype in FLOATS:
         launch_flip_weight(tensor(256, 512, 3, 3, dtype=dtype), torch.bfloat16)
 
 

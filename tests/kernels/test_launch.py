@@ -15,6 +15,7 @@ import triton
 from dcae_fast.kernels import common, launch, rms_norm
 from dcae_fast.kernels.launch import Kernel, specialisation
 from triton.runtime.errors import OutOfResources, PTXASError
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dcae_fast import ops
 from dcae_fast.ops import _library
@@ -153,6 +154,11 @@ ARGUMENTS = [
     *(None, 0.0, 1.0, 16.0),
     *(torch.zeros(17, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int64)),
     *(torch.zeros(17, dtype=dtype)[1:] for dtype in (torch.float32, torch.bfloat16, torch.float16)),
+    *(
+        TensorDescriptor(torch.zeros(32, 32, dtype=dtype), [32, 32], [32, 1], block)
+        for dtype in (torch.int8, torch.bfloat16)
+        for block in ([16, 16], [16, 32])
+    ),
 ]
 
 
