@@ -21,9 +21,14 @@ from .packed_attention import is_for_few_tokens, packed_attention
 from .quantize import quantize, quantize_weight
 from .relu_linear_attention import relu_linear_attention
 from .res_block import res_block
-from .rms_norm import rms_norm
+from .rms_norm import rms_norm, rms_norm_int8
 from .rms_norm_conv2d import rms_norm_conv2d
-from .shuffle import duplicate_shuffle_add, unshuffle_average_add
+from .shuffle import (
+    duplicate_shuffle_add,
+    duplicate_shuffle_add_int8,
+    unshuffle_average_add,
+    unshuffle_average_add_int8,
+)
 from .upsample_conv2d import upsample_conv2d
 
 __all__ = [
@@ -36,6 +41,7 @@ __all__ = [
     "conv2d_unshuffle",
     "depthwise_glu",
     "duplicate_shuffle_add",
+    "duplicate_shuffle_add_int8",
     "feature_distance",
     "fold_batch_norm",
     "has_kernels",
@@ -55,9 +61,11 @@ __all__ = [
     "res_block",
     "rms_norm",
     "rms_norm_conv2d",
+    "rms_norm_int8",
     "subpixel_weights",
     "transposed_weights",
     "unshuffle_average_add",
+    "unshuffle_average_add_int8",
     "upsample_conv2d",
     "upsample_conv2d_int8",
 ]

@@ -20,6 +20,11 @@ def quantize_reference(x, scale):
     return (x.float() * (1 / scale)).clamp(-MOST, MOST).round().to(torch.int8)
 
 
+def with_int8(y: torch.Tensor, dtype: torch.dtype, out_scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """A result y in fp32 as the references of operators return it that write int8 too: in `dtype`, and quantised."""
+    return y.to(dtype), quantize_reference(y, out_scale)
+
+
 def _accepts(x, scale):
     return x.dtype in KERNEL_DTYPES
 

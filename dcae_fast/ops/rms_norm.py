@@ -4,6 +4,8 @@
 
 x, residual, y: [B, C, H, W] channels-last; weight, bias: [C]. Statistics in fp32. The norm has `dtype`, by default the
 type of x; y has the promoted type of norm and residual. Source: "trms2d" of DC-AE (arXiv 2410.10733, original code).
+
+`rms_norm_int8` returns (y, q), where q is y as int8, the operand of an 8-bit convolution. Nothing is rounded before q.
 """
 
 import torch
@@ -12,6 +14,7 @@ from dcae_fast.models import functional
 
 from ._elementwise import activate, activate_backward, check_activation, sum_dtype, sum_to_channels
 from ._library import KERNEL_DTYPES, define, differentiable, differentiable_as
+from .quantize import check_no_gradient, check_scale, with_int8
 
 MAX_CHANNELS = 8192
 
@@ -19,6 +22,10 @@ MAX_CHANNELS = 8192
 def rms_norm_reference(x, weight, bias, eps, act, residual, dtype):
     y = activate(functional.rms_norm(x, weight, bias, eps), act)
     return (y if residual is None else y + residual).to(dtype)
+
+
+def rms_norm_int8_reference(x, weight, bias, eps, act, residual, dtype, out_scale):
+    return with_int8(rms_norm_reference(x.float(), weight, bias, eps, act, residual, torch.float32), dtype, out_scale)
 
 
 def rms_norm_backward_reference(dy, x, weight, bias, eps, act):
@@ -39,6 +46,13 @@ def _accepts(x, weight, *_):
 rms_norm_op = define(
     "rms_norm(Tensor x, Tensor weight, Tensor bias, float eps, str act, Tensor? residual, ScalarType dtype) -> Tensor",
     rms_norm_reference,
+    _accepts,
+    "rms_norm",
+)
+rms_norm_int8_op = define(
+    "rms_norm_int8(Tensor x, Tensor weight, Tensor bias, float eps, str act, Tensor? residual, ScalarType dtype,"
+    " float out_scale) -> (Tensor, Tensor)",
+    rms_norm_int8_reference,
     _accepts,
     "rms_norm",
 )
@@ -81,9 +95,33 @@ def rms_norm(
     of x. Returns [B, C, H, W] channels-last, in the promoted type of `dtype` and residual. Raises ValueError on other
     shapes or activations.
     """
+    _check(x, weight, bias, act)
+    return rms_norm_op(x, weight, bias, eps, act, residual, sum_dtype(x, residual, dtype))
+
+
+def rms_norm_int8(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    out_scale: float,
+    eps: float = 1e-5,
+    act: str = "none",
+    residual: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y, q): `rms_norm`, and the same as int8 in units of out_scale; for inference.
+
+    Raises ValueError as `rms_norm` does and unless out_scale is positive and finite, RuntimeError if a tensor requires
+    a gradient.
+    """
+    _check(x, weight, bias, act)
+    check_scale("out_scale", out_scale)
+    check_no_gradient(x, weight, bias, residual)
+    return rms_norm_int8_op(x, weight, bias, eps, act, residual, sum_dtype(x, residual), out_scale)
+
+
+def _check(x, weight, bias, act):
     check_activation(act)
     if x.dim() != 4 or weight.shape != x.shape[1:2] or bias.shape != x.shape[1:2]:
         raise ValueError(
             f"x {list(x.shape)}, weight {list(weight.shape)}, bias {list(bias.shape)}: expected [B, C, H, W], [C], [C]"
         )
-    return rms_norm_op(x, weight, bias, eps, act, residual, sum_dtype(x, residual, dtype))

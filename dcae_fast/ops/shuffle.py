@@ -10,6 +10,9 @@ first. bias is the bias of the convolution that computed main. Without x only ma
 
 As linear maps of x the two operators are adjoint up to a scale, so each is the gradient of the other. Summed in fp32;
 the result has the promoted type of x and main. Source: residual autoencoding in DC-AE (arXiv 2410.10733).
+
+unshuffle_average_add_int8 and duplicate_shuffle_add_int8 return the result, and the result as int8, the operand of an
+8-bit convolution. Nothing is rounded before int8.
 """
 
 import torch
@@ -19,6 +22,7 @@ from dcae_fast.models import functional
 
 from ._library import KERNEL_DTYPES, define, differentiable
 from .conv2d_gradients import sum_to_channels_op
+from .quantize import check_no_gradient, check_scale, with_int8
 
 
 def to_planes(y: torch.Tensor) -> torch.Tensor:
@@ -63,7 +67,18 @@ def duplicate_shuffle_add_reference(x, main, bias, out_channels, factor, scale):
     return _add_main(out, main, bias, lambda y: F.pixel_shuffle(y, factor), source.shape[2:])
 
 
-def _accepts(x, main, bias, out_channels, factor, scale):
+def _with_int8(reference):
+    """The reference of an operator that returns int8 too."""
+
+    def run(x, main, bias, out_channels, factor, scale, out_scale):
+        wide = None if x is None else x.float()
+        y = reference(wide, main.float(), bias, out_channels, factor, scale)
+        return with_int8(y, main.dtype if x is None else torch.promote_types(x.dtype, main.dtype), out_scale)
+
+    return run
+
+
+def _accepts(x, main, bias, out_channels, factor, scale, out_scale=None):
     """The kernels take factors 1 and 2, and only powers of two as sizes of groups and numbers of repeats."""
     channels = out_channels if x is None else x.shape[1]
     ratio = max(factor**2 * channels // out_channels, factor**2 * out_channels // channels)
@@ -72,12 +87,25 @@ def _accepts(x, main, bias, out_channels, factor, scale):
 
 
 # scale: factor of the sum over a group, or of the duplicates; for an average 1 / the size of a group
-_SCHEMA = "(Tensor? x, Tensor? main, Tensor? bias, int out_channels, int factor, float scale) -> Tensor"
+_ARGUMENTS = "Tensor? x, Tensor? main, Tensor? bias, int out_channels, int factor, float scale"
+_SCHEMA, _INT8_SCHEMA = f"({_ARGUMENTS}) -> Tensor", f"({_ARGUMENTS}, float out_scale) -> (Tensor, Tensor)"
 unshuffle_average_add_op = define(
     "unshuffle_average_add" + _SCHEMA, unshuffle_average_add_reference, _accepts, "unshuffle_average_add"
 )
 duplicate_shuffle_add_op = define(
     "duplicate_shuffle_add" + _SCHEMA, duplicate_shuffle_add_reference, _accepts, "duplicate_shuffle_add"
+)
+unshuffle_average_add_int8_op = define(
+    "unshuffle_average_add_int8" + _INT8_SCHEMA,
+    _with_int8(unshuffle_average_add_reference),
+    _accepts,
+    "unshuffle_average_add",
+)
+duplicate_shuffle_add_int8_op = define(
+    "duplicate_shuffle_add_int8" + _INT8_SCHEMA,
+    _with_int8(duplicate_shuffle_add_reference),
+    _accepts,
+    "duplicate_shuffle_add",
 )
 
 
@@ -137,6 +165,25 @@ def unshuffle_average_add(
     consecutive channels of pixel_unshuffle(x). Returns [B, O, H / factor, W / factor] channels-last. Raises ValueError
     on shapes that do not fit.
     """
+    return unshuffle_average_add_op(x, main, bias, *_average_constants(x, main, bias, factor))
+
+
+def unshuffle_average_add_int8(
+    x: torch.Tensor | None, main: torch.Tensor, bias: torch.Tensor | None, out_scale: float, factor: int = 2
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The result of `unshuffle_average_add`, and the same as int8 in units of out_scale; for inference.
+
+    Raises ValueError as `unshuffle_average_add` does and unless out_scale is positive and finite, RuntimeError if a
+    tensor requires a gradient.
+    """
+    constants = _average_constants(x, main, bias, factor)
+    check_scale("out_scale", out_scale)
+    check_no_gradient(x, main, bias)
+    return unshuffle_average_add_int8_op(x, main, bias, *constants, out_scale)
+
+
+def _average_constants(x, main, bias, factor):
+    """out_channels, factor and scale of the operator."""
     height, width = (main if x is None else x).shape[2:]
     unmoved = _check(x, main, bias, factor, (height // factor, width // factor))
     out_channels = main.shape[1] * factor**2 if unmoved else main.shape[1]
@@ -144,8 +191,7 @@ def unshuffle_average_add(
         raise ValueError(f"the size {height}x{width} is not a multiple of factor={factor}")
     if x is not None and factor**2 * x.shape[1] % out_channels:
         raise ValueError(f"x's {x.shape[1]} channels * {factor}² cannot be divided into {out_channels} equal groups")
-    scale = 1.0 if x is None else out_channels / (factor**2 * x.shape[1])
-    return unshuffle_average_add_op(x, main, bias, out_channels, factor, scale)
+    return out_channels, factor, 1.0 if x is None else out_channels / (factor**2 * x.shape[1])
 
 
 def duplicate_shuffle_add(
@@ -158,6 +204,25 @@ def duplicate_shuffle_add(
     channel of x is repeated factor² O / C times, one copy after the other, before the shuffle. Returns
     [B, O, H * factor, W * factor] channels-last. Raises ValueError on shapes that do not fit.
     """
+    return duplicate_shuffle_add_op(x, main, bias, *_duplicate_constants(x, main, bias, factor))
+
+
+def duplicate_shuffle_add_int8(
+    x: torch.Tensor | None, main: torch.Tensor, bias: torch.Tensor | None, out_scale: float, factor: int = 2
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The result of `duplicate_shuffle_add`, and the same as int8 in units of out_scale; for inference.
+
+    Raises ValueError as `duplicate_shuffle_add` does and unless out_scale is positive and finite, RuntimeError if a
+    tensor requires a gradient.
+    """
+    constants = _duplicate_constants(x, main, bias, factor)
+    check_scale("out_scale", out_scale)
+    check_no_gradient(x, main, bias)
+    return duplicate_shuffle_add_int8_op(x, main, bias, *constants, out_scale)
+
+
+def _duplicate_constants(x, main, bias, factor):
+    """out_channels, factor and scale of the operator."""
     height, width = (main if x is None else x).shape[2:]
     unmoved = _check(x, main, bias, factor, (height * factor, width * factor), planes=factor == 2)
     unmoved = unmoved and not _are_planes(x, main)
@@ -166,4 +231,4 @@ def duplicate_shuffle_add(
         raise ValueError(f"main's {main.shape[1]} channels are not a multiple of factor²={factor**2}")
     if x is not None and factor**2 * out_channels % x.shape[1]:
         raise ValueError(f"{out_channels} * {factor}² channels are not a multiple of x's {x.shape[1]}")
-    return duplicate_shuffle_add_op(x, main, bias, out_channels, factor, 1.0)
+    return out_channels, factor, 1.0

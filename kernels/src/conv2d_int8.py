@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .common import activate, like_channels_last, persistent_splits
 from .launch import Kernel
-from .quantize import to_int8
+from .quantize import inverse, to_int8
 
 RULES = 1  # version of `TILES`, part of the name of the file that remembers which tile is the fastest
 COLUMNS = 64  # filters that the epilogue computes at a time, so that registers and shared memory suffice
@@ -159,7 +159,7 @@ def launch_conv2d_int8(x, weight, scale, bias, act, residual, dtype, out_scale, 
             _boxes(tensor, (planes, height, width, filters), (1, tile.rows, tile.columns, columns))
             for tensor in (residual, out, quantized)
         ),
-        scale, bias, batch, height, width, channels, filters, tiles, 1.0 if out_scale is None else 1 / out_scale,
+        scale, bias, batch, height, width, channels, filters, tiles, inverse(out_scale),
         SIDE=side, PARITIES=parities, ACT=act, TILE_H=tile.rows, TILE_W=tile.columns, BLOCK_K=tile.filters,
         BLOCK_C=tile.channels, COLUMNS=columns, num_stages=tile.stages, num_warps=tile.warps,
     )  # fmt: skip

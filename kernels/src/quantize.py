@@ -26,6 +26,11 @@ def _quantize_kernel(x_ptr, out_ptr, elements, inverse_scale, BLOCK: tl.constexp
     tl.store(out_ptr + i, to_int8(x, inverse_scale), i < elements)
 
 
+def inverse(scale):
+    """1 / scale, the argument of kernels that write int8; any number without a scale."""
+    return 1.0 if scale is None else 1 / scale
+
+
 def launch_quantize(x, scale):
     out = torch.empty_like(x, dtype=torch.int8)
     if x.numel():

@@ -63,7 +63,7 @@ def main():
     from dcae_fast.kernels.conv2d import launch_conv2d, launch_conv2d_unshuffle
     from dcae_fast.kernels.conv2d_int8 import launch_conv2d_int8, tiles_of
     from dcae_fast.kernels.depthwise_glu import launch_depthwise_glu, launch_depthwise_glu_backward
-    from dcae_fast.kernels.duplicate_shuffle_add import launch_duplicate_shuffle_add
+    from dcae_fast.kernels.duplicate_shuffle_add import launch_duplicate_shuffle_add, launch_duplicate_shuffle_add_int8
     from dcae_fast.kernels.feature_distance import launch_feature_distance, launch_feature_distance_backward
     from dcae_fast.kernels.flip_weight import launch_flip_weight
     from dcae_fast.kernels.gelu_backward import launch_gelu_backward
@@ -74,10 +74,10 @@ def main():
         launch_relu_linear_attention,
         launch_relu_linear_attention_backward,
     )
-    from dcae_fast.kernels.rms_norm import launch_rms_norm, launch_rms_norm_backward
+    from dcae_fast.kernels.rms_norm import launch_rms_norm_backward, launch_rms_norm_int8
     from dcae_fast.kernels.rms_norm_conv2d import launch_rms_norm_conv2d
     from dcae_fast.kernels.sum_to_channels import launch_sum_to_channels
-    from dcae_fast.kernels.unshuffle_average_add import launch_unshuffle_average_add
+    from dcae_fast.kernels.unshuffle_average_add import launch_unshuffle_average_add_int8
     from dcae_fast.kernels.upsample_conv2d import (
         launch_subpixel_weights,
         launch_transposed_weights,
@@ -92,7 +92,7 @@ def main():
     common.chips = lambda x: (common.ADA._replace(shared_memory=SHARED_MEMORY),)
     for channels in (128, 256, 512, 1024, 2048):
         x, c = tensor(2, channels, 8, 8), tensor(channels)
-        launch_rms_norm(x, c, c, 1e-5, "none", x, x.dtype)
+        launch_rms_norm_int8(x, c, c, 1e-5, "none", x, x.dtype, 1.0)
         launch_rms_norm_backward(x, x, c, c, 1e-5, "none")
         launch_feature_distance(x, x, c, 1e-8)
         launch_feature_distance_backward(torch.empty(()), x, x, c, 1e-8)
@@ -144,9 +144,9 @@ def main():
         launch_concatenate_backward(y, dtype, dtype)
         for act in ("gelu", "gelu_tanh"):
             launch_gelu_backward(y.flatten(0, 1), y.flatten(0, 1), act, True)
-    launch_unshuffle_average_add(tensor(2, 256, 64, 64), tensor(2, 128, 64, 64), tensor(128), 512, 2, 0.5)
+    launch_unshuffle_average_add_int8(tensor(2, 256, 64, 64), tensor(2, 128, 64, 64), tensor(128), 512, 2, 0.5, 1.0)
     launch_duplicate_shuffle_add(tensor(2, 512, 32, 32), tensor(2, 1024, 32, 32), tensor(1024), 256, 2, 1.0)
-    launch_duplicate_shuffle_add(tensor(2, 512, 32, 32), tensor(8, 256, 32, 32), tensor(256), 256, 2, 1.0)
+    launch_duplicate_shuffle_add_int8(tensor(2, 512, 32, 32), tensor(8, 256, 32, 32), tensor(256), 256, 2, 1.0, 1.0)
     launch_subpixel_weights(tensor(256, 512, 3, 3, dtype=torch.float32), torch.bfloat16)
     launch_transposed_weights(tensor(256, 512, 3, 3, dtype=torch.float32), torch.bfloat16)
     launch_transposed_weights_backward(tensor(512, 256, 4, 4), torch.float32)
