@@ -42,9 +42,14 @@ void require_int_sizes(const at::Tensor& x) {
                 "x is too large along one dimension: ", x.sizes());
 }
 
-at::Tensor empty_channels_last(const at::Tensor& like, int64_t channels) {
-  return at::empty({like.size(0), channels, like.size(2), like.size(3)}, like.options(),
-                   at::MemoryFormat::ChannelsLast);
+at::Tensor empty_channels_last(const at::Tensor& like, int64_t channels, bool as_int8 = false) {
+  const auto options = as_int8 ? like.options().dtype(at::kChar) : like.options();
+  return at::empty({like.size(0), channels, like.size(2), like.size(3)}, options, at::MemoryFormat::ChannelsLast);
+}
+
+float inverse(double out_scale) {
+  require_value(out_scale > 0, "out_scale must be positive, got ", std::to_string(out_scale));
+  return static_cast<float>(1.0 / out_scale);
 }
 
 // Checks dout, the gradient of a result of this shape. Returns the address of its data.
@@ -82,15 +87,25 @@ struct DepthwiseConvolution {
   const void* bias_data() const { return bias.defined() ? bias.const_data_ptr() : nullptr; }
 };
 
-at::Tensor depthwise_glu(const at::Tensor& x, const at::Tensor& weight, const MaybeTensor& bias) {
+// inverse_scale: of an int8 result, 0 for a result in x's dtype.
+at::Tensor gated_unit(const at::Tensor& x, const at::Tensor& weight, const MaybeTensor& bias, float inverse_scale) {
   const DepthwiseConvolution conv(x, weight, bias);
-  at::Tensor out = empty_channels_last(x, conv.channels);
+  at::Tensor out = empty_channels_last(x, conv.channels, inverse_scale != 0.0f);
   if (out.numel() > 0) {
     C10_CUDA_CHECK(launch_depthwise_glu(conv.x, conv.weight_data(), conv.bias_data(), out.mutable_data_ptr(),
-                                        conv.batch, conv.height, conv.width, conv.channels, conv.dtype,
+                                        inverse_scale, conv.batch, conv.height, conv.width, conv.channels, conv.dtype,
                                         c10::cuda::getCurrentCUDAStream()));
   }
   return out;
+}
+
+at::Tensor depthwise_glu(const at::Tensor& x, const at::Tensor& weight, const MaybeTensor& bias) {
+  return gated_unit(x, weight, bias, 0.0f);
+}
+
+at::Tensor depthwise_glu_int8(const at::Tensor& x, const at::Tensor& weight, const MaybeTensor& bias,
+                              double out_scale) {
+  return gated_unit(x, weight, bias, inverse(out_scale));
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> depthwise_glu_backward(const at::Tensor& dout, const at::Tensor& x,
@@ -151,20 +166,30 @@ struct Attention {
   static int heads(const at::Tensor& qkv) { return static_cast<int>(qkv.size(1) / (3 * kHeadDim)); }
 };
 
-at::Tensor relu_linear_attention(const std::vector<at::Tensor>& qkvs, int64_t head_dim, double eps) {
+// inverse_scale: of an int8 result, 0 for a result in the qkvs' dtype.
+at::Tensor attend(const std::vector<at::Tensor>& qkvs, int64_t head_dim, double eps, float inverse_scale) {
   const Attention args(qkvs, head_dim);
   const c10::cuda::CUDAGuard guard(qkvs[0].device());
-  at::Tensor out = empty_channels_last(qkvs[0], args.channels);
-  auto* target = static_cast<uint16_t*>(out.mutable_data_ptr());
+  at::Tensor out = empty_channels_last(qkvs[0], args.channels, inverse_scale != 0.0f);
+  auto* target = static_cast<char*>(out.mutable_data_ptr());
   for (const at::Tensor& qkv : qkvs) {
     if (qkv.numel() == 0) continue;
     const int heads = Attention::heads(qkv);
-    C10_CUDA_CHECK(launch_relu_linear_attention(qkv.const_data_ptr(), target, qkv.size(0), args.positions, heads,
-                                                args.channels, static_cast<float>(eps), args.dtype,
-                                                c10::cuda::getCurrentCUDAStream()));
-    target += heads * Attention::kHeadDim;
+    C10_CUDA_CHECK(launch_relu_linear_attention(qkv.const_data_ptr(), target, inverse_scale, qkv.size(0),
+                                                args.positions, heads, args.channels, static_cast<float>(eps),
+                                                args.dtype, c10::cuda::getCurrentCUDAStream()));
+    target += heads * Attention::kHeadDim * out.element_size();
   }
   return out;
+}
+
+at::Tensor relu_linear_attention(const std::vector<at::Tensor>& qkvs, int64_t head_dim, double eps) {
+  return attend(qkvs, head_dim, eps, 0.0f);
+}
+
+at::Tensor relu_linear_attention_int8(const std::vector<at::Tensor>& qkvs, int64_t head_dim, double eps,
+                                      double out_scale) {
+  return attend(qkvs, head_dim, eps, inverse(out_scale));
 }
 
 std::vector<at::Tensor> relu_linear_attention_backward(const at::Tensor& dout, const std::vector<at::Tensor>& qkvs,
@@ -256,12 +281,16 @@ void bind_image_operators(pybind11::module_& module) {
   namespace py = pybind11;
   module.def("depthwise_glu", &depthwise_glu, py::arg("x"), py::arg("weight"), py::arg("bias"),
              "c[:, :M] * silu(c[:, M:]) with c the depthwise 3x3 convolution of x, channels-last.");
+  module.def("depthwise_glu_int8", &depthwise_glu_int8, py::arg("x"), py::arg("weight"), py::arg("bias"),
+             py::arg("out_scale"), "depthwise_glu as int8 in units of out_scale.");
   module.def("depthwise_glu_backward", &depthwise_glu_backward, py::arg("dout"), py::arg("x"), py::arg("weight"),
              py::arg("bias"), py::arg("parameters") = true,
              "The gradients of depthwise_glu by x, weight and bias. Without `parameters` the last two are empty.");
   module.def(
       "relu_linear_attention", &relu_linear_attention, py::arg("qkvs"), py::arg("head_dim"), py::arg("eps"),
       "ReLU linear attention of packed qkv tensors, channels-last; the results are concatenated along channels.");
+  module.def("relu_linear_attention_int8", &relu_linear_attention_int8, py::arg("qkvs"), py::arg("head_dim"),
+             py::arg("eps"), py::arg("out_scale"), "relu_linear_attention as int8 in units of out_scale.");
   module.def("relu_linear_attention_backward", &relu_linear_attention_backward, py::arg("dout"), py::arg("qkvs"),
              py::arg("head_dim"), py::arg("eps"), "The gradients of relu_linear_attention by each qkv, in bfloat16.");
   module.def("multiscale_qkv", &multiscale_qkv, py::arg("x"), py::arg("depthwise"), py::arg("grouped"),

@@ -29,13 +29,13 @@ __device__ inline float sigmoid2(float x) {
   return reciprocal;
 }
 
-// Forward: out is the result [.., M]. Backward: out is the gradient of the convolution's result [.., 2M], dout the
-// gradient of the gated unit's result.
-template <typename T, bool kBackward>
+// Forward: out is the result [.., M], two channels an Out: Pair, or uint16_t for int8. Backward: out is the gradient of
+// the convolution's result [.., 2M], dout the gradient of the gated unit's result.
+template <typename T, bool kBackward, typename Out>
 __global__ void __launch_bounds__(32 * kGluMaxWarps<kBackward>, kWarpsPerSM / kGluMaxWarps<kBackward>)
     depthwise_glu_kernel(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap dout,
-                         const Pair* __restrict__ weight, const Pair* __restrict__ bias, Pair* __restrict__ out,
-                         const Cut cut) {
+                         const Pair* __restrict__ weight, const Pair* __restrict__ bias, Out* __restrict__ out,
+                         const float inverse_scale, const Cut cut) {
   constexpr int kParts = kBackward ? 2 : 1;
   //   // [stage]: x [row][column with halo][half][pair]; backward then dout [row][column][pair]
   extern __shared__ __align__(128) Pair steps[];
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(32 * kGluMaxWarps<kBackward>, kWarpsPerSM / kG
     const Strip to = strip(cut, index);
     const int column = to.column + warp * kColumns;
     const int columns = pair < cut.pairs ? cut.width - column : 0;  // that this thread writes
-    Pair* target = out + first_pixel(cut, to, column) * kParts * cut.pairs + pair;
+    Out* target = out + first_pixel(cut, to, column) * kParts * cut.pairs + pair;
     int written = 0;  // rows
     const auto write_row = [&](const float (&conv)[2][kColumns][2], const Pair* incoming) {
 #pragma unroll
@@ -92,7 +92,12 @@ __global__ void __launch_bounds__(32 * kGluMaxWarps<kBackward>, kWarpsPerSM / kG
         if (j < columns) {
 #pragma unroll
           for (int part = 0; part < kParts; ++part) {
-            target[static_cast<int64_t>(j * kParts + part) * cut.pairs] = narrow<T>(y[part][0], y[part][1]);
+            Out& to = target[static_cast<int64_t>(j * kParts + part) * cut.pairs];
+            if constexpr (sizeof(Out) == sizeof(Pair)) {
+              to = narrow<T>(y[part][0], y[part][1]);
+            } else {
+              to = static_cast<Out>(quantize(y[part][0] * inverse_scale, y[part][1] * inverse_scale));
+            }
           }
         }
       }
@@ -146,9 +151,9 @@ __global__ void __launch_bounds__(32 * kGluMaxWarps<kBackward>, kWarpsPerSM / kG
   }
 }
 
-template <typename T, bool kBackward>
-cudaError_t launch_glu(const void* x, const void* weight, const void* bias, const void* dout, void* out, int64_t batch,
-                       int height, int width, int channels, cudaStream_t stream) {
+template <typename T, bool kBackward, typename Out = Pair>
+cudaError_t launch_glu(const void* x, const void* weight, const void* bias, const void* dout, void* out,
+                       float inverse_scale, int64_t batch, int height, int width, int channels, cudaStream_t stream) {
   Cut cut;
   const int pairs = channels / 2;
   if (const auto error =
@@ -161,10 +166,11 @@ cudaError_t launch_glu(const void* x, const void* weight, const void* bias, cons
   if (const auto error = describe(&dout_map, kBackward ? dout : x, batch, cut, 1, columns)) return error;
   const int row_pixels = 2 * (columns + 2) + kBackward * columns;
   const int bytes = kGluStages<kBackward> * kRows * row_pixels * kPairs * static_cast<int>(sizeof(Pair));
-  const auto kernel = depthwise_glu_kernel<T, kBackward>;
+  const auto kernel = depthwise_glu_kernel<T, kBackward, Out>;
   if (const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return error;
   kernel<<<dim3(cut.pair_blocks, cut.lanes), 32 * cut.warps, bytes, stream>>>(
-      map, dout_map, static_cast<const Pair*>(weight), static_cast<const Pair*>(bias), static_cast<Pair*>(out), cut);
+      map, dout_map, static_cast<const Pair*>(weight), static_cast<const Pair*>(bias), static_cast<Out*>(out),
+      inverse_scale, cut);
   return cudaGetLastError();
 }
 

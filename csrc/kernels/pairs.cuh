@@ -1,5 +1,5 @@
-// Two neighbouring channels in half precision as one 32-bit word, converted to fp32 and back; and addresses in shared
-// memory.
+// Two neighbouring channels in half precision as one 32-bit word, converted to fp32 and back, or to int8; and addresses
+// in shared memory.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -35,6 +35,13 @@ template <>
 __device__ inline Pair narrow<__half>(float low, float high) {
   const __half2 pair = __floats2half2_rn(low, high);
   return reinterpret_cast<const Pair&>(pair);
+}
+
+// The lowest two bytes are the numbers as int8, rounded half to even, between -127 and 127. The sum with 1.5 * 2^23 has
+// the rounded number in its lowest byte.
+__device__ inline unsigned quantize(float low, float high) {
+  const auto rounded = [](float x) { return __float_as_uint(fminf(fmaxf(x, -127.0f), 127.0f) + 12582912.0f); };
+  return __byte_perm(rounded(low), rounded(high), 0x0040);
 }
 
 __device__ inline unsigned shared_address(const void* pointer) {

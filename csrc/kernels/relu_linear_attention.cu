@@ -8,6 +8,8 @@
 
 #include <algorithm>
 #include <climits>
+#include <cstdint>
+#include <type_traits>
 
 #include "launch.h"
 #include "ops.h"
@@ -37,10 +39,12 @@ __device__ unsigned round_to_tf32(float x) {
   return y;
 }
 
-template <typename T>
+// Out: T or int8_t.
+template <typename T, typename Out>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
-    relu_linear_attention_kernel(const T* __restrict__ qkv, T* __restrict__ out, int positions, int heads,
-                                 int out_channels, float eps) {
+    relu_linear_attention_kernel(const T* __restrict__ qkv, Out* __restrict__ out, float inverse_scale, int positions,
+                                 int heads, int out_channels, float eps) {
+  constexpr bool is_int8 = sizeof(Out) == 1;
   __shared__ float4 warp_sums[kWarps][kSums / 4], block_sums[kSums / 4], sums[kSums / 4];
   const cg::cluster_group cluster = cg::this_cluster();
   const int blocks = cluster.num_blocks();
@@ -106,12 +110,19 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const float scale = 1.0f / (denominator[2 * r] + eps);
-        Pair y[4];
+        unsigned y[4];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) y[j] = narrow<T>(numerator[j][2 * r] * scale, numerator[j][2 * r + 1] * scale);
+        for (int j = 0; j < 4; ++j) {
+          const float low = numerator[j][2 * r] * scale, high = numerator[j][2 * r + 1] * scale;
+          y[j] = is_int8 ? quantize(low * inverse_scale, high * inverse_scale) : narrow<T>(low, high);
+        }
         if (position + 8 * r < positions) {
-          T* to = out + static_cast<int64_t>(position + 8 * r) * out_channels + 8 * t;
-          *reinterpret_cast<uint4*>(to) = {y[0], y[1], y[2], y[3]};
+          Out* to = out + static_cast<int64_t>(position + 8 * r) * out_channels + 8 * t;
+          if constexpr (is_int8) {
+            *reinterpret_cast<uint2*>(to) = {__byte_perm(y[0], y[1], 0x5410), __byte_perm(y[2], y[3], 0x5410)};
+          } else {
+            *reinterpret_cast<uint4*>(to) = {y[0], y[1], y[2], y[3]};
+          }
         }
       }
     }
@@ -120,8 +131,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
 
 }  // namespace
 
-cudaError_t launch_relu_linear_attention(const void* qkv, void* out, int64_t batch, int positions, int heads,
-                                         int out_channels, float eps, DType dtype, cudaStream_t stream) {
+cudaError_t launch_relu_linear_attention(const void* qkv, void* out, float inverse_scale, int64_t batch, int positions,
+                                         int heads, int out_channels, float eps, DType dtype, cudaStream_t stream) {
   int processors;
   if (const auto error = count_processors(&processors)) return error;
   const int64_t pairs = batch * heads;
@@ -143,8 +154,12 @@ cudaError_t launch_relu_linear_attention(const void* qkv, void* out, int64_t bat
   config.numAttrs = 1;
   return with_element(dtype, [&](auto element) {
     using T = decltype(element);
-    return cudaLaunchKernelEx(&config, relu_linear_attention_kernel<T>, static_cast<const T*>(qkv),
-                              static_cast<T*>(out), positions, heads, out_channels, eps);
+    const auto launch = [&](auto* typed_out) {
+      using Out = std::remove_pointer_t<decltype(typed_out)>;
+      return cudaLaunchKernelEx(&config, relu_linear_attention_kernel<T, Out>, static_cast<const T*>(qkv), typed_out,
+                                inverse_scale, positions, heads, out_channels, eps);
+    };
+    return inverse_scale == 0.0f ? launch(static_cast<T*>(out)) : launch(static_cast<int8_t*>(out));
   });
 }
 

@@ -9,7 +9,7 @@ from .conv2d import conv2d
 from .conv2d_int8 import conv2d_int8, upsample_conv2d_int8
 from .conv2d_unshuffle import conv2d_unshuffle
 from .convolution_weights import channels_last, fold_batch_norm, subpixel_weights, transposed_weights
-from .depthwise_glu import depthwise_glu
+from .depthwise_glu import depthwise_glu, depthwise_glu_int8
 from .feature_distance import feature_distance
 from .layer_norm import layer_norm
 from .linear import linear
@@ -19,7 +19,7 @@ from .norm_attention import norm_attention
 from .norm_mlp import norm_mlp
 from .packed_attention import is_for_few_tokens, packed_attention
 from .quantize import quantize, quantize_weight
-from .relu_linear_attention import relu_linear_attention
+from .relu_linear_attention import relu_linear_attention, relu_linear_attention_int8
 from .res_block import res_block
 from .rms_norm import rms_norm, rms_norm_int8
 from .rms_norm_conv2d import rms_norm_conv2d
@@ -40,6 +40,7 @@ __all__ = [
     "conv2d_int8",
     "conv2d_unshuffle",
     "depthwise_glu",
+    "depthwise_glu_int8",
     "duplicate_shuffle_add",
     "duplicate_shuffle_add_int8",
     "feature_distance",
@@ -58,6 +59,7 @@ __all__ = [
     "quantize",
     "quantize_weight",
     "relu_linear_attention",
+    "relu_linear_attention_int8",
     "res_block",
     "rms_norm",
     "rms_norm_conv2d",

@@ -4,6 +4,8 @@
 
 x: [B, 2 M, H, W] channels-last, padded by 1 with zeros; weight: [2 M, 1, 3, 3]; bias: [2 M]; y: [B, M, H, W]
 channels-last, in the type of x. Sums in fp32. Source: GLUMBConv of DC-AE (arXiv 2410.10733), SANA (arXiv 2410.10629).
+
+`depthwise_glu_int8` returns y as int8, the operand of an 8-bit convolution. Nothing is rounded before int8.
 """
 
 import torch
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 
 from ._elementwise import activate_backward, sum_to_channels
 from ._library import KERNEL_DTYPES, as_x_or_float32, define, differentiable, differentiable_as, halves_on_hopper
+from .quantize import check_no_gradient, check_scale, quantize_reference
 
 
 def _convolution(x, weight, bias):
@@ -20,6 +23,10 @@ def _convolution(x, weight, bias):
 def depthwise_glu_reference(x, weight, bias):
     value, gate = _convolution(x, weight, bias).chunk(2, dim=1)
     return value * F.silu(gate)
+
+
+def depthwise_glu_int8_reference(x, weight, bias, out_scale):
+    return quantize_reference(depthwise_glu_reference(x.float(), weight, bias), out_scale)
 
 
 def depthwise_glu_backward_reference(dout, x, weight, bias, parameters):
@@ -34,7 +41,7 @@ def depthwise_glu_backward_reference(dout, x, weight, bias, parameters):
     return dx, dweight.to(weight.dtype), sum_to_channels(dconv).to(bias.dtype)
 
 
-def _accepts(x, weight, bias):
+def _accepts(x, weight, bias, out_scale=None):
     return all(tensor.dtype in KERNEL_DTYPES for tensor in (x, weight, bias))
 
 
@@ -49,6 +56,13 @@ depthwise_glu_op = define(
     _accepts,
     "depthwise_glu",
     _cuda_accepts,
+)
+depthwise_glu_int8_op = define(
+    "depthwise_glu_int8(Tensor x, Tensor weight, Tensor bias, float out_scale) -> Tensor",
+    depthwise_glu_int8_reference,
+    _accepts,
+    "depthwise_glu",
+    lambda x, weight, bias, _: _cuda_accepts(x, weight, bias),
 )
 depthwise_glu_backward_op = define(
     "depthwise_glu_backward(Tensor dout, Tensor x, Tensor weight, Tensor bias, bool parameters)"
@@ -80,10 +94,26 @@ def depthwise_glu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> 
     x: [B, 2 M, H, W]; weight: [2 M, 1, 3, 3]; bias: [2 M]. Returns [B, M, H, W] channels-last, in the type of x. Raises
     ValueError on other shapes.
     """
+    _check(x, weight, bias)
+    return depthwise_glu_op(x, weight, bias)
+
+
+def depthwise_glu_int8(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, out_scale: float) -> torch.Tensor:
+    """The result of `depthwise_glu` as int8 in units of out_scale; for inference.
+
+    Raises ValueError as `depthwise_glu` does and unless out_scale is positive and finite, RuntimeError if a tensor
+    requires a gradient.
+    """
+    _check(x, weight, bias)
+    check_scale("out_scale", out_scale)
+    check_no_gradient(x, weight, bias)
+    return depthwise_glu_int8_op(x, weight, bias, out_scale)
+
+
+def _check(x, weight, bias):
     channels = x.shape[1] if x.dim() == 4 else -1
     if channels < 0 or channels % 2 or weight.shape != (channels, 1, 3, 3) or bias.shape != (channels,):
         raise ValueError(
             f"x {list(x.shape)}, weight {list(weight.shape)}, bias {list(bias.shape)}:"
             " expected [B, 2 M, H, W], [2 M, 1, 3, 3], [2 M]"
         )
-    return depthwise_glu_op(x, weight, bias)

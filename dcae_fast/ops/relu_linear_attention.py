@@ -7,6 +7,8 @@ scales are concatenated along channels to [B, scales * heads * D, H, W], the inp
 
 For H * W ≤ D the reference computes the H·W × H·W matrix of scores first, as the original does. The kernel always uses
 the linear form, which is the same function. Source: EfficientViT (arXiv 2205.14756), DC-AE (arXiv 2410.10733).
+
+`relu_linear_attention_int8` returns the result as int8, the operand of an 8-bit projection. Nothing is rounded before.
 """
 
 import torch
@@ -14,12 +16,18 @@ import torch
 from dcae_fast.models import functional
 
 from ._library import KERNEL_DTYPES, define, differentiable, differentiable_as, halves_on_hopper
+from .quantize import check_no_gradient, check_scale, quantize_reference
 
 HEAD_DIMS = (16, 32, 64)
 
 
 def relu_linear_attention_reference(qkvs, head_dim, eps):
     return functional.relu_linear_attention(torch.cat(qkvs, dim=1), head_dim, eps)
+
+
+def relu_linear_attention_int8_reference(qkvs, head_dim, eps, out_scale):
+    y = relu_linear_attention_reference([qkv.float() for qkv in qkvs], head_dim, eps)
+    return quantize_reference(y, out_scale)
 
 
 def relu_linear_attention_backward_reference(dout, qkvs, head_dim, eps):
@@ -43,11 +51,11 @@ def relu_linear_attention_backward_reference(dout, qkvs, head_dim, eps):
     return list(dqkv.split([part.shape[1] for part in qkvs], dim=1))
 
 
-def _accepts(qkvs, head_dim, _):
+def _accepts(qkvs, head_dim, *_):
     return all(qkv.dtype in KERNEL_DTYPES for qkv in qkvs) and head_dim in HEAD_DIMS
 
 
-def _cuda_accepts(qkvs, head_dim, _):
+def _cuda_accepts(qkvs, head_dim, *_):
     return halves_on_hopper(*qkvs) and head_dim == 32
 
 
@@ -59,6 +67,13 @@ def _backward_cuda_accepts(dout, qkvs, head_dim, _):
 relu_linear_attention_op = define(
     "relu_linear_attention(Tensor[] qkvs, int head_dim, float eps) -> Tensor",
     relu_linear_attention_reference,
+    _accepts,
+    "relu_linear_attention",
+    _cuda_accepts,
+)
+relu_linear_attention_int8_op = define(
+    "relu_linear_attention_int8(Tensor[] qkvs, int head_dim, float eps, float out_scale) -> Tensor",
+    relu_linear_attention_int8_reference,
     _accepts,
     "relu_linear_attention",
     _cuda_accepts,
@@ -92,6 +107,25 @@ def relu_linear_attention(qkvs: list[torch.Tensor], head_dim: int = 32, eps: flo
     qkvs. Raises ValueError unless there is at least one qkv, all have the same type, batch and size, and their channels
     are a multiple of 3 * head_dim.
     """
+    _check(qkvs, head_dim)
+    return relu_linear_attention_op(qkvs, head_dim, eps)
+
+
+def relu_linear_attention_int8(
+    qkvs: list[torch.Tensor], out_scale: float, head_dim: int = 32, eps: float = 1e-15
+) -> torch.Tensor:
+    """The result of `relu_linear_attention` as int8 in units of out_scale; for inference.
+
+    Raises ValueError as `relu_linear_attention` does and unless out_scale is positive and finite, RuntimeError if a
+    tensor requires a gradient.
+    """
+    _check(qkvs, head_dim)
+    check_scale("out_scale", out_scale)
+    check_no_gradient(*qkvs)
+    return relu_linear_attention_int8_op(qkvs, head_dim, eps, out_scale)
+
+
+def _check(qkvs, head_dim):
     first = qkvs[0] if qkvs else None
     for qkv in qkvs:
         if qkv.dim() != 4 or qkv.shape[1] % (3 * head_dim) or qkv.dtype != first.dtype:
@@ -102,4 +136,3 @@ def relu_linear_attention(qkvs: list[torch.Tensor], head_dim: int = 32, eps: flo
             raise ValueError(f"qkv tensors differ in batch or size: {list(first.shape)} and {list(qkv.shape)}")
     if first is None:
         raise ValueError("qkvs is empty; expected at least one packed qkv tensor")
-    return relu_linear_attention_op(qkvs, head_dim, eps)

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from .common import like_channels_last, persistent_splits, sigmoid
 from .launch import Kernel
+from .quantize import converted, inverse
 
 STRIP = {"BLOCK_W": 8, "BLOCK_C": 64}  # forward
 TILE = {"TILE_H": 4, "TILE_W": 8, "BLOCK_C": 64}  # backward
@@ -81,7 +82,7 @@ def _taps_row(taps_ptr, row: tl.constexpr, c, c_mask, channels):
 
 @Kernel
 def _depthwise_glu_forward_kernel(
-    x_ptr, taps_ptr, bias_ptr, out_ptr, height, width, half, strips, blocks_w, blocks_c, rows,
+    x_ptr, taps_ptr, bias_ptr, out_ptr, height, width, half, strips, blocks_w, blocks_c, rows, inverse_scale,
     BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A program walks down `rows` rows. Partial sums of the output rows above and level with the next input row stay in
@@ -115,7 +116,8 @@ def _depthwise_glu_forward_kernel(
         gate_level = gate_bias + left * b00 + middle * b01 + right * b02
         if h > first:  # the row above is complete
             offset = ((image * height + h - 1) * width + w)[:, None] * half + c[None, :]
-            tl.store(out_ptr + offset, (value * gate * sigmoid(gate)).to(out_ptr.dtype.element_ty), mask)
+            y = converted(value * gate * sigmoid(gate), out_ptr.dtype.element_ty, inverse_scale)
+            tl.store(out_ptr + offset, y, mask)
 
 
 @Kernel
@@ -190,15 +192,20 @@ def _taps(weight):
 
 
 def launch_depthwise_glu(x, weight, bias):
+    return launch_depthwise_glu_int8(x, weight, bias, None)
+
+
+def launch_depthwise_glu_int8(x, weight, bias, out_scale):
+    """The result in the type of x if out_scale is None."""
     batch, channels, height, width = x.shape
     half = channels // 2
-    out = like_channels_last(x, (batch, half, height, width))
+    out = like_channels_last(x, (batch, half, height, width), None if out_scale is None else torch.int8)
     if out.numel():
         blocks_w, blocks_c = triton.cdiv(width, STRIP["BLOCK_W"]), triton.cdiv(half, STRIP["BLOCK_C"])
         strips = persistent_splits(x, triton.cdiv(height, 8), batch * blocks_w * blocks_c)
         _depthwise_glu_forward_kernel[(batch * strips * blocks_w * blocks_c,)](
             x, _taps(weight), bias, out, height, width, half, strips, blocks_w, blocks_c, triton.cdiv(height, strips),
-            **STRIP, num_warps=4,
+            inverse(out_scale), **STRIP, num_warps=4,
         )  # fmt: skip
     return out
 

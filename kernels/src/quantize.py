@@ -19,6 +19,15 @@ def to_int8(x, inverse_scale):
     return (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
 
 
+@triton.jit
+def converted(x, TYPE: tl.constexpr, inverse_scale):
+    """x in a type; as int8 in units of 1 / inverse_scale. x: fp32."""
+    if TYPE == tl.int8:
+        return to_int8(x, inverse_scale)
+    else:
+        return x.to(TYPE)
+
+
 @Kernel
 def _quantize_kernel(x_ptr, out_ptr, elements, inverse_scale, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

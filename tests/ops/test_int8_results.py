@@ -1,9 +1,14 @@
-"""Operators that write their result as int8 too: the bits of the operator without int8, then exactly quantised."""
+"""Operators that write their result as int8 too: the bits of the operator without int8, then exactly quantised.
+
+And operators that write only int8: the formula in float64, quantised.
+"""
 
 import pytest
 import torch
 
 from dcae_fast import ops
+from dcae_fast.ops.depthwise_glu import depthwise_glu_int8_op
+from dcae_fast.ops.relu_linear_attention import relu_linear_attention_int8_op
 from dcae_fast.ops.rms_norm import rms_norm_int8_op
 from dcae_fast.ops.shuffle import duplicate_shuffle_add_int8_op, unshuffle_average_add_int8_op
 
@@ -54,6 +59,31 @@ CASES = {
     "duplicate-without_x": shuffle_case("duplicate_shuffle_add", None, (1, 12, 3, 2)),
     "duplicate-factor_1": shuffle_case("duplicate_shuffle_add", (2, 16, 3, 5), (2, 64, 3, 5), factor=1),
 }
+
+
+def glu_case(b, m, h, w):
+    return ops.depthwise_glu, lambda *args: ops.depthwise_glu_int8(*args, SCALE), [
+        (b, 2 * m, h, w), (2 * m, 1, 3, 3), (2 * m,)
+    ]  # fmt: skip
+
+
+def attention_case(b, heads, h, w, scales=1):
+    return (
+        lambda *qkvs: ops.relu_linear_attention(list(qkvs)),
+        lambda *qkvs: ops.relu_linear_attention_int8(list(qkvs), SCALE),
+        [(b, 96 * heads, h, w)] * scales,
+    )
+
+
+ONLY_INT8 = {  # the CUDA extension takes M in multiples of 8
+    "glu": glu_case(2, 40, 5, 19),
+    "glu-odd_channels": glu_case(1, 21, 9, 5),
+    "glu-one_pixel": glu_case(3, 8, 1, 1),
+    "glu-empty": glu_case(0, 8, 4, 4),
+    "attention": attention_case(2, 1, 9, 11),
+    "attention-two_scales": attention_case(1, 2, 13, 7, 2),
+    "attention-empty": attention_case(0, 2, 5, 7),
+}
 FIRST = ("rms_norm", "average", "duplicate-planes")
 
 
@@ -69,6 +99,16 @@ def test_the_bits_of_the_plain_operator_exactly_quantised(plain, with_int8, in_f
     assert exact.dtype == torch.float32 and y.dtype == torch.bfloat16 and torch.equal(y, plain(*tensors))
     assert q.dtype == torch.int8 and q.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(q, ops.quantize(exact, SCALE))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("plain, int8, shapes", ONLY_INT8.values(), ids=ONLY_INT8)
+def test_the_formula_quantised(plain, int8, shapes, dtype):
+    """Half of a unit is lost by rounding to int8, and at most a quarter before."""
+    tensors = [tensor.to(dtype) for tensor in make(shapes)]
+    q, exact = int8(*tensors), plain(*[tensor.double() for tensor in tensors])
+    assert q.dtype == torch.int8 and q.shape == exact.shape and q.is_contiguous(memory_format=torch.channels_last)
+    assert ((q - (exact / SCALE).clamp(-127, 127)).abs() <= 0.75).all()
 
 
 @pytest.mark.parametrize("name", FIRST)
@@ -93,14 +133,17 @@ def test_compiles_whole(name):
 
 def test_registration():
     x, weight, bias, planes = random(1, 16, 2, 3), random(16), random(16), random(4, 8, 2, 3)
+    qkv, taps = random(1, 96, 2, 2), random(16, 1, 3, 3)
+    torch.library.opcheck(depthwise_glu_int8_op.overload, (x, taps, bias, SCALE))
+    torch.library.opcheck(relu_linear_attention_int8_op.overload, ([qkv], 32, 1e-15, SCALE))
     torch.library.opcheck(rms_norm_int8_op.overload, (x, weight, bias, 1e-5, "relu", x, torch.bfloat16, SCALE))
     torch.library.opcheck(unshuffle_average_add_int8_op.overload, (x, x, bias, 16, 1, 1.0, SCALE))
     torch.library.opcheck(duplicate_shuffle_add_int8_op.overload, (x, planes, weight[:8], 8, 2, 1.0, SCALE))
 
 
-@pytest.mark.parametrize("name", FIRST)
+@pytest.mark.parametrize("name", (*FIRST, "glu", "attention"))
 def test_refusals(name, monkeypatch):
-    with_int8, shapes = CASES[name][1], CASES[name][3]
+    _, with_int8, *_, shapes = (CASES | ONLY_INT8)[name]
     with pytest.raises(RuntimeError, match="no gradients"):
         with_int8(*[tensor.requires_grad_() for tensor in make(shapes)])
     monkeypatch.setitem(globals(), "SCALE", 0.0)
