@@ -45,6 +45,7 @@ from .timing import graphed, measure
 
 CALLS = 10  # per captured graph
 MAX_ERROR = 1e-2  # relative L2 error of bf16 against fp32; an operator with a larger error is wrong and not timed
+OUT_SCALE = 1 / 32  # of results in int8
 Shape = tuple[int, int, int, int]
 
 # Name, and (B, C, H, W) of the main input, which does not fit in the L2 cache. For transformer layers, B·H·W tokens.
@@ -71,6 +72,11 @@ SHAPES: list[tuple[str, Shape]] = [
     ("rms_norm", (8, 512, 128, 128)),
     ("rms_norm", (32, 1024, 32, 32)),
     ("quantize", (8, 256, 256, 256)),
+    ("int8 rms_norm", (8, 512, 128, 128)),
+    ("int8 relu_linear_attention", (8, 1536, 64, 64)),
+    ("int8 depthwise_glu", (8, 4096, 64, 64)),
+    ("int8 unshuffle_average_add", (8, 256, 256, 256)),
+    ("int8 duplicate_shuffle_add", (8, 512, 128, 128)),
     ("bias_act", (8, 256, 256, 256)),
     ("bias_act", (8, 4096, 64, 64)),
     ("bias_act gradient", (16, 256, 128, 128)),
@@ -345,7 +351,7 @@ def int8_convolution(
     tensors += [random(b, filters, h, w)] if residual else []
     x8, weight8 = tensors[0].to(torch.int8), weight.to(torch.int8)
     scales = torch.full((planes * filters,), scale, device=x8.device)
-    out_scale = 1 / 32 if residual else None
+    out_scale = OUT_SCALE if residual else None
 
     def op(x, weight, bias=None, residual=None):
         convolve = ops.upsample_conv2d_int8 if side == 2 else ops.conv2d_int8
@@ -363,8 +369,35 @@ def _integers(x: torch.Tensor) -> torch.Tensor:
     return (42 * x).round().clamp(-127, 127)
 
 
+def to_int8(plain: Case, op: Callable[..., torch.Tensor]) -> Case:
+    """An operator that writes int8. The reference quantises the result of the operator without int8."""
+    return Case(op, lambda *tensors: ops.quantize(plain.op(*tensors), OUT_SCALE), plain.tensors)
+
+
+def int8_rms_norm(*args) -> Case:
+    return to_int8(rms_norm(*args), lambda x, *norm: ops.rms_norm_int8(x, *norm[:2], OUT_SCALE, residual=norm[2])[1])
+
+
+def int8_attention(*args) -> Case:
+    return to_int8(relu_linear_attention(*args), lambda qkv: ops.relu_linear_attention_int8([qkv], OUT_SCALE))
+
+
+def int8_depthwise_glu(*args) -> Case:
+    return to_int8(depthwise_glu(*args), lambda *tensors: ops.depthwise_glu_int8(*tensors, OUT_SCALE))
+
+
+def int8_average(*args) -> Case:
+    plain = unshuffle_average_add(*args)
+    return to_int8(plain, lambda *tensors: ops.unshuffle_average_add_int8(*tensors, OUT_SCALE)[1])
+
+
+def int8_duplicate(*args) -> Case:
+    plain = duplicate_shuffle_add(*args)
+    return to_int8(plain, lambda *tensors: ops.duplicate_shuffle_add_int8(*tensors, OUT_SCALE)[1])
+
+
 def quantize(random, b, c, h, w) -> Case:
-    return Case(lambda x: ops.quantize(x, 1 / 32), lambda x: quantize_reference(x, 1 / 32), [random(b, c, h, w)])
+    return Case(lambda x: ops.quantize(x, OUT_SCALE), lambda x: quantize_reference(x, OUT_SCALE), [random(b, c, h, w)])
 
 
 CASES: dict[str, Callable[..., Case]] = {
@@ -375,6 +408,11 @@ CASES: dict[str, Callable[..., Case]] = {
     "int8 conv1x1 to 8C + bias + silu": lambda *args: int8_convolution(*args, out=8, side=1, act="silu"),
     "int8 upsample_conv2d": lambda *args: int8_convolution(*args, out=1 / 2, side=2),
     "quantize": quantize,
+    "int8 rms_norm": int8_rms_norm,
+    "int8 relu_linear_attention": int8_attention,
+    "int8 depthwise_glu": int8_depthwise_glu,
+    "int8 unshuffle_average_add": int8_average,
+    "int8 duplicate_shuffle_add": int8_duplicate,
     "upsample_conv2d": upsample_conv2d,
     "conv2d_unshuffle": conv2d_unshuffle,
     "rms_norm_conv2d": rms_norm_conv2d,

@@ -64,7 +64,7 @@ def _parts(x, COUNT: tl.constexpr):
 @Kernel
 def _conv2d_int8_kernel(
     x_desc, weight_desc, residual_desc, out_desc, quantized_desc, scale_ptr, bias_ptr,
-    batch, height, width, channels, filters, tiles, inverse_scale,
+    batch, height, width, channels, filters, inverse_scale,
     SIDE: tl.constexpr, PARITIES: tl.constexpr, ACT: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -77,6 +77,7 @@ def _conv2d_int8_kernel(
     tiles_h, tiles_w = tl.cdiv(height, TILE_H), tl.cdiv(width, TILE_W)
     blocks_k, steps = tl.cdiv(filters, BLOCK_K), tl.cdiv(channels, BLOCK_C) * TAPS
     tl.assume(steps > 0)
+    tiles = PARITIES * batch * tiles_h * tiles_w * blocks_k
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         first_k = tile % blocks_k * BLOCK_K
         parity = tile // blocks_k % PARITIES
@@ -159,7 +160,7 @@ def launch_conv2d_int8(x, weight, scale, bias, act, residual, dtype, out_scale, 
             _boxes(tensor, (planes, height, width, filters), (1, tile.rows, tile.columns, columns))
             for tensor in (residual, out, quantized)
         ),
-        scale, bias, batch, height, width, channels, filters, tiles, inverse(out_scale),
+        scale, bias, batch, height, width, channels, filters, inverse(out_scale),
         SIDE=side, PARITIES=parities, ACT=act, TILE_H=tile.rows, TILE_W=tile.columns, BLOCK_K=tile.filters,
         BLOCK_C=tile.channels, COLUMNS=columns, num_stages=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
