@@ -227,8 +227,10 @@ def upsample_conv_without_bias(conv: nn.Module, x: torch.Tensor) -> tuple[torch.
 
 
 def upsample(x: torch.Tensor) -> torch.Tensor:
-    """Nearest-neighbour 2× up-sampling, channels-last. PyTorch's own reaches a tenth of the memory bandwidth."""
+    """Nearest-neighbour 2× up-sampling, channels-last. PyTorch's own kernel reaches a tenth of the memory bandwidth."""
     batch, channels, height, width = x.shape
+    if torch.compiler.is_compiling():  # PyTorch 2.11 cannot export the views below with dynamic sizes
+        return F.interpolate(x.contiguous(memory_format=torch.channels_last), (2 * height, 2 * width))
     pixels = x.movedim(1, -1)[:, :, None, :, None].expand(batch, height, 2, width, 2, channels)
     return pixels.reshape(batch, 2 * height, 2 * width, channels).movedim(-1, 1)
 

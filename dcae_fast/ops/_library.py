@@ -1,8 +1,8 @@
 """Registration of operators with torch.library.
 
 An operator is a reference in plain PyTorch and a launcher with the same signature. The reference runs on every device
-and is the fake implementation. The launcher runs for CUDA tensors that it accepts, and for CPU tensors under
-TRITON_INTERPRET=1. Results are always channels-last.
+and is the fake implementation, unless the operator has another. The launcher runs for CUDA tensors that it accepts, and
+for CPU tensors under TRITON_INTERPRET=1. Results are always channels-last.
 """
 
 import functools
@@ -181,13 +181,15 @@ def define(
     accepts: Callable[..., bool],
     launch: Callable | str,
     cuda_accepts: Callable[..., bool] | None = None,
+    fake: Callable | None = None,
 ) -> Operator:
     """Register dcae_fast::<schema>.
 
     reference: computes the result in plain PyTorch. accepts: whether the kernel takes these arguments, which are
     channels-last (4-D tensors) or contiguous (other tensors) by then. launch: a function that calls the kernel, or the
     name of the Triton kernel's file, whose launch_<operator> is called. cuda_accepts: the same for the function
-    <operator> of the CUDA extension, which is preferred if it is built.
+    <operator> of the CUDA extension, which is preferred if it is built. fake: an empty result, for tensors without
+    data; by default the reference computes it.
     """
     name = schema.split("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -221,11 +223,11 @@ def define(
         LIBRARY.impl(name, kernel, "CPU")
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
 
-    def fake(*args):
+    def without_data(*args):
         make_known_to_inductor(overload)
-        return plain(*args)
+        return plain(*args) if fake is None else fake(*args)
 
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", without_data, lib=LIBRARY)
     return Operator(overload, reference, kernel, dense_kernel)
 
 

@@ -15,6 +15,8 @@ unshuffle_average_add_int8 and duplicate_shuffle_add_int8 return the result, and
 8-bit convolution. Nothing is rounded before int8.
 """
 
+import operator
+
 import torch
 import torch.nn.functional as F
 
@@ -67,6 +69,22 @@ def duplicate_shuffle_add_reference(x, main, bias, out_channels, factor, scale):
     return _add_main(out, main, bias, lambda y: F.pixel_shuffle(y, factor), source.shape[2:])
 
 
+def _empty(change_size):
+    """The fake implementation. For dynamic sizes, PyTorch 2.11 cannot take views of tensors as the references do.
+
+    change_size: the size of the result along one side, from the size of the input and the factor.
+    """
+
+    def run(x, main, bias, out_channels, factor, scale):
+        source, dtype = (main, main.dtype) if x is None else (x, x.dtype)
+        dtype = dtype if main is None else torch.promote_types(dtype, main.dtype)
+        sides = [change_size(side, factor) for side in source.shape[2:]]
+        size = (source.shape[0], out_channels, *sides)
+        return torch.empty(size, dtype=dtype, device=source.device, memory_format=torch.channels_last)
+
+    return run
+
+
 def _with_int8(reference):
     """The reference of an operator that returns int8 too."""
 
@@ -90,10 +108,18 @@ def _accepts(x, main, bias, out_channels, factor, scale, out_scale=None):
 _ARGUMENTS = "Tensor? x, Tensor? main, Tensor? bias, int out_channels, int factor, float scale"
 _SCHEMA, _INT8_SCHEMA = f"({_ARGUMENTS}) -> Tensor", f"({_ARGUMENTS}, float out_scale) -> (Tensor, Tensor)"
 unshuffle_average_add_op = define(
-    "unshuffle_average_add" + _SCHEMA, unshuffle_average_add_reference, _accepts, "unshuffle_average_add"
+    "unshuffle_average_add" + _SCHEMA,
+    unshuffle_average_add_reference,
+    _accepts,
+    "unshuffle_average_add",
+    fake=_empty(operator.floordiv),
 )
 duplicate_shuffle_add_op = define(
-    "duplicate_shuffle_add" + _SCHEMA, duplicate_shuffle_add_reference, _accepts, "duplicate_shuffle_add"
+    "duplicate_shuffle_add" + _SCHEMA,
+    duplicate_shuffle_add_reference,
+    _accepts,
+    "duplicate_shuffle_add",
+    fake=_empty(operator.mul),
 )
 unshuffle_average_add_int8_op = define(
     "unshuffle_average_add_int8" + _INT8_SCHEMA,

@@ -16,6 +16,10 @@ import dcae_fast
 from dcae_fast.ops import _library
 
 PARTS = ["encoder", "decoder"]
+with_aot_inductor = pytest.mark.skipif(
+    torch.__version__.startswith("2.11."),
+    reason="compiled packages of PyTorch 2.11 pass wrong dtypes to operators (pytorch/pytorch#169157)",
+)
 
 # Loads a package in a process of its own, computes each of the inputs, and saves the results.
 SERVE = """
@@ -121,6 +125,7 @@ def test_loaded_in_another_process(part, tmp_path):
     assert process.returncode and "failed to resolve torch.ops.dcae_fast" in process.stderr
 
 
+@with_aot_inductor
 @pytest.mark.parametrize(
     "name, part, dtype",
     [
@@ -137,6 +142,7 @@ def test_aot_inductor(name, part, dtype, tmp_path):
 
 
 @pytest.mark.gpu
+@with_aot_inductor
 @pytest.mark.parametrize("part", PARTS)
 def test_aot_inductor_on_another_stream(part, tmp_path):
     model, several, dims = coder("diffusers-shuffled", part, torch.bfloat16)
@@ -149,7 +155,9 @@ def test_aot_inductor_on_another_stream(part, tmp_path):
     assert_right(results, model, several)
 
 
-@pytest.mark.parametrize("name, kind", [("uvit", "export"), pytest.param("dit", "aoti", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    "name, kind", [("uvit", "export"), pytest.param("dit", "aoti", marks=[pytest.mark.gpu, with_aot_inductor])]
+)
 def test_transformer(name, kind, tmp_path):
     _, model = pair(name)
     example = inputs()
