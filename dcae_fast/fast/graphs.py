@@ -23,6 +23,8 @@ from dcae_fast.ops._private import (
     clear_cublas_workspaces,
     count_dispatch_modes,
     function_modes,
+    tree_flatten,
+    tree_unflatten,
 )
 
 from . import operands
@@ -350,7 +352,7 @@ class Captured:
                 clear_cublas_workspaces()  # so that the graph gets its own
                 try:
                     with torch.cuda.graph(self._graph, pool.memory, pool.stream, capture_error_mode="thread_local"):
-                        self._out = function(*own, **kwargs)
+                        self._results, self._structure = tree_flatten(function(*own, **kwargs))
                 except Exception:
                     pool.abandon()
                     raise
@@ -368,10 +370,9 @@ class Captured:
         for own, given in zip(self._inputs, tensors(args), strict=True):
             own.copy_(given)
         self._graph.replay()
-        single = is_tensor(self._out)
-        results = [self._copy(out, x) for out in ([self._out] if single else self._out)]
+        results = [self._copy(out, x) for out in self._results]
         self._pool.replayed.record(stream)
-        return results[0] if single else results
+        return tree_unflatten(results, self._structure)
 
     def _copy(self, out: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         y = out if self._layout is torch.preserve_format else layout_of(out, like)

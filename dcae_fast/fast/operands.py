@@ -183,15 +183,24 @@ def of_layer(
     )
 
 
-def of_joined_layers(layers: tuple[nn.Linear, ...], dtype: torch.dtype) -> torch.Tensor:
-    """The weights of linear layers without biases, as one: [M_1 + M_2 + ..., K].
+def of_joined_layers(
+    layers: tuple[nn.Linear, ...], dtype: torch.dtype, heads: int = 1
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weights [M_1 + M_2 + ..., K] and biases of linear layers as those of one layer; all have biases or none has.
 
-    It has this dtype, or where gradients are on the layers' own, so that their gradients are not rounded.
+    With heads, the outputs for the first head of each layer come first, then the outputs for the second head. Where
+    gradients are on, float32 parameters stay float32, as in `of_layer`.
     """
-    weights = tuple(layer.weight for layer in layers)
-    if torch.is_grad_enabled():
-        return torch.cat(weights)
-    return _operand(layers[0], ("joined", dtype), weights, lambda: torch.cat([cast(each, dtype) for each in weights]))
+    weights, biases = tuple(layer.weight for layer in layers), tuple(layer.bias for layer in layers)
+    biases = () if biases[0] is None else biases
+    if torch.is_grad_enabled() and all(weight.dtype == torch.float32 for weight in weights):
+        dtype = torch.float32
+
+    def join(tensors: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
+        parts = [cast(tensor, dtype).unflatten(0, (heads, -1)) for tensor in tensors]
+        return torch.cat(parts, dim=1).flatten(0, 1) if parts else None
+
+    return _operand(layers[0], ("joined", dtype, heads), (*weights, *biases), lambda: (join(weights), join(biases)))
 
 
 def _is_channels_last(weight: torch.Tensor) -> bool:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from . import families, operands  # noqa: F401, families register their classes
-from .call import Coder, WholeCall, configure, release
+from .call import WholeCall, configure, release
 from .judge import Budget
 from .layout import Part
 from .module import FastModule, change_class, class_in_use, fast_class, is_fast, original_class
@@ -54,8 +54,9 @@ def patch(
     """Make a DC-AE and the diffusion transformers on its latents fast.
 
     model: an nn.Module, or a pipeline, which is any object with a dictionary `components`; the modules among these are
-    patched. Known are this project's models, diffusers' `AutoencoderDC`, and the original of DC-Gen and efficientvit,
-    also as a copy inside another package (`register_root`).
+    patched. Known are this project's models, diffusers' `AutoencoderDC`, `SanaTransformer2DModel` and
+    `SanaControlNetModel`, and the original of DC-Gen and efficientvit, also as a copy inside another package
+    (`register_root`).
 
     Every module whose exact class is known gets a subclass with a fast forward; parameters, buffers, names and hooks
     stay. `patch` leaves the following modules as they are, and the report gives the reason for each:
@@ -226,16 +227,17 @@ def _described(value: Any) -> str:
 def _parts(
     module: nn.Module, path: str = "", within_coder: bool = False, is_asked_for: bool = True, seen: set | None = None
 ) -> Iterator[tuple[str, nn.Module, bool]]:
-    """Yields (path, module, whether it is inside an encoder or decoder) for a module and its submodules, last itself.
+    """Yields (path, module, whether it is inside an encoder, decoder or transformer) for a module and its submodules,
+    last itself.
 
-    A block that is patched itself, or inside PyTorch's own containers and wrappers, counts as part of a coder.
+    A block that is patched itself, or inside PyTorch's own containers and wrappers, counts as inside one.
     """
     seen = set() if seen is None else seen
     seen.add(module)
     cls = original_class(module)
     within_coder = within_coder or (is_asked_for and is_of_known_module(cls))
     mixins = filter(None, map(mixin_of, cls.__mro__))  # a class that a user derived from a coder counts as well
-    inside = within_coder or any(issubclass(mixin, Coder) for mixin in mixins)
+    inside = within_coder or any(issubclass(mixin, WholeCall) for mixin in mixins)
     is_asked_for = is_asked_for and cls.__module__.split(".")[0] == "torch"
     for name, child in module.named_children():
         if child not in seen:

@@ -136,6 +136,8 @@ class ResBlock(Part):
 
 
 class GLUMBConv(Part):
+    """In SANA's transformer (sana.py) it has neither norm nor residual."""
+
     operators = ("batch_norm_act", "bias_act", "conv2d", "rms_norm", "depthwise_glu")
     attributes = ("conv_inverted", "nonlinearity", "conv_depth", "conv_point", "norm", "residual_connection")
 
@@ -143,7 +145,7 @@ class GLUMBConv(Part):
     def reason_not_fast(block: nn.Module) -> str:
         if type(block.nonlinearity) is not nn.SiLU:
             return f"its activation is {type(block.nonlinearity).__name__}"
-        return missing_norm(block.norm)
+        return missing_norm(block.norm) if block.norm_type is not None else unknown_norm(block.norm)
 
     @staticmethod
     def describe(block: nn.Module, survey: Survey) -> list[Layer]:
@@ -201,7 +203,7 @@ class SanaMultiscaleLinearAttention(Part):
         dtypes = (dtype, torch.float32) if autocasts(x) else (dtype,)
         if linear and all(part.weight.dtype in dtypes for part in parts):
             pixels = x.contiguous(memory_format=torch.channels_last).movedim(1, -1)
-            return nn.functional.linear(pixels, operands.of_joined_layers(parts, dtype))
+            return nn.functional.linear(pixels, operands.of_joined_layers(parts, dtype)[0])
         return torch.cat([part(x.movedim(1, -1)) for part in parts], dim=-1)
 
 

@@ -1,0 +1,271 @@
+"""SANA's diffusion transformer as diffusers has it: SanaTransformer2DModel, and the same blocks in SanaControlNetModel.
+
+    s = x + gate1 · attn1(norm1(x)),    s' = s + attn2(s, text),    result = s' + gate2 · ff(norm2(s'))
+
+x: [B, N, C], the tokens of an image, row by row. Each norm includes its modulation by the time. attn1 is ReLU linear
+attention, attn2 softmax attention to the text. ff is a GLUMBConv (autoencoder_dc.py): tokens are a channels-last image.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dcae_fast import ops
+from dcae_fast.ops._private import unobserved
+
+from .. import operands
+from ..call import Network
+from ..fusion import autocasts, compute_dtype
+from ..module import FastModule, kind, plain
+from ..registry import register
+from . import uvit_dit
+from .autoencoder_dc import GLUMBConv
+
+EPS = 1e-15  # of the linear attention
+LARGEST_HALF = 65504  # float16; the linear attention is clipped to it
+PROCESSORS = {"attn1": "SanaLinearAttnProcessor2_0", "attn2": "SanaAttnProcessor2_0"}
+
+REQUIRED = ("hidden_states", "encoder_hidden_states", "timestep")
+
+
+class DiffusersNetwork(Network):
+    """A network whose forward has arguments that diffusers reads by name, and a result in one of two forms.
+
+    defaults: of all parameters of the forward, in their order; those in `required` have none.
+    """
+
+    required: tuple[str, ...] = REQUIRED
+    defaults: dict[str, Any]
+
+    def dispatch(self, *args, **kwargs):
+        """All arguments by position, as graphs expect them. Wrong arguments raise the error of the network itself."""
+        names = list(self.defaults)[len(args) :]
+        missing = [name for name in names if name in self.required and name not in kwargs]
+        if len(args) > len(self.defaults) or missing or not kwargs.keys() <= set(names):
+            return super().eager(*args, **kwargs)
+        return super().dispatch(*args, *(kwargs.get(name, self.defaults[name]) for name in names))
+
+    def eager(self, *args):
+        """diffusers reads the scale of LoRA from `attention_kwargs` only if they are passed by name."""
+        return super().eager(**dict(zip(self.defaults, args, strict=True)))
+
+
+class SanaTransformer2DModel(DiffusersNetwork):
+    """Everything outside of the blocks and of the last norm is computed by the network's own forward."""
+
+    attributes = (
+        *("patch_embed", "time_embed", "caption_projection", "caption_norm", "transformer_blocks"),
+        *("norm_out", "proj_out"),
+    )
+    defaults = dict.fromkeys(REQUIRED) | {
+        "guidance": None,
+        "encoder_attention_mask": None,
+        "attention_mask": None,
+        "attention_kwargs": None,
+        "controlnet_block_samples": None,
+        "return_dict": True,
+    }
+
+
+class SanaControlNetModel(DiffusersNetwork):
+    """Its calls are not captured as CUDA graphs, because `conditioning_scale` is no integer."""
+
+    attributes = (
+        *("patch_embed", "time_embed", "caption_projection", "caption_norm", "transformer_blocks"),
+        *("controlnet_blocks", "input_block"),
+    )
+    required = (*REQUIRED, "controlnet_cond")
+    defaults = dict.fromkeys(required) | {
+        "conditioning_scale": 1.0,
+        "encoder_attention_mask": None,
+        "attention_mask": None,
+        "attention_kwargs": None,
+        "return_dict": True,
+    }
+
+
+class SanaTransformerBlock(FastModule):
+    dims = 3
+    operators = ("layer_norm", "linear", "relu_linear_attention", "rms_norm")
+    attributes = ("norm1", "attn1", "norm2", "attn2", "ff", "scale_shift_table")
+
+    @staticmethod
+    def reason_not_fast(block: nn.Module) -> str:
+        modules = block._modules
+        for name, processor in PROCESSORS.items():
+            attn = modules[name]
+            if kind(attn) != "Attention":
+                return f"{name} is {type(attn).__name__}"
+            found = type(attn.processor).__name__
+            if found != processor:
+                return f"{name} has the processor {found}"
+            if attn.rescale_output_factor != 1:
+                return f"{name} scales its result"
+        norm1, norm2 = modules["norm1"], modules["norm2"]
+        if type(norm1) is not nn.LayerNorm or type(norm2) is not nn.LayerNorm:
+            return "a norm is not a LayerNorm"
+        return "norm1 has weights" if norm1.elementwise_affine else ""
+
+    def fast_forward(self, x, mask, text=None, text_mask=None, timestep=None, height=None, width=None):
+        if not self.fuses(x, text, text_mask, timestep):
+            return self.eager(x, mask, text, text_mask, timestep, height, width)
+        norm1, attn1, norm2, attn2, ff = map(self._modules.get, ("norm1", "attn1", "norm2", "attn2", "ff"))
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation(self.scale_shift_table, timestep)
+        x, y = ops.layer_norm(x.contiguous(), scale1, shift1, norm1.eps, dtype=dtype_of_queries(attn1, x))
+        x = gated_sum(x, gate1, linear_attention(attn1, y, height, width))
+        x = text_attention(attn2, x, text, text_mask)
+        if norm2.elementwise_affine:
+            scale2, shift2 = with_affine(norm2, scale2, shift2)
+        x, y = ops.layer_norm(x, scale2, shift2, norm2.eps, dtype=dtype_of_branch(ff, x))
+        return gated_sum(x, gate2, tokens(ff(image(y, height, width))))
+
+    def fuses(self, x, text, text_mask, timestep) -> bool:
+        """Whether the block may compute its submodules without calling them, and these inputs have the usual form."""
+        if text is None or timestep is None or self.reason_not_fast(self):
+            return False
+        modules = self._modules
+        attn1, attn2, norm2 = modules["attn1"], modules["attn2"], modules["norm2"]
+        known = unobserved(attn1, attn1.to_out, attn2, attn2.to_out, modules["norm1"]) and plain(norm2)
+        of_text = text_mask is None or (text_mask.dim() == 3 and text_mask.shape[::2] == text.shape[:2])
+        same_types = x.dtype == timestep.dtype == self.scale_shift_table.dtype
+        return known and of_text and (same_types or autocasts(x))
+
+
+class SanaModulatedNorm(FastModule):
+    """The last norm, and its modulation by the time, in one pass."""
+
+    dims = 3
+    operators = ("layer_norm",)
+    attributes = ("norm",)
+
+    @staticmethod
+    def reason_not_fast(module: nn.Module) -> str:
+        known = type(module.norm) is nn.LayerNorm and not module.norm.elementwise_affine
+        return "" if known else "its norm is not a LayerNorm without weights"
+
+    def fast_forward(self, x: torch.Tensor, time: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        if self.reason_not_fast(self) or not unobserved(self.norm):
+            return self.eager(x, time, table)
+        shift, scale = modulation(table, time)
+        of_norm = torch.float32 if autocasts(x) else x.dtype
+        return ops.layer_norm(x, scale, shift, self.norm.eps, dtype=torch.promote_types(of_norm, scale.dtype))[1]
+
+
+def modulation(table: torch.Tensor, time: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The rows of table + time, each [B, C]. table: [rows, C]; time: [B, rows * C], or [B, C] for all rows."""
+    rows = time.reshape(time.shape[0], -1, table.shape[1]).expand(-1, table.shape[0], -1)
+    return (table[:, None] + rows.transpose(0, 1)).contiguous().unbind(0)
+
+
+def with_affine(norm: nn.LayerNorm, scale: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and shift [B, C] that also apply the weight and bias of the norm, in float32."""
+    weight, bias = norm.weight.float(), norm.bias.float()
+    factor = 1 + scale.float()
+    return weight * factor - 1, bias * factor + shift.float()
+
+
+def gated_sum(x: torch.Tensor, gate: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+    """x + gate · branch; x and branch: [B, N, C], gate: [B, C]."""
+    return torch.addcmul(x, gate[:, None], branch)
+
+
+def image(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Tokens [B, H * W, C] as a channels-last image [B, C, H, W], without a copy."""
+    return x.unflatten(1, (height, width)).movedim(-1, 1)
+
+
+def tokens(x: torch.Tensor) -> torch.Tensor:
+    """A channels-last image [B, C, H, W] as tokens [B, H * W, C], without a copy."""
+    return x.movedim(1, -1).flatten(1, 2)
+
+
+def linear_attention(attn: nn.Module, x: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """What the self-attention adds to the tokens, before its gate."""
+    to_out, dropout = attn.to_out
+    qkv = packed_by_heads(attn, x)
+    y = ops.relu_linear_attention([image(qkv, height, width)], qkv.shape[2] // (3 * attn.heads), EPS)
+    y = dropout(linear(to_out, tokens(y)))
+    return y.clip(-LARGEST_HALF, LARGEST_HALF) if x.dtype == torch.float16 else y
+
+
+def packed_by_heads(attn: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Queries, keys and values [B, N, heads * 3 * D], from one product if the three layers allow it."""
+    layers, norms = (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k)
+    if norms == (None, None) and can_be_joined(layers, x):
+        dtype = compute_dtype(x)
+        return ops.linear(x.to(dtype), *operands.of_joined_layers(layers, dtype, attn.heads))
+    q, k, v = (linear(layer, x) for layer in layers)
+    parts = (normalised(attn.norm_q, q, v.dtype), normalised(attn.norm_k, k, v.dtype), v)
+    return torch.stack([part.unflatten(2, (attn.heads, -1)) for part in parts], dim=3).flatten(2)
+
+
+def text_attention(attn: nn.Module, x: torch.Tensor, text: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """x + attn(x, text). text: [B, T, C]; mask: [B, 1, T], added to the scores."""
+    to_out, dropout = attn.to_out
+    layers, q = (attn.to_k, attn.to_v), linear(attn.to_q, x)
+    if can_be_joined(layers, text):
+        dtype = compute_dtype(text)
+        k, v = ops.linear(text.to(dtype), *operands.of_joined_layers(layers, dtype)).chunk(2, dim=2)
+    else:
+        k, v = (linear(layer, text) for layer in layers)
+    q, k = normalised(attn.norm_q, q, v.dtype), normalised(attn.norm_k, k, v.dtype)
+    q, k, v = (part.unflatten(2, (attn.heads, -1)).transpose(1, 2) for part in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None])
+    y = y.transpose(1, 2).flatten(2)
+    if dropout.training and dropout.p:
+        return dropout(linear(to_out, y)) + x
+    return linear(to_out, y, residual=x)
+
+
+def normalised(norm: nn.Module | None, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """norm(x) in this dtype, for the norm of queries or keys [B, N, C]; x without a norm."""
+    if norm is None:
+        return x.to(dtype)
+    if kind(norm) != "RMSNorm" or norm.weight is None or norm.bias is not None or not plain(norm):
+        return norm(x).to(dtype)
+    y = ops.rms_norm(image(x, 1, x.shape[1]), norm.weight, torch.zeros_like(norm.weight), norm.eps, dtype=dtype)
+    return tokens(y)
+
+
+def is_linear(layer: nn.Module, x: torch.Tensor) -> bool:
+    """Whether the product of this layer can be computed without calling it."""
+    return uvit_dit.is_linear(layer, x) and unobserved(layer)
+
+
+def linear(layer: nn.Module, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    """layer(x) + residual. A layer with hooks, or one that is not a plain linear layer, such as LoRA's, is called."""
+    if is_linear(layer, x):
+        return uvit_dit.linear(layer, x, residual)
+    y = layer(x)
+    return y if residual is None else y + residual
+
+
+def can_be_joined(layers: tuple[nn.Module, ...], x: torch.Tensor) -> bool:
+    """Whether one product computes these layers of x."""
+    return all(is_linear(layer, x) for layer in layers) and len({layer.bias is None for layer in layers}) == 1
+
+
+def dtype_of_queries(attn: nn.Module, x: torch.Tensor) -> torch.dtype:
+    """The dtype that the norm passes to the self-attention. Layers that are called get the dtype of x."""
+    known = all(is_linear(layer, x) for layer in (attn.to_q, attn.to_k, attn.to_v))
+    return compute_dtype(x) if known else x.dtype
+
+
+def dtype_of_branch(ff: nn.Module, x: torch.Tensor) -> torch.dtype:
+    """The dtype that the norm passes to the GLUMBConv."""
+    if isinstance(ff, GLUMBConv) and plain(ff):
+        return compute_dtype(x)
+    return torch.float32 if autocasts(x) else x.dtype
+
+
+register(
+    "models.transformers.sana_transformer",
+    {
+        "SanaModulatedNorm": SanaModulatedNorm,
+        "SanaTransformer2DModel": SanaTransformer2DModel,
+        "SanaTransformerBlock": SanaTransformerBlock,
+    },
+)
+register("models.controlnets.controlnet_sana", {"SanaControlNetModel": SanaControlNetModel})
