@@ -5,6 +5,7 @@
 
 PYBIND11_MODULE(_C, module) {
   dcae_fast::bind_image_operators(module);
+  dcae_fast::bind_signature(module);
   dcae_fast::bind_token_operators(module);
 #ifdef DCAE_FAST_CUDNN
   dcae_fast::bind_convolution(module);

@@ -6,7 +6,7 @@ from torch import nn
 
 from dcae_fast import ops
 from dcae_fast.ops._library import HALVES, KERNEL_DTYPES
-from dcae_fast.ops._private import convolve
+from dcae_fast.ops._private import convolve, unobserved
 from dcae_fast.ops.conv2d import FEW_CHANNELS
 from dcae_fast.ops.linear import wants_gradient
 from dcae_fast.ops.rms_norm_conv2d import MOST_CHANNELS, MOST_FILTERS
@@ -27,7 +27,7 @@ def activation_name(act: nn.Module | None) -> str | None:
     """The name of an activation for the operators; None if they do not know it."""
     if act is None:
         return "none"
-    return ACTIVATIONS.get(type(act)) if plain(act) else None
+    return ACTIVATIONS.get(type(act)) if unobserved(act) else None
 
 
 def unknown_activation(act: nn.Module | None) -> str:
@@ -39,11 +39,12 @@ def unknown_norm(norm: nn.Module | None) -> str:
     """Names a norm that is neither a channel RMS norm nor a batch norm, each with weight and bias; else empty."""
     if norm is None:
         return ""
-    if kind(norm) not in RMS_NORMS and not is_batch_norm(norm):
+    of_batch, parameters = is_batch_norm(norm), norm._parameters
+    if not of_batch and kind(norm) not in RMS_NORMS:
         return f"its norm is {type(norm).__name__}"
-    if getattr(norm, "weight", None) is None or getattr(norm, "bias", None) is None:
+    if parameters.get("weight") is None or parameters.get("bias") is None:
         return "its norm has no weight or no bias"
-    return "its norm keeps no running statistics" if is_batch_norm(norm) and not norm.track_running_stats else ""
+    return "its norm keeps no running statistics" if of_batch and not norm.track_running_stats else ""
 
 
 def can_fuse_norm(norm: nn.Module | None) -> bool:
@@ -57,7 +58,8 @@ def is_batch_norm(norm: nn.Module | None) -> bool:
 
 def rms_norm(norm: nn.Module, x: torch.Tensor, act: str = "none", residual: torch.Tensor | None = None) -> torch.Tensor:
     """act(norm(x)) + residual. norm: an RMS norm that satisfies `can_fuse_norm`."""
-    return ops.rms_norm(x, norm.weight, norm.bias, norm.eps, act, residual, norm_dtype(norm, x))
+    weight, bias = norm._parameters["weight"], norm._parameters["bias"]
+    return ops.rms_norm(x, weight, bias, norm.eps, act, residual, norm_dtype(norm, x))
 
 
 def batch_norm(norm: nn.BatchNorm2d, x: torch.Tensor, act: str, residual: torch.Tensor | None) -> torch.Tensor:
@@ -96,13 +98,13 @@ def norm_dtype(norm: nn.Module, x: torch.Tensor) -> torch.dtype:
     CUDA autocast it promotes from float32, because autocast computes powers in float32. diffusers' returns the dtype
     of its weight.
     """
+    name = kind(norm)
+    if name != "RMSNorm" and not (name == "RMSNorm2d" and isinstance(norm, nn.LayerNorm)):
+        return x.dtype
     weights = torch.promote_types(norm.weight.dtype, norm.bias.dtype)
-    match kind(norm):
-        case "RMSNorm":
-            return weights if norm.weight.dtype in HALVES else torch.promote_types(weights, torch.float32)
-        case "RMSNorm2d" if isinstance(norm, nn.LayerNorm):
-            return torch.promote_types(weights, torch.float32 if x.is_cuda and autocasts(x) else x.dtype)
-    return x.dtype
+    if name == "RMSNorm":
+        return weights if norm.weight.dtype in HALVES else torch.promote_types(weights, torch.float32)
+    return torch.promote_types(weights, torch.float32 if x.is_cuda and autocasts(x) else x.dtype)
 
 
 def autocasts(x: torch.Tensor) -> bool:
@@ -123,10 +125,11 @@ def can_fuse_conv(
     Under autocast that is autocast's type; x and the weights are cast. any_shape: ignores the number of channels of x.
     Without it the module itself raises the error for other channels.
     """
+    if torch.is_grad_enabled():
+        return False
     dtype = compute_dtype(x)
     return (
         dtype in HALVES
-        and not torch.is_grad_enabled()
         and (residual is None or residual.dtype == dtype)
         and _has_known_parts(conv, x)
         and (any_shape or x.shape[1] == conv.in_channels)
@@ -141,12 +144,17 @@ def _has_known_parts(conv: nn.Module | None, x: torch.Tensor) -> bool:
         return False
     parameters = conv._parameters
     weight, bias = parameters.get("weight"), parameters.get("bias")  # no weight: it is computed
-    dtypes = KERNEL_DTYPES if autocasts(x) else (x.dtype,)
+    if weight is None:
+        return False
+    if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
+        if (
+            not autocasts(x)
+            or weight.dtype not in KERNEL_DTYPES
+            or (bias is not None and bias.dtype not in KERNEL_DTYPES)
+        ):
+            return False
     return (
-        weight is not None
-        and weight.dtype in dtypes
-        and (bias is None or bias.dtype in dtypes)
-        and conv.groups == 1
+        conv.groups == 1
         and conv.dilation == (1, 1)
         and conv.padding_mode == "zeros"
         and isinstance(conv.padding, tuple)
@@ -271,7 +279,9 @@ def res_block(
 
     norm must satisfy `can_fuse_norm`.
     """
-    if act is None or norm is None or not (_can_train3x3(first, x) and _can_train3x3(second, x)):
+    if not torch.is_grad_enabled() or act is None or norm is None:
+        return None
+    if not (_can_train3x3(first, x) and _can_train3x3(second, x)):
         return None
     w1, b1, w2, scale, shift = first.weight, first.bias, second.weight, norm.weight, norm.bias
     same_widths = w1.shape[1] == w2.shape[0] == scale.shape[0] == x.shape[1] and w1.shape[0] == w2.shape[1]

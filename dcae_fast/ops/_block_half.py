@@ -21,8 +21,16 @@ from typing import get_type_hints
 import torch
 from torch import Tensor
 
-from . import _products
-from ._library import KERNEL_DTYPES, Operator, define, differentiable, differentiable_as, halves_on_hopper
+from . import _plans, _products
+from ._library import (
+    KERNEL_DTYPES,
+    Operator,
+    cuda_extension,
+    define,
+    differentiable,
+    differentiable_as,
+    halves_on_hopper,
+)
 from ._parts import as_kernel, as_reference
 from .layer_norm import cuda_accepts, layer_norm_backward, layer_norm_op, sum_backward
 
@@ -56,6 +64,8 @@ class Half:
 
         forward(via):                      out, *kept
         backward(via, dout, kept, wants):  the gradients of y, w_in, b_in, w_out and b_out
+        activation():                      the activation of the first linear layer, "" for none
+        fuses():                           whether shapes fit the CUDA extension
         fused_forward():                   the result of forward by the CUDA extension, or None
         fused_backward(dout, kept, wants): the result of backward by the CUDA extension, or None
 
@@ -66,6 +76,13 @@ class Half:
     __slots__ = ()
     name: str
     Kept: type[tuple]
+
+    def activation(self):
+        return ""
+
+    def fuses(self):
+        """Whether one call of the CUDA extension computes the forward, if it takes the inputs and has plans."""
+        return True
 
     def norm(self, via):
         """s, total and y."""
@@ -81,22 +98,25 @@ class Half:
         s, of_branch = self.x if self.branch is None else total, (self.branch, self.gate)
         return layer_norm_backward(via, dy, dsum, s, self.scale, self.shift.dtype, *of_branch, self.eps, self.x.dtype)
 
-    def forward_plans(self, act):
-        """The plans of both linear layers, the first one with activation `act`, "" for none. None if a plan is missing
-        or the CUDA extension does not take the inputs.
+    def forward_keys(self):
+        """The keys of the plans of both linear layers, see _plans.py. None if the CUDA extension does not take the
+        inputs.
         """
         x, dtype, w_in, b_in, w_out, b_out = self.x, self.dtype, self.w_in, self.b_in, self.w_out, self.b_out
         if not (x.is_cuda and _products.available() and _are_aligned(w_in, b_in, w_out, b_out)):
             return None
-        rows = x.shape[0] * x.shape[1]
-        first = _products.found_layer(dtype, rows, w_in, _products.epilogue(act, b_in))
-        second = _products.found_layer(
-            dtype, rows, w_out, _products.epilogue("", b_out), x.dtype if self.residual else None
-        )
-        if not (first and second):
+        if not cuda_accepts(x, self.scale, self.shift, self.eps, self.branch, self.gate, dtype):
             return None
-        takes_norm = cuda_accepts(x, self.scale, self.shift, self.eps, self.branch, self.gate, dtype)
-        return (first, second) if takes_norm else None
+        rows, sum_dtype = x.shape[0] * x.shape[1], x.dtype if self.residual else None
+        return (
+            _products.key_of_layer(dtype, rows, w_in, _products.epilogue(self.activation(), b_in)),
+            _products.key_of_layer(dtype, rows, w_out, _products.epilogue("", b_out), sum_dtype),
+        )
+
+    def forward_plans(self):
+        """The plans of both linear layers. None if one is missing or the CUDA extension does not take the inputs."""
+        keys = self.forward_keys()
+        return None if keys is None else _found_all(keys)
 
     def backward_plans(self, dout, wants, sums_in, *read):
         """The plans for the gradients of both linear layers: of the input and the weight of the first one, then of the
@@ -117,6 +137,12 @@ class Half:
         of_w_out = _products.found_gradients(dtype, rows, w_out, self.b_out is not None)
         plans = of_w_in + of_w_out
         return plans if all(plans) else None
+
+
+def _found_all(keys):
+    """The plans for all keys, None if one is missing."""
+    plans = tuple(map(_plans.found, keys))
+    return plans if all(plans) else None
 
 
 def _are_aligned(*tensors):
@@ -149,6 +175,19 @@ def define_half(half: type[Half]) -> Operator:
         given = half._make(args)
         return given.fused_forward() or given.forward(as_kernel)
 
+    def prepare(*args):
+        """One call of the CUDA extension, if it takes the arguments, with the plans that are known by then."""
+        given = half._make(args)
+        if not (given.fuses() and given.forward_plans()):
+            return None
+        keys = given.forward_keys()
+
+        def run(*args):
+            plans = _found_all(keys)
+            return launch(*args) if plans is None else getattr(cuda_extension(), half.name)(*args, *plans)
+
+        return run
+
     def backward(via, dout, dtotal, *args):
         given, kept, wants = half._make(args[:count]), half.Kept._make(args[count:-1]), half._make(args[-1])
         if via is as_reference:
@@ -163,6 +202,7 @@ def define_half(half: type[Half]) -> Operator:
         lambda *args: half._make(args).forward(as_reference),
         accepts,
         launch,
+        prepare=prepare,
     )
     backward_op = define(
         f"{half.name}_backward(Tensor dout, Tensor? dtotal, {_schema(hints | kept_hints)}, bool[] wants)"

@@ -23,7 +23,9 @@ from ._private import (
     constant_in_compile,
     count_dispatch_modes,
     has_zero_mark,
+    in_dual_level,
     in_transform,
+    intercept_calls,
     is_tracing,
     make_known_to_inductor,
     takes_list,
@@ -37,6 +39,7 @@ NAMESPACE = "dcae_fast"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 HALVES = (torch.bfloat16, torch.float16)
 KERNEL_DTYPES = (torch.float32, *HALVES)
+MOST_SIGNATURES = 512  # of an operator that are kept
 LEAST_CAPABILITY = (7, 5)  # the oldest GPUs that kernels are compiled for: Turing
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 EXTENSION_IS_BUILT = importlib.util.find_spec(f"{NAMESPACE}._C") is not None
@@ -135,6 +138,15 @@ def as_x_or_float32(x: torch.Tensor, *others: torch.Tensor) -> bool:
     return are_aligned(others, x.dtype, torch.float32)
 
 
+def signature(args: tuple) -> bytes | None:
+    """A key that determines which kernel an operator runs for these arguments, and how: see bindings/signature.cpp.
+
+    None if a kernel cannot take the arguments as they are, and always without the CUDA extension.
+    """
+    extension = cuda_extension()
+    return None if extension is None else extension.signature(args)
+
+
 class Operator:
     """A registered operator.
 
@@ -146,11 +158,15 @@ class Operator:
     Operators that consist of others call it.
     """
 
-    def __init__(self, overload: OpOverload, reference: Callable, kernel: Callable, dense_kernel: Callable):
-        self.overload, self.reference, self.kernel, self.dense_kernel = overload, reference, kernel, dense_kernel
+    def __init__(self, overload: OpOverload, reference: Callable, kernels: "Kernels"):
+        self.overload, self.reference, self.kernel, self.dense_kernel = overload, reference, kernels, kernels.dense
         self.function: type[torch.autograd.Function] | None = None
 
     def __call__(self, *args):
+        if not torch.compiler.is_compiling():
+            run = self.kernel.known(args)
+            if run is not None:
+                return run(*args)
         if (
             not HAS_TRITON
             or torch.compiler.is_compiling()
@@ -175,6 +191,87 @@ class Operator:
         return self.overload(*args)
 
 
+class Kernels:
+    """How an operator computes on a GPU; for the arguments see `define`.
+
+    Which kernel computes depends on the signature of the arguments only. So the first call with a signature decides,
+    and `ready` keeps a function for all later ones: a kernel of the extension, a prepared launch, or the reference.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        reference: Callable,
+        accepts: Callable[..., bool],
+        launch: Callable | str,
+        cuda_accepts: Callable[..., bool] | None,
+        prepare: Callable[..., Callable | None] | None,
+    ):
+        self._name, self._reference, self._accepts, self._launch = name, reference, accepts, launch
+        self._cuda_accepts, self._prepare = cuda_accepts, prepare
+        self._ready: dict[bytes, Callable] = {}
+
+    def __call__(self, *args):
+        key = signature(args)
+        if key is not None:
+            run = self._ready.get(key)
+            return self._first(key, args) if run is None else run(*args)
+        first = args[0]
+        device = (first if isinstance(first, torch.Tensor) else _tensors(args)[0]).device
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return self.dense(*_dense(args))
+        with torch.cuda.device(device):
+            return self.dense(*_dense(args))
+
+    def known(self, args):
+        """The function for these arguments, if a call with their signature was made before."""
+        return None if in_dual_level() else self._ready.get(signature(args))
+
+    def plain(self, *args):
+        """By the reference."""
+        return as_channels_last(self._reference(*args))
+
+    def dense(self, *args):
+        """For arguments that are dense, as `as_channels_last` makes them, and on the current device."""
+        return self._choose(args)(*args)
+
+    def _choose(self, args):
+        if not self._accepts(*args):
+            return self.plain
+        if self._cuda_accepts and _tensors(args)[0].is_cuda and cuda_extension() and self._cuda_accepts(*args):
+            return getattr(cuda_extension(), self._name)
+        return self._run
+
+    def _run(self, *args):
+        try:
+            return self._launcher()(*args)
+        except launcher("launch", "Unfit"):
+            return self.plain(*args)
+
+    def _launcher(self):
+        return launcher(self._launch, f"launch_{self._name}") if isinstance(self._launch, str) else self._launch
+
+    def _first(self, key, args):
+        """The result of the first call with a signature."""
+        run, prepared = self._choose(args), None
+        if run == self._run and isinstance(self._launch, str):
+            try:
+                result, prepared = launcher("launch", "run_and_prepare")(self._launcher(), args)
+            except launcher("launch", "Unfit"):
+                run = self.plain
+                result = run(*args)
+        else:
+            result = run(*args)
+            if run == self._run and self._prepare is not None:
+                prepared = self._prepare(*args)
+                if prepared is None:
+                    return result
+        if len(self._ready) >= MOST_SIGNATURES:
+            self._ready.clear()
+        self._ready[key] = prepared or run
+        return result
+
+
 def define(
     schema: str,
     reference: Callable,
@@ -182,6 +279,7 @@ def define(
     launch: Callable | str,
     cuda_accepts: Callable[..., bool] | None = None,
     fake: Callable | None = None,
+    prepare: Callable[..., Callable | None] | None = None,
 ) -> Operator:
     """Register dcae_fast::<schema>.
 
@@ -189,46 +287,33 @@ def define(
     channels-last (4-D tensors) or contiguous (other tensors) by then. launch: a function that calls the kernel, or the
     name of the Triton kernel's file, whose launch_<operator> is called. cuda_accepts: the same for the function
     <operator> of the CUDA extension, which is preferred if it is built. fake: an empty result, for tensors without
-    data; by default the reference computes it.
+    data; by default the reference computes it. prepare: from arguments for which `launch` has run, a faster function
+    for all arguments with the same signature; None if there is none yet.
+
+    The results of accepts and cuda_accepts must depend only on the signature of the arguments.
     """
     name = schema.split("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    run = (lambda *args: launcher(launch, f"launch_{name}")(*args)) if isinstance(launch, str) else launch
-
-    def plain(*args):
-        return as_channels_last(reference(*args))
-
-    def dense_kernel(*args):
-        if not accepts(*args):
-            return plain(*args)
-        if cuda_accepts and _tensors(args)[0].is_cuda and cuda_extension() and cuda_accepts(*args):
-            return getattr(cuda_extension(), name)(*args)
-        try:
-            return run(*args)
-        except launcher("launch", "Unfit"):
-            return plain(*args)
-
-    def kernel(*args):
-        first = args[0]
-        device = (first if isinstance(first, torch.Tensor) else _tensors(args)[0]).device
-        if device.type != "cuda" or device.index == torch.cuda.current_device():
-            return dense_kernel(*_dense(args))
-        with torch.cuda.device(device):
-            return dense_kernel(*_dense(args))
-
-    LIBRARY.impl(name, plain, "CompositeExplicitAutograd")
+    kernels = Kernels(name, reference, accepts, launch, cuda_accepts, prepare)
+    LIBRARY.impl(name, kernels.plain, "CompositeExplicitAutograd")
     if HAS_TRITON:
-        LIBRARY.impl(name, kernel, "CUDA")
+        LIBRARY.impl(name, kernels.__call__, "CUDA")
     if INTERPRETED:
-        LIBRARY.impl(name, kernel, "CPU")
+        LIBRARY.impl(name, kernels.__call__, "CPU")
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    def call(*args, **kwargs):
+        run = None if kwargs else kernels.known(args)
+        return dispatch(*args, **kwargs) if run is None else run(*args)
+
+    dispatch = intercept_calls(overload, call)
 
     def without_data(*args):
         make_known_to_inductor(overload)
-        return plain(*args) if fake is None else fake(*args)
+        return kernels.plain(*args) if fake is None else fake(*args)
 
     torch.library.register_fake(f"{NAMESPACE}::{name}", without_data, lib=LIBRARY)
-    return Operator(overload, reference, kernel, dense_kernel)
+    return Operator(overload, reference, kernels)
 
 
 def differentiable(op: Operator, backward: Callable, setup_context: Callable) -> None:

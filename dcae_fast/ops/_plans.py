@@ -33,6 +33,7 @@ HOPELESS = 1.5  # candidates slower than the best so far by this factor are not 
 FINALISTS, ROUNDS = 5, 5
 BURST, PAUSE = 3.0, 0.008  # milliseconds of work, then seconds of rest
 LAUNCH = 200_000  # clock cycles: more than one launch from Python takes
+WAITING = 0.05  # milliseconds for which the GPU idles behind a call that waits for it
 COMPILERS = 8  # threads
 NO_PLAN = -1  # written as the place of the winner if the fallback is the fastest
 
@@ -62,13 +63,14 @@ def is_deterministic() -> bool:
     return uses_deterministic_algorithms() or is_cudnn_deterministic()
 
 
-def _key(library: Library, shape: tuple, device: torch.device) -> tuple:
+def key_of(library: Library, shape: tuple, device: torch.device) -> tuple:
+    """The key of a plan, see `find`; it also depends on whether PyTorch must be deterministic."""
     return library.work, device.index, is_deterministic(), *shape
 
 
-def found(library: Library, shape: tuple, device: torch.device) -> object | None:
-    """The plan that `find` found for a shape; None if it found none yet, or if the fallback is faster."""
-    return _plans.get(_key(library, shape, device))
+def found(key: tuple) -> object | None:
+    """The plan that `find` found for a key; None if it found none yet, or if the fallback is faster."""
+    return _plans.get(key)
 
 
 def find(
@@ -86,7 +88,7 @@ def find(
     and `build(place)`. run: calls a plan. A new shape starts a search, which takes up to some seconds, unless a CUDA
     graph is being captured.
     """
-    key = _key(library, shape, device)
+    key = key_of(library, shape, device)
     if key in _plans:
         return _plans[key]
     is_capturing = torch.cuda.is_current_stream_capturing()
@@ -141,7 +143,7 @@ def _search(library: Library, candidates, run: Callable, fallback: Callable):
 
     Every candidate is timed once. The best candidates and the fallback are then timed in short bursts with pauses:
     after about 50 ms without a pause the GPU reaches its power limit and slows down, whatever it runs. cuDNN compiles
-    each candidate only once, so the plans are kept during the search.
+    each candidate only once, so the plans are kept during the search. A call that waits for the GPU counts as slower.
     """
     with ThreadPoolExecutor(COMPILERS) as pool:
         places = range(min(len(candidates), MOST_CANDIDATES))
@@ -163,6 +165,8 @@ def _search(library: Library, candidates, run: Callable, fallback: Callable):
                 time.sleep(PAUSE)
     torch.cuda.synchronize()
     times = {candidate: statistics.median(map(_elapsed, events)) for candidate, events in bursts.items()}
+    for candidate in times:
+        times[candidate] += calls * WAITING * _waits_for_gpu(runs[candidate])
     times[NO_PLAN] += min(calls * library.fallback_call, times[NO_PLAN] / 10)
     best = min(times, key=times.get)
     return best, plans.get(best), torch.OutOfMemoryError not in failures
@@ -211,6 +215,17 @@ def _record(call: Callable, calls: int = 1) -> tuple[torch.cuda.Event, torch.cud
         call()
     end.record()
     return start, end
+
+
+def _waits_for_gpu(call: Callable) -> bool:
+    """Whether a call returns only after the GPU has done its earlier work, so that no launches can run ahead."""
+    asleep = torch.cuda.Event()
+    sleep_on_gpu(20 * LAUNCH)
+    asleep.record()
+    call()
+    waits = asleep.query()
+    torch.cuda.synchronize()
+    return waits
 
 
 def _elapsed(events: tuple[torch.cuda.Event, torch.cuda.Event]) -> float:

@@ -50,6 +50,14 @@ def takes_list(overload: OpOverload) -> bool:
     return any("List[Tensor]" in str(argument.type) for argument in overload._schema.arguments)
 
 
+def intercept_calls(overload: OpOverload, function: Callable) -> Callable:
+    """Make calls of an overload from Python, also those in Inductor's code, call `function`. Returns what the overload
+    called so far: PyTorch's dispatcher. To be called before anything looks up the overload in a dictionary.
+    """
+    dispatch, overload._op = overload._op, function
+    return dispatch
+
+
 def make_known_to_inductor(overload: OpOverload) -> None:
     """Register an operator with Inductor, if Inductor is loaded, as Inductor itself does when it first meets one.
 
@@ -76,12 +84,17 @@ function_modes = _get_current_function_mode_stack  # a list of the active TorchF
 has_zero_mark = torch.Tensor._is_zerotensor  # of a tensor that is zero whatever its memory holds
 
 
+def in_dual_level() -> bool:
+    """Whether forward-mode AD is active."""
+    return forward_ad._current_level >= 0
+
+
 @constant_in_compile  # Dynamo compiles again for another stack of transforms or level of forward-mode AD
 def in_transform() -> bool:
     """Whether torch.func, forward-mode AD or a vmap of gradients is active. Custom operators take no part in these."""
     return (
         torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
+        or in_dual_level()
         or torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_OF_GRADIENTS)
     )
 

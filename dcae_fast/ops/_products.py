@@ -52,16 +52,16 @@ def epilogue(act: str, bias: torch.Tensor | None) -> str:
     return f"{act}_bias" if act else "bias"
 
 
-def found_layer(
+def key_of_layer(
     dtype: torch.dtype, rows: int, weight: torch.Tensor, epilogue: str, residual: torch.dtype | None = None
-) -> object | None:
-    """The plan with which `product` computes x · weightᵀ, for x of this type and number of rows.
+) -> tuple:
+    """The key of the plan with which `product` computes x · weightᵀ, for x of this type and number of rows.
 
-    residual: its type, None without one. None if `product` has no plan yet, or if its fallback is faster.
+    residual: its type, None without one.
     """
     columns, depth = weight.shape
-    key = _key(dtype, rows, columns, depth, False, True, residual or dtype, epilogue, residual is not None)
-    return _plans.found(CUBLASLT, key, weight.device)
+    shape = _key(dtype, rows, columns, depth, False, True, residual or dtype, epilogue, residual is not None)
+    return _plans.key_of(CUBLASLT, shape, weight.device)
 
 
 def found_gradients(
@@ -73,7 +73,7 @@ def found_gradients(
         _key(dtype, rows, depth, columns, False, False, dtype, "none", False),
         _key(dtype, columns, depth, rows, True, False, weight.dtype, "bgrad" if sums else "none", False),
     )
-    return tuple(_plans.found(CUBLASLT, key, weight.device) for key in keys)
+    return tuple(_plans.found(_plans.key_of(CUBLASLT, key, weight.device)) for key in keys)
 
 
 def _key(dtype, rows, columns, depth, left_transposed, right_transposed, out_dtype, epilogue, has_residual):

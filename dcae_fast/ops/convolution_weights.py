@@ -29,7 +29,6 @@ from ._library import (
     define,
     differentiable,
     differentiable_as,
-    launcher,
     without_autocast,
 )
 
@@ -69,10 +68,6 @@ def _accepts(weight, *_):
     return weight.dtype in KERNEL_DTYPES and weight.numel() > 0
 
 
-def _launch_subpixel_weights(weight, dtype):
-    return launcher("upsample_conv2d", "launch_subpixel_weights")(weight, dtype).flatten(0, 1)
-
-
 fold_batch_norm_op = define(
     "fold_batch_norm(Tensor weight, Tensor bias, Tensor scale, Tensor mean, Tensor variance, float eps,"
     " ScalarType dtype) -> (Tensor, Tensor)",
@@ -84,7 +79,7 @@ subpixel_weights_op = define(
     "subpixel_weights(Tensor weight, ScalarType dtype) -> Tensor",
     subpixel_weights_reference,
     _accepts,
-    _launch_subpixel_weights,
+    "upsample_conv2d",
 )
 transposed_weights_op = define(
     "transposed_weights(Tensor weight, ScalarType dtype) -> Tensor",

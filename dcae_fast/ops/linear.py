@@ -23,7 +23,7 @@ PyTorch computes the gradient of the activation. For an activation between two l
 import torch
 import torch.nn.functional as F
 
-from . import _products
+from . import _plans, _products
 from ._library import HALVES, define, differentiable, differentiable_as, without_autocast
 from ._parts import as_operator
 from ._private import addmm_activation
@@ -68,6 +68,21 @@ def launch_linear(x, weight, bias, residual):
     return _products.product(fallback, x, weight, epilogue, right_transposed=True, bias=bias, residual=residual)[0]
 
 
+def _prepare_linear(x, weight, bias, residual):
+    """Runs the plan that is known by then for this shape, without looking at the arguments again."""
+    out_dtype = (x if residual is None else residual).dtype
+    if not _products.available() or weight.dtype != x.dtype or (bias is not None and bias.dtype != out_dtype):
+        return None
+    rows, epilogue = x.numel() // x.shape[-1], _products.epilogue("", bias)
+    key = _products.key_of_layer(x.dtype, rows, weight, epilogue, None if residual is None else out_dtype)
+
+    def run(x, weight, bias, residual):
+        plan = _plans.found(key)
+        return launch_linear(x, weight, bias, residual) if plan is None else plan(x, weight, bias, residual)[0]
+
+    return run
+
+
 def _launch_linear_gelu(x, weight, bias, act):
     weight = weight.to(x.dtype)
 
@@ -104,6 +119,7 @@ linear_op = define(
     linear_reference,
     accepts_layer,
     launch_linear,
+    prepare=_prepare_linear,
 )
 linear_gelu_op = define(
     "linear_gelu(Tensor x, Tensor weight, Tensor? bias, str act) -> Tensor",

@@ -50,11 +50,12 @@ class NormAttention(Half, NamedTuple("NormAttentionInputs", [*INPUTS.items(), ("
         dy, dw_in, db_in = linear_backward(via, dqkv, y, self.w_in, self.b_in, (True, wants.w_in, wants.b_in))
         return dy, dw_in, db_in, dw_out, db_out
 
+    def fuses(self):
+        return fits(self.dtype, self.x.shape[1], self.w_in.shape[0] // (3 * self.num_heads))
+
     def fused_forward(self):
-        plans = self.forward_plans("")
-        if plans and fits(self.dtype, self.x.shape[1], self.w_in.shape[0] // (3 * self.num_heads)):
-            return cuda_extension().norm_attention(*self, *plans)
-        return None
+        plans = self.forward_plans() if self.fuses() else None
+        return cuda_extension().norm_attention(*self, *plans) if plans else None
 
     def fused_backward(self, dout, kept, wants):
         _, y, qkv, attended, lse = kept

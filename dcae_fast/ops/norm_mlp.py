@@ -47,8 +47,11 @@ class NormMlp(Half, NamedTuple("NormMlpInputs", [*INPUTS.items(), ("act", str), 
         wanted = True, wants.w_in, wants.b_in, wants.w_out, wants.b_out
         return mlp_backward(via, dout.to(h.dtype), y, *layers, h, self.act, wanted)
 
+    def activation(self):
+        return "gelu_aux" if self.trains else "gelu"
+
     def fused_forward(self):
-        plans = self.forward_plans("gelu_aux" if self.trains else "gelu")
+        plans = self.forward_plans()
         return cuda_extension().norm_mlp(*self, *plans) if plans else None
 
     def fused_backward(self, dout, kept, wants):

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .bias_act import MOST_CHANNELS, launch_bias_act, norm_terms
-from .common import activate_backward, like_channels_last, persistent_splits, row_tile, rows_of
+from .common import activate_backward, cdiv, like_channels_last, persistent_splits, row_tile, rows_of
 from .launch import Kernel
 from .sum_of_splits import WARPS, sum_of_splits, tile
 
@@ -142,15 +142,15 @@ def _batch_norm_act_input_backward_kernel(
 def _launch_statistics(x):
     rows, channels = rows_of(x), x.shape[1]
     block_rows, block_c = row_tile(channels, MOST_CHANNELS, 2 * LOOPS["elements"])
-    blocks_c = triton.cdiv(channels, block_c)
-    splits = persistent_splits(x, triton.cdiv(rows, block_rows), blocks_c, LOOPS["per_processor"])
+    blocks_c = cdiv(channels, block_c)
+    splits = persistent_splits(x, cdiv(rows, block_rows), blocks_c, LOOPS["per_processor"])
     partial = torch.empty(splits, 2, channels, dtype=torch.float32, device=x.device)
     mean, variance = partial.new_empty(channels), partial.new_empty(channels)
     _batch_norm_act_split_kernel[(splits * blocks_c,)](
         x, partial, rows, channels, BLOCK_ROWS=block_rows, BLOCK_C=block_c, STAGES=LOOPS["stages"]
     )
     sides = tile(splits)
-    _batch_norm_act_statistics_kernel[(triton.cdiv(channels, sides["BLOCK_C"]),)](
+    _batch_norm_act_statistics_kernel[(cdiv(channels, sides["BLOCK_C"]),)](
         partial, mean, variance, rows, channels, splits, BLOCK_ROWS=block_rows, **sides, num_warps=WARPS
     )
     return mean, variance
@@ -166,7 +166,7 @@ def launch_batch_norm_act_backward(dy, x, scale, bias, mean, variance, eps, act)
     """The gradients by x, scale and bias. x must not be empty."""
     dx, rows, channels = like_channels_last(x), rows_of(x), x.shape[1]
     block_rows, block_c = row_tile(channels, MOST_CHANNELS, LOOPS["elements"])
-    blocks, blocks_c = triton.cdiv(rows, block_rows), triton.cdiv(channels, block_c)
+    blocks, blocks_c = cdiv(rows, block_rows), cdiv(channels, block_c)
     splits = persistent_splits(x, blocks, blocks_c, LOOPS["per_processor"])
     partial = torch.empty(splits, 2, channels, dtype=torch.float32, device=x.device)
     _batch_norm_act_sums_backward_kernel[(splits * blocks_c,)](

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import activate, activate_backward, like_channels_last, persistent_splits, row_tile, rows_of
+from .common import activate, activate_backward, cdiv, like_channels_last, persistent_splits, row_tile, rows_of
 from .launch import Kernel
 from .sum_of_splits import sum_of_splits
 
@@ -100,7 +100,7 @@ def launch_fold_batch_norm(weight, bias, scale, mean, variance, eps, dtype):
     """Weight and bias, in this dtype, of the convolution that equals conv(x, weight) followed by the batch norm."""
     folded, shift = torch.empty_like(weight, dtype=dtype), torch.empty_like(bias, dtype=dtype)
     filters, size = weight.shape[0], weight.numel() // weight.shape[0]
-    _fold_batch_norm_kernel[(filters * triton.cdiv(size, 1024),)](
+    _fold_batch_norm_kernel[(filters * cdiv(size, 1024),)](
         weight, bias, scale, mean, variance, folded, shift, size, eps, BLOCK=1024
     )
     return folded, shift
@@ -110,7 +110,7 @@ def launch_bias_act(x, bias, act, scale, mean, variance, eps, residual, dtype):
     out, channels = like_channels_last(x, dtype=dtype), x.shape[1]
     if out.numel():
         block_rows, block_c = row_tile(channels, MOST_CHANNELS)
-        _bias_act_forward_kernel[(triton.cdiv(rows_of(x), block_rows) * triton.cdiv(channels, block_c),)](
+        _bias_act_forward_kernel[(cdiv(rows_of(x), block_rows) * cdiv(channels, block_c),)](
             x, bias, scale, mean, variance, residual, out, rows_of(x), channels, eps,
             ACT=act, HAS_NORM=scale is not None, HAS_RESIDUAL=residual is not None,
             BLOCK_ROWS=block_rows, BLOCK_C=block_c,
@@ -121,7 +121,7 @@ def launch_bias_act(x, bias, act, scale, mean, variance, eps, residual, dtype):
 def launch_bias_act_backward(dy, x, bias, act, scale, mean, variance, eps):
     dx, channels = like_channels_last(x), x.shape[1]
     block_rows, block_c = row_tile(channels, MOST_CHANNELS, BACKWARD["elements"])
-    blocks_c, blocks = triton.cdiv(channels, block_c), triton.cdiv(rows_of(x), block_rows)
+    blocks_c, blocks = cdiv(channels, block_c), cdiv(rows_of(x), block_rows)
     splits = persistent_splits(x, blocks, blocks_c, BACKWARD["per_processor"])
     partial = torch.empty(splits, 2, channels, dtype=torch.float32, device=x.device)
     if splits:

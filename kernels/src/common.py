@@ -78,6 +78,16 @@ def promoted(x: torch.Tensor | None, y: torch.Tensor | None) -> torch.dtype:
     return torch.promote_types(x.dtype, y.dtype)
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own functions of this name and the next are slow outside kernels."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n, for n > 0."""
+    return 1 << (n - 1).bit_length()
+
+
 def rows_of(x: torch.Tensor) -> int:
     """The number of positions of [B, C, H, W], which are the rows of its channels-last matrix."""
     return x.shape[0] * x.shape[2] * x.shape[3]
@@ -85,7 +95,7 @@ def rows_of(x: torch.Tensor) -> int:
 
 def row_tile(channels: int, most_channels: int, elements: int = 4096) -> tuple[int, int]:
     """(rows, channels) of a tile of about `elements` elements, with all channels, but at most `most_channels`."""
-    block = triton.next_power_of_2(min(channels, most_channels))
+    block = next_power_of_2(min(channels, most_channels))
     return max(1, elements // block), block
 
 

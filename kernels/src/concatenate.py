@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import row_tile
+from .common import cdiv, row_tile
 from .launch import Kernel
 
 
@@ -41,7 +41,7 @@ def _launch(kernel, tensors, half):
     columns = half.shape[-1]
     if half.numel():
         rows, (block_rows, block_columns) = half.numel() // columns, row_tile(columns, 2048, elements=8192)
-        kernel[(triton.cdiv(rows, block_rows), triton.cdiv(columns, block_columns))](
+        kernel[(cdiv(rows, block_rows), cdiv(columns, block_columns))](
             *tensors, rows, columns, BLOCK_ROWS=block_rows, BLOCK_COLUMNS=block_columns
         )
 

@@ -8,7 +8,7 @@ limits the speed.
 import triton
 import triton.language as tl
 
-from .common import activate, dot, fitting, like_channels_last, persistent_splits
+from .common import activate, cdiv, dot, fitting, like_channels_last, next_power_of_2, persistent_splits
 from .launch import Kernel
 
 # of a tile, if it fits: positions, filters in half and in single precision; warps; programs on a multiprocessor
@@ -88,13 +88,13 @@ def _launch(x, weight, bias, act, size, filters, window, stride, top, left, unsh
     """size: (height, width) of the result; window: (rows, columns)."""
     out = like_channels_last(x, (x.shape[0], filters, *size))
     if out.numel():
-        block_t = max(16, triton.next_power_of_2(window[1] * x.shape[1]))
-        block_k = max(16, min(BLOCK_K[x.element_size()], triton.next_power_of_2(filters)))
+        block_t = max(16, next_power_of_2(window[1] * x.shape[1]))
+        block_k = max(16, min(BLOCK_K[x.element_size()], next_power_of_2(filters)))
         positions, block_k = _sides(x, block_k, window[0], block_t)
-        tile_w = min(positions, triton.next_power_of_2(size[1]))
+        tile_w = min(positions, next_power_of_2(size[1]))
         tile_h = positions // tile_w
-        tiles_h, tiles_w = triton.cdiv(size[0], tile_h), triton.cdiv(size[1], tile_w)
-        tiles, blocks_k = x.shape[0] * tiles_h * tiles_w, triton.cdiv(filters, block_k)
+        tiles_h, tiles_w = cdiv(size[0], tile_h), cdiv(size[1], tile_w)
+        tiles, blocks_k = x.shape[0] * tiles_h * tiles_w, cdiv(filters, block_k)
         splits = persistent_splits(x, tiles, blocks_k, PER_PROCESSOR)
         _conv2d_kernel[(splits * blocks_k,)](
             x, weight, bias, out, *x.shape[2:], *size, filters, top, left, tiles, tiles_h, tiles_w, blocks_k,

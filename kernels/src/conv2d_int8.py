@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .common import activate, like_channels_last, persistent_splits
+from .common import activate, cdiv, like_channels_last, next_power_of_2, persistent_splits
 from .launch import Kernel
 from .quantize import inverse, to_int8
 
@@ -111,8 +111,8 @@ def _conv2d_int8_kernel(
 
 def tiles_of(weight: torch.Tensor) -> list[Tile]:
     """The tiles to choose from, in the order of `TILES`, made smaller where the weight has few filters or channels."""
-    most_filters = max(16, triton.next_power_of_2(weight.shape[0] // _parities(weight)))
-    most_channels = max(32, triton.next_power_of_2(weight.shape[1]))
+    most_filters = max(16, next_power_of_2(weight.shape[0] // _parities(weight)))
+    most_channels = max(32, next_power_of_2(weight.shape[1]))
     fitted = (
         tile._replace(filters=min(tile.filters, most_filters), channels=min(tile.channels, most_channels))
         for tile in TILES
@@ -150,8 +150,8 @@ def launch_conv2d_int8(x, weight, scale, bias, act, residual, dtype, out_scale, 
         batch, height, width = 1, 1, batch * height * width
         tile = tile._replace(rows=1, columns=tile.rows * tile.columns)
     planes = parities * batch
-    tiles = planes * triton.cdiv(height, tile.rows) * triton.cdiv(width, tile.columns)
-    tiles *= triton.cdiv(filters, tile.filters)
+    tiles = planes * cdiv(height, tile.rows) * cdiv(width, tile.columns)
+    tiles *= cdiv(filters, tile.filters)
     columns = min(COLUMNS, tile.filters)
     _conv2d_int8_kernel[(persistent_splits(x, tiles, 1, tile.programs),)](
         _boxes(x, (batch, height, width, channels), (1, tile.rows, tile.columns, tile.channels)),

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import like_channels_last, persistent_splits, sigmoid
+from .common import cdiv, like_channels_last, persistent_splits, sigmoid
 from .launch import Kernel
 from .quantize import converted, inverse
 
@@ -183,8 +183,8 @@ def _depthwise_glu_weight_backward_kernel(
 
 def _sizes(x, channels):
     """Tiles along height, tiles along width, blocks of channels, and the total number of tiles."""
-    tiles_h, tiles_w = triton.cdiv(x.shape[2], TILE["TILE_H"]), triton.cdiv(x.shape[3], TILE["TILE_W"])
-    return tiles_h, tiles_w, triton.cdiv(channels, TILE["BLOCK_C"]), x.shape[0] * tiles_h * tiles_w
+    tiles_h, tiles_w = cdiv(x.shape[2], TILE["TILE_H"]), cdiv(x.shape[3], TILE["TILE_W"])
+    return tiles_h, tiles_w, cdiv(channels, TILE["BLOCK_C"]), x.shape[0] * tiles_h * tiles_w
 
 
 def _taps(weight):
@@ -201,10 +201,10 @@ def launch_depthwise_glu_int8(x, weight, bias, out_scale):
     half = channels // 2
     out = like_channels_last(x, (batch, half, height, width), None if out_scale is None else torch.int8)
     if out.numel():
-        blocks_w, blocks_c = triton.cdiv(width, STRIP["BLOCK_W"]), triton.cdiv(half, STRIP["BLOCK_C"])
-        strips = persistent_splits(x, triton.cdiv(height, 8), batch * blocks_w * blocks_c)
+        blocks_w, blocks_c = cdiv(width, STRIP["BLOCK_W"]), cdiv(half, STRIP["BLOCK_C"])
+        strips = persistent_splits(x, cdiv(height, 8), batch * blocks_w * blocks_c)
         _depthwise_glu_forward_kernel[(batch * strips * blocks_w * blocks_c,)](
-            x, _taps(weight), bias, out, height, width, half, strips, blocks_w, blocks_c, triton.cdiv(height, strips),
+            x, _taps(weight), bias, out, height, width, half, strips, blocks_w, blocks_c, cdiv(height, strips),
             inverse(out_scale), **STRIP, num_warps=4,
         )  # fmt: skip
     return out
@@ -220,7 +220,7 @@ def launch_depthwise_glu_backward(dout, x, weight, bias, parameters):
         _depthwise_glu_gate_backward_kernel[(tiles * blocks_c,)](
             dout, x, taps, bias, dconv, height, width, channels // 2, tiles_h, tiles_w, blocks_c, **TILE, num_warps=8
         )
-        blocks_c = triton.cdiv(channels, TILE["BLOCK_C"])
+        blocks_c = cdiv(channels, TILE["BLOCK_C"])
         _depthwise_glu_input_backward_kernel[(tiles * blocks_c,)](
             dconv, taps, dx, height, width, channels, tiles_h, tiles_w, blocks_c, **TILE
         )

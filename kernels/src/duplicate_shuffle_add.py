@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import like_channels_last, promoted
+from .common import cdiv, like_channels_last, next_power_of_2, promoted
 from .launch import Kernel
 from .quantize import inverse, to_int8
 
@@ -97,9 +97,9 @@ def launch_duplicate_shuffle_add_int8(x, main, bias, out_channels, factor, scale
     if out.numel():
         positions, channels = batch * height * width, out_channels * factor**2
         repeats = 1 if x is None else channels // x.shape[1]
-        block_u = max(factor**2, repeats, min(BLOCK_U, triton.next_power_of_2(channels)))
-        block_p, blocks_u = max(1, ELEMENTS // block_u), triton.cdiv(channels, block_u)
-        _duplicate_shuffle_add_kernel[(triton.cdiv(positions, block_p) * blocks_u,)](
+        block_u = max(factor**2, repeats, min(BLOCK_U, next_power_of_2(channels)))
+        block_p, blocks_u = max(1, ELEMENTS // block_u), cdiv(channels, block_u)
+        _duplicate_shuffle_add_kernel[(cdiv(positions, block_p) * blocks_u,)](
             x, main, bias, out, quantized,
             positions, width, 0 if x is None else x.shape[1], out_channels, blocks_u, scale, inverse(out_scale),
             F=factor, REPEATS=repeats, HAS_X=x is not None, HAS_MAIN=main is not None, HAS_BIAS=bias is not None,

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import like_channels_last, persistent_splits, row_tile, rows_of
+from .common import cdiv, like_channels_last, persistent_splits, row_tile, rows_of
 from .launch import Kernel
 
 
@@ -57,7 +57,7 @@ def _feature_distance_backward_kernel(
 def launch_feature_distance(a, b, head, eps):
     rows, channels = rows_of(a), a.shape[1]
     block_rows, block_c = row_tile(channels, channels, 2048)
-    programs = persistent_splits(a, triton.cdiv(rows, block_rows))
+    programs = persistent_splits(a, cdiv(rows, block_rows))
     partial = torch.empty(programs, dtype=torch.float32, device=a.device)
     _feature_distance_kernel[(programs,)](
         a, b, head, partial, rows, channels, eps,
@@ -69,7 +69,7 @@ def launch_feature_distance(a, b, head, eps):
 def launch_feature_distance_backward(ddistance, a, b, head, eps):
     da, rows, channels = like_channels_last(a), rows_of(a), a.shape[1]
     block_rows, block_c = row_tile(channels, channels, 2048)
-    _feature_distance_backward_kernel[(triton.cdiv(rows, block_rows),)](
+    _feature_distance_backward_kernel[(cdiv(rows, block_rows),)](
         ddistance, a, b, head, da, rows, channels, 2 / rows, eps,
         BLOCK_ROWS=block_rows, BLOCK_C=block_c, num_warps=max(4, block_c // 1024),
     )  # fmt: skip

@@ -1,9 +1,8 @@
 """Rounds the weight of a convolution, and turns it into the weight of the convolution that computes its gradient."""
 
-import triton
 import triton.language as tl
 
-from .common import like_channels_last
+from .common import cdiv, like_channels_last
 from .launch import Kernel
 
 SIDE = 64  # of a tile: filters and channels
@@ -33,7 +32,7 @@ def launch_flip_weight(weight, dtype):
     rounded = weight.new_empty(0, dtype=dtype) if weight.dtype == dtype else like_channels_last(weight, dtype=dtype)
     flipped = like_channels_last(weight, (channels, filters, height, width), dtype)
     if weight.numel():
-        tiles = triton.cdiv(filters, SIDE) * triton.cdiv(channels, SIDE)
+        tiles = cdiv(filters, SIDE) * cdiv(channels, SIDE)
         _flip_weight_kernel[(tiles * height * width,)](
             weight, rounded, flipped, filters, channels,
             TAPS=height * width, BLOCK=SIDE, HAS_ROUNDED=weight.dtype != dtype,

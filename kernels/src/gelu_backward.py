@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import INTERPRETED, persistent_splits, sigmoid
+from .common import INTERPRETED, cdiv, persistent_splits, sigmoid
 from .launch import Kernel
 
 DENSITY = tl.constexpr(1 / math.sqrt(2 * math.pi))
@@ -63,8 +63,8 @@ def launch_gelu_backward(dg, h, act, wants_g):
     columns = h.shape[-1]
     rows = h.numel() // max(columns, 1)
     dh, g = torch.empty_like(h), torch.empty_like(h) if wants_g else h.new_empty(0)
-    blocks = triton.cdiv(columns, BLOCK_COLUMNS)
-    splits = persistent_splits(h, triton.cdiv(rows, BLOCK_ROWS), blocks, per_processor=16)
+    blocks = cdiv(columns, BLOCK_COLUMNS)
+    splits = persistent_splits(h, cdiv(rows, BLOCK_ROWS), blocks, per_processor=16)
     partial = torch.empty(splits, columns, dtype=torch.float32, device=h.device)
     if h.numel():
         _gelu_backward_kernel[(blocks, splits)](

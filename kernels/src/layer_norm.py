@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import persistent_splits, promoted, row_tile
+from .common import cdiv, persistent_splits, promoted, row_tile
 from .launch import Kernel
 
 
@@ -118,7 +118,7 @@ def launch_layer_norm(x, scale, shift, eps, branch, gate, dtype):
     if x.numel():
         wide = 8192 if branch is None else 2048
         block_rows, block_d = row_tile(width, width, elements=4096 if width <= 1024 else wide)
-        _layer_norm_forward_kernel[(triton.cdiv(images * tokens, block_rows),)](
+        _layer_norm_forward_kernel[(cdiv(images * tokens, block_rows),)](
             x, scale, shift, branch, gate, total, y, images * tokens, tokens, width, eps,
             OF_IMAGE=scale.dim() == 2, HAS_BRANCH=branch is not None, BLOCK_ROWS=block_rows, BLOCK_D=block_d,
             num_warps=max(4, block_d // 512),
@@ -131,7 +131,7 @@ def launch_layer_norm_backward(dy, dsum, total, scale, branch, gate, eps, dtype)
     dx = torch.empty_like(total, dtype=dtype)
     dbranch = torch.empty_like(branch) if branch is not None else total.new_empty(0)
     block_rows, block_d = row_tile(width, width, _backward_elements(total, branch))
-    splits = persistent_splits(total, triton.cdiv(tokens, block_rows), images, per_processor=8)
+    splits = persistent_splits(total, cdiv(tokens, block_rows), images, per_processor=8)
     sums = 2 if branch is None else 3
     partial = torch.empty(sums, images, splits, width, dtype=torch.float32, device=total.device)
     if total.numel():

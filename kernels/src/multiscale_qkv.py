@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import like_channels_last, persistent_splits
+from .common import cdiv, like_channels_last, persistent_splits
 from .launch import Kernel
 
 TILE = {"ROWS": 8, "COLUMNS": 16}  # forward
@@ -155,7 +155,7 @@ def _multiscale_qkv_taps_backward_kernel(
 
 def _tiles(x, tile):
     """Tiles along height, tiles along width, and the number of all tiles."""
-    tiles_y, tiles_x = triton.cdiv(x.shape[2], tile["ROWS"]), triton.cdiv(x.shape[3], tile["COLUMNS"])
+    tiles_y, tiles_x = cdiv(x.shape[2], tile["ROWS"]), cdiv(x.shape[3], tile["COLUMNS"])
     return tiles_y, tiles_x, x.shape[0] * tiles_y * tiles_x
 
 

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .common import cdiv
 from .launch import Kernel
 
 BLOCK = 4096
@@ -43,5 +44,5 @@ def inverse(scale):
 def launch_quantize(x, scale):
     out = torch.empty_like(x, dtype=torch.int8)
     if x.numel():
-        _quantize_kernel[(triton.cdiv(x.numel(), BLOCK),)](x, out, x.numel(), 1 / scale, BLOCK=BLOCK)
+        _quantize_kernel[(cdiv(x.numel(), BLOCK),)](x, out, x.numel(), 1 / scale, BLOCK=BLOCK)
     return out

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import fitting, like_channels_last, persistent_splits, relu
+from .common import cdiv, fitting, like_channels_last, persistent_splits, relu
 from .launch import Kernel
 from .quantize import converted, inverse
 
@@ -132,7 +132,7 @@ def _relu_linear_attention_key_value_backward_kernel(
 def _sizes(qkv, head_dim, block_n):
     """Positions, heads, (image, head) pairs, blocks of positions, and the number of splits that fills the GPU."""
     positions, heads = qkv.shape[2] * qkv.shape[3], qkv.shape[1] // (3 * head_dim)
-    pairs, blocks = qkv.shape[0] * heads, triton.cdiv(positions, block_n)
+    pairs, blocks = qkv.shape[0] * heads, cdiv(positions, block_n)
     return positions, heads, pairs, blocks, persistent_splits(qkv, blocks, pairs)
 
 

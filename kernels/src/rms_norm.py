@@ -1,10 +1,9 @@
 """Channel RMS norm with activation and residual. A program computes whole rows: all channels of a position."""
 
 import torch
-import triton
 import triton.language as tl
 
-from .common import activate, activate_backward, like_channels_last, persistent_splits, row_tile, rows_of
+from .common import activate, activate_backward, cdiv, like_channels_last, persistent_splits, row_tile, rows_of
 from .launch import Kernel
 from .quantize import inverse, to_int8
 from .sum_of_splits import sum_of_splits
@@ -84,7 +83,7 @@ def launch_rms_norm_int8(x, weight, bias, eps, act, residual, dtype, out_scale):
     quantized = None if out_scale is None else like_channels_last(x, dtype=torch.int8)
     if x.numel():
         block_rows, block_c = row_tile(x.shape[1], x.shape[1])
-        _rms_norm_forward_kernel[(triton.cdiv(rows_of(x), block_rows),)](
+        _rms_norm_forward_kernel[(cdiv(rows_of(x), block_rows),)](
             x, weight, bias, residual, out, quantized, rows_of(x), x.shape[1], eps, inverse(out_scale),
             ACT=act, HAS_RESIDUAL=residual is not None, BLOCK_ROWS=block_rows, BLOCK_C=block_c,
             num_warps=_num_warps(block_c),
@@ -95,7 +94,7 @@ def launch_rms_norm_int8(x, weight, bias, eps, act, residual, dtype, out_scale):
 def launch_rms_norm_backward(dy, x, weight, bias, eps, act):
     dx, channels = like_channels_last(x), x.shape[1]
     block_rows, block_c = row_tile(channels, channels, BACKWARD["elements"])
-    programs = persistent_splits(x, triton.cdiv(rows_of(x), block_rows), 1, BACKWARD["per_processor"])
+    programs = persistent_splits(x, cdiv(rows_of(x), block_rows), 1, BACKWARD["per_processor"])
     partial = torch.empty(programs, 2, channels, dtype=torch.float32, device=x.device)
     if programs:
         _rms_norm_backward_kernel[(programs,)](

@@ -8,10 +8,9 @@ instead.
 
 import torch
 import torch.nn.functional as F
-import triton
 import triton.language as tl
 
-from .common import activate, dot, fitting, like_channels_last, persistent_splits, rows_of
+from .common import activate, cdiv, dot, fitting, like_channels_last, next_power_of_2, persistent_splits, rows_of
 from .launch import Kernel
 from .rms_norm import launch_rms_norm
 
@@ -71,15 +70,15 @@ def _rms_norm_conv2d_sum_kernel(
 def _taps(x, norm_weight, norm_bias, eps, act, weight):
     """z [positions, 9 N], with columns appended until a row is a multiple of 16 bytes; None if no tile fits."""
     rows, channels, filters = rows_of(x), x.shape[1], weight.shape[0]
-    columns = triton.cdiv(9 * filters, 8) * 8
-    block_c = triton.next_power_of_2(max(16, channels))
-    sides = ELEMENTS // block_c, max(16, min(triton.next_power_of_2(columns), WEIGHTS // block_c))
+    columns = cdiv(9 * filters, 8) * 8
+    block_c = next_power_of_2(max(16, channels))
+    sides = ELEMENTS // block_c, max(16, min(next_power_of_2(columns), WEIGHTS // block_c))
     sides = fitting(x, x.element_size(), sides, lambda size, p, t: size * (p + t) * block_c)
     if sides is None:
         return None
     block_rows, block_t = sides
     z = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
-    blocks, blocks_t = triton.cdiv(rows, block_rows), triton.cdiv(columns, block_t)
+    blocks, blocks_t = cdiv(rows, block_rows), cdiv(columns, block_t)
     splits = persistent_splits(x, blocks, blocks_t, PER_PROCESSOR)
     _rms_norm_conv2d_taps_kernel[(splits * blocks_t,)](
         x, norm_weight, norm_bias, weight, z, rows, channels, eps, blocks_t, N=filters, COLUMNS=columns, ACT=act,
@@ -97,9 +96,9 @@ def launch_rms_norm_conv2d(x, norm_weight, norm_bias, eps, act, weight, bias):
         if z is None:
             y = launch_rms_norm(x, norm_weight, norm_bias, eps, act, None, x.dtype)
             return out.copy_(F.conv2d(y, weight, None if bias is None else bias.to(x.dtype), padding=1))
-        tiles_h, tiles_w = triton.cdiv(height, TILE_H), triton.cdiv(width, TILE_W)
+        tiles_h, tiles_w = cdiv(height, TILE_H), cdiv(width, TILE_W)
         _rms_norm_conv2d_sum_kernel[(batch * tiles_h * tiles_w,)](
             z, bias, out, height, width, tiles_h, tiles_w, N=filters, COLUMNS=z.shape[1], HAS_BIAS=bias is not None,
-            TILE_H=TILE_H, TILE_W=TILE_W, BLOCK_N=triton.next_power_of_2(filters),
+            TILE_H=TILE_H, TILE_W=TILE_W, BLOCK_N=next_power_of_2(filters),
         )  # fmt: skip
     return out

@@ -1,9 +1,9 @@
 """Adds the two sums that each split of a gradient's positions has written, in a fixed order and in one launch."""
 
 import torch
-import triton
 import triton.language as tl
 
+from .common import cdiv, next_power_of_2
 from .launch import Kernel
 
 WARPS = 8
@@ -11,7 +11,7 @@ WARPS = 8
 
 def tile(splits: int) -> dict[str, int]:
     """A tile of at most 4096 sums: many splits of few channels, or all splits of more channels."""
-    size = min(1024, triton.next_power_of_2(max(splits, 1)))
+    size = min(1024, next_power_of_2(max(splits, 1)))
     return {"SPLITS": size, "BLOCK_C": min(256, 4096 // size)}
 
 
@@ -41,7 +41,7 @@ def sum_of_splits(
     first, second = partial.new_empty(channels, dtype=first_dtype), partial.new_empty(channels, dtype=second_dtype)
     if channels:
         sides = tile(splits)
-        _sum_of_splits_kernel[(triton.cdiv(channels, sides["BLOCK_C"]),)](
+        _sum_of_splits_kernel[(cdiv(channels, sides["BLOCK_C"]),)](
             partial, first, second, splits, channels, **sides, num_warps=WARPS
         )
     return first, second

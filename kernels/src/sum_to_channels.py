@@ -1,10 +1,9 @@
 """Sums an image over all positions, for the gradient of a bias. Each split of the positions writes a sum in fp32."""
 
 import torch
-import triton
 import triton.language as tl
 
-from .common import persistent_splits, row_tile, rows_of
+from .common import cdiv, persistent_splits, row_tile, rows_of
 from .launch import Kernel
 
 MOST_CHANNELS = 1024  # of a program
@@ -32,8 +31,8 @@ def launch_sum_to_channels(x, dtype):
     """[B, C, H, W] → [C]."""
     rows, channels = rows_of(x), x.shape[1]
     block_rows, block_c = row_tile(channels, MOST_CHANNELS)
-    blocks_c = triton.cdiv(channels, block_c)
-    splits = persistent_splits(x, triton.cdiv(rows, block_rows), blocks_c, per_processor=8)
+    blocks_c = cdiv(channels, block_c)
+    splits = persistent_splits(x, cdiv(rows, block_rows), blocks_c, per_processor=8)
     partial = torch.empty(splits, channels, dtype=torch.float32, device=x.device)
     sums = torch.empty(channels, dtype=dtype, device=x.device)
     if splits:
@@ -41,7 +40,5 @@ def launch_sum_to_channels(x, dtype):
             x, partial, rows, channels, BLOCK_ROWS=block_rows, BLOCK_C=block_c
         )
     if channels:
-        _sum_to_channels_kernel[(triton.cdiv(channels, FEW_ROWS["BLOCK_C"]),)](
-            partial, sums, splits, channels, **FEW_ROWS
-        )
+        _sum_to_channels_kernel[(cdiv(channels, FEW_ROWS["BLOCK_C"]),)](partial, sums, splits, channels, **FEW_ROWS)
     return sums

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import like_channels_last, promoted
+from .common import cdiv, like_channels_last, next_power_of_2, promoted
 from .launch import Kernel
 from .quantize import inverse, to_int8
 
@@ -88,9 +88,9 @@ def launch_unshuffle_average_add_int8(x, main, bias, out_channels, factor, scale
         positions = source.shape[0] * height * width
         in_channels = x.shape[1] if x is not None else 0
         group = max(1, in_channels * factor**2 // out_channels)
-        block_o = max(factor**2, min(BLOCK_O, triton.next_power_of_2(out_channels), ELEMENTS // group))
-        block_p, blocks_o = max(1, ELEMENTS // (block_o * group)), triton.cdiv(out_channels, block_o)
-        _unshuffle_average_add_kernel[(triton.cdiv(positions, block_p) * blocks_o,)](
+        block_o = max(factor**2, min(BLOCK_O, next_power_of_2(out_channels), ELEMENTS // group))
+        block_p, blocks_o = max(1, ELEMENTS // (block_o * group)), cdiv(out_channels, block_o)
+        _unshuffle_average_add_kernel[(cdiv(positions, block_p) * blocks_o,)](
             x, main, bias, out, quantized,
             positions, height, width, in_channels, out_channels, blocks_o, scale, inverse(out_scale),
             F=factor, GROUP=group, HAS_X=x is not None, HAS_MAIN=main is not None, HAS_BIAS=bias is not None,

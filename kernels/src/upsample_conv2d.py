@@ -3,11 +3,10 @@
 Either of four 2×2 convolutions, or of one transposed 4×4 convolution with stride 2.
 """
 
-import torch
 import triton
 import triton.language as tl
 
-from .common import like_channels_last
+from .common import cdiv, like_channels_last
 from .launch import Kernel
 
 TILE = {"BLOCK_K": 32, "BLOCK_C": 32}  # of the transposed weights
@@ -35,16 +34,16 @@ def _subpixel_weights_kernel(
 
 
 def launch_subpixel_weights(weight, dtype):
-    """[K, C, 3, 3] → [4, K, C, 2, 2]: a channels-last weight for each output parity, 00, 01, 10 and 11."""
+    """[K, C, 3, 3] → [4 K, C, 2, 2]: channels-last weights for the output parities 00, 01, 10 and 11."""
     filters, channels = weight.shape[:2]
-    out = torch.empty(4, filters, 2, 2, channels, dtype=dtype, device=weight.device)
+    out = like_channels_last(weight, (4 * filters, channels, 2, 2), dtype)
     stride_k, stride_c, stride_row, stride_column = weight.stride()
     assert stride_row == 3 * stride_column
     block = 512
-    _subpixel_weights_kernel[(triton.cdiv(filters * channels, block),)](
+    _subpixel_weights_kernel[(cdiv(filters * channels, block),)](
         weight, out, filters, channels, stride_k, stride_c, stride_column, BLOCK=block
     )
-    return out.permute(0, 1, 4, 2, 3)
+    return out
 
 
 @triton.jit
@@ -146,4 +145,4 @@ def launch_transposed_weights_backward(dtransposed, dtype):
 
 
 def _grid(filters, channels):
-    return (triton.cdiv(filters, TILE["BLOCK_K"]) * triton.cdiv(channels, TILE["BLOCK_C"]),)
+    return (cdiv(filters, TILE["BLOCK_K"]) * cdiv(channels, TILE["BLOCK_C"]),)

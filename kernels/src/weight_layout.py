@@ -1,9 +1,8 @@
 """Converts a convolution's weight [K, C, R, S] from contiguous to channels-last."""
 
-import triton
 import triton.language as tl
 
-from .common import like_channels_last
+from .common import cdiv, like_channels_last, next_power_of_2
 from .launch import Kernel
 
 
@@ -24,8 +23,8 @@ def launch_weight_layout(weight):
     out = like_channels_last(weight)
     if out.numel():
         filters, channels, taps = weight.shape[0], weight.shape[1], weight.shape[2] * weight.shape[3]
-        block = min(256, triton.next_power_of_2(channels))
-        _weight_layout_kernel[(filters * triton.cdiv(channels, block),)](
-            weight, out, channels, TAPS=taps, BLOCK_T=triton.next_power_of_2(taps), BLOCK_C=block
+        block = min(256, next_power_of_2(channels))
+        _weight_layout_kernel[(filters * cdiv(channels, block),)](
+            weight, out, channels, TAPS=taps, BLOCK_T=next_power_of_2(taps), BLOCK_C=block
         )
     return out

@@ -105,7 +105,7 @@ def test_what_a_gpu_cannot_run_is_computed_by_pytorch(error, monkeypatch):
             return launch
 
     kernel = Kernel.__new__(Kernel)
-    kernel.jit, kernel._compiled = Refused(), {}
+    kernel.jit, kernel._versions = Refused(), {}
     monkeypatch.setattr(rms_norm, "_rms_norm_forward_kernel", kernel)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)

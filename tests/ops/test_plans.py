@@ -113,6 +113,7 @@ def test_without_candidates_the_fallback_is_taken(empty_cache, no_gpu):
 
 
 TIMES = {_plans.NO_PLAN: 3.0, 0: 2.0, 2: 1.0}
+WAITING = 1.11, 1.19  # times of calls that wait for the GPU
 NO_MEMORY = torch.OutOfMemoryError("out of memory")
 
 
@@ -123,6 +124,7 @@ def search(empty_cache, no_gpu, monkeypatch):
     monkeypatch.setattr(_plans, "_record", lambda call, calls=1: call())
     monkeypatch.setattr(_plans, "_elapsed", lambda time: time)
     monkeypatch.setattr(_plans, "_milliseconds", lambda call: call())
+    monkeypatch.setattr(_plans, "_waits_for_gpu", lambda call: call() in WAITING)
     monkeypatch.setattr(_plans, "PAUSE", 0.0)
     device = torch.device("cuda", 0)
 
@@ -158,6 +160,12 @@ def test_the_fastest_is_found_and_written(search, empty_cache):
 def test_the_fallback_must_make_up_for_its_calls(call, time, place, search):
     """By the time of three calls, which are a burst here, or by a tenth of its time."""
     assert search({_plans.NO_PLAN: 1.0, 0: time, 2: 1.4}, fallback_call=call) == place
+
+
+@pytest.mark.parametrize("waiting, other, place", [(1.11, 1.25, 2), (1.11, 1.27, 0), (1.11, 1.19, 0)])
+def test_a_call_that_waits_for_the_gpu_counts_as_slower(waiting, other, place, search):
+    """By the time for which the GPU idles, here in a burst of three calls."""
+    assert search({_plans.NO_PLAN: 9.0, 0: waiting, 2: other}) == place
 
 
 def test_a_search_without_candidates(search, empty_cache):
@@ -237,9 +245,9 @@ def test_plans_by_the_clock_and_by_rule_are_kept_apart(flag, empty_cache, no_gpu
     library, device = _plans.Library("Library", "works", lambda: 1), torch.device("cuda", 0)
     find = lambda: _plans.find(library, (8, 8), device, True, Candidates, id, None)  # noqa: E731
     for _ in range(2):
-        assert find() == _plans.found(library, (8, 8), device) == Plan(2)
+        assert find() == _plans.found(_plans.key_of(library, (8, 8), device)) == Plan(2)
         with same_bits(flag):
-            assert find() == _plans.found(library, (8, 8), device) == Plan(0)
+            assert find() == _plans.found(_plans.key_of(library, (8, 8), device)) == Plan(0)
 
 
 @pytest.mark.parametrize("flag", [None, "all", "cudnn", "disabled"])

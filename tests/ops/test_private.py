@@ -66,6 +66,21 @@ def test_operators_with_lists():
     assert isinstance(torch.ops.dcae_fast.linear.default, _private.OpOverload)
 
 
+def test_intercept_calls():
+    """A compiled function calls the overload from Python, too."""
+    library = torch.library.Library("dcae_fast_test", "FRAGMENT")
+    library.define("double(Tensor x) -> Tensor")
+    library.impl("double", lambda x: 2 * x, "CompositeExplicitAutograd")
+    torch.library.register_fake("dcae_fast_test::double", torch.clone, lib=library)
+    overload, seen = torch.ops.dcae_fast_test.double.default, []
+    dispatch = _private.intercept_calls(overload, lambda x: seen.append(x) or dispatch(x))
+    compiled = torch.compile(lambda x: overload(x), backend="aot_eager", fullgraph=True)
+    for function in (overload, compiled):
+        seen.clear()
+        assert function(torch.ones(2)).tolist() == [2, 2]
+        assert type(seen[-1]) is torch.Tensor
+
+
 def test_make_known_to_inductor(monkeypatch):
     lowering = pytest.importorskip("torch._inductor.lowering")
     library = torch.library.Library("dcae_fast_test_private", "FRAGMENT")

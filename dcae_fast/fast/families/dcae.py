@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from dcae_fast import ops
+from dcae_fast.ops._private import unobserved
 
 from ..call import Coder
 from ..fusion import (
@@ -111,23 +112,30 @@ class ConvLayer(Part):
         return self.add(x, None)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-        act = activation_name(self.act)
-        if act is None or self._modules.get("dropout") is not None or not can_fuse_norm(self.norm):
+        modules = self._modules  # faster than attributes; a layer that is None may be missing
+        act, norm = activation_name(modules.get("act")), modules.get("norm")
+        if act is None or modules.get("dropout") is not None or not can_fuse_norm(norm):
             y = self.eager(x)
             return y if residual is None else y + residual
-        return conv_norm_act(self.conv, self.norm, act, x, residual)
+        return conv_norm_act(modules["conv"], norm, act, x, residual)
 
     def without_bias(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The layer without the bias of its convolution, and the bias, as in `fusion.conv_without_bias`."""
         return conv_without_bias(self.conv, x) if self.is_bare() else (self(x), None)
 
     def is_bare(self) -> bool:
-        return self.norm is None and self.act is None and self._modules.get("dropout") is None
+        modules = self._modules
+        return modules.get("norm") is modules.get("act") is modules.get("dropout") is None
+
+
+def compute(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """layer(x). A plain ConvLayer is not called, since a call of a module takes longer than its checks."""
+    return layer.add(x, None) if isinstance(layer, ConvLayer) and plain(layer) else layer(x)
 
 
 def bare_conv(layer: nn.Module) -> nn.Module | None:
     """The convolution of a layer that consists of nothing else; else None."""
-    return layer.conv if isinstance(layer, ConvLayer) and plain(layer) and layer.is_bare() else None
+    return layer._modules["conv"] if isinstance(layer, ConvLayer) and plain(layer) and layer.is_bare() else None
 
 
 def is_plain_layer(layer: nn.Module) -> bool:
@@ -150,7 +158,7 @@ class OpSequential(Part):
         return survey.blocks(sequence.op_list)
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
-        rest = list(self.op_list)
+        rest = list(self._modules["op_list"])
         while rest:
             op = rest.pop(0)
             act = activation_name(rest[0]) if rest and isinstance(op, RMSNorm2d) and can_fuse_norm(op) else None
@@ -178,7 +186,7 @@ class Branch(Part):
     def add(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         x, last = self.body(x), self.last_layer()
         if residual is None:
-            return last(x)
+            return compute(last, x)
         return last.add(x, residual) if isinstance(last, ConvLayer) and plain(last) else last(x) + residual
 
 
@@ -193,18 +201,22 @@ class ResBlock(Branch):
         return {"conv2": block.conv2}
 
     def add(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-        first, second = self.conv1, self.conv2
-        known = residual is x and is_plain_layer(first) and is_plain_layer(second)
-        y = None
-        if known and first.norm is None and second.act is None and can_fuse_norm(second.norm):
-            y = res_block(first.conv, activation_name(first.act), second.conv, second.norm, x)
+        y = self.in_one(x) if residual is x and torch.is_grad_enabled() else None
         return super().add(x, residual) if y is None else y
 
+    def in_one(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The branch and x by one operator, None if it does not compute them."""
+        first, second = self.conv1, self.conv2
+        known = is_plain_layer(first) and is_plain_layer(second)
+        if known and first.norm is None and second.act is None and can_fuse_norm(second.norm):
+            return res_block(first.conv, activation_name(first.act), second.conv, second.norm, x)
+        return None
+
     def body(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv1(x)
+        return compute(self._modules["conv1"], x)
 
     def last_layer(self) -> nn.Module:
-        return self.conv2
+        return self._modules["conv2"]
 
 
 class GLUMBConv(Branch):
@@ -216,20 +228,22 @@ class GLUMBConv(Branch):
         return {} if gates_in_one_pass(block) else {"point_conv": block.point_conv}
 
     def body(self, x: torch.Tensor) -> torch.Tensor:
-        x, depth = self.inverted_conv(x), self.depth_conv
+        modules = self._modules
+        x, depth = compute(modules["inverted_conv"], x), modules["depth_conv"]
         if gates_in_one_pass(self):
-            return ops.depthwise_glu(x, depth.conv.weight, depth.conv.bias)
+            parameters = depth._modules["conv"]._parameters
+            return ops.depthwise_glu(x, parameters["weight"], parameters["bias"])
         value, gate = depth(x).chunk(2, dim=1)
         return value * self.glu_act(gate)
 
     def last_layer(self) -> nn.Module:
-        return self.point_conv
+        return self._modules["point_conv"]
 
 
 def gates_in_one_pass(block: nn.Module) -> bool:
     """Whether `ops.depthwise_glu` computes a GLUMBConv's depthwise convolution and gate."""
-    conv = bare_conv(block.depth_conv)
-    return conv is not None and is_depthwise3x3(conv) and activation_name(block.glu_act) == "silu"
+    conv = bare_conv(block._modules["depth_conv"])
+    return conv is not None and is_depthwise3x3(conv) and activation_name(block._modules["glu_act"]) == "silu"
 
 
 class LiteMLA(Branch):
@@ -245,18 +259,19 @@ class LiteMLA(Branch):
         return "" if type(kernel) in (nn.ReLU, type(None)) else f"its kernel function is {type(kernel).__name__}"
 
     def add(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-        if self.reason_not_fast(self) or not plain(member(self, "kernel_func")):
+        if self.reason_not_fast(self) or not unobserved(member(self, "kernel_func")):
             y = self.eager(x)
             return y if residual is None else y + residual
         return super().add(x, residual)
 
     def body(self, x: torch.Tensor) -> torch.Tensor:
-        qkv = self.qkv(x)
-        scales = [multiscale_qkv(scale, qkv) for scale in self.aggreg]
+        modules = self._modules
+        qkv = compute(modules["qkv"], x)
+        scales = [multiscale_qkv(scale, qkv) for scale in modules["aggreg"]]
         return ops.relu_linear_attention([qkv, *scales], self.dim, self.eps)
 
     def last_layer(self) -> nn.Module:
-        return self.proj
+        return self._modules["proj"]
 
 
 class PixelShuffleSampler(Part):

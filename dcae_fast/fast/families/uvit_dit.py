@@ -201,7 +201,7 @@ def is_linear(layer: nn.Module, x: torch.Tensor) -> bool:
 def has_dtype(layer: nn.Module, x: torch.Tensor) -> bool:
     """Whether the layer has a weight that is an ordinary tensor in the dtype of x, or in any dtype under autocast."""
     weight = layer._parameters.get("weight")  # None if it is computed, as by a parametrization
-    return weight is not None and has_ordinary_weights(layer) and (weight.dtype == x.dtype or autocasts(x))
+    return weight is not None and (weight.dtype == x.dtype or autocasts(x)) and has_ordinary_weights(layer)
 
 
 def are_linear(first: nn.Module, second: nn.Module, x: torch.Tensor) -> bool:
@@ -251,10 +251,9 @@ def attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(s, attn(norm(s))) for s = x + gate · branch, or s = x. residual: adds s to the second."""
     qkv, proj, num_heads = attn._modules["qkv"], attn._modules["proj"], attn.num_heads
-    dtype = input_dtype(qkv, x)
-    if are_linear(qkv, proj, x) and ops.is_for_few_tokens(
-        dtype, x.shape[1], qkv.out_features // (3 * num_heads), x.device
-    ):
+    fuses = are_linear(qkv, proj, x)
+    dtype = compute_dtype(x) if fuses else input_dtype(qkv, x)
+    if fuses and ops.is_for_few_tokens(dtype, x.shape[1], qkv.out_features // (3 * num_heads), x.device):
         layers = *operands.of_layer(qkv, dtype), *operands.of_layer(proj, dtype, x.dtype if residual else None)
         return ops.norm_attention(x, scale, shift, eps, *layers, num_heads, branch, gate, dtype, residual)
     s, y = ops.layer_norm(x, scale, shift, eps, branch, gate, dtype)
@@ -267,8 +266,9 @@ def mlp(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(s, feed(norm(s))), as in `attention`."""
     fc1, act, fc2 = map(feed._modules.get, ("fc1", "act", "fc2"))
-    dtype = input_dtype(fc1, x)
-    if are_linear(fc1, fc2, x):
+    fuses = are_linear(fc1, fc2, x)
+    dtype = compute_dtype(x) if fuses else input_dtype(fc1, x)
+    if fuses:
         layers = *operands.of_layer(fc1, dtype), *operands.of_layer(fc2, dtype, x.dtype if residual else None)
         return ops.norm_mlp(x, scale, shift, eps, *layers, branch, gate, dtype, residual, GELU[act.approximate])
     s, y = ops.layer_norm(x, scale, shift, eps, branch, gate, dtype)

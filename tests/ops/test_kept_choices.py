@@ -1,0 +1,88 @@
+"""The choice of a kernel, which the first call with a signature makes for all later calls."""
+
+import pytest
+import torch
+
+from dcae_fast.ops import _library, _private
+from dcae_fast.ops._library import Kernels
+
+
+def shapes(args):
+    """A stand-in for the CUDA extension's signature; a negative number has none."""
+    if any(isinstance(arg, int) and arg < 0 for arg in args):
+        return None
+    return repr([arg.shape if isinstance(arg, torch.Tensor) else arg for arg in args]).encode()
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    monkeypatch.setattr(_library, "signature", shapes)
+    return []
+
+
+def kernels(calls, accepts=True, prepare=None):
+    def note(name, result):
+        return lambda x, n: calls.append(name) or result(x, n)
+
+    return Kernels(
+        "scale",
+        note("reference", lambda x, n: n * x),
+        note("accepts", lambda x, n: accepts),
+        note("launch", lambda x, n: n * x + 1),
+        None,
+        prepare,
+    )
+
+
+def test_the_first_call_decides(calls):
+    of_kernel, x = kernels(calls), torch.ones(2)
+    for _ in range(3):
+        assert of_kernel(x, 3).tolist() == [4, 4]
+    assert calls == ["accepts", "launch", "launch", "launch"]
+    assert of_kernel(torch.ones(3), 3).tolist() == [4, 4, 4]
+    assert calls[4:] == ["accepts", "launch"]
+
+
+def test_the_reference_is_kept_too(calls):
+    of_kernel = kernels(calls, accepts=False)
+    for _ in range(2):
+        assert of_kernel(torch.ones(2), 3).tolist() == [3, 3]
+    assert calls == ["accepts", "reference", "reference"]
+
+
+def test_arguments_without_a_signature(calls):
+    of_kernel = kernels(calls)
+    for _ in range(2):
+        assert of_kernel(torch.ones(2), -1).tolist() == [0, 0]
+    assert calls == ["accepts", "launch"] * 2
+    assert not of_kernel._ready
+
+
+def test_prepared_calls(calls):
+    """Nothing is kept until there is something to prepare, such as a plan."""
+    plans = []
+    of_kernel = kernels(calls, prepare=lambda x, n: plans[0] if plans else None)
+    of_kernel(torch.ones(2), 3)
+    assert of_kernel.known((torch.ones(2), 3)) is None
+    plans.append(lambda x, n: calls.append("plan") or x - n)
+    of_kernel(torch.ones(2), 3)
+    assert of_kernel(torch.ones(2), 3).tolist() == [-2, -2]
+    assert calls == ["accepts", "launch", "accepts", "launch", "plan"]
+
+
+def test_few_choices_are_kept(calls, monkeypatch):
+    monkeypatch.setattr(_library, "MOST_SIGNATURES", 2)
+    of_kernel = kernels(calls)
+    for n in range(5):
+        of_kernel(torch.ones(2), n)
+        assert len(of_kernel._ready) <= 2
+        assert of_kernel.known((torch.ones(2), n)) is not None
+
+
+def test_nothing_is_known_in_forward_mode(calls, monkeypatch):
+    of_kernel = kernels(calls)
+    of_kernel(torch.ones(2), 3)
+    assert of_kernel.known((torch.ones(2), 3)) is not None
+    with torch.autograd.forward_ad.dual_level():
+        assert _private.in_dual_level()
+        assert of_kernel.known((torch.ones(2), 3)) is None
