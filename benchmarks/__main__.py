@@ -57,7 +57,7 @@ def chosen(workloads: list[W], only: Callable[[str], bool], names: Collection[st
 def records_of(
     part: str, only: Callable[[str], bool], names: Collection[str], device: torch.device, ceilings: Ceilings
 ) -> Iterator[dict]:
-    """Measures a part of the benchmarks; yields each record when it is complete. names: of contenders."""
+    """Measures a part of the benchmarks; yields each record, and a growing one several times. names: of contenders."""
     if part == "operators":
         yield from operators.benchmark(device, ceilings, only)
         return
@@ -69,7 +69,7 @@ def records_of(
         selected = chosen(training_workloads(), only, names)
         first_call.fill_caches(selected, TRAININGS_AT_ONCE)
         for workload in selected:
-            yield autoencoder_training.benchmark(workload, device, ceilings)
+            yield from autoencoder_training.records(workload, device, ceilings)
         return
     if part == "autoencoder-loss-curve":
         for workload in loss_workloads():

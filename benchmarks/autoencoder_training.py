@@ -8,7 +8,7 @@ step adds LPIPS and the step of a discriminator.
 
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -65,13 +65,19 @@ CONTENDERS = {
 }
 
 
-def benchmark(workload: TrainingWorkload, device: torch.device, ceilings: Ceilings) -> dict:
-    """The record of a workload. peak_gib: weights, gradients, optimizer, activations and captured graphs.
+def records(workload: TrainingWorkload, device: torch.device, ceilings: Ceilings) -> Iterator[dict]:
+    """The record of a workload, after each contender and at the end, so that an interrupted run loses one contender.
 
-    error: relative error of the gradients of the trained parameters against fp32. A contender is wrong if its error is
-    more than twice the error of eager. loss_error: relative error of the loss. flops: of the unpatched step, without
-    the gradients that the recipe does not need. drift: the time of eager at the end divided by its time at the start.
+    peak_gib: weights, gradients, optimizer, activations and captured graphs. error: relative error of the gradients of
+    the trained parameters against fp32. A contender is wrong if its error is more than twice the error of eager.
+    loss_error: relative error of the loss. flops: of the unpatched step, without the gradients that the recipe does not
+    need. drift: the time of eager at the end divided by its time at the start.
     """
+    flops = sum(flops_of(workload).values())
+    record = {
+        "workload": workload.name, "model": workload.model, "recipe": workload.recipe, "batch": workload.batch,
+        "size": workload.size, "adversarial": workload.adversarial, "flops": flops, "floor_ms": ceilings.floor(flops),
+    }  # fmt: skip
     rows, limit = {}, math.inf
     with tempfile.TemporaryDirectory() as folder:
         exact = Path(folder) / "exact.pt"
@@ -80,17 +86,12 @@ def benchmark(workload: TrainingWorkload, device: torch.device, ceilings: Ceilin
             rows[name] = isolated(trial, name, workload, device, exact, limit)
             if name == "eager":
                 limit = max(2 * rows[name].get("error", math.inf), FP32_ERROR)
-    flops = sum(flops_of(workload).values())
-    add_rates(rows, workload.batch, flops, ceilings)
-    record = {
-        "workload": workload.name, "model": workload.model, "recipe": workload.recipe, "batch": workload.batch,
-        "size": workload.size, "adversarial": workload.adversarial, "flops": flops,
-        "floor_ms": ceilings.floor(flops), "contenders": rows,
-    }  # fmt: skip
+            add_rates(rows, workload.batch, flops, ceilings)
+            yield record | {"contenders": rows}
     if "ms" in rows["eager"]:
         again = isolated(trial, "eager", workload, device, None, math.inf)
-        record |= {"drift": again["ms"] / rows["eager"]["ms"]} if "ms" in again else {}
-    return record
+        drift = {"drift": again["ms"] / rows["eager"]["ms"]} if "ms" in again else {}
+        yield record | {"contenders": rows} | drift
 
 
 def isolated(function: Callable[..., dict], *args) -> dict[str, float | str]:

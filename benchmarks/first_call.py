@@ -85,12 +85,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("workload", help="MODEL-DIRECTION-bBATCH-SIZE, or a workload of autoencoder-training")
     parser.add_argument("contender", choices=contenders.CONTENDERS | autoencoder_training.CONTENDERS)
-    parser.add_argument("--compile-only", action="store_true", help="do not cache choices made by timing kernels")
+    parser.add_argument("--compile-only", action="store_true", help="cache no choices made by timing kernels, and time few")
     options = parser.parse_args()
     if options.compile_only:
         from torch._inductor import config
 
         config.autotune_local_cache = False
+        torch.backends.cudnn.benchmark_limit = 1
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     training = {workload.name: workload for workload in training_workloads()}
     workload = training.get(options.workload) or parse(options.workload)
