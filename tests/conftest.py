@@ -14,6 +14,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,14 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fast_interpreter():
+    if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
+        import triton_interpreter
+
+        triton_interpreter.accelerate()
 
 
 @pytest.fixture(scope="session")
