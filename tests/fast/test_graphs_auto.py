@@ -7,16 +7,17 @@ import weakref
 import pytest
 import small_diffusion
 import torch
+from graph_pairs import with_and_without_graphs
 from graph_tape import CAPTURED, REPLAYED, SEEN, NoPool, Tape, counts, not_captured
 from small_models import DEVICE, build, duplicates, image, step
 from test_graphs import STRUCTURE, users_capture
 from torch import nn
 
 import dcae_fast
-from dcae_fast.fast import graphs
-from dcae_fast.fast.judge import LONGEST, PATIENCE, SHORT
+from dcae_fast.fast import graphs, judge
 
 MIB = 2**20
+PATIENCE = 4  # instead of judge.PATIENCE, so that fewer calls are needed
 
 
 class Gpu:
@@ -39,6 +40,7 @@ class Gpu:
 def gpu(tape, monkeypatch) -> type[Gpu]:
     monkeypatch.setattr(graphs, "record_event", lambda device: Gpu())
     monkeypatch.setattr(graphs, "free_memory", lambda device: 2**40)
+    monkeypatch.setattr(judge, "PATIENCE", PATIENCE)
     Gpu.milliseconds, Gpu.is_done, Gpu.events = 0.0, True, 0
     return Gpu
 
@@ -115,7 +117,7 @@ def test_a_call_too_large_for_the_memory(gpu, monkeypatch):
     dcae_fast.patch(model, cuda_graphs="auto", graph_memory=10 * MIB)
     monkeypatch.setattr(Tape, "size", 11 * MIB)
     x = image(1, 3, 8, 8)
-    assert several(model.encoder, x, 100) == 1, "tried once"
+    assert several(model.encoder, x, 4 * PATIENCE) == 1, "tried once"
     assert len(model.encoder.fast_options.graphs) == 0 and held(model.encoder) == 0
 
 
@@ -154,7 +156,7 @@ def test_modules_share_the_memory(gpu, monkeypatch):
 def test_half_of_the_free_memory(encoder, monkeypatch):
     monkeypatch.setattr(graphs, "free_memory", lambda device: 10 * MIB)
     monkeypatch.setattr(NoPool, "reserved", lambda self: 6 * MIB)
-    assert several(encoder, image(1, 3, 8, 8), 10) == 1 and len(encoder.fast_options.graphs) == 0
+    assert several(encoder, image(1, 3, 8, 8), PATIENCE + 2) == 1 and len(encoder.fast_options.graphs) == 0
     monkeypatch.setattr(graphs, "free_memory", lambda device: 20 * MIB)
     assert several(encoder, image(1, 3, 8, 8), 2 * PATIENCE) == 1 and len(encoder.fast_options.graphs) == 1
 
@@ -363,10 +365,7 @@ def test_compiled_models_have_no_graphs(gpu, encoder):
 @pytest.mark.parametrize("autocast", [False, True])
 @torch.no_grad()
 def test_transformers(autocast, gpu):
-    network = small_diffusion.build().diffusion_model.to(DEVICE)
-    twin = copy.deepcopy(network)
-    dcae_fast.patch(twin)
-    dcae_fast.patch(network, cuda_graphs="auto")
+    network, twin = with_and_without_graphs(small_diffusion.build().diffusion_model.to(DEVICE), "auto")
     x, t, y = torch.randn(2, 8, 4, 4, device=DEVICE), torch.rand(2, device=DEVICE), torch.tensor([1, 3], device=DEVICE)
     with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
         assert [counts(network, x, t, y) for _ in range(4)] == [SEEN, SEEN, CAPTURED, REPLAYED]
@@ -374,10 +373,7 @@ def test_transformers(autocast, gpu):
 
 
 def test_sampling(gpu):
-    model = small_diffusion.build().to(DEVICE)
-    plain = copy.deepcopy(model)
-    dcae_fast.patch(plain)
-    dcae_fast.patch(model, cuda_graphs="auto")
+    model, plain = with_and_without_graphs(small_diffusion.build().to(DEVICE), "auto")
     labels, samples = torch.tensor([3, 1, 10]), []
     for each in (model, plain):
         for seed in range(2):
@@ -400,4 +396,5 @@ def test_the_report_says_what_auto_means():
 
 def test_the_numbers_are_stated():
     words = " ".join(dcae_fast.patch.__doc__.split())
-    assert f"at most {SHORT} times" in words and f"after {PATIENCE} more calls" in words and f"to {LONGEST}." in words
+    assert f"at most {judge.SHORT} times" in words
+    assert f"after {judge.PATIENCE} more calls" in words and f"to {judge.LONGEST}." in words

@@ -1,13 +1,13 @@
 """`patch(model, cuda_graphs="auto")` on a GPU: what is captured, and that nothing else changes."""
 
-import copy
 import gc
 import threading
 
 import pytest
 import small_diffusion
 import torch
-from small_models import MODELS, build, image, in_threads
+from graph_pairs import assert_right_in_threads, reserved_memory, with_and_without_graphs
+from small_models import MODELS, build, image
 from test_interference import CHANGES
 from torch import nn
 
@@ -18,14 +18,6 @@ from dcae_fast.ops._private import sleep_on_gpu
 
 pytestmark = pytest.mark.gpu
 GIB = 2**30
-
-
-def pair(model: nn.Module, **options) -> tuple[nn.Module, nn.Module]:
-    """The model with automatic graphs, and a patched copy without graphs."""
-    plain = copy.deepcopy(model)
-    dcae_fast.patch(plain)
-    dcae_fast.patch(model, cuda_graphs="auto", **options)
-    return model, plain
 
 
 def graphs_of(module: nn.Module):
@@ -42,7 +34,7 @@ def settle(module: nn.Module, *args, calls: int = 4) -> None:
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_small_model_is_captured(name, mode):
-    model, plain = pair(build(name))
+    model, plain = with_and_without_graphs(build(name), "auto")
     with mode():
         x = image(1, 3, 32, 16)
         z = plain.encoder(x)
@@ -58,7 +50,7 @@ def test_a_small_model_is_captured(name, mode):
 @torch.no_grad()
 def test_a_loop_without_waiting():
     """Nobody waits for results between calls."""
-    model, plain = pair(build("strided"))
+    model, plain = with_and_without_graphs(build("strided"), "auto")
     x = image(1, 3, 32, 16)
     for _ in range(100):
         z = model.encoder(x)
@@ -114,29 +106,23 @@ def test_memory_is_bounded(large):
     dcae_fast.patch(large)
     inputs = [torch.randn(1, 3, 256, 128 + 32 * k, device="cuda", dtype=torch.bfloat16) for k in range(20)]
     expected = [large.encoder(x) for x in inputs]
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_reserved()
+    before = reserved_memory()
     bound = GIB // 4
     dcae_fast.patch(large, cuda_graphs="auto", graph_memory=bound)
     for _ in range(8):
         for x, want in zip(inputs, expected, strict=True):
             assert torch.equal(large.encoder(x), want)
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
     held = graphs_of(large.encoder)._budget.held()
-    assert 0 < held <= bound and torch.cuda.memory_reserved() - before <= held + 2**25
+    assert 0 < held <= bound and reserved_memory() - before <= held + 2**25
     dcae_fast.unpatch(large)
-    torch.cuda.synchronize()
     gc.collect()
-    torch.cuda.empty_cache()
-    assert torch.cuda.memory_reserved() - before <= 2**25
+    assert reserved_memory() - before <= 2**25
 
 
 @pytest.mark.parametrize("repetitions", [1, 2])
 @torch.no_grad()
 def test_changing_shapes(repetitions):
-    model, plain = pair(build("strided"))
+    model, plain = with_and_without_graphs(build("strided"), "auto")
     for k in range(20):
         x = image(1, 3, 16, 16 + 8 * k)
         for _ in range(repetitions):
@@ -147,7 +133,7 @@ def test_changing_shapes(repetitions):
 @torch.no_grad()
 def test_judging_does_not_wait():
     """First calls, timed calls and calls whose judgement is pending do not synchronise. The capture does."""
-    model, _ = pair(build("strided"))
+    model, _ = with_and_without_graphs(build("strided"), "auto")
     x = image(1, 3, 16, 16)
     model.encoder(x)
     sleep_on_gpu(400_000_000)
@@ -164,33 +150,15 @@ def test_judging_does_not_wait():
     assert len(graphs_of(model.encoder)) == 1
 
 
-@torch.no_grad()
 def test_streams_and_threads():
-    model, plain = pair(build("shuffled"))
-    inputs = [image(1, 3, 64, 64 + 32 * (seed % 3), seed=seed) for seed in range(12)]
-    expected = [plain(x) for x in inputs]
-    torch.cuda.synchronize()
-    errors = []
-
-    def work(offset: int) -> None:
-        with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
-            for index in range(48):
-                k = (5 * offset + index) % len(inputs)
-                y = model(inputs[k])
-                torch.cuda.current_stream().synchronize()
-                if not torch.equal(y, expected[k]):
-                    errors.append((offset, index))
-
-    in_threads(work)
-    torch.cuda.synchronize()
-    assert not errors and len(graphs_of(model.encoder)) == len(graphs_of(model.decoder)) == 3
+    assert_right_in_threads(*with_and_without_graphs(build("shuffled"), "auto"))
 
 
 @pytest.mark.parametrize("calls", [0, 1, 2, 4])
 @torch.no_grad()
 def test_a_users_own_capture(calls):
     """The user captures a call at any state of the judgement."""
-    model, plain = pair(build("strided"))
+    model, plain = with_and_without_graphs(build("strided"), "auto")
     x = image(1, 3, 16, 16)
     plain.encoder(x)
     settle(model.encoder, x, calls=calls)
@@ -250,7 +218,7 @@ def test_a_capture_of_another_thread(mode, cuda_graphs):
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_changed_weights(change):
-    model, plain = pair(build("strided"))
+    model, plain = with_and_without_graphs(build("strided"), "auto")
     x = image(1, 3, 16, 16)
     with torch.no_grad():
         settle(model.encoder, x)
@@ -265,7 +233,7 @@ def test_changed_weights(change):
 @torch.no_grad()
 def test_weights_that_move_to_a_cpu_and_back():
     """As diffusers' model offloading does. Weights on the CPU leave no memory of their own on the GPU."""
-    model, plain = pair(build("strided"))
+    model, plain = with_and_without_graphs(build("strided"), "auto")
     x = image(1, 3, 16, 16)
     expected = plain.encoder(x)
     for _ in range(40):
@@ -281,7 +249,7 @@ def test_weights_that_move_to_a_cpu_and_back():
 @torch.no_grad()
 def test_offloading_hooks(library):
     name = "diffusers-strided" if library == "diffusers" else "strided"
-    model, plain = pair(build(name))
+    model, plain = with_and_without_graphs(build(name), "auto")
     if library == "accelerate":
         pytest.importorskip("accelerate").cpu_offload(model, torch.device("cuda"))
     else:
@@ -302,22 +270,18 @@ def test_unpatch_frees_everything():
     model, x = build("shuffled"), image(4, 3, 256, 256)
     dcae_fast.patch(model)
     model(x)
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_reserved()
+    before = reserved_memory()
     dcae_fast.patch(model, cuda_graphs="auto", graph_memory=8 * GIB)
     settle(model, x)
     dcae_fast.unpatch(model)
     gc.collect()
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    assert torch.cuda.memory_reserved() - before <= 2**22
+    assert reserved_memory() - before <= 2**22
 
 
 @pytest.mark.filterwarnings("ignore")
 @torch.no_grad()
 def test_inside_torch_compile():
-    model, plain = pair(build("strided"))
+    model, plain = with_and_without_graphs(build("strided"), "auto")
     torch._dynamo.reset()
     compiled, x = torch.compile(model.encoder, fullgraph=True), image(1, 3, 16, 16)
     for _ in range(5):
@@ -329,7 +293,7 @@ def test_inside_torch_compile():
 @pytest.mark.parametrize("name", ["UVIT", "FLOW", "DIT"])
 def test_sampling(name, autocast):
     model = small_diffusion.build(getattr(small_diffusion, name)).cuda()
-    models, labels = pair(model), torch.tensor([3, 1, 10, 0])
+    models, labels = with_and_without_graphs(model, "auto"), torch.tensor([3, 1, 10, 0])
     for seed in range(3):
         samples = []
         for each in models:
@@ -347,7 +311,7 @@ def test_sampling(name, autocast):
 def test_two_devices():
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    model, plain = pair(build("strided").to("cuda:1"))
+    model, plain = with_and_without_graphs(build("strided").to("cuda:1"), "auto")
     x = image(1, 3, 16, 16).to("cuda:1")
     settle(model.encoder, x)
     assert torch.equal(model.encoder(x), plain.encoder(x))

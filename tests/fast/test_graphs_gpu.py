@@ -3,11 +3,10 @@
 Results with and without graphs are bit-identical, whatever happens between the calls.
 """
 
-import copy
-
 import pytest
 import torch
-from small_models import MODELS, build, image, in_threads
+from graph_pairs import assert_right_in_threads, reserved_memory, with_and_without_graphs
+from small_models import MODELS, build, image
 from test_interference import CHANGES
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -22,10 +21,7 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_results_are_bit_equal(name, dtype, mode):
-    model = build(name).to(dtype)
-    plain = copy.deepcopy(model)
-    dcae_fast.patch(plain)
-    dcae_fast.patch(model, cuda_graphs=True)
+    model, plain = with_and_without_graphs(build(name).to(dtype))
     ratio = model.spatial_compression_ratio
     with mode():
         channels = plain.encoder(image(1, 3, 16, 16).to(dtype)).shape[1]
@@ -44,10 +40,7 @@ def test_results_are_bit_equal(name, dtype, mode):
 @torch.no_grad()
 def test_results_are_kept():
     """Later calls do not overwrite a result. The caller may overwrite an input as soon as the call returns."""
-    model = build("adaptive")
-    plain = copy.deepcopy(model)
-    dcae_fast.patch(plain)
-    dcae_fast.patch(model, cuda_graphs=True)
+    model, plain = with_and_without_graphs(build("adaptive"))
     inputs = [image(1, 3, 64, 32 * (1 + seed % 2), seed=seed) for seed in range(10)]
     expected = [plain.encoder(x) for x in inputs]
     results = []
@@ -65,10 +58,7 @@ def test_results_are_kept():
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("name", ["strided", "diffusers-strided"])
 def test_changed_weights(name, change):
-    model = build(name)
-    plain = copy.deepcopy(model)
-    dcae_fast.patch(plain)
-    dcae_fast.patch(model, cuda_graphs=True)
+    model, plain = with_and_without_graphs(build(name))
     x = image(1, 3, 16, 16)
     with torch.no_grad():
         for _ in range(3):
@@ -87,10 +77,7 @@ def test_changed_weights(name, change):
 
 def test_modes():
     """Runs calls that cannot be replayed between calls that are replayed."""
-    model = build("strided")
-    plain = copy.deepcopy(model)
-    dcae_fast.patch(plain)
-    dcae_fast.patch(model, cuda_graphs=True)
+    model, plain = with_and_without_graphs(build("strided"))
     x = image(1, 3, 16, 16)
 
     def check():
@@ -157,30 +144,8 @@ def test_a_trace():
     torch.testing.assert_close(traced(other), model.encoder(other))
 
 
-@torch.no_grad()
 def test_streams_and_threads():
-    model = build("shuffled")
-    plain = copy.deepcopy(model)
-    dcae_fast.patch(plain)
-    dcae_fast.patch(model, cuda_graphs=True)
-    inputs = [image(1, 3, 64, 64 + 32 * (seed % 3), seed=seed) for seed in range(12)]
-    expected = [plain(x) for x in inputs]
-    torch.cuda.synchronize()
-    errors = []
-
-    def work(offset: int) -> None:
-        with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
-            for index in range(48):
-                k = (5 * offset + index) % len(inputs)
-                y = model(inputs[k])
-                torch.cuda.current_stream().synchronize()
-                if not torch.equal(y, expected[k]):
-                    errors.append((offset, index))
-
-    in_threads(work)
-    torch.cuda.synchronize()
-    assert not errors
-    assert len(model.encoder.fast_options.graphs) == len(model.decoder.fast_options.graphs) == 3
+    assert_right_in_threads(*with_and_without_graphs(build("shuffled")))
 
 
 @torch.no_grad()
@@ -188,30 +153,21 @@ def test_memory_comes_back():
     model, x = build("shuffled"), image(4, 3, 512, 512)
     dcae_fast.patch(model)
     model(x)
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_reserved()
+    before = reserved_memory()
     dcae_fast.patch(model, cuda_graphs=True)
     for _ in range(3):
         model(x)
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    held = torch.cuda.memory_reserved() - before
+    held = reserved_memory() - before
     assert held > 2**23
     dcae_fast.unpatch(model)
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    assert torch.cuda.memory_reserved() - before < held / 4
+    assert reserved_memory() - before < held / 4
 
 
 @torch.no_grad()
 def test_dropped_graphs(monkeypatch):
     """Alternates between more input shapes than a module can have graphs."""
     monkeypatch.setattr(graphs, "LIMIT", 2)
-    model = build("adaptive")
-    plain = copy.deepcopy(model)
-    dcae_fast.patch(plain)
-    dcae_fast.patch(model, cuda_graphs=True)
+    model, plain = with_and_without_graphs(build("adaptive"))
     inputs = [image(1, 3, 16, 16 * width) for width in (1, 2, 3, 4)]
     for order in ([0, 0, 1, 1], [2, 2, 3, 3], [0, 0, 3, 3, 1, 1, 0, 0], [0, 1, 2, 3] * 2):
         for k in order:
@@ -250,13 +206,9 @@ def test_failed_captures(monkeypatch):
 
 @torch.no_grad()
 def test_tiling_of_diffusers():
-    model = build("diffusers-shuffled")
-    plain = copy.deepcopy(model)
-    x = image(1, 3, 48, 40)
-    for each in (model, plain):
-        each.enable_tiling(16, 16, 12, 12)
-    dcae_fast.patch(plain)
-    dcae_fast.patch(model, cuda_graphs=True)
+    model, x = build("diffusers-shuffled"), image(1, 3, 48, 40)
+    model.enable_tiling(16, 16, 12, 12)
+    model, plain = with_and_without_graphs(model)
     expected = plain.encode(x).latent
     for _ in range(3):
         z = model.encode(x).latent

@@ -1,11 +1,11 @@
 """CUDA graphs of transformers and of sampling steps: which calls are captured or replayed. Graphs are simulated."""
 
-import copy
 import functools
 import warnings
 
 import pytest
 import torch
+from graph_pairs import with_and_without_graphs
 from graph_tape import CAPTURED, REPLAYED, SEEN, counts, not_captured
 from small_diffusion import DIT, FLOW, UVIT, build
 from small_models import DEVICE, duplicates
@@ -29,11 +29,7 @@ def inputs(batch: int = 2, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, t
 @pytest.fixture(params=["uvit", "dit"])
 def pair(request) -> tuple[nn.Module, nn.Module]:
     """A patched transformer with CUDA graphs, and a patched copy without graphs."""
-    network = build(CONFIGS[request.param]).diffusion_model.to(DEVICE)
-    twin = copy.deepcopy(network)
-    dcae_fast.patch(twin)
-    dcae_fast.patch(network, cuda_graphs=True)
-    return network, twin
+    return with_and_without_graphs(build(CONFIGS[request.param]).diffusion_model.to(DEVICE))
 
 
 @torch.no_grad()
@@ -239,10 +235,7 @@ def generate(model, seed: int = 0, **options) -> torch.Tensor:
 )
 def test_steps_are_captured(tape, which, sampler, steps, kinds):
     """Samples are bit-identical to samples without graphs. Only whole steps are captured, not network calls."""
-    model = build(CONFIGS[which]).to(DEVICE)
-    plain = copy.deepcopy(model)
-    dcae_fast.patch(plain)
-    dcae_fast.patch(model, cuda_graphs=True)
+    model, plain = with_and_without_graphs(build(CONFIGS[which]).to(DEVICE))
     options = {"sampler": sampler, "steps": steps}
     for seed in range(2):
         assert torch.equal(generate(model, seed, **options), generate(plain, seed, **options))
@@ -255,10 +248,7 @@ def test_steps_are_captured(tape, which, sampler, steps, kinds):
 
 
 def test_the_scale_and_the_labels(tape):
-    model = build().to(DEVICE)
-    plain = copy.deepcopy(model)
-    dcae_fast.patch(plain)
-    dcae_fast.patch(model, cuda_graphs=True)
+    model, plain = with_and_without_graphs(build().to(DEVICE))
     generate(model)
     captures = tape.captures
     for labels in (LABELS, LABELS.flip(0)):
@@ -272,10 +262,7 @@ def test_the_scale_and_the_labels(tape):
 
 def test_guidance_within_an_interval(tape):
     """Steps inside and outside the interval use different graphs. A step across an end of the interval uses none."""
-    model = build().to(DEVICE)
-    plain = copy.deepcopy(model)
-    dcae_fast.patch(plain)
-    dcae_fast.patch(model, cuda_graphs=True)
+    model, plain = with_and_without_graphs(build().to(DEVICE))
     for _ in range(2):
         options = {"interval": (250.0, 700.0), "steps": 15}
         assert torch.equal(generate(model, **options), generate(plain, **options))
@@ -284,10 +271,7 @@ def test_guidance_within_an_interval(tape):
 
 def test_adaptive_solvers_replay_the_network(tape):
     pytest.importorskip("torchdiffeq")
-    model = build(FLOW).to(DEVICE)
-    plain = copy.deepcopy(model)
-    dcae_fast.patch(plain)
-    dcae_fast.patch(model, cuda_graphs=True)
+    model, plain = with_and_without_graphs(build(FLOW).to(DEVICE))
     options = {"sampler": "ODE_dopri5"}
     assert torch.equal(generate(model, **options), generate(plain, **options))
     assert tape.captures == 1
@@ -295,10 +279,7 @@ def test_adaptive_solvers_replay_the_network(tape):
 
 def test_sampling_under_autocast(tape):
     """Each sampling that replays graphs casts the current weights once."""
-    model = build().to(DEVICE)
-    plain = copy.deepcopy(model)
-    dcae_fast.patch(plain)
-    dcae_fast.patch(model, cuda_graphs=True)
+    model, plain = with_and_without_graphs(build().to(DEVICE))
     options = {"steps": 12}
     for _ in range(3):
         casts = tape.casts

@@ -1,10 +1,10 @@
 """CUDA graphs of transformers and of sampling steps on a GPU: results are bit-identical to results without graphs."""
 
 import contextlib
-import copy
 
 import pytest
 import torch
+from graph_pairs import reserved_memory, with_and_without_graphs
 from small_diffusion import DIT, FLOW, UVIT, build
 from small_models import in_threads
 
@@ -24,12 +24,7 @@ def inputs(batch: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch
 
 
 def pair(config=UVIT, dtype: torch.dtype = torch.float32):
-    """A patched model with CUDA graphs, and a patched copy without graphs."""
-    model = build(config).to("cuda", dtype)
-    plain = copy.deepcopy(model)
-    dcae_fast.patch(plain)
-    dcae_fast.patch(model, cuda_graphs=True)
-    return model, plain
+    return with_and_without_graphs(build(config).to("cuda", dtype))
 
 
 def context(mode: str):
@@ -143,14 +138,10 @@ def test_memory_comes_back():
     dcae_fast.patch(model)
     with torch.autocast("cuda", torch.bfloat16):
         model.generate(LABELS, cfg_scale=2.0, steps=12)
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_reserved()
+    before = reserved_memory()
     dcae_fast.patch(model, cuda_graphs=True)
     for _ in range(3):
         with torch.autocast("cuda", torch.bfloat16):
             model.generate(LABELS, cfg_scale=2.0, steps=12)
     dcae_fast.unpatch(model)
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    assert torch.cuda.memory_reserved() <= before + 2**22
+    assert reserved_memory() <= before + 2**22

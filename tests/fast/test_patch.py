@@ -168,8 +168,7 @@ def test_disabled_operator_is_not_called(library, operator, compare):
     expected = reconstruct(model, x)
     report = dcae_fast.patch(model, disable=operator)
     assert report.skipped and all(operator in reason for *_, reason in report.skipped)
-    assert operator not in operators_called(reconstruct, model, x)
-    compare("eager", reconstruct(model, x), expected, 5e-6, operator)
+    assert operator not in operators_called(lambda: compare("eager", reconstruct(model, x), expected, 5e-6, operator))
     assert operator not in operators_called(reconstruct, model.half(), x.half())
 
 
