@@ -36,8 +36,13 @@ class Options:
 
 
 class WholeCall(FastModule):
-    """A module whose calls can be captured as CUDA graphs, by `graphs_class`."""
+    """A module whose calls can be captured as CUDA graphs, by `graphs_class`.
 
+    only_for_graphs: without CUDA graphs the module keeps its own class, because only its parts become fast. diffusers
+    compares the exact classes of a pipeline's components.
+    """
+
+    only_for_graphs = False
     fast_options = Options()
     graphs_class: type[Graphs]
 

@@ -132,7 +132,11 @@ def _patch(
     for path, module, within_coder in _parts(model):
         cls = original_class(module)
         mixin = mixin_of(cls)
-        if mixin is None:
+        if mixin is not None and issubclass(mixin, WholeCall) and mixin.only_for_graphs and not cuda_graphs:
+            reason, mixin = "", None
+            release(module)
+            change_class(module, cls)
+        elif mixin is None:
             reason = resemblance(cls, module)
         else:
             reason = _reason_not_fast(module, mixin, disabled, within_coder, sharded, reasons)

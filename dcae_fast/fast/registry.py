@@ -56,7 +56,7 @@ def describe_of(module: nn.Module) -> Describe | None:
 
 def is_of_known_module(cls: type[nn.Module]) -> bool:
     """Whether the class is defined in the same Python module as known ones."""
-    known = {path.rpartition(".")[0] for path in _MIXINS}
+    known = {path.rpartition(".")[0] for path in (*_MIXINS, *_PLAIN)}
     return any(path.rpartition(".")[0] in known for path in below_roots(cls))
 
 

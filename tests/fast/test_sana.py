@@ -1,6 +1,7 @@
 """diffusers' SANA transformer, patched and unpatched: results, gradients, dtypes, options, hooks, LoRA, graphs."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -157,9 +158,10 @@ def test_values_beyond_float16_are_clipped():
     assert got.isfinite().all() and error(got, want) <= 1e-2
 
 
-def test_without_a_mask_and_with_keywords(sana):
+def test_without_a_mask_and_with_keywords(tape, sana):
     plain, fast = sana
     given = list(inputs(plain).values())[:3]
+    dcae_fast.patch(fast, cuda_graphs=True)
     with torch.no_grad():
         want = plain(*given).sample
         assert error(fast(*given, None, None, None, None, None, False)[0], want) <= 1e-5
@@ -169,6 +171,7 @@ def test_without_a_mask_and_with_keywords(sana):
 @pytest.mark.parametrize("wrong", [{}, {"timestep": None, "depth": 3}, {"hidden_states": 0}], ids=str)
 def test_wrong_arguments_raise_the_same_error(sana, wrong):
     given, errors = list(inputs(sana[0]).values())[:2], []
+    dcae_fast.patch(sana[1], cuda_graphs=True)
     for network in sana:
         with pytest.raises(TypeError) as refusal:
             network(*given, **wrong)
@@ -180,6 +183,7 @@ def test_wrong_arguments_raise_the_same_error(sana, wrong):
 def test_compiles_whole(gradients):
     _, fast = build("sana" if gradients else "sprint")
     compiled = copy.deepcopy(fast)
+    dcae_fast.patch(compiled, cuda_graphs=True)
     torch._dynamo.reset()
     compiled.compile(fullgraph=True, backend="aot_eager")
     if gradients:
@@ -212,6 +216,7 @@ def test_gradient_checkpointing(sana, monkeypatch):
 def test_lora(sana, monkeypatch):
     """Layers of LoRA are called; the rest stays fast. The scale arrives also if all arguments are passed by name."""
     targets = ["to_q", "to_v", "to_out.0", "conv_inverted", "conv_point", "linear_1"]
+    dcae_fast.patch(sana[1], cuda_graphs=True)
     for network in sana:
         torch.manual_seed(1)
         network.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
@@ -300,3 +305,15 @@ def test_frozen_networks_keep_joined_projections(sana):
     assert error(predict(fast), predict(plain)) <= 1e-5
     dcae_fast.unpatch(fast)
     assert not any(map(is_fast, fast.modules())) and torch.equal(predict(fast), predict(plain))
+
+
+def test_configurations_name_the_class_of_diffusers(sana, tmp_path):
+    """Without graphs the network itself keeps its class, since diffusers compares classes of components."""
+    plain, fast = sana
+    assert type(fast) is SanaTransformer2DModel
+    assert dcae_fast.patch(fast, cuda_graphs=True).replaced["SanaTransformer2DModel"] == 1 and is_fast(fast)
+    fast.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["_class_name"] == "SanaTransformer2DModel"
+    assert_equal(results(SanaTransformer2DModel.from_pretrained(tmp_path).to(DEVICE)), results(plain))
+    dcae_fast.patch(fast)
+    assert type(fast) is SanaTransformer2DModel and "fast_options" not in vars(fast)

@@ -6,6 +6,7 @@ x: [B, N, C], the tokens of an image, row by row. Each norm includes its modulat
 attention, attn2 softmax attention to the text. ff is a GLUMBConv (autoencoder_dc.py): tokens are a channels-last image.
 """
 
+import json
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from dcae_fast.ops._private import unobserved
 from .. import operands
 from ..call import Network
 from ..fusion import autocasts, compute_dtype
-from ..module import FastModule, kind, plain
+from ..module import FastModule, kind, original_class, plain
 from ..registry import register
 from . import uvit_dit
 from .autoencoder_dc import GLUMBConv
@@ -27,63 +28,45 @@ EPS = 1e-15  # of the linear attention
 LARGEST_HALF = 65504  # float16; the linear attention is clipped to it
 PROCESSORS = {"attn1": "SanaLinearAttnProcessor2_0", "attn2": "SanaAttnProcessor2_0"}
 
+# Parameters of the network's forward, with their defaults; the first three have none.
 REQUIRED = ("hidden_states", "encoder_hidden_states", "timestep")
+PARAMETERS: dict[str, Any] = dict.fromkeys(REQUIRED) | {
+    "guidance": None,
+    "encoder_attention_mask": None,
+    "attention_mask": None,
+    "attention_kwargs": None,
+    "controlnet_block_samples": None,
+    "return_dict": True,
+}
 
 
-class DiffusersNetwork(Network):
-    """A network whose forward has arguments that diffusers reads by name, and a result in one of two forms.
-
-    defaults: of all parameters of the forward, in their order; those in `required` have none.
+class SanaTransformer2DModel(Network):
+    """The network, whose calls are captured as CUDA graphs. Calls with attention_kwargs or with samples of a ControlNet
+    are not. Everything outside of the blocks and of the last norm is computed by the network's own forward.
     """
 
-    required: tuple[str, ...] = REQUIRED
-    defaults: dict[str, Any]
-
-    def dispatch(self, *args, **kwargs):
-        """All arguments by position, as graphs expect them. Wrong arguments raise the error of the network itself."""
-        names = list(self.defaults)[len(args) :]
-        missing = [name for name in names if name in self.required and name not in kwargs]
-        if len(args) > len(self.defaults) or missing or not kwargs.keys() <= set(names):
-            return super().eager(*args, **kwargs)
-        return super().dispatch(*args, *(kwargs.get(name, self.defaults[name]) for name in names))
-
-    def eager(self, *args):
-        """diffusers reads the scale of LoRA from `attention_kwargs` only if they are passed by name."""
-        return super().eager(**dict(zip(self.defaults, args, strict=True)))
-
-
-class SanaTransformer2DModel(DiffusersNetwork):
-    """Everything outside of the blocks and of the last norm is computed by the network's own forward."""
-
+    only_for_graphs = True
     attributes = (
         *("patch_embed", "time_embed", "caption_projection", "caption_norm", "transformer_blocks"),
         *("norm_out", "proj_out"),
     )
-    defaults = dict.fromkeys(REQUIRED) | {
-        "guidance": None,
-        "encoder_attention_mask": None,
-        "attention_mask": None,
-        "attention_kwargs": None,
-        "controlnet_block_samples": None,
-        "return_dict": True,
-    }
 
+    def dispatch(self, *args, **kwargs):
+        """All arguments by position, as graphs expect them. Wrong arguments raise the error of the network itself."""
+        names = list(PARAMETERS)[len(args) :]
+        missing = [name for name in names if name in REQUIRED and name not in kwargs]
+        if len(args) > len(PARAMETERS) or missing or not kwargs.keys() <= set(names):
+            return super().eager(*args, **kwargs)
+        return super().dispatch(*args, *(kwargs.get(name, PARAMETERS[name]) for name in names))
 
-class SanaControlNetModel(DiffusersNetwork):
-    """Its calls are not captured as CUDA graphs, because `conditioning_scale` is no integer."""
+    def eager(self, *args):
+        """diffusers reads the scale of LoRA from `attention_kwargs` only if they are passed by name."""
+        return super().eager(**dict(zip(PARAMETERS, args, strict=True)))
 
-    attributes = (
-        *("patch_embed", "time_embed", "caption_projection", "caption_norm", "transformer_blocks"),
-        *("controlnet_blocks", "input_block"),
-    )
-    required = (*REQUIRED, "controlnet_cond")
-    defaults = dict.fromkeys(required) | {
-        "conditioning_scale": 1.0,
-        "encoder_attention_mask": None,
-        "attention_mask": None,
-        "attention_kwargs": None,
-        "return_dict": True,
-    }
+    def to_json_string(self) -> str:
+        """The configuration that `save_pretrained` writes, with the name of diffusers' class."""
+        config = json.loads(super().to_json_string()) | {"_class_name": original_class(self).__name__}
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
 class SanaTransformerBlock(FastModule):
@@ -268,4 +251,4 @@ register(
         "SanaTransformerBlock": SanaTransformerBlock,
     },
 )
-register("models.controlnets.controlnet_sana", {"SanaControlNetModel": SanaControlNetModel})
+register("models.controlnets.controlnet_sana", {}, {"SanaControlNetModel": None})
