@@ -32,6 +32,10 @@ def patched(half: nn.Module, workload: Workload) -> None:
     dcae_fast.patch(half)
 
 
+def patched_automatically(half: nn.Module, workload: Workload) -> None:
+    dcae_fast.patch(half, cuda_graphs="auto")
+
+
 def patched_with_graphs(half: nn.Module, workload: Workload) -> None:
     dcae_fast.patch(half, cuda_graphs=True)
 
@@ -39,6 +43,11 @@ def patched_with_graphs(half: nn.Module, workload: Workload) -> None:
 def patched_and_compiled(half: nn.Module, workload: Workload) -> None:
     patched(half, workload)
     compiled(half, workload)
+
+
+def patched_and_compiled_with_graphs(half: nn.Module, workload: Workload) -> None:
+    patched(half, workload)
+    compiled_with_graphs(half, workload)
 
 
 def patched_and_bounded(half: nn.Module, workload: Workload) -> None:
@@ -67,8 +76,10 @@ CONTENDERS = {
     "torch.compile, reduce-overhead": Contender(compiled_with_graphs, channels_last=True, times_cudnn=True),
     "patched": Contender(patched),
     "patched channels-last": Contender(patched, channels_last=True),
+    "patched, automatic graphs": Contender(patched_automatically, channels_last=True),
     "patched + CUDA graphs": Contender(patched_with_graphs, channels_last=True),
     "patched + torch.compile": Contender(patched_and_compiled, channels_last=True),
+    "patched + torch.compile, reduce-overhead": Contender(patched_and_compiled_with_graphs, channels_last=True),
     "patched, bounded memory": Contender(patched_and_bounded),
     "diffusers patched": Contender(patched, diffusers=True),
 }

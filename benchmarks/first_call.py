@@ -85,7 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("workload", help="MODEL-DIRECTION-bBATCH-SIZE, or a workload of autoencoder-training")
     parser.add_argument("contender", choices=contenders.CONTENDERS | autoencoder_training.CONTENDERS)
-    parser.add_argument("--compile-only", action="store_true", help="cache no choices made by timing kernels, and time few")
+    parser.add_argument("--compile-only", action="store_true", help="time few kernels, and cache no choices made so")
     options = parser.parse_args()
     if options.compile_only:
         from torch._inductor import config

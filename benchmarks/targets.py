@@ -11,6 +11,7 @@ from .workloads import DIRECTIONS, F32, F64, F128, SANA, WORKLOADS
 
 NOMINAL = 790  # TFLOP/s of a large bf16 matrix product; defines the floors in targets
 PATCHED, GRAPHS, BOUNDED = "patched channels-last", "patched + CUDA graphs", "patched, bounded memory"
+AUTOMATIC = "patched, automatic graphs"
 FASTEST = "patched, fastest"  # see `with_fastest`
 LOSS_CURVES = "loss-curve", "autoencoder-loss-curve"  # parts
 
@@ -58,8 +59,8 @@ class Target:
 
 
 def forms(rows: dict[str, dict], contender: str) -> list[str]:
-    """The unpatched forms of a contender, eager or torch.compile, in any memory format and mode."""
-    return [name for name in rows if contender in name and "patched" not in name]
+    """The forms of an unpatched contender, eager or torch.compile, in any memory format and mode; or itself."""
+    return [name for name in rows if name == contender or (contender in name and "patched" not in name)]
 
 
 def fastest(rows: dict[str, dict], names: Iterable[str]) -> float | None:
@@ -96,6 +97,11 @@ TARGETS = [
     faster(f"{F32}-encode-b8-512", PATCHED, "torch.compile", 1.27),
     near_floor(f"{F32}-encode-b8-512", PATCHED, 1.15),
     *[faster(f"{F32}-{direction}-b1-512", GRAPHS, "torch.compile", 1.5) for direction in DIRECTIONS],
+    *[faster(f"{F32}-{direction}-b1-512", AUTOMATIC, "torch.compile", 1.15) for direction in DIRECTIONS],
+    *[
+        faster(f"{SANA}-{direction}-{shape}", AUTOMATIC, "torch.compile", 1.5)
+        for shape, direction in product(("b1-1024", "b2-512"), DIRECTIONS)
+    ],
     *[faster(f"{SANA}-{direction}-b8-512", PATCHED, "torch.compile", 1.35) for direction in DIRECTIONS],
     *[
         faster(f"{model}-{direction}-b8-512", PATCHED, "torch.compile", 1.30)
@@ -123,7 +129,9 @@ TARGETS = [
     *network("training", "uvit-h-f64-training-b512", 2.0, 1.3),
     *network("training", "uvit-h-f64-training-b4096-checkpointed", 1.9),
     *network("training", "dit-xl-f32-training-b128", 1.6, 1.3),
-    faster("uvit-h-f64-step-b16", "patched + CUDA graphs", "eager", 3.5, part="sampling"),
+    faster("uvit-h-f64-step-b16", GRAPHS, "eager", 3.5, part="sampling"),
+    faster("uvit-h-f64-step-b16", AUTOMATIC, "eager", 2.3, part="sampling"),
+    faster("uvit-h-f64-step-b16", AUTOMATIC, GRAPHS, 1.0, part="sampling"),
     Target("headline", "sampling", "patched", "ratio", None, 34, faster=True),
     Target("headline", "training", "patched", "ratio", None, 34, faster=True),
     *[Target(part, None, "patched", "error", "eager", 1.0) for part in ("transformer", "training")],

@@ -12,7 +12,10 @@ DIRECTIONS = ("encode", "decode")
 UNCOMPILED = ("eager", "eager channels-last", "patched channels-last", "patched + CUDA graphs")
 COMPILED = (*UNCOMPILED, "torch.compile")
 ALL = (*COMPILED, "patched", "patched + torch.compile", "diffusers patched")
-SMALL = (*ALL, "torch.compile, reduce-overhead")
+SMALL = (
+    *COMPILED, "torch.compile, reduce-overhead", "patched, automatic graphs", "patched + torch.compile",
+    "patched + torch.compile, reduce-overhead",
+)  # fmt: skip
 BOUNDED = ("eager", "patched", "patched, bounded memory")
 FIRST_CALL = ("patched", "torch.compile")
 
@@ -43,10 +46,12 @@ def _both(model: str, batch: int, size: int, contenders: tuple[str, ...]) -> lis
 
 WORKLOADS: dict[str, list[Workload]] = {  # by part
     "autoencoder": [
-        *_both(F32, 1, 512, SMALL),
+        *_both(F32, 1, 512, (*SMALL, "patched", "diffusers patched")),
         *_both(F32, 8, 512, ALL),
         *_both(F32, 1, 1024, UNCOMPILED),
         *_both(F32, 4, 1024, UNCOMPILED),
+        *_both(SANA, 1, 1024, SMALL),
+        *_both(SANA, 2, 512, SMALL),
         *_both(SANA, 8, 512, COMPILED),
         *_both(F64, 8, 512, COMPILED),
         *_both(F128, 8, 512, COMPILED),
