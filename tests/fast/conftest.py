@@ -4,6 +4,8 @@ import torch
 from small_models import GRADIENT, OUTPUT
 
 from dcae_fast.fast import graphs
+from dcae_fast.models.autoencoder import DCAE
+from dcae_fast.models.zoo import autoencoder_config
 
 
 @pytest.fixture
@@ -29,3 +31,12 @@ def tape(monkeypatch) -> type[graph_tape.Tape]:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     graph_tape.Tape.captures = graph_tape.Tape.replays = graph_tape.Tape.casts = 0
     return graph_tape.Tape
+
+
+@pytest.fixture(scope="module")
+def large() -> DCAE:
+    """A model of usual size."""
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = DCAE(autoencoder_config("dc-ae-f32c32-in-1.0")).bfloat16().eval()
+    return model.to(memory_format=torch.channels_last)

@@ -17,6 +17,17 @@ def with_and_without_graphs(model: nn.Module, cuda_graphs: bool | str = True) ->
     return model, plain
 
 
+def graphs_of(module: nn.Module):
+    return module.fast_options.graphs
+
+
+def settle(module: nn.Module, *args, calls: int = 4) -> None:
+    """Calls as a program makes them that uses each result, so that the GPU is idle before each call."""
+    for _ in range(calls):
+        module(*args)
+        torch.cuda.synchronize()
+
+
 @torch.no_grad()
 def assert_right_in_threads(model: nn.Module, plain: nn.Module) -> None:
     """Calls an autoencoder in several threads, each with a stream of its own, with images of three shapes in turn."""
