@@ -105,7 +105,7 @@ def convolve(x, weight, padding, out):
         return out.copy_(conv2d_reference(x, weight, None, "none", None, 1, padding))
 
     plan = None
-    accepted = _accepts(x, weight, None, "none", None, 1, padding) and out.data_ptr() % 16 == 0
+    accepted = x.is_cuda and _accepts(x, weight, None, "none", None, 1, padding) and out.data_ptr() % 16 == 0
     if accepted and _convolution_plans.available():
         plan = _convolution_plans.find(x, weight, 1, padding, [], fallback)
     return fallback() if plan is None else plan(x, weight, [], out)
