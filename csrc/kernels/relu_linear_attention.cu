@@ -7,7 +7,6 @@
 // thread reads and writes neighbouring channels, directly from and to memory.
 
 #include <algorithm>
-#include <climits>
 #include <cstdint>
 #include <type_traits>
 
@@ -141,23 +140,12 @@ cudaError_t launch_relu_linear_attention(const void* qkv, void* out, float inver
          2 * cluster * kWarps * kUnroll * kGroup <= positions) {
     cluster *= 2;
   }
-  if (pairs * cluster > INT_MAX) return cudaErrorInvalidConfiguration;
-
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = static_cast<unsigned>(pairs * cluster);
-  config.blockDim = kThreads;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
   return with_element(dtype, [&](auto element) {
     using T = decltype(element);
     const auto launch = [&](auto* typed_out) {
       using Out = std::remove_pointer_t<decltype(typed_out)>;
-      return cudaLaunchKernelEx(&config, relu_linear_attention_kernel<T, Out>, static_cast<const T*>(qkv), typed_out,
-                                inverse_scale, positions, heads, out_channels, eps);
+      return launch_clusters(relu_linear_attention_kernel<T, Out>, pairs, cluster, kThreads, stream,
+                             static_cast<const T*>(qkv), typed_out, inverse_scale, positions, heads, out_channels, eps);
     };
     return inverse_scale == 0.0f ? launch(static_cast<T*>(out)) : launch(static_cast<int8_t*>(out));
   });

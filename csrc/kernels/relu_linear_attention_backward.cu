@@ -12,7 +12,6 @@
 // positions and channels within fragments is that of relu_linear_attention.cu.
 
 #include <algorithm>
-#include <climits>
 
 #include "launch.h"
 #include "ops.h"
@@ -274,19 +273,9 @@ cudaError_t launch_relu_linear_attention_backward(const void* dout, const void* 
          2 * cluster * warps * kUnroll <= groups) {
     cluster *= 2;
   }
-  if (pairs * cluster > INT_MAX) return cudaErrorInvalidConfiguration;
-
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = static_cast<unsigned>(pairs * cluster);
-  config.blockDim = static_cast<unsigned>(32 * warps);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, relu_linear_attention_backward_kernel, static_cast<const T*>(dout),
-                            static_cast<const T*>(qkv), static_cast<T*>(dqkv), positions, heads, out_channels, eps);
+  return launch_clusters(relu_linear_attention_backward_kernel, pairs, cluster, 32 * warps, stream,
+                         static_cast<const T*>(dout), static_cast<const T*>(qkv), static_cast<T*>(dqkv), positions,
+                         heads, out_channels, eps);
 }
 
 }  // namespace dcae_fast
