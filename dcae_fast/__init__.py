@@ -10,14 +10,14 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .fast.patch import Report, patch, patched, register_root, unpatch
+    from .fast.patch import ErrorBudget, Report, patch, patched, register_root, unpatch
 
 try:
     __version__ = version("dcae_fast")
 except PackageNotFoundError:  # a source tree that is not installed
     __version__ = "0+unknown"
 
-__all__ = ["Report", "__version__", "patch", "patched", "register_root", "unpatch"]
+__all__ = ["ErrorBudget", "Report", "__version__", "patch", "patched", "register_root", "unpatch"]
 
 
 def __getattr__(name: str) -> Any:

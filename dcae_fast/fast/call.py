@@ -79,10 +79,11 @@ class Coder(WholeCall, ImageModule):
     """An encoder or decoder.
 
     A family says what its coders are made of: `layers`, and what runs on the whole image before and after the layers,
-    `start` and `finish`.
+    `start` and `finish`. ends: names of the first and the last module, which never compute in 8 bit.
     """
 
     graphs_class = Graphs
+    ends: tuple[str, ...] = ()
 
     def plan(self, x: torch.Tensor, *args, **kwargs) -> Plan | None:
         """How to stay within the memory; None to compute at once.

@@ -42,6 +42,10 @@ class FastModule:
         """Submodules of which at least one must be patched for this module to gain anything. Empty: it always gains."""
         return {}
 
+    def int8_layers(self) -> tuple[nn.Module, ...]:
+        """The module's own layers that its fast forward can compute in 8 bit, if they have the shapes for it."""
+        return ()
+
     def dispatch(self, *args, **kwargs):
         """The fast forward, or the module's own where the fast one cannot take these arguments."""
         if kwargs or not args or not self.takes(*args):
@@ -74,7 +78,7 @@ class FastModule:
         return super()._apply(*args, **kwargs)
 
     def _load_from_state_dict(self, *args, **kwargs):
-        operands.drop(self)
+        operands.forget(self)
         return super()._load_from_state_dict(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:

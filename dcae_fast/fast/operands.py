@@ -25,6 +25,7 @@ from .casts import cast, without_cache
 LAYERS = (nn.Conv2d, nn.Linear)  # that can keep operands
 ATTRIBUTE = "fast_operands"  # of such a layer; it is there if the layer is frozen
 FROZEN = "fast_frozen"  # attribute of a fast module with such layers
+INT8 = "fast_int8"  # attribute of a layer that computes in 8 bit; see int8.py
 
 Operand = Any  # a tensor, or a tuple of tensors and None
 
@@ -95,10 +96,10 @@ def freeze(module: nn.Module) -> None:
 
 
 def unfreeze(module: nn.Module) -> None:
-    """Drop the operands of all layers in a module. From now on every call derives its operands."""
+    """Drop the operands of all layers in a module. From now on every call derives its operands; no layer is 8-bit."""
     for submodule in module.modules():
-        submodule.__dict__.pop(FROZEN, None)
-        submodule.__dict__.pop(ATTRIBUTE, None)
+        for name in (FROZEN, ATTRIBUTE, INT8):
+            submodule.__dict__.pop(name, None)
 
 
 def drop(module: nn.Module) -> None:
@@ -109,6 +110,13 @@ def drop(module: nn.Module) -> None:
     for layer in _layers(module):
         if layer.__dict__.get(ATTRIBUTE):
             layer.__dict__[ATTRIBUTE] = Operands()
+
+
+def forget(module: nn.Module) -> None:
+    """`drop`, and compute exactly: other weights were loaded, for which the scales of 8-bit layers are wrong."""
+    drop(module)
+    for layer in _layers(module):
+        layer.__dict__.pop(INT8, None)
 
 
 def kept_by(modules: Iterable[nn.Module]) -> list[torch.Tensor] | None:
@@ -201,6 +209,34 @@ def of_joined_layers(
         return torch.cat(parts, dim=1).flatten(0, 1) if parts else None
 
     return _operand(layers[0], ("joined", dtype, heads), (*weights, *biases), lambda: (join(weights), join(biases)))
+
+
+def of_int8(
+    layers: tuple[nn.Conv2d | nn.Linear, ...],
+    scale: float,
+    norm: nn.BatchNorm2d | None = None,
+    upsamples: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Weight, scales and bias as the 8-bit convolutions read them. Linear layers are 1×1 convolutions.
+
+    layers: whose filters lie one after the other; several have no biases. scale: of their input. norm: is folded in;
+    the layer has no bias then. upsamples: for `ops.upsample_conv2d_int8`.
+    """
+    first = layers[0]
+    weights = tuple(layer.weight for layer in layers)
+    of_norm = () if norm is None else (norm.bias, norm.weight, norm.running_mean, norm.running_var)
+
+    def make() -> Operand:
+        weight, bias = torch.cat(weights) if len(weights) > 1 else weights[0], first.bias
+        weight = weight if weight.dim() == 4 else weight[:, :, None, None]
+        if norm is not None:
+            weight, bias = ops.fold_batch_norm(weight, *of_norm, norm.eps, torch.float32)
+        if upsamples:
+            weight = ops.subpixel_weights(weight, torch.float32)
+        quantized, scales = ops.quantize_weight(weight)
+        return quantized, scales * scale, bias
+
+    return _operand(first, ("int8", scale, upsamples), (*weights, *of_norm, first.bias), make)
 
 
 def _is_channels_last(weight: torch.Tensor) -> bool:

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from . import families, operands  # noqa: F401, families register their classes
+from . import families, operands, precisions  # noqa: F401, families register their classes
+from .calibration import DEFAULT_BUDGET, Calibration, ErrorBudget
 from .call import WholeCall, configure, release
 from .judge import Budget
 from .layout import Part
@@ -18,7 +19,7 @@ from .names import register_root
 from .registry import is_of_known_module, mixin_of, resemblance, unlike
 from .report import Report, about_auto, missing
 
-__all__ = ["OPERATORS", "Report", "patch", "patched", "register_root", "unpatch"]
+__all__ = ["OPERATORS", "ErrorBudget", "Report", "patch", "patched", "register_root", "unpatch"]
 
 OPERATORS = (
     "batch_norm_act",
@@ -50,6 +51,9 @@ def patch(
     max_memory: int | None = None,
     frozen: bool = False,
     graph_memory: int = 2**30,
+    precision: Literal["exact", "int8"] = "exact",
+    calibration: Any = None,
+    error_budget: ErrorBudget = DEFAULT_BUDGET,
 ) -> Report:
     """Make a DC-AE and the diffusion transformers on its latents fast.
 
@@ -89,9 +93,21 @@ def patch(
     are not noticed: writes through `.data`, and on a GPU the updates of PyTorch's moving averages (`AveragedModel`
     with get_ema_multi_avg_fn). Under torch.compile nothing is kept.
 
-    Returns a report that prints as a table. Raises TypeError for a model or an option of another type, and ValueError
-    for an unknown operator, for a number of bytes that is not positive, and for frozen=True with weights that FSDP
-    shards.
+    precision: "int8" lets convolutions and linear layers of encoders and decoders compute in 8 bit, for inference on a
+    Hopper GPU; the first and the last layer stay exact. Implies frozen. Results differ from exact ones within
+    `error_budget`, on the pictures of the calibration. A call with gradients on or in training mode raises
+    RuntimeError. `load_state_dict` makes the model exact again, and so does a change of its dtype; `deepcopy` and
+    pickle keep 8 bit. On other devices the model computes exactly.
+    calibration: pictures to calibrate 8-bit layers on: a tensor [B, 3, H, W] in [-1, 1], a picture file, a folder, or a
+    list of these; None for the bundled photograph. A .safetensors file that `report.save_scales` wrote replaces the
+    calibration.
+    error_budget: the largest error by 8 bit. Layers that would exceed it stay exact; the report names them.
+
+    Returns a report that prints as a table. Raises TypeError for a model or an option of another type. Raises
+    ValueError for an unknown operator or precision, for a number of bytes that is not positive, for pictures that
+    cannot be read, for frozen=True with weights that FSDP shards, and for precision="int8" in training mode or without
+    exactly one autoencoder in the model, or in a component of the pipeline at most. Raises CheckpointError for scales
+    of other weights.
     """
     components, disabled = _components(model), _disabled(disable)
     if not isinstance(cuda_graphs, bool) and cuda_graphs != "auto":
@@ -101,14 +117,26 @@ def patch(
     if max_memory is not None:
         _check_bytes("max_memory", max_memory, " or None")
     _check_bytes("graph_memory", graph_memory)
+    if precision not in ("exact", "int8"):
+        raise ValueError(f"precision={precision!r}; expected 'exact' or 'int8'")
+    frozen = frozen or precision == "int8"
     if frozen and any(map(_is_sharded, _modules(model))):
         raise ValueError("frozen=True: FSDP shards the weights of this model, and gathers them again in every call")
+    found = {}
+    if precision == "int8":
+        found = precisions.autoencoders({"": model} if components is None else components)
+        with patched(model, disable, max_memory=max_memory, frozen=True):
+            found = {
+                name: (each, precisions.calibration_of(each, calibration, error_budget)) for name, each in found.items()
+            }
     options = disabled, cuda_graphs, max_memory, frozen, Budget(graph_memory)
     if components is None:
-        return _patch(model, *options)
+        return _patch(model, *options, *found.get("", ()))
     if not components:
         return Report(note=f"{type(model).__name__} has no component that is a module: nothing was patched.")
-    return Report.of_components({name: _patch(component, *options) for name, component in components.items()})
+    return Report.of_components(
+        {name: _patch(component, *options, *found.get(name, ())) for name, component in components.items()}
+    )
 
 
 def _check_bytes(name: str, value: Any, alternative: str = "") -> None:
@@ -125,7 +153,10 @@ def _patch(
     max_memory: int | None,
     frozen: bool,
     budget: Budget,
+    autoencoder: nn.Module | None = None,
+    calibration: Calibration | None = None,
 ) -> Report:
+    """autoencoder: the part of the model to compute in 8 bit, as `calibration` says; None computes exactly."""
     report, reasons = Report(), {}
     sharded = any(map(_is_sharded, model.modules()))
     operands.unfreeze(model)
@@ -152,6 +183,8 @@ def _patch(
                 report.graphs = about_auto(budget.limit) if cuda_graphs == "auto" else ""
             if frozen:
                 operands.freeze(module)
+    if autoencoder is not None:
+        report.calibration, report.precision = calibration, precisions.set_int8(autoencoder, calibration)
     known = report.replaced or report.skipped
     unknown = f"{type(model).__name__} has no module of a DC-AE that is known here: nothing was patched."
     report.note = missing() if known else unknown
@@ -179,6 +212,9 @@ def patched(
     max_memory: int | None = None,
     frozen: bool = False,
     graph_memory: int = 2**30,
+    precision: Literal["exact", "int8"] = "exact",
+    calibration: Any = None,
+    error_budget: ErrorBudget = DEFAULT_BUDGET,
 ) -> Iterator[Report]:
     """`patch` for a scope, with the same arguments. At its end each module has its former class and options again.
 
@@ -188,7 +224,8 @@ def patched(
     before = [(module, class_in_use(module), _take_state(module)) for module in modules]
     changed = []
     try:
-        report = patch(model, disable, cuda_graphs, max_memory, frozen, graph_memory)
+        options = cuda_graphs, max_memory, frozen, graph_memory, precision, calibration, error_budget
+        report = patch(model, disable, *options)
         changed += [(module, cls) for module, cls, _ in before if class_in_use(module) is not cls]
         yield report
     finally:
@@ -202,7 +239,7 @@ def patched(
 
 def _take_state(module: nn.Module) -> dict[str, Any]:
     """Remove from a module what `patch` has added, and return it."""
-    added = vars(module).keys() & {"fast_options", operands.FROZEN, operands.ATTRIBUTE}
+    added = vars(module).keys() & {"fast_options", operands.FROZEN, operands.ATTRIBUTE, operands.INT8}
     return {name: vars(module).pop(name) for name in added}
 
 

@@ -2,10 +2,14 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 from dcae_fast.ops._library import EXTENSION_IS_BUILT, HAS_TRITON, INTERPRETED, cuda_extension, is_hopper
+
+from . import scales
+from .calibration import Calibration
 
 
 @dataclass
@@ -13,6 +17,7 @@ class Report:
     """What `patch` did. replaced: class name → number of modules; skipped: (path, class name, reason); note: one line.
 
     graphs: what cuda_graphs="auto" means; empty for other values.
+    calibration: of 8-bit layers, with precision="int8"; precision: what it found, as text.
     components: for a pipeline, name → report of the component; `replaced` and `skipped` then cover all components.
     """
 
@@ -21,6 +26,8 @@ class Report:
     note: str = ""
     components: dict[str, "Report"] = field(default_factory=dict)
     graphs: str = ""
+    calibration: Calibration | None = None
+    precision: str = ""
 
     @classmethod
     def of_components(cls, reports: dict[str, "Report"]) -> "Report":
@@ -41,7 +48,18 @@ class Report:
         rows += [(name, "", f"{reason} ({count})") for (name, reason), count in sorted(reasons.items())]
         widths = [max(len(row[column]) for row in rows) for column in range(2)]
         table = [f"{name:<{widths[0]}}  {count:>{widths[1]}}  {reason}".rstrip() for name, count, reason in rows]
-        return "\n".join([*table, *filter(None, (self.graphs, self.note))])
+        return "\n".join([*table, *filter(None, (self.precision, self.graphs, self.note))])
+
+    def save_scales(self, path: str | Path) -> None:
+        """Write the calibration to a .safetensors file, for `patch(model, precision="int8", calibration=path)`.
+
+        The file is refused for a model with other weights. Raises ValueError unless there is exactly one calibration,
+        and unless the name ends in .safetensors; raises `files.WriteError`.
+        """
+        found = [each.calibration for each in (self, *self.components.values()) if each.calibration is not None]
+        if len(found) != 1:
+            raise ValueError(f"the report has {len(found)} calibrations; expected one, of patch(precision='int8')")
+        scales.save(found[0], path)
 
 
 def about_auto(graph_memory: int) -> str:

@@ -1,11 +1,14 @@
+from collections import Counter
+
 import graph_tape
 import pytest
 import torch
-from small_models import GRADIENT, OUTPUT
+from small_models import DEVICE, GRADIENT, OUTPUT
 
-from dcae_fast.fast import graphs
+from dcae_fast.fast import graphs, int8
 from dcae_fast.models.autoencoder import DCAE
 from dcae_fast.models.zoo import autoencoder_config
+from dcae_fast.ops import _library
 
 
 @pytest.fixture
@@ -40,3 +43,20 @@ def large() -> DCAE:
     with torch.device("cuda"):
         model = DCAE(autoencoder_config("dc-ae-f32c32-in-1.0")).bfloat16().eval()
     return model.to(memory_format=torch.channels_last)
+
+
+@pytest.fixture
+def int8_calls(monkeypatch) -> Counter[str]:
+    """How often each operator was called, for tests of 8 bit. On a CPU the operators run their references, which are
+    faster than the interpreter.
+    """
+    if not int8.runs_on(torch.device(DEVICE)):
+        pytest.skip("8-bit convolutions need a Hopper GPU")
+    calls, call = Counter(), _library.Operator.__call__
+
+    def count(self, *args):
+        calls[self.overload.name().partition("::")[2]] += 1
+        return call(self, *args) if DEVICE == "cuda" else _library.as_channels_last(self.reference(*args))
+
+    monkeypatch.setattr(_library.Operator, "__call__", count)
+    return calls

@@ -5,7 +5,7 @@ from torch import nn
 
 from dcae_fast import ops
 
-from .. import operands
+from .. import int8, operands
 from ..call import Coder
 from ..fusion import (
     activation_name,
@@ -26,7 +26,6 @@ from ..fusion import (
     rms_norm,
     unknown_activation,
     unknown_norm,
-    upsample_conv_without_bias,
 )
 from ..layers import Layer, Resampling, Survey, UnknownModule
 from ..layout import Part
@@ -44,6 +43,7 @@ class Encoder(Coder):
 
     operators = ("conv2d", "unshuffle_average_add")
     attributes = ("conv_in", "down_blocks", "conv_out", "out_shortcut")
+    ends = ("conv_in", "conv_out")
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         x = _stem(self.conv_in, x)
@@ -68,6 +68,7 @@ class Decoder(Coder):
 
     operators = ("conv2d", "duplicate_shuffle_add", "rms_norm", "rms_norm_conv2d")
     attributes = ("conv_in", "up_blocks", "norm_out", "conv_act", "conv_out", "in_shortcut")
+    ends = ("conv_in", "conv_out")
 
     def fast_forward(self, z: torch.Tensor) -> torch.Tensor:
         x = self.start(z)
@@ -125,13 +126,18 @@ class ResBlock(Part):
     def describe(block: nn.Module, survey: Survey) -> list[Layer]:
         return [survey.res_block(block, block.conv1, block.conv2, block.nonlinearity, block.norm)]
 
+    def int8_layers(self) -> tuple[nn.Module, ...]:
+        return self.conv1, self.conv2
+
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         act = activation_name(self.nonlinearity)
         if act is None or self.reason_not_fast(self) or not can_fuse_norm(self.norm):
             return self.eager(x)
-        y = res_block(self.conv1, act, self.conv2, self.norm, x)
+        in_int8 = int8.is_marked(self.conv1, self.conv2)
+        y = None if in_int8 else res_block(self.conv1, act, self.conv2, self.norm, x)
         if y is None:
-            y = conv_norm_act(self.conv2, self.norm, "none", conv_norm_act(self.conv1, None, act, x), x)
+            y = int8.conv_norm_act(self.conv1, None, act, x, out_scale=int8.scale_of(self.conv2, x))
+            y = int8.conv_norm_act(self.conv2, self.norm, "none", y, x)
         return y
 
 
@@ -152,13 +158,16 @@ class GLUMBConv(Part):
         convs = block.conv_inverted, block.conv_depth, block.conv_point
         return [survey.gated(block, *convs, block.nonlinearity, block.norm)]
 
+    def int8_layers(self) -> tuple[nn.Module, ...]:
+        return self.conv_inverted, self.conv_point
+
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         act, depth = activation_name(self.nonlinearity), self.conv_depth
         if act is None or self.reason_not_fast(self) or not is_depthwise3x3(depth) or not can_fuse_norm(self.norm):
             return self.eager(x)
-        y = conv_norm_act(self.conv_inverted, None, act, x)
-        y = ops.depthwise_glu(y, depth.weight, depth.bias)
-        return conv_norm_act(self.conv_point, self.norm, "none", y, x if self.residual_connection else None)
+        y = int8.conv_norm_act(self.conv_inverted, None, act, x)
+        y = int8.depthwise_glu(y, depth, int8.scale_of(self.conv_point, x))
+        return int8.conv_norm_act(self.conv_point, self.norm, "none", y, x if self.residual_connection else None)
 
 
 class SanaMultiscaleLinearAttention(Part):
@@ -182,6 +191,10 @@ class SanaMultiscaleLinearAttention(Part):
         lean = survey.is_lean(attention)
         return [survey.attention(attention, attention.to_out.out_features, width, scales, lean)]
 
+    def int8_layers(self) -> tuple[nn.Module, ...]:
+        """The first counts for queries, keys and values, which are one product."""
+        return self.to_q, self.to_out
+
     def inside(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
@@ -189,22 +202,26 @@ class SanaMultiscaleLinearAttention(Part):
         known = type(self.to_out) is nn.Linear and plain(self.to_out, self.nonlinearity)
         if self.reason_not_fast(self) or not known or not can_fuse_norm(self.norm_out):
             return self.eager(x)
-        qkv = self._qkv(x).movedim(-1, 1)
+        qkv = self._qkv(x)
         scales = [multiscale_qkv(scale, qkv) for scale in self.to_qkv_multiscale]
-        y = ops.relu_linear_attention([qkv, *scales], self.attention_head_dim, self.eps)
-        y = self.to_out(y.movedim(1, -1)).movedim(-1, 1)
+        out_scale = int8.scale_of(self.to_out, x)
+        y = int8.relu_linear_attention([qkv, *scales], self.attention_head_dim, self.eps, out_scale)
+        y = self.to_out(y.movedim(1, -1)).movedim(-1, 1) if out_scale is None else int8.linear((self.to_out,), y)
         return rms_norm(self.norm_out, y, residual=x if self.residual_connection else None)
 
     def _qkv(self, x: torch.Tensor) -> torch.Tensor:
-        """Queries, keys and values [B, H, W, 3 C] from one product for the three projections."""
+        """Queries, keys and values [B, 3 C, H, W] from one product for the three projections."""
         parts = (self.to_q, self.to_k, self.to_v)
         linear = all(type(part) is nn.Linear and part.bias is None for part in parts) and plain(*parts)
         dtype = compute_dtype(x)
         dtypes = (dtype, torch.float32) if autocasts(x) else (dtype,)
         if linear and all(part.weight.dtype in dtypes for part in parts):
+            qkv = int8.linear(parts, x)
+            if qkv is not None:
+                return qkv
             pixels = x.contiguous(memory_format=torch.channels_last).movedim(1, -1)
-            return nn.functional.linear(pixels, operands.of_joined_layers(parts, dtype)[0])
-        return torch.cat([part(x.movedim(1, -1)) for part in parts], dim=-1)
+            return nn.functional.linear(pixels, operands.of_joined_layers(parts, dtype)[0]).movedim(-1, 1)
+        return torch.cat([part(x.movedim(1, -1)) for part in parts], dim=-1).movedim(-1, 1)
 
 
 class DCDownBlock2d(Part):
@@ -219,12 +236,15 @@ class DCDownBlock2d(Part):
     def describe(block: nn.Module, survey: Survey) -> list[Layer]:
         return [survey.sampler(resampling(block), block)]
 
+    def int8_layers(self) -> tuple[nn.Module, ...]:
+        return (self.conv,)
+
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.reason_not_fast(self) or not is_divisible(x, self.factor):
             return self.eager(x)
         if not self.shortcut and self.factor == 2 and can_fuse_unshuffle(self.conv, x):
             return conv_unshuffle(self.conv, x)
-        main, bias = conv_without_bias(self.conv, x)
+        main, bias = int8.conv_without_bias(self.conv, x)
         return ops.unshuffle_average_add(x if self.shortcut else None, main, bias, self.factor)
 
 
@@ -244,10 +264,13 @@ class DCUpBlock2d(Part):
     def describe(block: nn.Module, survey: Survey) -> list[Layer]:
         return [survey.sampler(resampling(block), block)]
 
+    def int8_layers(self) -> tuple[nn.Module, ...]:
+        return (self.conv,)
+
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.reason_not_fast(self):
             return self.eager(x)
-        convolve = upsample_conv_without_bias if self.interpolate else conv_without_bias
+        convolve = int8.upsample_conv_without_bias if self.interpolate else int8.conv_without_bias
         main, bias = convolve(self.conv, x)
         return ops.duplicate_shuffle_add(x if self.shortcut else None, main, bias, self.factor)
 

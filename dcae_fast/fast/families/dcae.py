@@ -6,14 +6,13 @@ from torch import nn
 from dcae_fast import ops
 from dcae_fast.ops._private import unobserved
 
+from .. import int8
 from ..call import Coder
 from ..fusion import (
     activation_name,
     can_fuse_norm,
     can_fuse_unshuffle,
-    conv_norm_act,
     conv_unshuffle,
-    conv_without_bias,
     is_depthwise3x3,
     is_divisible,
     multiscale_qkv,
@@ -23,7 +22,6 @@ from ..fusion import (
     unknown_activation,
     unknown_norm,
     upsample,
-    upsample_conv_without_bias,
 )
 from ..graphs import Result
 from ..layers import Layer, Resampling, Survey, UnknownModule, known
@@ -40,6 +38,7 @@ SHORTCUTS = {*IDENTITIES, *AVERAGING, *DUPLICATING}
 
 class Encoder(Coder):
     attributes = ("project_in", "stages", "project_out")
+    ends = ("project_in", "project_out")
 
     def has_layers(self, *args, **kwargs) -> bool:
         return _all_none(args, kwargs) or hasattr(self, "partial_latents")
@@ -60,6 +59,7 @@ def _all_none(args: tuple, kwargs: dict) -> bool:
 
 class Decoder(Coder):
     attributes = ("project_in", "stages", "project_out")
+    ends = ("project_in", "project_out")
 
     def eager(self, *args, **kwargs) -> Result:
         """The decoder's own forward; for the list that an encoder returns for several numbers of channels, a list."""
@@ -108,29 +108,47 @@ class ConvLayer(Part):
             return "it has dropout"
         return unknown_activation(layer.act) or unknown_norm(layer.norm)
 
+    def int8_layers(self) -> tuple[nn.Module, ...]:
+        return (self.conv,)
+
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.add(x, None)
 
-    def add(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-        modules = self._modules  # faster than attributes; a layer that is None may be missing
-        act, norm = activation_name(modules.get("act")), modules.get("norm")
-        if act is None or modules.get("dropout") is not None or not can_fuse_norm(norm):
+    def add(self, x: torch.Tensor, residual: torch.Tensor | None, out_scale: float | None = None) -> torch.Tensor:
+        """The layer's result + residual. x may be in 8 bit if `input_scale` is a number; out_scale: for 8 bit."""
+        modules, act = self._modules, self.known_activation()  # faster than attributes; a layer may be missing
+        if act is None:
             y = self.eager(x)
-            return y if residual is None else y + residual
-        return conv_norm_act(modules["conv"], norm, act, x, residual)
+            return int8.quantized(y if residual is None else y + residual, out_scale)
+        return int8.conv_norm_act(modules["conv"], modules.get("norm"), act, x, residual, out_scale)
+
+    def known_activation(self) -> str | None:
+        """The activation's name; None if the layer takes its own forward."""
+        modules = self._modules
+        known = modules.get("dropout") is None and can_fuse_norm(modules.get("norm"))
+        return activation_name(modules.get("act")) if known else None
+
+    def input_scale(self, x: torch.Tensor) -> float | None:
+        """The scale of the layer's input if the layer computes in 8 bit, else None. x: as in `int8.scale_of`."""
+        scale = int8.scale_of(self._modules["conv"], x)
+        return None if scale is None or self.known_activation() is None else scale
 
     def without_bias(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The layer without the bias of its convolution, and the bias, as in `fusion.conv_without_bias`."""
-        return conv_without_bias(self.conv, x) if self.is_bare() else (self(x), None)
+        return int8.conv_without_bias(self.conv, x) if self.is_bare() else (self(x), None)
 
     def is_bare(self) -> bool:
         modules = self._modules
         return modules.get("norm") is modules.get("act") is modules.get("dropout") is None
 
 
-def compute(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """layer(x). A plain ConvLayer is not called, since a call of a module takes longer than its checks."""
-    return layer.add(x, None) if isinstance(layer, ConvLayer) and plain(layer) else layer(x)
+def compute(layer: nn.Module, x: torch.Tensor, out_scale: float | None = None) -> torch.Tensor:
+    """layer(x), in 8 bit if out_scale is given. A plain ConvLayer is not called, since a call of a module takes longer
+    than its checks.
+    """
+    if isinstance(layer, ConvLayer) and plain(layer):
+        return layer.add(x, None, out_scale)
+    return int8.quantized(layer(x), out_scale)
 
 
 def bare_conv(layer: nn.Module) -> nn.Module | None:
@@ -178,16 +196,28 @@ class OpSequential(Part):
 
 
 class Branch(Part):
-    """A residual branch. Its last layer can add the residual."""
+    """A residual branch. Its last layer can add the residual.
+
+    body: the layers before the last one; in 8 bit with out_scale.
+    """
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.add(x, None)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-        x, last = self.body(x), self.last_layer()
-        if residual is None:
-            return compute(last, x)
-        return last.add(x, residual) if isinstance(last, ConvLayer) and plain(last) else last(x) + residual
+        last = self.last_layer()
+        known = isinstance(last, ConvLayer) and plain(last)
+        scale = last.input_scale(x) if known else None
+        x = self.body(x, scale)
+        if known:
+            return last.add(x, residual)
+        return last(x) if residual is None else last(x) + residual
+
+    def body(self, x: torch.Tensor, out_scale: float | None) -> torch.Tensor:
+        raise NotImplementedError
+
+    def last_layer(self) -> nn.Module:
+        raise NotImplementedError
 
 
 class ResBlock(Branch):
@@ -207,13 +237,13 @@ class ResBlock(Branch):
     def in_one(self, x: torch.Tensor) -> torch.Tensor | None:
         """The branch and x by one operator, None if it does not compute them."""
         first, second = self.conv1, self.conv2
-        known = is_plain_layer(first) and is_plain_layer(second)
+        known = is_plain_layer(first) and is_plain_layer(second) and not int8.is_marked(first.conv, second.conv)
         if known and first.norm is None and second.act is None and can_fuse_norm(second.norm):
             return res_block(first.conv, activation_name(first.act), second.conv, second.norm, x)
         return None
 
-    def body(self, x: torch.Tensor) -> torch.Tensor:
-        return compute(self._modules["conv1"], x)
+    def body(self, x: torch.Tensor, out_scale: float | None) -> torch.Tensor:
+        return compute(self._modules["conv1"], x, out_scale)
 
     def last_layer(self) -> nn.Module:
         return self._modules["conv2"]
@@ -227,14 +257,13 @@ class GLUMBConv(Branch):
     def rests_on(block: nn.Module) -> dict[str, nn.Module]:
         return {} if gates_in_one_pass(block) else {"point_conv": block.point_conv}
 
-    def body(self, x: torch.Tensor) -> torch.Tensor:
+    def body(self, x: torch.Tensor, out_scale: float | None) -> torch.Tensor:
         modules = self._modules
         x, depth = compute(modules["inverted_conv"], x), modules["depth_conv"]
         if gates_in_one_pass(self):
-            parameters = depth._modules["conv"]._parameters
-            return ops.depthwise_glu(x, parameters["weight"], parameters["bias"])
+            return int8.depthwise_glu(x, depth._modules["conv"], out_scale)
         value, gate = depth(x).chunk(2, dim=1)
-        return value * self.glu_act(gate)
+        return int8.quantized(value * self.glu_act(gate), out_scale)
 
     def last_layer(self) -> nn.Module:
         return self._modules["point_conv"]
@@ -264,11 +293,11 @@ class LiteMLA(Branch):
             return y if residual is None else y + residual
         return super().add(x, residual)
 
-    def body(self, x: torch.Tensor) -> torch.Tensor:
+    def body(self, x: torch.Tensor, out_scale: float | None) -> torch.Tensor:
         modules = self._modules
         qkv = compute(modules["qkv"], x)
         scales = [multiscale_qkv(scale, qkv) for scale in modules["aggreg"]]
-        return ops.relu_linear_attention([qkv, *scales], self.dim, self.eps)
+        return int8.relu_linear_attention([qkv, *scales], self.dim, self.eps, out_scale)
 
     def last_layer(self) -> nn.Module:
         return self._modules["proj"]
@@ -318,7 +347,7 @@ class InterpolateSampler(Part):
         conv = bare_conv(self.conv)
         if conv is None or self.reason_not_fast(self):
             return self(x), None
-        return upsample_conv_without_bias(conv, x)
+        return int8.upsample_conv_without_bias(conv, x)
 
 
 class ResidualBlock(Part):

@@ -1,0 +1,192 @@
+"""Layers of encoders and decoders that compute in 8 bit: which can, which do, and their forwards.
+
+A layer computes in 8 bit if it has the attribute `operands.INT8`, the scale of its input. `patch` sets it. Copies and
+pickles of the layer have it too; `state_dict` has it not. The products of such a layer are `ops.conv2d_int8`, on a
+Hopper GPU; elsewhere, with hooks, and with weights of another dtype than when it was set, the layer computes exactly.
+
+Between blocks, images have the model's dtype. The first layer of a block quantises its input, a pass of its own; within
+a block, kernels write int8 for the layer behind them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dcae_fast import ops
+from dcae_fast.ops._library import INTERPRETED, KERNEL_DTYPES, is_hopper
+
+from . import fusion, operands
+from .call import Coder
+from .module import FastModule, plain
+
+MULTIPLE = 16  # of the channels and filters
+
+
+@dataclass(frozen=True)
+class Int8:
+    """What makes a layer compute in 8 bit. scale: of its input; dtype: of its weight when this was set."""
+
+    scale: float
+    dtype: torch.dtype
+
+
+def runs_on(device: torch.device) -> bool:
+    return INTERPRETED or is_hopper(device)
+
+
+def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, layer) of the layers of a patched model that can compute in 8 bit.
+
+    They are inside encoders and decoders, without the first and the last layer.
+    """
+    for path, coder in model.named_modules():
+        if not isinstance(coder, Coder):
+            continue
+        ends = {id(module) for end in coder.ends for module in getattr(coder, end).modules()}
+        names = {id(module): name for name, module in coder.named_modules(prefix=path)}
+        for module in coder.modules():
+            if isinstance(module, FastModule) and id(module) not in ends:
+                yield from ((names[id(layer)], layer) for layer in module.int8_layers() if _can_compute(layer))
+
+
+def _can_compute(layer: nn.Module) -> bool:
+    if type(layer) is nn.Linear:
+        return layer.in_features % MULTIPLE == layer.out_features % MULTIPLE == 0
+    return (
+        type(layer) is nn.Conv2d
+        and (layer.kernel_size, layer.padding) in (((1, 1), (0, 0)), ((3, 3), (1, 1)))
+        and layer.stride == layer.dilation == (1, 1)
+        and layer.groups == 1
+        and layer.padding_mode == "zeros"
+        and layer.in_channels % MULTIPLE == layer.out_channels % MULTIPLE == 0
+    )
+
+
+def mark(layer: nn.Module, scale: float) -> None:
+    """Let a layer compute in 8 bit."""
+    layer.__dict__[operands.INT8] = Int8(scale, layer.weight.dtype)
+
+
+def unmark(layer: nn.Module) -> None:
+    layer.__dict__.pop(operands.INT8, None)
+
+
+def is_marked(*layers: nn.Module) -> bool:
+    """Whether one of these layers is to compute in 8 bit, and so has no gradient."""
+    return any(operands.INT8 in layer.__dict__ for layer in layers)
+
+
+def scale_of(layer: nn.Module | None, x: torch.Tensor) -> float | None:
+    """The scale of a layer's input if the layer computes in 8 bit for an input like x, else None.
+
+    x: an image of the model's dtype, or in 8 bit. Raises RuntimeError in training mode and where gradients are on.
+    """
+    found = None if layer is None else layer.__dict__.get(operands.INT8)
+    if found is None:
+        return None
+    if torch.is_grad_enabled() or layer.training:
+        raise RuntimeError(
+            "patch(model, precision='int8') is for inference: call model.eval(), and the model under torch.no_grad();"
+            " patch(model) computes exactly, with gradients"
+        )
+    dtype = _dtype(layer, x)
+    fits = x.dtype in (torch.int8, dtype) or fusion.autocasts(x)
+    known = layer.weight.dtype == found.dtype and dtype in KERNEL_DTYPES
+    return found.scale if fits and known and plain(layer) and runs_on(x.device) else None
+
+
+def _dtype(layer: nn.Module, x: torch.Tensor) -> torch.dtype:
+    """The dtype of a layer's results."""
+    return fusion.compute_dtype(x) if fusion.autocasts(x) else layer.weight.dtype
+
+
+def quantized(x: torch.Tensor, scale: float | None) -> torch.Tensor:
+    """x in 8 bit; x itself without a scale, and if x is in 8 bit already."""
+    return x if scale is None or x.dtype == torch.int8 else ops.quantize(x, scale)
+
+
+def conv_norm_act(
+    conv: nn.Module,
+    norm: nn.Module | None,
+    act: str,
+    x: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    out_scale: float | None = None,
+) -> torch.Tensor:
+    """`fusion.conv_norm_act`, in 8 bit if the layer computes so: act(norm(conv(x))) + residual.
+
+    x: an image, or the same in 8 bit in units of the layer's scale. out_scale: of the result in 8 bit, for the layer
+    behind it; None for a result of the model's dtype.
+    """
+    scale = scale_of(conv, x)
+    if scale is None:
+        return quantized(fusion.conv_norm_act(conv, norm, act, x, residual), out_scale)
+    batch = fusion.is_batch_norm(norm)
+    if norm is None or (batch and conv.bias is None and not norm.training):
+        fits = residual is None or residual.dtype == _dtype(conv, x)
+        result = _product((conv,), x, scale, norm, act, residual if fits else None, out_scale if fits else None)
+        return result if fits else quantized(result + residual, out_scale)
+    y = _product((conv,), x, scale)
+    if batch and norm.training:
+        y = fusion.batch_norm(norm, y, act, residual)
+    elif batch:
+        y = ops.bias_act(y, norm.bias, act, residual, norm.weight, norm.running_mean, norm.running_var, norm.eps)
+    else:
+        y = fusion.rms_norm(norm, y, act, residual)
+    return quantized(y, out_scale)
+
+
+def conv_without_bias(conv: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`fusion.conv_without_bias`, in 8 bit if the layer computes so; the result then includes the bias."""
+    scale = scale_of(conv, x)
+    return fusion.conv_without_bias(conv, x) if scale is None else (_product((conv,), x, scale), None)
+
+
+def upsample_conv_without_bias(conv: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`fusion.upsample_conv_without_bias`, in 8 bit if the layer computes so; the planes then include the bias."""
+    scale = scale_of(conv, x)
+    if scale is None or x.numel() == 0:
+        return fusion.upsample_conv_without_bias(conv, x)
+    weight, scales, bias = operands.of_int8((conv,), scale, upsamples=True)
+    y, _ = ops.upsample_conv2d_int8(quantized(x, scale), weight, scales, bias, dtype=_dtype(conv, x))
+    return y, None
+
+
+def depthwise_glu(x: torch.Tensor, conv: nn.Conv2d, out_scale: float | None) -> torch.Tensor:
+    """`ops.depthwise_glu` with the weights of a depthwise convolution; in 8 bit if out_scale is given."""
+    parameters = conv._parameters
+    weights = parameters["weight"], parameters["bias"]
+    return ops.depthwise_glu(x, *weights) if out_scale is None else ops.depthwise_glu_int8(x, *weights, out_scale)
+
+
+def relu_linear_attention(qkvs: list[torch.Tensor], head_dim: int, eps: float, out_scale: float | None) -> torch.Tensor:
+    """`ops.relu_linear_attention`; in 8 bit if out_scale is given."""
+    if out_scale is None:
+        return ops.relu_linear_attention(qkvs, head_dim, eps)
+    return ops.relu_linear_attention_int8(qkvs, out_scale, head_dim, eps)
+
+
+def linear(layers: tuple[nn.Linear, ...], x: torch.Tensor) -> torch.Tensor | None:
+    """Linear layers of the channels of an image, one after the other along channels, if the first computes in 8 bit;
+    else None. Several layers have no biases.
+    """
+    scale = scale_of(layers[0], x)
+    return None if scale is None else _product(layers, x, scale)
+
+
+def _product(
+    layers: tuple[nn.Conv2d | nn.Linear, ...],
+    x: torch.Tensor,
+    scale: float,
+    norm: nn.BatchNorm2d | None = None,
+    act: str = "none",
+    residual: torch.Tensor | None = None,
+    out_scale: float | None = None,
+) -> torch.Tensor:
+    """act(norm(layers(x))) + residual, in 8 bit if out_scale is given."""
+    weight, scales, bias = operands.of_int8(layers, scale, norm)
+    dtype = _dtype(layers[0], x) if out_scale is None else None
+    y, q = ops.conv2d_int8(quantized(x, scale), weight, scales, bias, act, residual, dtype, out_scale)
+    return q if y is None else y

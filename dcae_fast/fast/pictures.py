@@ -1,0 +1,48 @@
+"""The pictures of a calibration."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from dcae_fast.images import demo_photograph, fit, picture_suffixes, read_photograph
+
+MOST_PICTURES = 8  # of a folder
+MOST_PIXELS = 1024  # along a side
+
+
+def load(source: "torch.Tensor | str | Path | Sequence | None", ratio: int) -> list[torch.Tensor]:
+    """Pictures [1, 3, H, W] in [-1, 1], cropped to multiples of `ratio`.
+
+    source: a batch of pictures, a picture file, a folder, a list of these, or None for the bundled photograph. Of a
+    folder, at most MOST_PICTURES are taken, evenly over the sorted names; of a file, at most MOST_PIXELS a side from
+    the centre. Raises ValueError if there is no picture, or one that is too small, not finite or of another shape.
+    """
+    sources = source if isinstance(source, (list, tuple)) else [demo_photograph() if source is None else source]
+    pictures = [picture for each in sources for picture in _load(each, ratio)]
+    if not pictures:
+        raise ValueError(f"calibration={source!r}: holds no picture")
+    return pictures
+
+
+def _load(source: torch.Tensor | str | Path, ratio: int) -> list[torch.Tensor]:
+    if isinstance(source, torch.Tensor):
+        x = source if source.dim() == 4 else source[None]
+        if x.dim() != 4 or x.shape[1] != 3 or not x.is_floating_point() or not x.isfinite().all():
+            raise ValueError(f"calibration: {source.dtype} {list(source.shape)}; expected finite pictures [B, 3, H, W]")
+        return list(fit(x, ratio, "crop").split(1))
+    if not isinstance(source, (str, Path)):
+        raise TypeError(f"calibration is of type {type(source).__name__}; expected pictures, paths or a file of scales")
+    paths = [Path(source)]
+    if paths[0].is_dir():
+        paths = sorted(path for path in paths[0].rglob("*") if path.suffix.lower() in picture_suffixes())
+        count = min(len(paths), MOST_PICTURES)
+        paths = [paths[index * len(paths) // count] for index in range(count)]
+    return [_centre(fit(read_photograph(path), ratio, "crop"), ratio) for path in paths]
+
+
+def _centre(x: torch.Tensor, ratio: int) -> torch.Tensor:
+    """At most MOST_PIXELS of each side."""
+    most = max(MOST_PIXELS // ratio, 1) * ratio
+    top, left = (max(0, side - most) // 2 for side in x.shape[2:])
+    return x[..., top : top + most, left : left + most]

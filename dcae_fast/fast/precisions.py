@@ -1,0 +1,65 @@
+"""`patch(model, precision="int8")`: finds autoencoders, calibrates them, and lets their layers compute in 8 bit."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import int8, scales
+from .calibration import Calibration, ErrorBudget, calibrate
+from .call import Coder
+from .module import original_class
+from .registry import mixin_of
+
+CODERS = "encoder", "decoder"  # modules of an autoencoder
+
+
+def autoencoders(components: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """The autoencoder in each component that has one. Raises ValueError if none has one, or a component several."""
+    found = {}
+    for name, component in components.items():
+        inside = [module for module in component.modules() if _is_autoencoder(module)]
+        if len(inside) > 1:
+            raise ValueError(f"precision='int8': {name or 'the model'} has several autoencoders; patch each by itself")
+        if inside:
+            found[name] = inside[0]
+    if not found:
+        raise ValueError("precision='int8': the model has no DC-AE with encoder and decoder")
+    return found
+
+
+def _is_autoencoder(module: nn.Module) -> bool:
+    mixins = [mixin_of(original_class(child)) for name, child in module.named_children() if name in CODERS]
+    return len(mixins) == len(CODERS) and all(mixin is not None and issubclass(mixin, Coder) for mixin in mixins)
+
+
+def calibration_of(autoencoder: nn.Module, source: Any, budget: ErrorBudget) -> Calibration | None:
+    """The calibration of a patched autoencoder; None on a device without 8-bit kernels, unless it is read from a file.
+
+    source: the argument `calibration` of `patch`.
+    """
+    if any(module.training for module in autoencoder.modules()):
+        raise ValueError("precision='int8' is for inference, and the model is in training mode: call model.eval()")
+    if isinstance(source, (str, Path)) and Path(source).suffix == scales.SUFFIX:
+        return scales.load(source, autoencoder)
+    weight = next(autoencoder.parameters())
+    if not int8.runs_on(weight.device):
+        return None
+    from . import pictures  # imports Pillow, which is optional
+
+    loaded = pictures.load(source, autoencoder.decoder.enlargement())
+    x = [x.to(weight.device, weight.dtype, memory_format=torch.channels_last) for x in loaded]
+    return calibrate(autoencoder, x, budget, scales.hash_of(autoencoder))
+
+
+def set_int8(autoencoder: nn.Module, calibration: Calibration | None) -> str:
+    """Let the layers of a patched autoencoder compute in 8 bit. Returns what the report says about it."""
+    layers = dict(int8.candidates(autoencoder))
+    for name, found in ({} if calibration is None else calibration.layers).items():
+        if found.in_int8 and name in layers:
+            int8.mark(layers[name], found.scale)
+    lines = [] if calibration is None else [str(calibration)]
+    if not int8.runs_on(next(autoencoder.parameters()).device):
+        lines.append("8 bit needs a Hopper GPU: on this device the model computes exactly.")
+    return "\n".join(lines)

@@ -1,0 +1,58 @@
+"""Files of a calibration: safetensors with the scale of each 8-bit layer, the report, and a hash of the weights."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from dcae_fast.errors import CheckpointError
+from dcae_fast.files import written_atomically
+
+from .calibration import CalibratedLayer, Calibration, Quality
+
+SUFFIX = ".safetensors"
+KEY = "dcae_fast.calibration"  # in the file's metadata
+
+
+def hash_of(autoencoder: nn.Module) -> str:
+    """SHA-256 of names, shapes and values of all weights, rounded to bfloat16: the same before and after `to`."""
+    digest = hashlib.sha256()
+    for name, value in sorted(autoencoder.state_dict().items()):
+        if value.is_floating_point():
+            digest.update(f"{name} {list(value.shape)}\n".encode())
+            digest.update(value.detach().bfloat16().flatten().cpu().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def save(calibration: Calibration, path: str | Path) -> None:
+    """Write a calibration. Raises `files.WriteError`, and ValueError unless the name ends in .safetensors."""
+    path = Path(path)
+    if path.suffix != SUFFIX:
+        raise ValueError(f"{path}: expected a file name that ends in {SUFFIX}")
+    scales = {
+        name: torch.tensor(layer.scale, dtype=torch.float64)
+        for name, layer in calibration.layers.items()
+        if layer.in_int8
+    }
+    with written_atomically(path) as temporary:
+        save_file(scales, temporary, {KEY: json.dumps(asdict(calibration))})
+
+
+def load(path: str | Path, autoencoder: nn.Module) -> Calibration:
+    """Read a calibration. Raises CheckpointError if the file is not readable, or was made for other weights."""
+    try:
+        with safe_open(path, "pt") as file:
+            content = json.loads(file.metadata()[KEY])
+        layers = {name: CalibratedLayer(**layer) for name, layer in content.pop("layers").items()}
+        qualities = {name: Quality(**content.pop(name)) for name in ("decoding", "encoding")}
+        calibration = Calibration(layers=layers, **qualities, **content)
+    except Exception as error:  # a broken or hostile file may raise anything
+        raise CheckpointError(f"{path}: cannot be read as scales of 8-bit layers: {error!r}") from error
+    if calibration.weights != hash_of(autoencoder):
+        raise CheckpointError(f"{path}: the scales were calibrated for other weights; calibrate this model")
+    return calibration

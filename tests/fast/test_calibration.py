@@ -1,0 +1,196 @@
+"""Calibration of 8-bit layers: scales, the error budget, the report, files of scales, pictures."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from small_models import DEVICE, build
+from torch import nn
+
+import dcae_fast
+from dcae_fast.errors import CheckpointError
+from dcae_fast.fast import calibration, int8, pictures, scales
+
+EVERYTHING = dcae_fast.ErrorBudget(decoding=0, encoding=0, loss=math.inf)
+NOTHING = dcae_fast.ErrorBudget(decoding=math.inf, encoding=math.inf)
+
+
+@pytest.fixture
+def model(int8_calls) -> nn.Module:
+    return build("strided")
+
+
+def some_pictures(seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(2, 3, 16, 16, generator=generator) * 2 - 1
+
+
+def calibrated(model: nn.Module, budget: dcae_fast.ErrorBudget = EVERYTHING, seed: int = 0) -> dcae_fast.Report:
+    return dcae_fast.patch(model, precision="int8", calibration=some_pictures(seed), error_budget=budget)
+
+
+def squared_error(x: torch.Tensor, scale: float) -> float:
+    return ((x / scale).round().clamp(-127, 127) * scale - x).square().sum().item()
+
+
+@pytest.mark.parametrize("outlier", [1.0, 8.0, 60.0])
+def test_the_scale_that_loses_least(outlier):
+    torch.manual_seed(0)
+    x = torch.randn(20_000, dtype=torch.float64).relu()
+    x[0] = outlier * x.max()
+    largest = x.max().item()
+    scale = calibration.scale_of_least_error(calibration._histogram(x, largest).double(), largest)
+    best = min(squared_error(x, largest * clip / 127) for clip in torch.linspace(0.01, 1, 500).tolist())
+    assert squared_error(x, scale) <= 1.1 * best < 1.1 * squared_error(x, largest / 127)
+
+
+def test_the_scale_of_zeros():
+    assert calibration.scale_of_least_error(calibration._histogram(torch.zeros(3), 0.0).double(), 0.0) == 1.0
+
+
+def budget_of(errors: list[float], least: float, loss: float = math.inf) -> tuple[list[str], calibration.Quality]:
+    """The layers that are taken, and their quality, if layer i adds errors[i] to a white picture's black exact one."""
+    layers = {f"layer{i}": (nn.Linear(1, 1), 1.0) for i in range(len(errors))}
+
+    def run() -> list[torch.Tensor]:
+        total = sum(e for e, (layer, _) in zip(errors, layers.values(), strict=True) if int8.is_marked(layer))
+        return [torch.full((1, 3, 2, 2), total - 1)]
+
+    exact, originals = [torch.full((1, 3, 2, 2), -1.0)], [torch.full((1, 3, 2, 2), -1.1)]
+    psnrs, taken, quality = calibration._choose(layers, run, exact, originals, least, loss)
+    for name, error in zip(layers, errors, strict=True):
+        assert psnrs[name] == pytest.approx(20 * math.log10(2 / error), abs=1e-3)
+    assert not int8.is_marked(*(layer for layer, _ in layers.values()))
+    return sorted(taken), quality
+
+
+def test_the_error_budget():
+    errors = [0.02, 0.004, 0.001, 0.002]
+    assert budget_of(errors, least=0)[0] == ["layer0", "layer1", "layer2", "layer3"]
+    taken, quality = budget_of(errors, least=45)  # an error of 0.01125
+    assert taken == ["layer1", "layer2", "layer3"]
+    assert quality.psnr == pytest.approx(20 * math.log10(2 / 0.007), abs=1e-3)
+    assert budget_of(errors, least=55)[0] == ["layer2", "layer3"]
+    assert budget_of(errors, least=math.inf) == ([], calibration.Quality(math.inf, 0.0))
+
+
+def test_the_loss_against_the_originals():
+    taken, quality = budget_of([0.02, 0.1], least=0, loss=2.0)  # pictures at -1 are clamped; originals at -1.1 are -1
+    assert (taken, quality) == ([], calibration.Quality(math.inf, 0.0))
+
+
+def test_what_stays_exact_is_reported(model):
+    report = calibrated(model, NOTHING)
+    layers = report.calibration.layers
+    assert layers and not any(layer.in_int8 for layer in layers.values())
+    assert "8 bit: 0 of" in str(report) and all(name in str(report) for name in layers)
+    plain = build("strided")
+    dcae_fast.patch(plain)
+    with torch.no_grad():
+        x = some_pictures().to(DEVICE)
+        assert torch.equal(model(x), plain(x))
+
+
+def test_budgets_are_kept(model):
+    """Layers of the decoder stay exact until its error fits, and no more of them than needed."""
+    everything = calibrated(model).calibration
+    least = everything.decoding.psnr + 3
+    found = calibrated(model, dcae_fast.ErrorBudget(decoding=least, encoding=0, loss=math.inf)).calibration
+    of_decoder = {name: layer for name, layer in found.layers.items() if name.startswith("decoder.")}
+    taken = [layer.psnr for layer in of_decoder.values() if layer.in_int8]
+    rest = [layer.psnr for layer in of_decoder.values() if not layer.in_int8]
+    assert found.decoding.psnr >= least and rest and max(rest) <= min(taken)
+    assert found.encoding == everything.encoding
+    with torch.no_grad():
+        x = some_pictures().to(DEVICE)
+        got = model.decoder(build("strided").encoder(x))
+    exact = list(build("strided")(x).detach().split(1))
+    assert min(calibration._psnrs(got.split(1), exact)) == pytest.approx(found.decoding.psnr, abs=0.05)
+
+
+def test_deterministic(model):
+    assert calibrated(model).calibration == calibrated(model).calibration
+
+
+def test_scales_in_a_file(model, tmp_path):
+    report = calibrated(model)
+    x = some_pictures(1).to(DEVICE)
+    with torch.no_grad():
+        expected = model(x)
+    path = tmp_path / "scales.safetensors"
+    report.save_scales(path)
+    other = build("strided")
+    again = dcae_fast.patch(other, precision="int8", calibration=path)
+    assert again == report and str(again) == str(report)
+    with torch.no_grad():
+        assert torch.equal(other(x), expected)
+    assert scales.hash_of(other.bfloat16()) == again.calibration.weights
+
+
+def test_scales_that_are_refused(model, tmp_path):
+    path = tmp_path / "scales.safetensors"
+    calibrated(model).save_scales(path)
+    with torch.no_grad():
+        next(model.parameters())[0] += 0.1
+    with pytest.raises(CheckpointError, match="calibrated for other weights"):
+        dcae_fast.patch(model, precision="int8", calibration=str(path))
+    path.write_bytes(path.read_bytes()[:100])
+    for broken in (path, tmp_path / "missing.safetensors"):
+        with pytest.raises(CheckpointError, match="cannot be read as scales"):
+            dcae_fast.patch(model, precision="int8", calibration=broken)
+    with pytest.raises(ValueError, match=r"ends in \.safetensors"):
+        calibrated(model).save_scales(tmp_path / "scales.bin")
+
+
+def test_a_pipeline(model, tmp_path):
+    class Pipeline:
+        components = {"vae": model, "scheduler": object(), "other": nn.Linear(1, 1)}
+
+    report = calibrated(Pipeline())
+    assert report.components["vae"].calibration is not None and "vae:" in str(report)
+    report.save_scales(tmp_path / "scales.safetensors")
+    dcae_fast.patch(build("strided"), precision="int8", calibration=tmp_path / "scales.safetensors")
+
+
+def test_activations_that_are_not_finite(model):
+    with torch.no_grad():
+        model.encoder.project_in.conv.bias.fill_(math.inf)
+    with pytest.raises(ValueError, match="is not finite"):
+        calibrated(model)
+
+
+def save_picture(path: Path, size: tuple[int, int]) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    Image.new("RGB", size, "grey").save(path)
+    return path
+
+
+def test_kinds_of_pictures(tmp_path):
+    files = [save_picture(tmp_path / "some" / f"{number:02}.png", (8 + number, 9)) for number in range(20)]
+    assert [x.shape[3] for x in pictures.load(files[3], 4)] == [8]
+    from_folder = [x.shape for x in pictures.load(tmp_path / "some", 1)]
+    assert from_folder == [(1, 3, 9, 8 + 20 * index // 8) for index in range(8)]
+    both = pictures.load([str(files[0]), torch.zeros(2, 3, 5, 7), torch.zeros(3, 4, 4)], 4)
+    assert [tuple(x.shape) for x in both] == [(1, 3, 8, 8), (1, 3, 4, 4), (1, 3, 4, 4), (1, 3, 4, 4)]
+    large = save_picture(tmp_path / "large.png", (1100, 40))
+    assert pictures.load(large, 32)[0].shape == (1, 3, 32, 1024)
+    assert pictures.load(None, 32)[0].shape == (1, 3, 288, 448)
+
+
+@pytest.mark.parametrize(
+    "bad", [torch.zeros(1, 4, 8, 8), torch.full((1, 3, 8, 8), math.nan), [], torch.zeros(1, 3, 2, 8)]
+)
+def test_bad_pictures(bad):
+    with pytest.raises(ValueError):
+        pictures.load(bad, 4)
+
+
+def test_bad_sources(tmp_path):
+    with pytest.raises(ValueError, match="no picture"):
+        pictures.load(tmp_path, 4)
+    with pytest.raises(ValueError, match="cannot be read"):
+        pictures.load(tmp_path / "missing.png", 4)
+    with pytest.raises(TypeError, match="expected pictures"):
+        pictures.load([3], 4)
