@@ -21,6 +21,7 @@ from . import (
     pipeline,
     results,
     sampling,
+    sana,
     tables,
     training,
     transformer,
@@ -28,6 +29,7 @@ from . import (
 from .autoencoder_workloads import TrainingWorkload, loss_workloads, training_workloads
 from .ceilings import Ceilings, measure_ceilings
 from .network_workloads import NetworkWorkload, network_workloads
+from .sana_workloads import SanaWorkload, sana_workloads
 from .workloads import Workload, workloads
 
 NETWORK_PARTS = {
@@ -38,11 +40,11 @@ NETWORK_PARTS = {
 }
 PARTS = (
     "operators", "autoencoder", "memory", "first-call", "autoencoder-training", "autoencoder-loss-curve",
-    *NETWORK_PARTS, "pipeline",
+    *NETWORK_PARTS, "sana", "pipeline",
 )  # fmt: skip
 TRAININGS_AT_ONCE = 5  # processes that compile training steps; each takes up to 25 GiB of the GPU
-CONTENDERS = list(contenders.CONTENDERS | autoencoder_training.CONTENDERS | networks.CONTENDERS)
-W = TypeVar("W", Workload, TrainingWorkload, NetworkWorkload)
+CONTENDERS = list(contenders.CONTENDERS | autoencoder_training.CONTENDERS | networks.CONTENDERS | sana.PREPARE)
+W = TypeVar("W", Workload, TrainingWorkload, NetworkWorkload, SanaWorkload)
 
 
 def chosen(workloads: list[W], only: Callable[[str], bool], names: Collection[str]) -> list[W]:
@@ -64,6 +66,10 @@ def records_of(
     if part in NETWORK_PARTS:
         for workload in chosen(network_workloads(part), only, names):
             yield NETWORK_PARTS[part](workload, device, ceilings)
+        return
+    if part == "sana":
+        for workload in chosen(sana_workloads(), only, names):
+            yield sana.benchmark(workload, device, ceilings)
         return
     if part == "autoencoder-training":
         selected = chosen(training_workloads(), only, names)

@@ -7,6 +7,7 @@ from itertools import product
 
 from .autoencoder_workloads import LOSS_WORKLOADS, TRAINING_WORKLOADS
 from .network_workloads import NETWORK_WORKLOADS
+from .sana_workloads import BY_BLOCK, FROZEN, REDUCED, SANA_WORKLOADS
 from .workloads import DIRECTIONS, F32, F64, F128, SANA, WORKLOADS
 
 NOMINAL = 790  # TFLOP/s of a large bf16 matrix product; defines the floors in targets
@@ -132,6 +133,14 @@ TARGETS = [
     faster("uvit-h-f64-step-b16", GRAPHS, "eager", 3.5, part="sampling"),
     faster("uvit-h-f64-step-b16", AUTOMATIC, "eager", 2.3, part="sampling"),
     faster("uvit-h-f64-step-b16", AUTOMATIC, GRAPHS, 1.0, part="sampling"),
+    faster("sana-1600m-forward-b2-1024px", "patched", BY_BLOCK, 1.5, part="sana"),
+    faster("sana-1600m-forward-b2-1024px", "patched", REDUCED, 1.15, part="sana"),
+    faster("sana-1600m-forward-b8-1024px", "patched", BY_BLOCK, 1.22, part="sana"),
+    faster("sana-1600m-forward-b2-4096px", "patched", BY_BLOCK, 1.25, part="sana"),
+    faster("sana-1600m-training-b8-1024px", "patched", BY_BLOCK, 1.25, part="sana"),
+    Target("sana", "sana-1600m-training-b8-1024px", "patched", "peak_gib", BY_BLOCK, 1.0),
+    faster("sana-1600m-pipeline-b1-1024px", FROZEN, BY_BLOCK, 1.5, part="sana"),
+    Target("sana", None, "patched", "error", "eager", 1.0),
     Target("headline", "sampling", "patched", "ratio", None, 34, faster=True),
     Target("headline", "training", "patched", "ratio", None, 34, faster=True),
     *[Target(part, None, "patched", "error", "eager", 1.0) for part in ("transformer", "training")],
@@ -185,6 +194,8 @@ def contenders_of(part: str) -> dict[str, tuple[str, ...]]:
         return {workload.name: workload.contenders for workload in LOSS_WORKLOADS}
     if part == "autoencoder-training":
         return {workload.name: (*workload.contenders, FASTEST) for workload in TRAINING_WORKLOADS}
+    if part == "sana":
+        return {workload.name: workload.contenders for workload in SANA_WORKLOADS}
     return {workload.name: workload.contenders for workload in (WORKLOADS | NETWORK_WORKLOADS)[part]}
 
 

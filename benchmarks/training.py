@@ -24,6 +24,7 @@ from .timing import alone, with_peak_memory
 from .transformer import CHECKED, record_of, times_of
 
 Exact = tuple[float, list[torch.Tensor]]  # loss and gradients
+Build = Callable[[str], nn.Module]  # the contender with this name
 
 
 def loss_of(model: nn.Module, inputs: networks.Inputs, samples: int | None = None) -> torch.Tensor:
@@ -36,21 +37,29 @@ def benchmark(workload: NetworkWorkload, device: torch.device, ceilings: Ceiling
     """The record of a workload. peak_gib: all allocated memory, weights and optimizer included.
 
     error: relative error of the gradients of a loss over the first samples, against fp32. A contender is wrong if its
-    error is more than twice the error of eager on a batch of these samples. drift: the time of eager at the end divided
-    by its time at the start.
+    error is more than twice the error of eager on a batch of these samples. drift: see `drift`.
     """
     torch.compiler.reset()
     inputs = networks.inputs_of(workload, device)
     first = tuple(each[:CHECKED] for each in inputs)
-    exact = exact_gradients(workload, first)
+    exact = exact_gradients(lambda: fresh(workload, device), first)
     eager_error, _ = errors(networks.prepared("eager", workload, fresh(workload, device)), first, exact)
     limit = max(2 * eager_error, FP32_ERROR)
-    rows = {name: trial(name, workload, inputs, exact, limit) for name in workload.contenders}
+
+    def build(name: str) -> nn.Module:
+        return prepared(name, workload, device)
+
+    rows = {name: trial(name, build, inputs, exact, limit) for name in workload.contenders}
     record = record_of(workload, rows, 3 * networks.flops_of(workload.network, workload.batch), ceilings)
-    if "ms" in rows["eager"]:
-        again = trial("eager", workload, inputs, None, math.inf)
-        record |= {"drift": again["ms"] / rows["eager"]["ms"]} if "ms" in again else {}
-    return record
+    return record | drift(rows, build, inputs)
+
+
+def drift(rows: dict[str, dict], build: Build, inputs: networks.Inputs) -> dict[str, float]:
+    """The time of eager, measured again, divided by its time in `rows`; empty if it has none."""
+    if "ms" not in rows["eager"]:
+        return {}
+    again = trial("eager", build, inputs, None, math.inf)
+    return {"drift": again["ms"] / rows["eager"]["ms"]} if "ms" in again else {}
 
 
 def fresh(workload: NetworkWorkload, device: torch.device) -> nn.Module:
@@ -67,9 +76,9 @@ def prepared(name: str, workload: NetworkWorkload, device: torch.device) -> nn.M
     return model
 
 
-def exact_gradients(workload: NetworkWorkload, inputs: networks.Inputs) -> Exact:
+def exact_gradients(build: Callable[[], nn.Module], inputs: networks.Inputs) -> Exact:
     """The loss and its gradients in fp32. The gradients are moved to the CPU, to free memory for the contenders."""
-    model = fresh(workload, inputs[0].device)
+    model = build()
     loss = loss_of(model, inputs)
     gradients = torch.autograd.grad(loss, trained(model), materialize_grads=True)
     result = loss.item(), [gradient.cpu() for gradient in gradients]
@@ -83,12 +92,12 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
 
 
 def trial(
-    name: str, workload: NetworkWorkload, inputs: networks.Inputs, exact: Exact | None, limit: float
+    name: str, build: Build, inputs: networks.Inputs, exact: Exact | None, limit: float
 ) -> dict[str, float | str]:
     """The row of a contender, which is built, checked, timed and discarded. Without `exact` it is not checked."""
     row = {}
     try:
-        model = prepared(name, workload, inputs[0].device)
+        model = build(name)
         if exact is not None:
             row["error"], row["loss_error"] = errors(model, inputs, exact)
             if not row["error"] <= limit:

@@ -125,7 +125,7 @@ def test_blocks_run_their_operators(monkeypatch):
         called = launches(fast, monkeypatch)
         assert called.count("layer_norm") == 3 and called.count("rms_norm") == norms
         assert called.count("relu_linear_attention") == called.count("depthwise_glu") == 1
-        assert called.count("linear") == (7 if norms else 5)
+        assert called.count("linear") == (8 if norms else 6)
         assert not launches(plain, monkeypatch)
 
 

@@ -187,12 +187,7 @@ def packed_by_heads(attn: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def text_attention(attn: nn.Module, x: torch.Tensor, text: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """x + attn(x, text). text: [B, T, C]; mask: [B, 1, T], added to the scores."""
     to_out, dropout = attn.to_out
-    layers, q = (attn.to_k, attn.to_v), linear(attn.to_q, x)
-    if can_be_joined(layers, text):
-        dtype = compute_dtype(text)
-        k, v = ops.linear(text.to(dtype), *operands.of_joined_layers(layers, dtype)).chunk(2, dim=2)
-    else:
-        k, v = (linear(layer, text) for layer in layers)
+    q, k, v = linear(attn.to_q, x), linear(attn.to_k, text), linear(attn.to_v, text)
     q, k = normalised(attn.norm_q, q, v.dtype), normalised(attn.norm_k, k, v.dtype)
     q, k, v = (part.unflatten(2, (attn.heads, -1)).transpose(1, 2) for part in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None])

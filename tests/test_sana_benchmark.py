@@ -1,0 +1,56 @@
+"""A rehearsal of the benchmarks of diffusers' SANA on small shapes."""
+
+import math
+
+import pytest
+import torch
+
+from benchmarks import sana, tables
+from benchmarks.ceilings import Ceilings
+from benchmarks.sana_workloads import SANA_REHEARSAL, SANA_WORKLOADS, SanaWorkload
+
+pytest.importorskip("diffusers")
+CPU, CEILINGS = torch.device("cpu"), Ceilings(tflops=1.0, copy=1.0)
+
+
+@pytest.mark.parametrize("workload", SANA_REHEARSAL, ids=lambda workload: workload.work)
+def test_contenders_are_checked_and_timed(monkeypatch, workload):
+    if workload.work == "pipeline":  # in Triton's interpreter, the patched decoder would take minutes
+        monkeypatch.setitem(sana.PREPARE, "patched", lambda model: None)
+    record = sana.benchmark(workload, CPU, CEILINGS)
+    assert tuple(record["contenders"]) == workload.contenders
+    for row in record["contenders"].values():
+        assert "failure" not in row and 0 < row["error"] < 5e-2 and 0 < row["mfu"] < 1
+    assert record["workload"] in tables.network_table([record])
+    if workload.work == "training":
+        assert record["drift"] > 0 and record["contenders"]["patched"]["loss_error"] < 1e-2
+
+
+def test_a_wrong_contender_is_not_timed(monkeypatch):
+    def spoil(model):
+        model.register_forward_hook(lambda module, args, out: 1.2 * out)
+
+    for work, contender in (("forward", "patched"), ("training", "patched")):
+        monkeypatch.setitem(sana.PREPARE, contender, spoil)
+        row = sana.benchmark(SanaWorkload("tiny", work, 1, 64, ("eager", contender)), CPU, CEILINGS)["contenders"]
+        assert row[contender]["failure"] == "wrong" and "ms" not in row[contender]
+
+
+def test_workloads_can_be_built():
+    assert len({workload.name for workload in SANA_WORKLOADS}) == len(SANA_WORKLOADS)
+    assert all(set(workload.contenders) <= sana.PREPARE.keys() for workload in SANA_WORKLOADS)
+
+
+def test_flops():
+    """Products by hand: 2 · weights of layers per token, for 1024 tokens and for 300 of the text; attention.
+
+    The depthwise convolutions have 9 weights for each channel; the linear attention multiplies heads of 33 × 32 twice.
+    """
+    width, hidden, tokens, text, blocks = 2240, 5600, 1024, 300, 20
+    image = blocks * (6 * width**2 + 2 * hidden * width + hidden * width + 9 * 2 * hidden) + 2 * 32 * width
+    linear_attention = blocks * tokens * 2 * 33 * width
+    words = blocks * 2 * width**2 + 2304 * width + width**2
+    softmax_attention = blocks * 2 * tokens * text * width
+    time = 256 * width + width**2 + 6 * width**2
+    total = tokens * image + linear_attention + text * words + softmax_attention + time
+    assert math.isclose(sana.flops_of("1600m", 1024), 2 * total, rel_tol=1e-3)
