@@ -16,6 +16,7 @@ from tqdm import tqdm
 import dcae_fast
 
 from .commands.cache_latents import cache_latents
+from .commands.calibrate import calibrate
 from .commands.common import (
     Compute,
     Sampler,
@@ -83,7 +84,7 @@ def reconstruct(
     files, network = _picture_files(photos), compute.load_unpatched(model)
 
     def reconstruct_file(path: Path, stem: str) -> str:
-        result = reconstruct_photograph(path, network, fit, compute.patch, limit, compute.max_bytes)
+        result = reconstruct_photograph(path, network, fit, compute.options if compute.patch else None, limit)
         _save_pictures(result, path, out / stem, model)
         height, width = result.original.shape[-2:]
         line = f"{path} -> {stem}-*.png: {width}x{height} ({fit}), PSNR {result.psnr:.2f} dB, {result.seconds:.3f} s"
@@ -401,6 +402,7 @@ COMMANDS = {
         reference_stats,
         eval_autoencoder,
         eval_diffusion,
+        calibrate,
         convert,
         models,
         info,

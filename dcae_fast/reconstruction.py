@@ -2,8 +2,10 @@
 
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -81,16 +83,17 @@ class Reconstruction:
 
 @torch.inference_mode()
 def reconstruct(
-    path: Path, model: DCAE, how: str, patch: bool, max_pixels: int = MAX_PIXELS, max_memory: int | None = None
+    path: Path, model: DCAE, how: str, options: Mapping[str, Any] | None, max_pixels: int = MAX_PIXELS
 ) -> Reconstruction:
-    """Encodes and decodes a photograph; with `patch`, also compares the patched with the unpatched model.
+    """Encodes and decodes a photograph; with options, which `dcae_fast.patch` takes, also compares the patched with the
+    unpatched model.
 
     On a CPU the operators have no kernels: patching changes nothing, and nothing is compared. On a GPU the first run,
     which compiles kernels, is not timed. Raises PhotographError and NotFiniteError.
     """
     x, (height, width) = load_photograph(path, model, how, max_pixels)
-    if patch and ops.has_kernels(x):
-        with dcae_fast.patched(model, max_memory=max_memory):
+    if options is not None and ops.has_kernels(x):
+        with dcae_fast.patched(model, **options):
             y, seconds = _timed(model, x)
         unpatched = model(x).float()
         check_finite(unpatched, ["the reconstruction by the unpatched model"], x.dtype)

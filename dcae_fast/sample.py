@@ -1,9 +1,10 @@
 """Class labels to pictures for the command `sample`: sampling, decoding, and saving the latents."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -66,20 +67,18 @@ def default_labels(classes: int) -> tuple[int, ...]:
     return DEMO_LABELS if classes == 1000 else tuple(i % classes for i in range(16))
 
 
-def load(
-    source: str, device: str | None, dtype: str | None, patch: bool, max_memory: int | None = None
-) -> DCAEDiffusion:
-    """Loads a diffusion model on a device; with `patch`, patched and with CUDA graphs.
+def load(source: str, device: str | None, dtype: str | None, options: Mapping[str, Any] | None = None) -> DCAEDiffusion:
+    """Loads a diffusion model on a device; with options, which `dcae_fast.patch` takes, patched and with CUDA graphs.
 
     The transformer keeps float32 weights, for autocast. source: as in `DCAEDiffusion.from_pretrained`; device, dtype:
-    as in `choose_device`; max_memory: as in `dcae_fast.patch`. Raises DeviceError and CheckpointError.
+    as in `choose_device`. Raises DeviceError and CheckpointError.
     """
     chosen_device, chosen_dtype = choose_device(device, dtype)
     model = DCAEDiffusion.from_pretrained(source)
     model.diffusion_model.to(chosen_device)
     model.autoencoder.to(chosen_device, chosen_dtype, memory_format=torch.channels_last)
-    if patch:
-        dcae_fast.patch(model, cuda_graphs=True, max_memory=max_memory)
+    if options is not None:
+        dcae_fast.patch(model, cuda_graphs=True, **options)
     return model
 
 

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-import dcae_fast
 from dcae_fast.data.folders import suffix_of
 from dcae_fast.errors import DataError
 from dcae_fast.models.config import SCALES
@@ -77,11 +76,10 @@ def cache_latents(
     with distributed.process_group(place) as device:
         try:
             network = DCAE.from_pretrained(model).to(device, dtype, memory_format=torch.channels_last)
-            settings = settings_of(network, model, scale, resolution, format, as_original)
+            precision = compute.patch_autoencoder(network)
+            settings = settings_of(network, model, scale, resolution, format, as_original, precision)
             pictures = distributed.broadcast(find_pictures(images, member) if distributed.is_main() else None)
             distributed.print_main(_found(pictures))
-            if compute.patch:
-                dcae_fast.patch(network, max_memory=compute.max_bytes)
             if distributed.is_main():
                 make_folder(out)
             batch = None if batch == "auto" else batch

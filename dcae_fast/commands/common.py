@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import dcae_fast
 
@@ -96,17 +96,29 @@ class Compute:
     """patch the model to use the fast operators"""
     max_memory: str | None = None
     """GPU memory limit of an autoencoder call, such as 4GiB or 500MB; None means all free memory; lower is slower"""
+    int8: Path | None = None
+    """file of `calibrate`: the autoencoder computes in 8 bit, on a Hopper GPU; None means exactly"""
 
     def __post_init__(self):
         if self.max_bytes is not None and not self.patch:
             raise UsageError(
                 "--max-memory --no-patch: only a patched model can limit its memory; remove one of the options"
             )
+        if self.int8 is not None and not self.patch:
+            raise UsageError("--int8 --no-patch: only a patched model can compute in 8 bit; remove one of the options")
+        if self.int8 is not None and self.int8.suffix != ".safetensors":
+            raise UsageError(f"--int8 {self.int8}: expected the .safetensors file that `dcae-fast calibrate` wrote")
 
     @property
     def max_bytes(self) -> int | None:
         """`max_memory` in bytes, as `dcae_fast.patch` takes it."""
         return None if self.max_memory is None else parse_bytes("--max-memory", self.max_memory)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments of `dcae_fast.patch`."""
+        precision = {} if self.int8 is None else {"precision": "int8", "calibration": self.int8}
+        return {"max_memory": self.max_bytes} | precision
 
     def load_unpatched(self, model: str) -> "DCAE":
         from dcae_fast.reconstruction import load_model
@@ -116,14 +128,25 @@ class Compute:
     def load(self, model: str) -> "DCAE":
         """Loads an autoencoder, and patches it if `patch` is set."""
         network = self.load_unpatched(model)
-        if self.patch:
-            dcae_fast.patch(network, max_memory=self.max_bytes)
+        self.patch_autoencoder(network)
         return network
+
+    def patch_autoencoder(self, network: "DCAE") -> str:
+        """Patches an autoencoder if `patch` is set. Returns the precision that it computes in, "exact" or "int8".
+
+        Says so if 8 bit is asked for and the device has none. Raises CheckpointError for scales of other weights.
+        """
+        from dcae_fast import distributed
+
+        report = dcae_fast.patch(network, **self.options) if self.patch else None
+        if self.int8 is not None and not report.in_int8:
+            distributed.print_main(f"--int8: {report.precision.splitlines()[-1]}", error=True)
+        return "int8" if report is not None and report.in_int8 else "exact"
 
     def load_diffusion(self, model: str) -> "DCAEDiffusion":
         from dcae_fast import sample
 
-        return sample.load(model, self.device, self.dtype, self.patch, self.max_bytes)
+        return sample.load(model, self.device, self.dtype, self.options if self.patch else None)
 
 
 MAX_FAILURES_PRINTED = 20

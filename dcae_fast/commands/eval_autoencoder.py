@@ -2,12 +2,12 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tyro
 
-import dcae_fast
 from dcae_fast.errors import DataError
 from dcae_fast.files import written_atomically
 from dcae_fast.memory import out_of_memory_as
@@ -29,6 +29,7 @@ def eval_autoencoder(
     *,
     model: str,
     against: str | None = None,
+    compare: bool = False,
     out: Path = Path("outputs/autoencoder"),
     resolution: int = 512,
     reference: Path | None = None,
@@ -46,6 +47,7 @@ def eval_autoencoder(
         images: folder of pictures, of class folders, or of WebDataset .tar shards
         model: model name (see `dcae-fast models`), Hugging Face repository, folder or weight file
         against: a second model to measure; "eager" means the same model without the fast operators
+        compare: with --int8, also measure the exact model, and the error of the 8-bit model's latents
         out: output folder
         resolution: side of the square centre crop of each picture, in pixels
         reference: .npz file of `reference-stats`, for rFID; None means the statistics of the given pictures
@@ -67,12 +69,14 @@ def eval_autoencoder(
     limit = pixel_limit(max_pixels)
     if against == "eager" and not compute.patch:
         raise UsageError("--against eager --no-patch: compares the model with itself; remove one of the options")
+    if compare and (compute.int8 is None or against is not None):
+        raise UsageError("--compare: compares --int8 with the exact model; give --int8, and no --against")
     place, dtype = choose_device(compute.device, compute.dtype)
     too_large = UsageError(f"--batch {batch}: does not fit in memory; try a smaller batch")
     with out_of_memory_as(too_large), distributed.process_group(place) as device:
         try:
             moments = None if reference is None else Moments.load(reference)
-            models = _load(model, against, compute, device, dtype)
+            models = _load(model, against, compare, compute, device, dtype)
             _check_resolution(resolution, models)
             found_pictures = distributed.broadcast(find_pictures(images) if distributed.is_main() else None)
             workers = default_workers() if workers is None else workers
@@ -80,7 +84,7 @@ def eval_autoencoder(
             if distributed.is_main():
                 make_folder(out)
             found, missing = networks.load_all(autoencoder.NETWORKS, device, resolution)
-            results = autoencoder.evaluate(batches, models, found, moments)
+            results = autoencoder.evaluate(batches, models, found, moments, "exact" if compare else None)
         except DataError as error:
             raise UsageError(str(error)) from error
         failed = [each for part in distributed.all_gather(batches.failed) for each in part]
@@ -88,6 +92,7 @@ def eval_autoencoder(
             distributed.print_main("no picture could be measured; results.json was not written", error=True)
         elif distributed.is_main():
             settings = {"resolution": resolution, "dtype": str(dtype).removeprefix("torch."), "patch": compute.patch}
+            settings |= {"int8": None if compute.int8 is None else str(compute.int8)}
             settings |= {"images": len(next(iter(results.values())).psnr)}
             settings |= {"reference": None if reference is None else str(reference)}
             _save(results, settings, out)
@@ -99,25 +104,27 @@ def eval_autoencoder(
 
 
 def _load(
-    model: str, against: str | None, compute: Compute, device: "torch.device", dtype: "torch.dtype"
+    model: str, against: str | None, compare: bool, compute: Compute, device: "torch.device", dtype: "torch.dtype"
 ) -> dict[str, "DCAE"]:
     """The models to measure, by their names in the results."""
     import torch
 
     from dcae_fast.models.autoencoder import DCAE
 
-    sources = {model: (model, compute.patch)}
+    exactly = replace(compute, int8=None)
+    sources = {model: (model, compute)}
     if against == "eager":
-        sources["eager"] = (model, False)
+        sources["eager"] = (model, replace(exactly, patch=False, max_memory=None))
+    elif compare:
+        sources["exact"] = (model, exactly)
     elif against == model:
         raise UsageError(f"--against {against}: is the same model as --model; expected another model, or eager")
     elif against is not None:
-        sources[against] = (against, compute.patch)
+        sources[against] = (against, exactly)
     models = {}
-    for name, (source, fast) in sources.items():
+    for name, (source, how) in sources.items():
         models[name] = DCAE.from_pretrained(source).to(device, dtype, memory_format=torch.channels_last)
-        if fast:
-            dcae_fast.patch(models[name], max_memory=compute.max_bytes)
+        how.patch_autoencoder(models[name])
     return models
 
 
@@ -145,8 +152,11 @@ def _table(results: dict[str, "Result"]) -> str:
     from dcae_fast.describe import table
     from dcae_fast.evaluation import autoencoder
 
-    rows = [("model", *HEADINGS)]
+    columns, headings = autoencoder.COLUMNS, HEADINGS
+    if any(autoencoder.LATENT_ERROR in result.figures for result in results.values()):
+        columns, headings = (*columns, autoencoder.LATENT_ERROR), (*headings, "latent error")
+    rows = [("model", *headings)]
     for name, result in results.items():
-        figures = [result.figures.get(column) for column in autoencoder.COLUMNS]
+        figures = [result.figures.get(column) for column in columns]
         rows.append((name, *("-" if figure is None else f"{figure:.4f}" for figure in figures)))
     return table(rows)

@@ -54,11 +54,12 @@ def settings_of(
     resolution: int,
     format: str,
     as_original: bool = False,
+    precision: str = "exact",
 ) -> Settings:
     """The settings of the latents of a model.
 
-    name: as the user named the model. scaling_factor: None means the model's scaling factor. Raises DataError if the
-    scaling factor is unknown or the resolution is not a multiple of the model's ratio.
+    name: as the user named the model. scaling_factor: None means the model's scaling factor. precision: "exact" or
+    "int8". Raises DataError if the scaling factor is unknown or the resolution is not a multiple of the model's ratio.
     """
     factor, ratio = scaling_factor or model.scaling_factor, model.spatial_compression_ratio
     if factor is None:
@@ -67,7 +68,7 @@ def settings_of(
         raise DataError(f"--resolution {resolution}: expected a multiple of {ratio}, the model's compression ratio")
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     shape = model.config.latent_channels, resolution // ratio, resolution // ratio
-    return Settings(name, dtype, resolution, factor, format, weights_hash(model.encoder), shape, as_original)
+    return Settings(name, dtype, resolution, factor, format, weights_hash(model.encoder), shape, as_original, precision)
 
 
 def cache_latents(

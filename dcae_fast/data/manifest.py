@@ -25,6 +25,7 @@ class Settings:
     model: as the user named it. dtype: of the computation. resolution: side of the square pictures. scaling_factor:
     the latents are multiplied by it. format: npy or safetensors. weights: `weights_hash` of the encoder. shape: of a
     latent, [c, h, w]. as_original: pictures are read as DC-Gen reads them (`pictures.to_rgb`), not by `images.as_seen`.
+    precision: "exact", or "int8" for an encoder in 8 bit.
     """
 
     model: str
@@ -35,6 +36,7 @@ class Settings:
     weights: str
     shape: tuple[int, int, int]
     as_original: bool = False
+    precision: str = "exact"
 
     def check_same(self, other: "Settings", folder: Path) -> None:
         """Raises DataError unless all settings except `model` are equal: a model can have several names."""
@@ -77,7 +79,7 @@ def load_manifest(folder: Path) -> Manifest | None:
         return None
     try:
         content = {"ignored": [], **json.loads(path.read_text())}
-        settings = {"as_original": True, **content.pop("settings")}  # the only way in earlier versions
+        settings = {"as_original": True, "precision": "exact", **content.pop("settings")}  # as in earlier versions
         for each, expected in ((settings, SETTINGS), (content, RESULTS)):
             _check(each, expected)
         lists = {name: tuple(content.pop(name)) for name in ("classes", "skipped", "ignored")}
@@ -124,6 +126,7 @@ SETTINGS = dict.fromkeys(("model", "dtype", "weights"), TEXT) | {
     "format": ("npy or safetensors", lambda value: value in ("npy", "safetensors")),
     "shape": ("three positive integers", _are(3, lambda value: _is_count(value) and value > 0)),
     "as_original": ("true or false", lambda value: isinstance(value, bool)),
+    "precision": ("exact or int8", lambda value: value in ("exact", "int8")),
 }
 RESULTS = dict.fromkeys(("classes", "skipped", "ignored"), NAMES)
 RESULTS |= dict.fromkeys(("images", "latents"), ("a count or null", _or_none(_is_count)))

@@ -20,6 +20,7 @@ from .moments import Moments, MomentSums
 from .networks import Network
 from .pictures import FolderBatches, channels_first, progress
 
+LATENT_ERROR = "latent_error"
 COLUMNS = ("mean", "rms", "std", "rfid", "psnr", "ssim", "lpips", "clip_iqa")  # DC-Gen's order
 NETWORKS = ("ssim", "lpips", "clip_iqa", "fid")
 
@@ -29,6 +30,7 @@ class Result:
     """figures: the values of `COLUMNS` that could be computed. psnr: of each picture, by picture number.
 
     mean, rms and std are over all unscaled latents; rfid is over all pictures; the others are means over pictures.
+    Where an exact model is named, the others also have `LATENT_ERROR`: the relative L2 error of their latents.
     """
 
     figures: dict[str, float]
@@ -49,7 +51,7 @@ class Measured:
     def gather(self) -> None:
         """Adds the scores and latent sums of the other ranks."""
         parts = distributed.all_gather((dict(self.scores), self.latents))
-        names = [name for name in COLUMNS if any(name in scores for scores, _ in parts)]
+        names = [name for name in (*COLUMNS, LATENT_ERROR) if any(name in scores for scores, _ in parts)]
         self.scores = {name: _merged([scores.get(name, {}) for scores, _ in parts]) for name in names}
         self.latents = _merged([latents for _, latents in parts])
 
@@ -59,11 +61,16 @@ def _merged(parts: list[dict]) -> dict:
 
 
 def evaluate(
-    batches: FolderBatches, models: dict[str, DCAE], networks: dict[str, Network], reference: Moments | None
+    batches: FolderBatches,
+    models: dict[str, DCAE],
+    networks: dict[str, Network],
+    reference: Moments | None,
+    exact: str | None = None,
 ) -> dict[str, Result]:
     """Each model's result on the pictures of all ranks, by model name.
 
     networks: the available networks of `NETWORKS`. reference: for rFID; None means the statistics of the pictures.
+    exact: the model that the latents of the others are compared with.
     A single picture gives no rFID. If any model computes NaN or infinity for a picture, the picture is added to
     `batches.failed` and excluded for all models. The result is empty if no picture is left.
     """
@@ -74,6 +81,8 @@ def evaluate(
             continue
         for name, result in results.items():
             _measure(measured[name], indices, networks, result)
+            if exact not in (None, name):
+                measured[name].add(LATENT_ERROR, indices, _relative_errors(result.z, results[exact].z))
         if "fid" in networks and reference is None:
             originals.add(networks["fid"](next(iter(results.values())).x))
     for each in measured.values():
@@ -146,6 +155,12 @@ def _measure(measured: Measured, indices: list[int], networks: dict[str, Network
         measured.moments.add(networks["fid"](y))
 
 
+def _relative_errors(z: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """‖z - exact‖ / ‖exact‖ of each latent."""
+    difference, exact = (each.flatten(1).double().norm(dim=1) for each in (z.double() - exact.double(), exact))
+    return difference / exact
+
+
 def _result(measured: Measured, reference: Moments | None) -> Result:
     figures = statistics(measured.latents.values())
     figures |= {name: math.fsum(each.values()) / len(each) for name, each in measured.scores.items()}
@@ -154,7 +169,8 @@ def _result(measured: Measured, reference: Moments | None) -> Result:
         if len(reference.mu) != len(moments.mu):
             raise DataError(f"--reference: has features of length {len(reference.mu)}; expected {len(moments.mu)}")
         figures["rfid"] = frechet_distance(moments, reference)
-    return Result({name: figures[name] for name in COLUMNS if name in figures}, measured.scores["psnr"])
+    columns = [name for name in (*COLUMNS, LATENT_ERROR) if name in figures]
+    return Result({name: figures[name] for name in columns}, measured.scores["psnr"])
 
 
 def examples(batches: FolderBatches, models: dict[str, DCAE], psnr: dict[int, float]) -> Image.Image:

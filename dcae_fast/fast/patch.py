@@ -184,7 +184,8 @@ def _patch(
             if frozen:
                 operands.freeze(module)
     if autoencoder is not None:
-        report.calibration, report.precision = calibration, precisions.set_int8(autoencoder, calibration)
+        report.calibration = calibration
+        report.precision, report.in_int8 = precisions.set_int8(autoencoder, calibration)
     known = report.replaced or report.skipped
     unknown = f"{type(model).__name__} has no module of a DC-AE that is known here: nothing was patched."
     report.note = missing() if known else unknown

@@ -53,13 +53,16 @@ def calibration_of(autoencoder: nn.Module, source: Any, budget: ErrorBudget) -> 
     return calibrate(autoencoder, x, budget, scales.hash_of(autoencoder))
 
 
-def set_int8(autoencoder: nn.Module, calibration: Calibration | None) -> str:
-    """Let the layers of a patched autoencoder compute in 8 bit. Returns what the report says about it."""
+def set_int8(autoencoder: nn.Module, calibration: Calibration | None) -> tuple[str, bool]:
+    """Let the layers of a patched autoencoder compute in 8 bit. Returns what the report says about it, and whether
+    layers compute in 8 bit on the present device.
+    """
     layers = dict(int8.candidates(autoencoder))
-    for name, found in ({} if calibration is None else calibration.layers).items():
-        if found.in_int8 and name in layers:
-            int8.mark(layers[name], found.scale)
+    found = {} if calibration is None else {n: each.scale for n, each in calibration.layers.items() if each.in_int8}
+    for name in found.keys() & layers.keys():
+        int8.mark(layers[name], found[name])
+    runs = int8.runs_on(next(autoencoder.parameters()).device)
     lines = [] if calibration is None else [str(calibration)]
-    if not int8.runs_on(next(autoencoder.parameters()).device):
+    if not runs:
         lines.append("8 bit needs a Hopper GPU: on this device the model computes exactly.")
-    return "\n".join(lines)
+    return "\n".join(lines), runs and int8.is_marked(*layers.values())

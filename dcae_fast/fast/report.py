@@ -17,7 +17,8 @@ class Report:
     """What `patch` did. replaced: class name → number of modules; skipped: (path, class name, reason); note: one line.
 
     graphs: what cuda_graphs="auto" means; empty for other values.
-    calibration: of 8-bit layers, with precision="int8"; precision: what it found, as text.
+    calibration: of 8-bit layers, with precision="int8"; precision: what it found, as text. in_int8: whether layers
+    compute in 8 bit on the present device.
     components: for a pipeline, name → report of the component; `replaced` and `skipped` then cover all components.
     """
 
@@ -28,6 +29,7 @@ class Report:
     graphs: str = ""
     calibration: Calibration | None = None
     precision: str = ""
+    in_int8: bool = False
 
     @classmethod
     def of_components(cls, reports: dict[str, "Report"]) -> "Report":

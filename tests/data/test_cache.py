@@ -94,6 +94,7 @@ def test_npy_as_the_original(pictures, tmp_path, model, compare, capsys):
         "weights": manifest["settings"]["weights"],
         "shape": [64, 2, 2],
         "as_original": False,
+        "precision": "exact",
     }
 
 

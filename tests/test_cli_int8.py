@@ -1,0 +1,112 @@
+"""The command `calibrate`, and the option --int8 of other commands, with a small model."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from dcae_fast import cli
+from dcae_fast.fast import int8
+from dcae_fast.models.autoencoder import DCAE, CoderConfig, DCAEConfig
+from dcae_fast.ops import _library
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CODER = CoderConfig((16, 16), (1, 1), ("ResBlock",) * 2, ("rms",) * 2, ("silu",) * 2)
+
+
+@pytest.fixture
+def kernels(monkeypatch) -> None:
+    """On a CPU the operators run their references, faster than the interpreter."""
+    if not int8.runs_on(torch.device(DEVICE)):
+        pytest.skip("8-bit convolutions need a Hopper GPU")
+    if DEVICE == "cpu":
+        call = lambda self, *args: _library.as_channels_last(self.reference(*args))  # noqa: E731
+        monkeypatch.setattr(_library.Operator, "__call__", call)
+
+
+@pytest.fixture
+def model(tmp_path) -> str:
+    torch.manual_seed(0)
+    DCAE(DCAEConfig(8, CODER, CODER, scaling_factor=0.5)).save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(2):
+        generator = torch.Generator().manual_seed(number)
+        pixels = torch.randint(256, (16, 16, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
+    return folder
+
+
+def run(*argv) -> int:
+    return cli.main([*map(str, argv)])
+
+
+@pytest.fixture
+def scales(kernels, model, photos, tmp_path):
+    """Calibrated with a budget that all layers keep."""
+    path = tmp_path / "scales.safetensors"
+    budget = "--decoding", 0, "--encoding", 0, "--loss", 100
+    assert run("calibrate", model, photos, "--out", path, "--device", DEVICE, "--dtype", "float32", *budget) == 0
+    return path
+
+
+def test_calibrate(capsys, scales):
+    text = capsys.readouterr().out
+    assert "9 of 9 layers" in text and "Measured on 2 pictures" in text and "decoder.stages.0" in text
+    with Image.open(scales.with_suffix(".png")) as picture:
+        assert picture.width > 3 * 16
+
+
+def test_int8_is_used_and_recorded(scales, model, photos, tmp_path, capsys):
+    options = "--model", model, "--device", DEVICE, "--dtype", "float32"
+    common = *options, "--int8", scales
+    assert run("reconstruct", photos / "0.png", *common, "--out", tmp_path / "out") == 0
+    relative = float(capsys.readouterr().out.partition("relative ")[2].split()[0])
+    assert 1e-4 < relative < 0.2
+    cached = "--out", tmp_path / "latents", "--resolution", 16, "--workers", 0
+    assert run("cache-latents", photos, *common, *cached) == 0
+    assert json.loads((tmp_path / "latents" / "manifest.json").read_text())["settings"]["precision"] == "int8"
+    assert run("cache-latents", photos, *options, *cached) == 2
+    assert "contains latents with precision int8, not exact" in capsys.readouterr().err
+    evaluated = "--out", tmp_path / "evaluation", "--resolution", 16, "--workers", 0, "--compare"
+    assert run("eval-autoencoder", photos, *common, *evaluated) in (0, 1)  # 1 without the networks of metrics
+    models = json.loads((tmp_path / "evaluation" / "results.json").read_text())["models"]
+    assert 1e-4 < models[model]["latent_error"] < 0.2 and "latent_error" not in models["exact"]
+    assert "latent error" in capsys.readouterr().out
+
+
+def test_without_8_bit_kernels(scales, model, photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(int8, "runs_on", lambda device: False)
+    assert run("calibrate", model, photos, "--out", tmp_path / "other.safetensors", "--device", DEVICE) == 2
+    assert "needs a Hopper GPU" in capsys.readouterr().err
+    common = "--model", model, "--device", DEVICE, "--dtype", "float32", "--int8", scales
+    assert run("encode", photos / "0.png", *common, "--out", tmp_path / "out") == 0
+    assert "on this device the model computes exactly" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["calibrate", "dc-ae-tiny", "--out", "scales"], "ends in .safetensors"),
+        (["eval-autoencoder", "photos", "--model", "dc-ae-tiny", "--compare"], "give --int8"),
+    ],
+)
+def test_bad_options(options, message, capsys):
+    assert run(*options) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [(["scales.safetensors", "--no-patch"], "--int8 --no-patch"), (["photos"], "--int8 photos: expected")],
+)
+def test_bad_files_of_scales(options, message, capsys):
+    with pytest.raises(SystemExit):
+        run("encode", "photo.png", "--int8", *options)
+    assert message in capsys.readouterr().err
