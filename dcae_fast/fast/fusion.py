@@ -12,7 +12,7 @@ from dcae_fast.ops.linear import wants_gradient
 from dcae_fast.ops.rms_norm_conv2d import MOST_CHANNELS, MOST_FILTERS
 
 from . import operands
-from .module import kind, plain
+from .module import WEIGHTS, kind, plain
 
 RMS_NORMS = ("RMSNorm2d", "TritonRMSNorm2d", "RMSNorm")
 ACTIVATIONS = {nn.Identity: "none", nn.ReLU: "relu", nn.SiLU: "silu"}
@@ -49,7 +49,24 @@ def unknown_norm(norm: nn.Module | None) -> str:
 
 def can_fuse_norm(norm: nn.Module | None) -> bool:
     """Whether a norm is None, or a channel RMS norm or a batch norm, each with weight and bias."""
-    return norm is None or (plain(norm) and not unknown_norm(norm))
+    if norm is None:
+        return True
+    if not unobserved(norm) or unknown_norm(norm):
+        return False
+    if is_batch_norm(norm) and not _are_weights(norm._buffers["running_mean"], norm._buffers["running_var"]):
+        return False
+    return _are_weights(norm._parameters["weight"], norm._parameters["bias"])
+
+
+def _are_weights(*tensors: torch.Tensor | None) -> bool:
+    """Whether all are None or ordinary tensors, of no subclass.
+
+    torch.compile needs fewer guards for this than for `has_ordinary_weights`, which looks at all tensors of a module.
+    """
+    for tensor in tensors:
+        if type(tensor) not in WEIGHTS:
+            return False
+    return True
 
 
 def is_batch_norm(norm: nn.Module | None) -> bool:
@@ -144,7 +161,7 @@ def _has_known_parts(conv: nn.Module | None, x: torch.Tensor) -> bool:
         return False
     parameters = conv._parameters
     weight, bias = parameters.get("weight"), parameters.get("bias")  # no weight: it is computed
-    if weight is None:
+    if weight is None or not _are_weights(weight, bias):
         return False
     if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
         if (
@@ -159,7 +176,7 @@ def _has_known_parts(conv: nn.Module | None, x: torch.Tensor) -> bool:
         and conv.padding_mode == "zeros"
         and isinstance(conv.padding, tuple)
         and conv.stride[0] == conv.stride[1]
-        and plain(conv)
+        and unobserved(conv)
         and ops.has_kernels(x)
     )
 
@@ -207,7 +224,8 @@ def _convolve_with(
 ) -> torch.Tensor:
     """act(x * weight + bias) + residual in one kernel, in the type of the weight, with conv's stride and padding."""
     rows, columns = conv.padding
-    return ops.conv2d(x.to(weight.dtype), weight, bias, act, residual, conv.stride[0], [rows, columns, rows, columns])
+    x = x if x.dtype == weight.dtype else x.to(weight.dtype)
+    return ops.conv2d(x, weight, bias, act, residual, conv.stride[0], [rows, columns, rows, columns])
 
 
 def conv_without_bias(conv: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

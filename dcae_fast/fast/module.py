@@ -202,12 +202,12 @@ def by_position(names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> 
 def has_ordinary_weights(module: nn.Module) -> bool:
     """Whether a module's own parameters and buffers are ordinary tensors, of no subclass."""
     parameters, buffers = module._parameters, module._buffers
-    return (not parameters or _WEIGHTS.issuperset(map(type, parameters.values()))) and (
-        not buffers or _WEIGHTS.issuperset(map(type, buffers.values()))
+    return (not parameters or WEIGHTS.issuperset(map(type, parameters.values()))) and (
+        not buffers or WEIGHTS.issuperset(map(type, buffers.values()))
     )
 
 
-_WEIGHTS = ORDINARY | {type(None), FakeTensor}  # torch.export's non-strict mode replaces weights by fake tensors
+WEIGHTS = ORDINARY | {type(None), FakeTensor}  # torch.export's non-strict mode replaces weights by fake tensors
 
 
 def plain(*modules: nn.Module | None) -> bool:

@@ -130,8 +130,8 @@ def unobserved(*modules: nn.Module | None) -> bool:
             or module._forward_pre_hooks
             or module._backward_hooks
             or module._backward_pre_hooks
-            or module._compiled_call_impl is not None
-            or "forward" in module.__dict__
+            or "forward" in (state := module.__dict__)
+            or state.get("_compiled_call_impl") is not None
         ):
             return False
     return True

@@ -191,7 +191,7 @@ def conv2d(
         check_activation(act)
     if x.dim() != 4 or weight.dim() != 4 or x.shape[1] != weight.shape[1]:
         raise ValueError(f"x is {list(x.shape)}, weight {list(weight.shape)}: expected [B, C, H, W] and [K, C, R, S]")
-    if bias is not None:
+    if bias is not None and bias.shape != weight.shape[:1]:
         check_filters(weight, bias=bias)
     padding = [padding] * 4 if isinstance(padding, int) else list(padding)
     return conv2d_op(x, weight, bias, act, residual, stride, padding)

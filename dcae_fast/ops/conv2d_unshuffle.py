@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from dcae_fast.models import functional
 
 from ._elementwise import check_filters
-from ._library import define, differentiable_as, launcher
+from ._library import define, differentiable_as
 from .conv2d import has_few_channels
 
 
@@ -23,15 +23,11 @@ def conv2d_unshuffle_reference(x, weight, bias):
     return functional.pixel_unshuffle(F.conv2d(x, weight, bias, padding=1), 2)
 
 
-def _launch(x, weight, bias):
-    return launcher("conv2d", "launch_conv2d_unshuffle")(x, weight, bias)
-
-
 conv2d_unshuffle_op = define(
     "conv2d_unshuffle(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     conv2d_unshuffle_reference,
     has_few_channels,
-    _launch,
+    "conv2d",
 )
 differentiable_as(conv2d_unshuffle_op, conv2d_unshuffle_reference)
 

@@ -10,7 +10,8 @@ takes them.
 import torch
 import torch.nn.functional as F
 
-from ._library import KERNEL_DTYPES, define, differentiable_as
+from . import _convolution_plans, _plans
+from ._library import HALVES, KERNEL_DTYPES, are_aligned, define, differentiable_as
 from .conv2d import convolve
 
 
@@ -29,17 +30,45 @@ def _accepts(x, weights):
     return x.dtype in KERNEL_DTYPES and weights.dtype == x.dtype and x.numel() > 0
 
 
-def _launch(x, weights):
+def _empty_planes(x, weights):
     batch, _, height, width = x.shape
     size = (4 * batch, weights.shape[0] // 4, height, width)
-    planes = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _launch(x, weights):
+    planes = _empty_planes(x, weights)
     for plane, part, padding in zip(planes.chunk(4), weights.chunk(4), _paddings(), strict=True):
         convolve(x, part, padding, plane)
     return planes
 
 
+def _prepare(x, weights):
+    """Runs the plans that are known by then for this shape, without looking at the arguments again."""
+    parts = weights.chunk(4)
+    if not _convolution_plans.available() or not are_aligned((*parts, *_empty_planes(x, weights).chunk(4)), *HALVES):
+        return None
+    shapes = (_convolution_plans.shape_of(x, parts[0], 1, padding, []) for padding in _paddings())
+    keys = [_plans.key_of(_convolution_plans.CUDNN, shape, x.device) for shape in shapes]
+
+    def run(x, weights):
+        plans = [_plans.found(key) for key in keys]
+        if None in plans:
+            return _launch(x, weights)
+        planes = _empty_planes(x, weights)
+        for plan, part, plane in zip(plans, weights.chunk(4), planes.chunk(4), strict=True):
+            plan(x, part, [], plane)
+        return planes
+
+    return run
+
+
 upsample_conv2d_op = define(
-    "upsample_conv2d(Tensor x, Tensor weights) -> Tensor", upsample_conv2d_reference, _accepts, _launch
+    "upsample_conv2d(Tensor x, Tensor weights) -> Tensor",
+    upsample_conv2d_reference,
+    _accepts,
+    _launch,
+    prepare=_prepare,
 )
 differentiable_as(upsample_conv2d_op, upsample_conv2d_reference)
 

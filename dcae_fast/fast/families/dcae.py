@@ -26,7 +26,7 @@ from ..fusion import (
 from ..graphs import Result
 from ..layers import Layer, Resampling, Survey, UnknownModule, known
 from ..layout import Part
-from ..module import kind, member, plain
+from ..module import kind, member
 from ..registry import register
 
 IDENTITIES = ("Identity", "IdentityLayer")
@@ -146,19 +146,19 @@ def compute(layer: nn.Module, x: torch.Tensor, out_scale: float | None = None) -
     """layer(x), in 8 bit if out_scale is given. A plain ConvLayer is not called, since a call of a module takes longer
     than its checks.
     """
-    if isinstance(layer, ConvLayer) and plain(layer):
+    if isinstance(layer, ConvLayer) and unobserved(layer):
         return layer.add(x, None, out_scale)
     return int8.quantized(layer(x), out_scale)
 
 
 def bare_conv(layer: nn.Module) -> nn.Module | None:
     """The convolution of a layer that consists of nothing else; else None."""
-    return layer._modules["conv"] if isinstance(layer, ConvLayer) and plain(layer) and layer.is_bare() else None
+    return layer._modules["conv"] if isinstance(layer, ConvLayer) and unobserved(layer) and layer.is_bare() else None
 
 
 def is_plain_layer(layer: nn.Module) -> bool:
     """Whether a layer is a plain, fast ConvLayer without dropout."""
-    return isinstance(layer, ConvLayer) and plain(layer) and layer._modules.get("dropout") is None
+    return isinstance(layer, ConvLayer) and unobserved(layer) and layer._modules.get("dropout") is None
 
 
 class OpSequential(Part):
@@ -189,7 +189,7 @@ class OpSequential(Part):
 
     def _norm_act_conv(self, norm: nn.Module, act: str, head: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
         """head(act(norm(x))) if one operator computes norm and convolution; else None."""
-        if isinstance(head, PixelShuffleSampler) and plain(head):
+        if isinstance(head, PixelShuffleSampler) and unobserved(head):
             y = norm_act_conv(norm, act, bare_conv(head.conv), x)
             return None if y is None else head.shuffle(y, None)
         return norm_act_conv(norm, act, bare_conv(head), x)
@@ -206,7 +206,7 @@ class Branch(Part):
 
     def add(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         last = self.last_layer()
-        known = isinstance(last, ConvLayer) and plain(last)
+        known = isinstance(last, ConvLayer) and unobserved(last)
         scale = last.input_scale(x) if known else None
         x = self.body(x, scale)
         if known:
@@ -323,7 +323,7 @@ class PixelShuffleSampler(Part):
 
     def without_bias(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The convolution without its bias and before the shuffle, and the bias, as in `fusion.conv_without_bias`."""
-        if isinstance(self.conv, ConvLayer) and plain(self.conv):
+        if isinstance(self.conv, ConvLayer) and unobserved(self.conv):
             return self.conv.without_bias(x)
         return self.conv(x), None
 
@@ -379,10 +379,10 @@ class ResidualBlock(Part):
         main, shortcut = modules.get("main"), modules.get("shortcut")
         if main is None or modules.get("pre_norm") is not None or modules.get("post_act") is not None:
             return self.eager(x)
-        name, seen = kind(shortcut), not plain(main, shortcut)
+        name, seen = kind(shortcut), not unobserved(main, shortcut)
         if name in IDENTITIES:
             return self.eager(x) if seen or not isinstance(main, Branch) else main.add(x, x)
-        if name not in SHORTCUTS or (seen and not plain(shortcut)):
+        if name not in SHORTCUTS or (seen and not unobserved(shortcut)):
             return self.eager(x)
         if name in AVERAGING and not is_divisible(x, shortcut.factor):
             return self.eager(x)
