@@ -44,9 +44,12 @@ def has_few_channels(x, weight, bias, residual=None):
 
 
 def _accepts(x, weight, bias, act, residual, stride, padding):
-    """Whether a kernel takes these: few channels, or one dtype of half precision and addresses aligned to 16 bytes."""
-    if has_few_channels(x, weight, bias, residual):
-        return True
+    """Whether a kernel takes these."""
+    return has_few_channels(x, weight, bias, residual) or _fits_plans(x, weight, bias, residual)
+
+
+def _fits_plans(x, weight, bias=None, residual=None):
+    """Whether plans of cuDNN take these: one dtype of half precision on a GPU, addresses aligned to 16 bytes."""
     if not x.is_cuda or x.dtype not in HALVES or x.numel() == 0:
         return False
     for tensor in (x, weight, bias, residual):  # a loop, since this is asked before each convolution
@@ -105,8 +108,7 @@ def convolve(x, weight, padding, out):
         return out.copy_(conv2d_reference(x, weight, None, "none", None, 1, padding))
 
     plan = None
-    accepted = x.is_cuda and _accepts(x, weight, None, "none", None, 1, padding) and out.data_ptr() % 16 == 0
-    if accepted and _convolution_plans.available():
+    if _fits_plans(x, weight) and out.data_ptr() % 16 == 0 and _convolution_plans.available():
         plan = _convolution_plans.find(x, weight, 1, padding, [], fallback)
     return fallback() if plan is None else plan(x, weight, [], out)
 

@@ -330,7 +330,7 @@ def test_planes_that_begin_between_16_bytes_take_the_fallback(size, aligned, mon
 
     monkeypatch.setattr(_convolution_plans, "available", lambda: True)
     monkeypatch.setattr(_convolution_plans, "find", find)
-    monkeypatch.setattr(sys.modules["dcae_fast.ops.conv2d"], "_accepts", lambda *args: True)
+    monkeypatch.setattr(sys.modules["dcae_fast.ops.conv2d"], "_fits_plans", lambda *args: True)
     x, weights = torch.randn(1, 16, size, size), torch.randn(4 * 12, 16, 2, 2) / 8
     x, weights = (tensor.to(DEVICE, torch.bfloat16).contiguous(memory_format=NHWC) for tensor in (x, weights))
     got, exact = upsample_conv2d(x, weights), upsample_conv2d_reference(x.double(), weights.double())
