@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
 torch.set_num_threads(1)  # for small tests, several processes are faster than several threads
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 torch.backends.cudnn.allow_tf32 = False  # tests of float32 expect its accuracy, also of PyTorch's convolutions
 
 REFERENCE = Path(os.environ.get("DCAE_FAST_REFERENCE", Path(__file__).parents[2] / "shared" / "reference"))
