@@ -121,10 +121,15 @@ def main():
         launch_conv2d(x, weight, bias, "none", 1, (1, 1, 1, 1))
         launch_conv2d(x, weight, None, "silu", 2, (1, 1, 1, 1))
         launch_conv2d_unshuffle(x, weight[:64], bias[:64])
-    for channels, filters in ((128, 3), (256, 3), (256, 12), (1024, 16)):
-        for dtype in (torch.bfloat16, torch.float16):
-            x, weight = tensor(2, channels, 64, 64, dtype=dtype), tensor(filters, channels, 3, 3, dtype=dtype)
-            launch_rms_norm_conv2d(x, tensor(channels), tensor(channels), 1e-5, "silu", weight, tensor(filters))
+    for channels, filters, dtype in (
+        (128, 3, torch.bfloat16),
+        (256, 3, torch.float16),
+        (256, 12, torch.bfloat16),
+        (1024, 16, torch.bfloat16),
+        (1024, 16, torch.float16),
+    ):
+        x, weight = tensor(2, channels, 64, 64, dtype=dtype), tensor(filters, channels, 3, 3, dtype=dtype)
+        launch_rms_norm_conv2d(x, tensor(channels), tensor(channels), 1e-5, "silu", weight, tensor(filters))
     x, k, residual = tensor(2, 512, 64, 64, dtype=torch.int8), tensor(512, dtype=torch.float32), tensor(2, 512, 64, 64)
     for tile in tiles_of(tensor(512, 512, 3, 3)):  # with the epilogue that takes the most registers
         weight = tensor(512, 512, 3, 3, dtype=torch.int8)
