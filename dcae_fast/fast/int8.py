@@ -4,8 +4,9 @@ A layer computes in 8 bit if it has the attribute `operands.INT8`, the scale of 
 pickles of the layer have it too; `state_dict` has it not. The products of such a layer are `ops.conv2d_int8`, on a
 Hopper GPU; elsewhere, with hooks, and with weights of another dtype than when it was set, the layer computes exactly.
 
-Between blocks, images have the model's dtype. The first layer of a block quantises its input, a pass of its own; within
-a block, kernels write int8 for the layer behind them.
+Between blocks, images have the model's dtype. Within a block, kernels write int8 for the layer behind them. Where a
+sequence knows the next block, a block's last kernel also writes a copy in int8, for the first layer of that block.
+Elsewhere the first layer of a block quantises its input, in a pass of its own.
 """
 
 from collections.abc import Iterator
@@ -123,19 +124,44 @@ def conv_norm_act(
     scale = scale_of(conv, x)
     if scale is None:
         return quantized(fusion.conv_norm_act(conv, norm, act, x, residual), out_scale)
-    batch = fusion.is_batch_norm(norm)
-    if norm is None or (batch and conv.bias is None and not norm.training):
+    if _folds(conv, norm):
         fits = residual is None or residual.dtype == _dtype(conv, x)
         result = _product((conv,), x, scale, norm, act, residual if fits else None, out_scale if fits else None)
         return result if fits else quantized(result + residual, out_scale)
     y = _product((conv,), x, scale)
-    if batch and norm.training:
-        y = fusion.batch_norm(norm, y, act, residual)
-    elif batch:
-        y = ops.bias_act(y, norm.bias, act, residual, norm.weight, norm.running_mean, norm.running_var, norm.eps)
-    else:
+    if not fusion.is_batch_norm(norm):
         y = fusion.rms_norm(norm, y, act, residual)
+    elif norm.training:
+        y = fusion.batch_norm(norm, y, act, residual)
+    else:
+        y = ops.bias_act(y, norm.bias, act, residual, norm.weight, norm.running_mean, norm.running_var, norm.eps)
     return quantized(y, out_scale)
+
+
+def with_copy(
+    conv: nn.Module,
+    norm: nn.Module | None,
+    act: str,
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    out_scale: float | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`conv_norm_act`, and a copy of the result in 8 bit if out_scale is given and the last kernel can write both."""
+    scale = None if out_scale is None else scale_of(conv, x)
+    dtype = _dtype(conv, x)
+    if scale is not None and residual.dtype == dtype:
+        if _folds(conv, norm):
+            weight, scales, bias = operands.of_int8((conv,), scale, norm)
+            return ops.conv2d_int8(quantized(x, scale), weight, scales, bias, act, residual, dtype, out_scale)
+        if not fusion.is_batch_norm(norm) and fusion.norm_dtype(norm, residual) == dtype:
+            y = _product((conv,), x, scale)
+            return ops.rms_norm_int8(y, norm.weight, norm.bias, out_scale, norm.eps, act, residual)
+    return conv_norm_act(conv, norm, act, x, residual), None
+
+
+def _folds(conv: nn.Module, norm: nn.Module | None) -> bool:
+    """Whether the product also computes the norm: there is none, or a batch norm in inference."""
+    return norm is None or (fusion.is_batch_norm(norm) and conv.bias is None and not norm.training)
 
 
 def conv_without_bias(conv: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

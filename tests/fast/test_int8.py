@@ -72,15 +72,30 @@ def test_results_are_those_of_rounded_weights_and_inputs(name, int8_calls):
     assert relative(got, expected) < 0.1 * error
 
 
-@pytest.mark.parametrize("name", ["strided", "diffusers-strided"])
-def test_nothing_is_rounded_twice(name, int8_calls):
-    """Within a block, kernels write int8. Only the first layer of a block quantises, in a pass of its own."""
+@pytest.mark.parametrize("name, passes", [("strided", 4), ("diffusers-strided", 7)])
+def test_passes_that_only_quantise(name, passes, int8_calls):
+    """Within a block, kernels write int8; within a stage of this project's model, also for the next block.
+
+    The model has two residual blocks, two attentions and gated convolutions, and an up-sampling block.
+    """
     model, _ = patched_model(name)
     int8_calls.clear()
     result(model)
     assert int8_calls["upsample_conv2d_int8"] == 1
     assert int8_calls["depthwise_glu"] == int8_calls["relu_linear_attention"] == int8_calls["conv2d"] == 0
-    assert int8_calls["quantize"] == 2 + 1 + 2 * 2  # residual blocks, up-sampling, attention and gated convolution
+    assert int8_calls["quantize"] == passes
+
+
+def test_hooks_of_blocks_see_images(int8_calls):
+    """No copy in 8 bit passes a block with a hook, nor the inside of one."""
+    model, _ = patched_model()
+    expected, seen = result(model), []
+    attention, up = model.decoder.stages[1].op_list[0], model.decoder.stages[0].op_list[0]
+    for block in (attention, attention.local_module, up):
+        block.register_forward_hook(lambda _, args, y: seen.extend((args[0].dtype, y.dtype)))
+    int8_calls.clear()
+    assert torch.equal(result(model), expected)
+    assert seen == 6 * [torch.float32] and int8_calls["quantize"] > 4
 
 
 def test_half_precision_and_autocast():

@@ -24,16 +24,19 @@ from ..fusion import (
     upsample,
 )
 from ..graphs import Result
-from ..layers import Layer, Resampling, Survey, UnknownModule, known
+from ..layers import Layer, Survey, UnknownModule
 from ..layout import Part
 from ..module import kind, member
 from ..registry import register
-
-IDENTITIES = ("Identity", "IdentityLayer")
-AVERAGING = ("PixelUnshuffleChannelAveragingDownSampleLayer",)
-DUPLICATING = ("ChannelDuplicatingPixelShuffleUpSampleLayer", "ChannelDuplicatingPixelUnshuffleUpSampleLayer")
-
-SHORTCUTS = {*IDENTITIES, *AVERAGING, *DUPLICATING}
+from .dcae_layers import (
+    AVERAGING,
+    DUPLICATING,
+    IDENTITIES,
+    SHORTCUTS,
+    describe_efficientvit_block,
+    layer_of,
+    resampling,
+)
 
 
 class Encoder(Coder):
@@ -122,6 +125,15 @@ class ConvLayer(Part):
             return int8.quantized(y if residual is None else y + residual, out_scale)
         return int8.conv_norm_act(modules["conv"], modules.get("norm"), act, x, residual, out_scale)
 
+    def with_copy(
+        self, x: torch.Tensor, residual: torch.Tensor, out_scale: float | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`add`, and `int8.with_copy`."""
+        modules, act = self._modules, self.known_activation()
+        if act is None or out_scale is None:
+            return self.add(x, residual), None
+        return int8.with_copy(modules["conv"], modules.get("norm"), act, x, residual, out_scale)
+
     def known_activation(self) -> str | None:
         """The activation's name; None if the layer takes its own forward."""
         modules = self._modules
@@ -176,12 +188,12 @@ class OpSequential(Part):
         return survey.blocks(sequence.op_list)
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
-        rest = list(self._modules["op_list"])
+        rest, copy = [part for op in self._modules["op_list"] for part in parts_in_sequence(op)], None
         while rest:
             op = rest.pop(0)
             act = activation_name(rest[0]) if rest and isinstance(op, RMSNorm2d) and can_fuse_norm(op) else None
             if act is None:
-                x = op(x)
+                x, copy = compute_with_copy(op, x, copy, rest[0] if rest else None)
                 continue
             y = self._norm_act_conv(op, act, rest[1], x) if len(rest) > 1 else None
             x, rest = (y, rest[2:]) if y is not None else (rms_norm(op, x, act), rest[1:])
@@ -195,10 +207,29 @@ class OpSequential(Part):
         return norm_act_conv(norm, act, bare_conv(head), x)
 
 
+def parts_in_sequence(op: nn.Module) -> list[nn.Module]:
+    """The blocks that an EfficientViTBlock consists of, or op itself."""
+    if kind(op) == "EfficientViTBlock" and unobserved(op):
+        return [op._modules["context_module"], op._modules["local_module"]]
+    return [op]
+
+
+def compute_with_copy(
+    op: nn.Module, x: torch.Tensor, copy: torch.Tensor | None, following: nn.Module | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """op(x), and a copy of it in 8 bit for the operation that follows, or None. copy: of x, for op."""
+    if not isinstance(op, ResidualBlock):
+        return op(x), None
+    out_scale = following.input_scale(x) if isinstance(following, ResidualBlock) else None
+    if (copy is None and out_scale is None) or not unobserved(op):
+        return op(x), None
+    return op.with_copy(x, copy, out_scale)
+
+
 class Branch(Part):
     """A residual branch. Its last layer can add the residual.
 
-    body: the layers before the last one; in 8 bit with out_scale.
+    body(x, out_scale): the layers before the last one, in 8 bit if out_scale is given.
     """
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -207,17 +238,20 @@ class Branch(Part):
     def add(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         last = self.last_layer()
         known = isinstance(last, ConvLayer) and unobserved(last)
-        scale = last.input_scale(x) if known else None
-        x = self.body(x, scale)
+        x = self.body(x, last.input_scale(x) if known else None)
         if known:
             return last.add(x, residual)
         return last(x) if residual is None else last(x) + residual
 
-    def body(self, x: torch.Tensor, out_scale: float | None) -> torch.Tensor:
-        raise NotImplementedError
-
-    def last_layer(self) -> nn.Module:
-        raise NotImplementedError
+    def with_copy(
+        self, x: torch.Tensor, copy: torch.Tensor | None, out_scale: float | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """add(x, x), and a copy of it in 8 bit if its last kernel can write both. copy: of x in 8 bit."""
+        last = self.last_layer()
+        if not isinstance(last, ConvLayer) or not unobserved(last):
+            return self.add(x, x), None
+        y = self.body(x if copy is None else copy, last.input_scale(x))
+        return last.with_copy(y, x, out_scale)
 
 
 class ResBlock(Branch):
@@ -243,7 +277,10 @@ class ResBlock(Branch):
         return None
 
     def body(self, x: torch.Tensor, out_scale: float | None) -> torch.Tensor:
-        return compute(self._modules["conv1"], x, out_scale)
+        return compute(self.first_layer(), x, out_scale)
+
+    def first_layer(self) -> nn.Module:
+        return self._modules["conv1"]
 
     def last_layer(self) -> nn.Module:
         return self._modules["conv2"]
@@ -259,11 +296,14 @@ class GLUMBConv(Branch):
 
     def body(self, x: torch.Tensor, out_scale: float | None) -> torch.Tensor:
         modules = self._modules
-        x, depth = compute(modules["inverted_conv"], x), modules["depth_conv"]
+        x, depth = compute(self.first_layer(), x), modules["depth_conv"]
         if gates_in_one_pass(self):
             return int8.depthwise_glu(x, depth._modules["conv"], out_scale)
         value, gate = depth(x).chunk(2, dim=1)
         return int8.quantized(value * self.glu_act(gate), out_scale)
+
+    def first_layer(self) -> nn.Module:
+        return self._modules["inverted_conv"]
 
     def last_layer(self) -> nn.Module:
         return self._modules["point_conv"]
@@ -288,16 +328,27 @@ class LiteMLA(Branch):
         return "" if type(kernel) in (nn.ReLU, type(None)) else f"its kernel function is {type(kernel).__name__}"
 
     def add(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-        if self.reason_not_fast(self) or not unobserved(member(self, "kernel_func")):
+        if not self.is_known():
             y = self.eager(x)
             return y if residual is None else y + residual
         return super().add(x, residual)
 
+    def with_copy(
+        self, x: torch.Tensor, copy: torch.Tensor | None, out_scale: float | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return super().with_copy(x, copy, out_scale) if self.is_known() else (self.add(x, x), None)
+
+    def is_known(self) -> bool:
+        return not self.reason_not_fast(self) and unobserved(member(self, "kernel_func"))
+
     def body(self, x: torch.Tensor, out_scale: float | None) -> torch.Tensor:
         modules = self._modules
-        qkv = compute(modules["qkv"], x)
+        qkv = compute(self.first_layer(), x)
         scales = [multiscale_qkv(scale, qkv) for scale in modules["aggreg"]]
         return int8.relu_linear_attention([qkv, *scales], self.dim, self.eps, out_scale)
+
+    def first_layer(self) -> nn.Module:
+        return self._modules["qkv"]
 
     def last_layer(self) -> nn.Module:
         return self._modules["proj"]
@@ -375,71 +426,52 @@ class ResidualBlock(Part):
         return [layer_of(block, survey)]
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.with_copy(x, None, None)[0]
+
+    def with_copy(
+        self, x: torch.Tensor, copy: torch.Tensor | None, out_scale: float | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The result, and a copy of it in 8 bit if out_scale is given and the last kernel can write both.
+
+        copy: of x in 8 bit, if `input_scale` is a number.
+        """
         modules = self._modules
         main, shortcut = modules.get("main"), modules.get("shortcut")
         if main is None or modules.get("pre_norm") is not None or modules.get("post_act") is not None:
-            return self.eager(x)
+            return self.eager(x), None
         name, seen = kind(shortcut), not unobserved(main, shortcut)
         if name in IDENTITIES:
-            return self.eager(x) if seen or not isinstance(main, Branch) else main.add(x, x)
+            if seen or not isinstance(main, Branch):
+                return self.eager(x), None
+            return (main.add(x, x), None) if copy is out_scale is None else main.with_copy(x, copy, out_scale)
         if name not in SHORTCUTS or (seen and not unobserved(shortcut)):
-            return self.eager(x)
-        if name in AVERAGING and not is_divisible(x, shortcut.factor):
-            return self.eager(x)
-        add = ops.unshuffle_average_add if name in AVERAGING else ops.duplicate_shuffle_add
+            return self.eager(x), None
+        averages = name in AVERAGING
+        if averages and not is_divisible(x, shortcut.factor):
+            return self.eager(x), None
         if seen or not isinstance(main, (PixelShuffleSampler, InterpolateSampler, ConvLayer)):
-            return add(x, main(x), None, shortcut.factor)
-        return add(x, *main.without_bias(x), shortcut.factor)
+            y, bias, out_scale = main(x), None, None
+        else:
+            y, bias = main.without_bias(x if copy is None else copy)
+        if out_scale is None:
+            add = ops.unshuffle_average_add if averages else ops.duplicate_shuffle_add
+            return add(x, y, bias, shortcut.factor), None
+        add = ops.unshuffle_average_add_int8 if averages else ops.duplicate_shuffle_add_int8
+        return add(x, y, bias, out_scale, shortcut.factor)
 
-
-def layer_of(block: nn.Module, survey: Survey) -> Layer:
-    """A ResidualBlock, main(x) + shortcut(x), as a layer."""
-    main, shortcut = block.main, block.shortcut
-    if getattr(block, "pre_norm", None) is not None or getattr(block, "post_act", None) is not None:
-        raise UnknownModule("pre_norm or post_act")
-    match kind(main), kind(shortcut):
-        case "ResBlock", "Identity" | "IdentityLayer":
-            (first, act, _), (second, _, norm) = map(parts, (main.conv1, main.conv2))
-            return survey.res_block(block, first, second, act, norm, main)
-        case "GLUMBConv", "Identity" | "IdentityLayer":
-            convs = [parts(conv)[0] for conv in (main.inverted_conv, main.depth_conv, main.point_conv)]
-            return survey.gated(block, *convs, main.glu_act, main.point_conv.norm, main)
-        case "LiteMLA", "Identity" | "IdentityLayer":
-            width, scales = parts(main.qkv)[0].out_channels // 3, len(main.aggreg)
-            lean = survey.is_lean(block, main) and not getattr(main, "norm_qk", False)
-            return survey.attention(block, parts(main.proj)[0].out_channels, width, scales, lean)
-        case _, name if name in AVERAGING or name in DUPLICATING:
-            layer = survey.sampler(resampling(main), block)
-            if shortcut.factor == (layer.down if name in AVERAGING else layer.up):
-                return layer
-    raise UnknownModule(f"{kind(main)} and {kind(shortcut)}")
-
-
-def parts(layer: nn.Module) -> tuple[nn.Conv2d, nn.Module | None, nn.Module | None]:
-    """Convolution, activation and norm of a ConvLayer."""
-    if kind(layer) != "ConvLayer" or getattr(layer, "dropout", None) is not None:
-        raise UnknownModule(type(layer).__name__)
-    known(layer.act, layer.norm)
-    return layer.conv, layer.act, layer.norm
-
-
-def resampling(module: nn.Module) -> Resampling:
-    """How a down- or up-sampling layer changes the resolution, or a convolution by its stride."""
-    match kind(module):
-        case "ConvLayer":
-            conv = parts(module)[0]
-            return conv, "stride", conv.stride[0]
-        case "ConvPixelUnshuffleDownSampleLayer":
-            return parts(module.conv)[0], "unshuffle", module.factor
-        case "ConvPixelShuffleUpSampleLayer":
-            return parts(module.conv)[0], "shuffle", module.factor
-        case "InterpolateConvUpSampleLayer" if getattr(module, "mode", "nearest") == "nearest":
-            return parts(module.conv)[0], "nearest", module.factor
-    raise UnknownModule(type(module).__name__)
-
-
-def describe_efficientvit_block(block: nn.Module, survey: Survey) -> list[Layer]:
-    return survey.blocks([block.context_module, block.local_module])
+    def input_scale(self, x: torch.Tensor) -> float | None:
+        """The scale of the block's input if the block's first layer computes in 8 bit, else None."""
+        main = self._modules.get("main")
+        if isinstance(main, Branch):
+            first = main.first_layer()
+        elif isinstance(main, (PixelShuffleSampler, InterpolateSampler)):
+            first = main._modules["conv"]
+        else:
+            return None
+        if not isinstance(first, ConvLayer) or not int8.is_marked(first._modules["conv"]) or x.numel() == 0:
+            return None
+        known = isinstance(main, Branch) or (bare_conv(first) is not None and not main.reason_not_fast(main))
+        return first.input_scale(x) if known and unobserved(self, main, first, self._modules.get("shortcut")) else None
 
 
 BLOCKS = {
