@@ -49,7 +49,7 @@ class WholeCall(FastModule):
     def dispatch(self, *args, **kwargs) -> Result:
         if torch.compiler.is_compiling() or not args or type(args[0]) is not torch.Tensor or ops.in_transform():
             return super().dispatch(*args, **kwargs)
-        graphs = None if self.__dict__.get("_is_replica") else self.fast_options.graphs
+        graphs = self.fast_options.graphs
         if graphs is not None and not graphs.inside:
             result = graphs.replay(self, args, kwargs)
             if result is not None:

@@ -81,6 +81,12 @@ class FastModule:
         operands.forget(self)
         return super()._load_from_state_dict(*args, **kwargs)
 
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        """A replica, of nn.DataParallel, has tensors as attributes rather than parameters: it is not fast."""
+        replica = super()._replicate_for_data_parallel()
+        change_class(replica, original_class(replica))
+        return replica
+
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
         """Pickled as (mixin, original class): the combined class is made at run time and has no importable name."""
         reduced = super().__reduce_ex__(protocol)

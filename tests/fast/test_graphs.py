@@ -465,15 +465,6 @@ def test_a_failed_capture_is_not_tried_again(tape, encoder, monkeypatch):
 
 
 @torch.no_grad()
-def test_replicas_have_no_graphs(tape, encoder):
-    """Replicas of nn.DataParallel share the attributes of the original module and run in threads."""
-    x = image(1, 3, 8, 8)
-    replica = encoder._replicate_for_data_parallel()
-    replica._modules = encoder._modules
-    not_captured(replica, x)
-
-
-@torch.no_grad()
 def test_compiled_models_have_no_graphs(tape, encoder):
     x = image(1, 3, 8, 8)
     torch._dynamo.reset()

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 import dcae_fast
+from dcae_fast.fast.module import is_fast
 from dcae_fast.models import DiT, DiTConfig, UViT, UViTConfig, blocks, dit
 
 SIZES = {"in_channels": 8, "input_size": 4, "depth": 2, "hidden_size": 64, "num_heads": 1, "num_classes": 10}
@@ -254,3 +255,23 @@ def test_a_list_of_latents():
         model.decode([latents[0], image(1, 9, 2, 2)])
     with pytest.raises(TypeError, match=r"Decoder.forward\(\) got an unexpected keyword argument 'latents'"):
         model.decoder(latents=latents)
+
+
+def replica_of(module: nn.Module) -> nn.Module:
+    """A replica as nn.DataParallel makes it on another GPU: its weights are attributes."""
+    replica = module._replicate_for_data_parallel()
+    replica._modules = {name: replica_of(child) for name, child in module._modules.items()}
+    for name, weight in module._parameters.items():
+        replica.__dict__[name] = None if weight is None else weight.clone()
+    return replica
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"cuda_graphs": True, "frozen": True}], ids=str)
+def test_replicas_of_data_parallel(options):
+    model, x = build("strided"), image()
+    expected = model(x)
+    dcae_fast.patch(model, **options)
+    replica = replica_of(model)
+    torch.testing.assert_close(replica(x), expected)
+    assert is_fast(model.encoder) and not any(map(is_fast, replica.modules()))
