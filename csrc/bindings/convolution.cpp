@@ -63,8 +63,9 @@ struct BoundPlan {
       require_type(dtype_of(*operand) == step.dtype, name, " must have the dtype that the plan was made for");
       pointers.push_back((operand++)->data_ptr());
     }
-    const at::Tensor workspace = at::empty(plan.workspace_size(), x.options().dtype(at::kByte));
-    plan.run(at::native::getCudnnHandle(), pointers, workspace.data_ptr());
+    at::Tensor workspace;  // many plans need none
+    if (plan.workspace_size() > 0) workspace = at::empty(plan.workspace_size(), x.options().dtype(at::kByte));
+    plan.run(at::native::getCudnnHandle(), pointers, workspace.defined() ? workspace.data_ptr() : nullptr);
     return y;
   }
 };

@@ -154,6 +154,7 @@ def test_other_gpus_compute_the_reference(monkeypatch):
     monkeypatch.setattr(_library, "INTERPRETED", False)
     monkeypatch.setattr(module, "is_hopper", lambda device: False)
     monkeypatch.setattr(module, "launcher", None)
+    monkeypatch.setattr(module.conv2d_int8_op.kernel, "_ready", {})  # the choice of earlier calls
     x, weight, scale, bias, residual = operands(*SHAPES["1x1"])
     got, _ = ops.conv2d_int8(x, weight, scale, bias, "relu", residual)
     assert torch.equal(got, conv2d_int8_reference(x, weight, scale, bias, "relu", residual, torch.bfloat16, None)[0])
