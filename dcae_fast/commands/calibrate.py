@@ -66,7 +66,7 @@ def calibrate(
     if report.calibration is None:
         raise UsageError(f"calibrate: {report.precision}")
     report.save_scales(out)
-    picture = _compared(network, x[0], model)
+    picture = _compared(network, x[0][:1], model)
     save_png(picture, out.with_suffix(".png"))
     print(_table(report.calibration), report.precision, sep="\n\n")
     print(f"The scales are in {out.resolve()}, the picture is in {out.with_suffix('.png').resolve()}")

@@ -27,7 +27,7 @@ from . import int8
 BINS = 2**13
 CONTRAST, WEIGHT = 3.0, 0.1
 CLIPS = 2.0 ** -(torch.arange(33, dtype=torch.float64) / 8)  # clipping values, in units of the largest input
-Pictures = list[torch.Tensor]  # each [1, 3, H, W]
+Pictures = list[torch.Tensor]  # batches [B, 3, H, W]
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def calibrate(autoencoder: nn.Module, pictures: Pictures, budget: ErrorBudget, w
         qualities.append(quality)
         for name, psnr in psnrs.items():
             found[name] = CalibratedLayer(scales[name], psnr, shares[name], name in taken)
-    return Calibration(found, *qualities, len(pictures), weights)
+    return Calibration(found, *qualities, sum(map(len, pictures)), weights)
 
 
 def _choose(
@@ -170,8 +170,8 @@ def _in_int8(layers: Iterator[tuple[nn.Module, float]]) -> Iterator[None]:
 def _psnrs(pictures: Pictures, references: Pictures) -> list[float]:
     """PSNR of each picture in dB; infinite for equal pictures."""
     pairs = zip(pictures, references, strict=True)
-    errors = [(a.double().clamp(-1, 1) - b.double().clamp(-1, 1)).square().mean().item() for a, b in pairs]
-    return [10 * math.log10(4 / error) if error > 0 else math.inf for error in errors]
+    errors = [(a.double().clamp(-1, 1) - b.double().clamp(-1, 1)).square().mean((1, 2, 3)) for a, b in pairs]
+    return [10 * math.log10(4 / error) if error > 0 else math.inf for error in torch.cat(errors).tolist()]
 
 
 def observe(

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from dcae_fast import ops
-from dcae_fast.ops._library import INTERPRETED, KERNEL_DTYPES, is_hopper
+from dcae_fast.ops._library import HAS_TRITON, INTERPRETED, KERNEL_DTYPES, is_hopper
 
 from . import fusion, operands
 from .call import Coder
@@ -34,7 +34,7 @@ class Int8:
 
 
 def runs_on(device: torch.device) -> bool:
-    return INTERPRETED or is_hopper(device)
+    return INTERPRETED or (HAS_TRITON and is_hopper(device))
 
 
 def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -7,22 +7,25 @@ import torch
 
 from dcae_fast.images import demo_photograph, fit, picture_suffixes, read_photograph
 
-MOST_PICTURES = 8  # of a folder
-MOST_PIXELS = 1024  # along a side
+MOST_PICTURES = 8  # of a folder, and in a batch
+MOST_PIXELS = 512  # along a side
 
 
 def load(source: "torch.Tensor | str | Path | Sequence | None", ratio: int) -> list[torch.Tensor]:
-    """Pictures [1, 3, H, W] in [-1, 1], cropped to multiples of `ratio`.
+    """Batches of pictures [B, 3, H, W] in [-1, 1], cropped to multiples of `ratio`. Pictures of one size are together.
 
     source: a batch of pictures, a picture file, a folder, a list of these, or None for the bundled photograph. Of a
     folder, at most MOST_PICTURES are taken, evenly over the sorted names; of a file, at most MOST_PIXELS a side from
     the centre. Raises ValueError if there is no picture, or one that is too small, not finite or of another shape.
     """
     sources = source if isinstance(source, (list, tuple)) else [demo_photograph() if source is None else source]
-    pictures = [picture for each in sources for picture in _load(each, ratio)]
-    if not pictures:
+    by_size: dict[tuple[int, ...], list[torch.Tensor]] = {}
+    for each in sources:
+        for picture in _load(each, ratio):
+            by_size.setdefault(tuple(picture.shape), []).append(picture)
+    if not by_size:
         raise ValueError(f"calibration={source!r}: holds no picture")
-    return pictures
+    return [batch for pictures in by_size.values() for batch in torch.cat(pictures).split(MOST_PICTURES)]
 
 
 def _load(source: torch.Tensor | str | Path, ratio: int) -> list[torch.Tensor]:
