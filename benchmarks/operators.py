@@ -25,6 +25,7 @@ from dcae_fast.ops.feature_distance import (
     feature_distance_backward_reference,
     feature_distance_reference,
 )
+from dcae_fast.ops.gated_sum import gated_sum_reference
 from dcae_fast.ops.layer_norm import layer_norm_backward_op, layer_norm_backward_reference
 from dcae_fast.ops.linear import linear_gelu_reference, linear_reference
 from dcae_fast.ops.mlp import mlp_reference
@@ -101,6 +102,7 @@ SHAPES: list[tuple[str, Shape]] = [
     ("mlp + residual", (128, 1152, 32, 32)),
     ("concatenate", (2048, 1152, 66, 1)),
     ("layer_norm gradient", (2048, 1152, 66, 1)),
+    ("gated_sum", (8, 2240, 64, 64)),
     *[
         (name, shape)  # H = tokens: UViT-H and DiT-XL on f64 and f32 latents
         for name in ("packed_attention", "packed_attention + gradient")
@@ -253,6 +255,11 @@ def concatenate(random, b, c, h, w) -> Case:
         lambda left, right: concatenate_reference(left, right, torch.bfloat16),
         [random(b, h * w, c).float() for _ in range(2)],
     )
+
+
+def gated_sum(random, b, c, h, w) -> Case:
+    shape = (b, h * w, c)
+    return Case(ops.gated_sum, gated_sum_reference, [random(*shape), random(b, c), random(*shape)])
 
 
 def layer_norm_gradient(random, b, c, h, w) -> Case:
@@ -430,6 +437,7 @@ CASES: dict[str, Callable[..., Case]] = {
     "packed_attention + gradient": lambda *args: packed_attention(*args, gradient=True),
     "concatenate": concatenate,
     "layer_norm gradient": layer_norm_gradient,
+    "gated_sum": gated_sum,
     "depthwise_glu": depthwise_glu,
     "unshuffle_average_add": unshuffle_average_add,
     "duplicate_shuffle_add": duplicate_shuffle_add,

@@ -30,6 +30,7 @@ OPERATORS = (
     "depthwise_glu",
     "duplicate_shuffle_add",
     "feature_distance",
+    "gated_sum",
     "layer_norm",
     "linear",
     "mlp",

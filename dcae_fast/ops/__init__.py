@@ -11,6 +11,7 @@ from .conv2d_unshuffle import conv2d_unshuffle
 from .convolution_weights import channels_last, fold_batch_norm, subpixel_weights, transposed_weights
 from .depthwise_glu import depthwise_glu, depthwise_glu_int8
 from .feature_distance import feature_distance
+from .gated_sum import gated_sum
 from .layer_norm import layer_norm
 from .linear import linear
 from .mlp import mlp
@@ -45,6 +46,7 @@ __all__ = [
     "duplicate_shuffle_add_int8",
     "feature_distance",
     "fold_batch_norm",
+    "gated_sum",
     "has_kernels",
     "in_transform",
     "is_for_few_tokens",

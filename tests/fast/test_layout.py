@@ -16,7 +16,7 @@ from dcae_fast.fast.patch import OPERATORS
 from dcae_fast.models import blocks
 
 SAME_MODULES = {"batch_norm_act", "relu_linear_attention"}  # as bias_act and multiscale_qkv
-OF_OTHER_MODELS = {"concatenate", "feature_distance", "layer_norm", "linear", "mlp", "packed_attention"}
+OF_OTHER_MODELS = {"concatenate", "feature_distance", "gated_sum", "layer_norm", "linear", "mlp", "packed_attention"}
 IMAGE_OPERATORS = sorted(set(OPERATORS) - SAME_MODULES - OF_OTHER_MODELS)
 FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 

@@ -252,6 +252,10 @@ def test_reasons():
         network = SanaTransformer2DModel(**SIZES, num_layers=1)
         change(network.transformer_blocks[0])
         assert dcae_fast.patch(network).skipped == [("transformer_blocks.0", BLOCK, reason)]
+    network = SanaTransformer2DModel(**SIZES, num_layers=1)
+    assert dcae_fast.patch(network, disable="gated_sum").skipped == [
+        ("transformer_blocks.0", BLOCK, "gated_sum disabled")
+    ]
     network.norm_out.norm = nn.LayerNorm(32)
     assert "without weights" in dcae_fast.patch(network).skipped[-1][2]
 

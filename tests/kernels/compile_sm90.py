@@ -66,6 +66,7 @@ def main():
     from dcae_fast.kernels.duplicate_shuffle_add import launch_duplicate_shuffle_add, launch_duplicate_shuffle_add_int8
     from dcae_fast.kernels.feature_distance import launch_feature_distance, launch_feature_distance_backward
     from dcae_fast.kernels.flip_weight import launch_flip_weight
+    from dcae_fast.kernels.gated_sum import launch_gated_sum, launch_gated_sum_backward
     from dcae_fast.kernels.gelu_backward import launch_gelu_backward
     from dcae_fast.kernels.layer_norm import launch_layer_norm, launch_layer_norm_backward
     from dcae_fast.kernels.multiscale_qkv import launch_multiscale_qkv, launch_multiscale_qkv_backward
@@ -145,6 +146,8 @@ def main():
         launch_layer_norm(x, of_image, of_image, 1e-6, y, of_image, half)
         launch_layer_norm_backward(y, x, x, d, None, None, 1e-5, dtype)
         launch_layer_norm_backward(y, x, x, of_image, y, of_image, 1e-6, dtype)
+        launch_gated_sum(x, of_image, y)
+        launch_gated_sum_backward(x, of_image, y)
         launch_concatenate(x, x, half)
         launch_concatenate_backward(y, dtype, dtype)
         for act in ("gelu", "gelu_tanh"):

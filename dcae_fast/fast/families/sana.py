@@ -71,7 +71,7 @@ class SanaTransformer2DModel(Network):
 
 class SanaTransformerBlock(FastModule):
     dims = 3
-    operators = ("layer_norm", "linear", "relu_linear_attention", "rms_norm")
+    operators = ("gated_sum", "layer_norm", "linear", "relu_linear_attention", "rms_norm")
     attributes = ("norm1", "attn1", "norm2", "attn2", "ff", "scale_shift_table")
 
     @staticmethod
@@ -97,12 +97,12 @@ class SanaTransformerBlock(FastModule):
         norm1, attn1, norm2, attn2, ff = map(self._modules.get, ("norm1", "attn1", "norm2", "attn2", "ff"))
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation(self.scale_shift_table, timestep)
         x, y = ops.layer_norm(x.contiguous(), scale1, shift1, norm1.eps, dtype=dtype_of_queries(attn1, x))
-        x = gated_sum(x, gate1, linear_attention(attn1, y, height, width))
+        x = ops.gated_sum(x, gate1, linear_attention(attn1, y, height, width))
         x = text_attention(attn2, x, text, text_mask)
         if norm2.elementwise_affine:
             scale2, shift2 = with_affine(norm2, scale2, shift2)
         x, y = ops.layer_norm(x, scale2, shift2, norm2.eps, dtype=dtype_of_branch(ff, x))
-        return gated_sum(x, gate2, tokens(ff(image(y, height, width))))
+        return ops.gated_sum(x, gate2, tokens(ff(image(y, height, width))))
 
     def fuses(self, x, text, text_mask, timestep) -> bool:
         """Whether the block may compute its submodules without calling them, and these inputs have the usual form."""
@@ -147,11 +147,6 @@ def with_affine(norm: nn.LayerNorm, scale: torch.Tensor, shift: torch.Tensor) ->
     weight, bias = norm.weight.float(), norm.bias.float()
     factor = 1 + scale.float()
     return weight * factor - 1, bias * factor + shift.float()
-
-
-def gated_sum(x: torch.Tensor, gate: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
-    """x + gate · branch; x and branch: [B, N, C], gate: [B, C]."""
-    return torch.addcmul(x, gate[:, None], branch)
 
 
 def image(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
