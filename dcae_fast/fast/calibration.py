@@ -32,7 +32,7 @@ Pictures = list[torch.Tensor]  # batches [B, 3, H, W]
 
 @dataclass(frozen=True)
 class ErrorBudget:
-    """What 8 bit may change, for every calibration picture.
+    """What 8 bit may change, for every calibration picture. Raises ValueError for negative values and no numbers.
 
     decoding: least PSNR, in dB, of decoded exact latents against their exact decoding. encoding: the same of the exact
     decoding of 8-bit latents. loss: dB of PSNR against the originals that either may lose.
@@ -41,6 +41,11 @@ class ErrorBudget:
     decoding: float = 45.0
     encoding: float = 45.0
     loss: float = 0.05
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+                raise ValueError(f"error budget: {name} is {value!r}; expected a number of dB, at least 0")
 
 
 DEFAULT_BUDGET = ErrorBudget()
@@ -98,13 +103,15 @@ class Calibration:
 def calibrate(autoencoder: nn.Module, pictures: Pictures, budget: ErrorBudget, weights: str) -> Calibration:
     """Calibrate a patched autoencoder, which computes exactly, and leave it as it is.
 
-    autoencoder: has the modules `encoder` and `decoder`. Raises ValueError if an activation is not finite.
+    autoencoder: has the modules `encoder` and `decoder`. Raises ValueError if an activation or a result is not finite.
     """
     layers = dict(int8.candidates(autoencoder))
     scales, shares = observe(autoencoder, layers, pictures)
     encode, decode = autoencoder.encoder, autoencoder.decoder
     latents = [encode(x) for x in pictures]
     exact = [decode(z) for z in latents]
+    if not all(y.isfinite().all() for y in exact):
+        raise ValueError("calibration: the exact result of the decoder is not finite")
     runs = {
         "decoder.": (lambda: [decode(z) for z in latents], budget.decoding),
         "encoder.": (lambda: [decode(encode(x)) for x in pictures], budget.encoding),
@@ -136,7 +143,8 @@ def _choose(
     def quality(names: list[str]) -> Quality:
         with _in_int8(layers[name] for name in names):
             y = run()
-        losses = [before - after for before, after in zip(psnr_of_exact, _psnrs(y, originals), strict=True)]
+        pairs = zip(psnr_of_exact, _psnrs(y, originals), strict=True)
+        losses = [0.0 if before == after else before - after for before, after in pairs]  # both may be infinite
         return Quality(min(_psnrs(y, exact)), max(losses))
 
     alone = {name: quality([name]).psnr for name in layers}
@@ -168,10 +176,11 @@ def _in_int8(layers: Iterator[tuple[nn.Module, float]]) -> Iterator[None]:
 
 
 def _psnrs(pictures: Pictures, references: Pictures) -> list[float]:
-    """PSNR of each picture in dB; infinite for equal pictures."""
+    """PSNR of each picture in dB; infinite for equal pictures, -infinite for a picture with NaN."""
     pairs = zip(pictures, references, strict=True)
     errors = [(a.double().clamp(-1, 1) - b.double().clamp(-1, 1)).square().mean((1, 2, 3)) for a, b in pairs]
-    return [10 * math.log10(4 / error) if error > 0 else math.inf for error in torch.cat(errors).tolist()]
+    errors = torch.cat(errors).tolist()
+    return [-math.inf if math.isnan(e) else 10 * math.log10(4 / e) if e else math.inf for e in errors]
 
 
 def observe(
@@ -187,9 +196,10 @@ def observe(
     def measure(name: str, layer: nn.Module, x: torch.Tensor, y: torch.Tensor, weight: float) -> None:
         multiplications[name] = multiplications.get(name, 0) + y.numel() * layer.weight[0].numel()
         if name in layers:
-            largest[name] = max(largest[name], x.abs().max().item())
-            if not math.isfinite(largest[name]):
+            most = x.abs().max().item()
+            if not math.isfinite(most):
                 raise ValueError(f"calibration: the input of {name} is not finite")
+            largest[name] = max(largest[name], most)
 
     def count(name: str, layer: nn.Module, x: torch.Tensor, y: torch.Tensor, weight: float) -> None:
         if name in layers:

@@ -118,8 +118,7 @@ def patch(
     if max_memory is not None:
         _check_bytes("max_memory", max_memory, " or None")
     _check_bytes("graph_memory", graph_memory)
-    if precision not in ("exact", "int8"):
-        raise ValueError(f"precision={precision!r}; expected 'exact' or 'int8'")
+    _check_precision(precision, calibration, error_budget)
     frozen = frozen or precision == "int8"
     if frozen and any(map(_is_sharded, _modules(model))):
         raise ValueError("frozen=True: FSDP shards the weights of this model, and gathers them again in every call")
@@ -138,6 +137,15 @@ def patch(
     return Report.of_components(
         {name: _patch(component, *options, *found.get(name, ())) for name, component in components.items()}
     )
+
+
+def _check_precision(precision: Any, calibration: Any, error_budget: Any) -> None:
+    if precision not in ("exact", "int8"):
+        raise ValueError(f"precision={precision!r}; expected 'exact' or 'int8'")
+    if not isinstance(error_budget, ErrorBudget):
+        raise TypeError(f"error_budget={error_budget!r}; expected a dcae_fast.ErrorBudget")
+    if precision == "exact" and (calibration is not None or error_budget != DEFAULT_BUDGET):
+        raise ValueError("calibration and error_budget are for precision='int8', and precision is 'exact'")
 
 
 def _check_bytes(name: str, value: Any, alternative: str = "") -> None:

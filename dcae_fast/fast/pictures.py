@@ -9,6 +9,7 @@ from dcae_fast.images import demo_photograph, fit, picture_suffixes, read_photog
 
 MOST_PICTURES = 8  # of a folder, and in a batch
 MOST_PIXELS = 512  # along a side
+LARGEST = 2.0  # |value|; interpolation may leave [-1, 1] a little
 
 
 def load(source: "torch.Tensor | str | Path | Sequence | None", ratio: int) -> list[torch.Tensor]:
@@ -16,7 +17,8 @@ def load(source: "torch.Tensor | str | Path | Sequence | None", ratio: int) -> l
 
     source: a batch of pictures, a picture file, a folder, a list of these, or None for the bundled photograph. Of a
     folder, at most MOST_PICTURES are taken, evenly over the sorted names; of a file, at most MOST_PIXELS a side from
-    the centre. Raises ValueError if there is no picture, or one that is too small, not finite or of another shape.
+    the centre. Raises ValueError if there is no picture, or one that is too small, not finite, of another shape or far
+    outside of [-1, 1].
     """
     sources = source if isinstance(source, (list, tuple)) else [demo_photograph() if source is None else source]
     by_size: dict[tuple[int, ...], list[torch.Tensor]] = {}
@@ -30,10 +32,12 @@ def load(source: "torch.Tensor | str | Path | Sequence | None", ratio: int) -> l
 
 def _load(source: torch.Tensor | str | Path, ratio: int) -> list[torch.Tensor]:
     if isinstance(source, torch.Tensor):
-        x = source if source.dim() == 4 else source[None]
-        if x.dim() != 4 or x.shape[1] != 3 or not x.is_floating_point() or not x.isfinite().all():
-            raise ValueError(f"calibration: {source.dtype} {list(source.shape)}; expected finite pictures [B, 3, H, W]")
-        return list(fit(x, ratio, "crop").split(1))
+        x = (source if source.dim() == 4 else source[None]).cpu()
+        if x.dim() != 4 or x.shape[1] != 3 or not x.is_floating_point() or not (x.abs() <= LARGEST).all():
+            raise ValueError(
+                f"calibration: {source.dtype} {list(source.shape)}; expected finite pictures [B, 3, H, W] in [-1, 1]"
+            )
+        return [_cropped(x[index : index + 1], ratio, "calibration") for index in range(len(x))]
     if not isinstance(source, (str, Path)):
         raise TypeError(f"calibration is of type {type(source).__name__}; expected pictures, paths or a file of scales")
     paths = [Path(source)]
@@ -41,7 +45,15 @@ def _load(source: torch.Tensor | str | Path, ratio: int) -> list[torch.Tensor]:
         paths = sorted(path for path in paths[0].rglob("*") if path.suffix.lower() in picture_suffixes())
         count = min(len(paths), MOST_PICTURES)
         paths = [paths[index * len(paths) // count] for index in range(count)]
-    return [_centre(fit(read_photograph(path), ratio, "crop"), ratio) for path in paths]
+    return [_centre(_cropped(read_photograph(path), ratio, str(path)), ratio) for path in paths]
+
+
+def _cropped(x: torch.Tensor, ratio: int, name: str) -> torch.Tensor:
+    """Cropped to multiples of `ratio`. name: of the picture, for the error."""
+    height, width = x.shape[2:]
+    if min(height, width) < ratio:
+        raise ValueError(f"{name}: {width}x{height} pixels; expected at least {ratio}x{ratio}")
+    return fit(x, ratio, "crop")
 
 
 def _centre(x: torch.Tensor, ratio: int) -> torch.Tensor:

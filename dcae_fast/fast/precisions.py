@@ -37,13 +37,17 @@ def _is_autoencoder(module: nn.Module) -> bool:
 def calibration_of(autoencoder: nn.Module, source: Any, budget: ErrorBudget) -> Calibration | None:
     """The calibration of a patched autoencoder; None on a device without 8-bit kernels, unless it is read from a file.
 
-    source: the argument `calibration` of `patch`.
+    source: the argument `calibration` of `patch`. Raises ValueError for a model that cannot be calibrated.
     """
     if any(module.training for module in autoencoder.modules()):
         raise ValueError("precision='int8' is for inference, and the model is in training mode: call model.eval()")
+    weight = next(autoencoder.parameters())
+    if weight.is_meta:
+        raise ValueError("precision='int8': the weights are on the meta device: patch the model, then offload it")
+    if not all(isinstance(getattr(autoencoder, name), Coder) for name in CODERS):
+        raise ValueError("precision='int8': the encoder or decoder cannot be patched; see the report of patch(model)")
     if isinstance(source, (str, Path)) and Path(source).suffix == scales.SUFFIX:
         return scales.load(source, autoencoder)
-    weight = next(autoencoder.parameters())
     if not int8.runs_on(weight.device):
         return None
     from . import pictures  # imports Pillow, which is optional
@@ -63,6 +67,9 @@ def set_int8(autoencoder: nn.Module, calibration: Calibration | None) -> tuple[s
         int8.mark(layers[name], found[name])
     runs = int8.runs_on(next(autoencoder.parameters()).device)
     lines = [] if calibration is None else [str(calibration)]
+    absent = len(found.keys() - layers.keys())
+    if absent:
+        lines.append(f"{absent} of the {len(found)} 8-bit layers compute exactly: their modules are not patched.")
     if not runs:
         lines.append("8 bit needs a Hopper GPU: on this device the model computes exactly.")
     return "\n".join(lines), runs and int8.is_marked(*layers.values())

@@ -37,7 +37,8 @@ class Report:
         skipped = [
             (f"{name}.{path}".rstrip("."), *rest) for name, report in reports.items() for path, *rest in report.skipped
         ]
-        return cls(replaced, skipped, components=reports)
+        in_int8 = any(report.in_int8 for report in reports.values())
+        return cls(replaced, skipped, components=reports, in_int8=in_int8)
 
     def __str__(self) -> str:
         if self.components:

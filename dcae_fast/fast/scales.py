@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -47,12 +48,20 @@ def load(path: str | Path, autoencoder: nn.Module) -> Calibration:
     """Read a calibration. Raises CheckpointError if the file is not readable, or was made for other weights."""
     try:
         with safe_open(path, "pt") as file:
-            content = json.loads(file.metadata()[KEY])
+            metadata = file.metadata() or {}
+        if KEY not in metadata:
+            raise ValueError("expected a file that `save_scales` or `dcae-fast calibrate` wrote")
+        content = json.loads(metadata[KEY])
         layers = {name: CalibratedLayer(**layer) for name, layer in content.pop("layers").items()}
         qualities = {name: Quality(**content.pop(name)) for name in ("decoding", "encoding")}
         calibration = Calibration(layers=layers, **qualities, **content)
+        if not all(0 < layer.scale < math.inf and isinstance(layer.in_int8, bool) for layer in layers.values()):
+            raise ValueError("a scale is not a positive number")
     except Exception as error:  # a broken or hostile file may raise anything
         raise CheckpointError(f"{path}: cannot be read as scales of 8-bit layers: {error!r}") from error
     if calibration.weights != hash_of(autoencoder):
-        raise CheckpointError(f"{path}: the scales were calibrated for other weights; calibrate this model")
+        raise CheckpointError(
+            f"{path}: the scales were calibrated for other weights, or for the same weights with other names, such as"
+            " those in another library; calibrate this model"
+        )
     return calibration

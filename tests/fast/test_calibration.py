@@ -1,11 +1,14 @@
 """Calibration of 8-bit layers: scales, the error budget, the report, files of scales, pictures."""
 
+import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from small_models import DEVICE, build
 from torch import nn
 
@@ -132,13 +135,20 @@ def test_scales_in_a_file(model, tmp_path):
 def test_scales_that_are_refused(model, tmp_path):
     path = tmp_path / "scales.safetensors"
     calibrated(model).save_scales(path)
+    with safe_open(path, "pt") as file:
+        content = json.loads(file.metadata()[scales.KEY])
+    next(iter(content["layers"].values()))["scale"] = -1.0
     with torch.no_grad():
         next(model.parameters())[0] += 0.1
     with pytest.raises(CheckpointError, match="calibrated for other weights"):
         dcae_fast.patch(model, precision="int8", calibration=str(path))
     path.write_bytes(path.read_bytes()[:100])
-    for broken in (path, tmp_path / "missing.safetensors"):
-        with pytest.raises(CheckpointError, match="cannot be read as scales"):
+    missing, others, negative = (tmp_path / f"{name}.safetensors" for name in ("missing", "others", "negative"))
+    save_file({"weight": torch.zeros(1)}, others)
+    save_file({}, negative, {scales.KEY: json.dumps(content)})
+    reasons = {path: "", missing: "No such file", others: "expected a file that", negative: "not a positive number"}
+    for broken, reason in reasons.items():
+        with pytest.raises(CheckpointError, match=f"cannot be read as scales .*{reason}"):
             dcae_fast.patch(model, precision="int8", calibration=broken)
     with pytest.raises(ValueError, match=r"ends in \.safetensors"):
         calibrated(model).save_scales(tmp_path / "scales.bin")
@@ -149,16 +159,55 @@ def test_a_pipeline(model, tmp_path):
         components = {"vae": model, "scheduler": object(), "other": nn.Linear(1, 1)}
 
     report = calibrated(Pipeline())
-    assert report.components["vae"].calibration is not None and "vae:" in str(report)
+    assert report.components["vae"].calibration is not None and "vae:" in str(report) and report.in_int8
     report.save_scales(tmp_path / "scales.safetensors")
     dcae_fast.patch(build("strided"), precision="int8", calibration=tmp_path / "scales.safetensors")
 
 
-def test_activations_that_are_not_finite(model):
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize("path", ["encoder.project_in.conv", "decoder.project_out.op_list.2.conv"])
+def test_activations_and_results_that_are_not_finite(model, path, value):
     with torch.no_grad():
-        model.encoder.project_in.conv.bias.fill_(math.inf)
+        model.get_submodule(path).bias.fill_(value)
     with pytest.raises(ValueError, match="is not finite"):
         calibrated(model)
+
+
+def test_nan_fits_no_budget():
+    picture = torch.zeros(1, 3, 2, 2)
+    assert calibration._psnrs([picture * math.nan, picture], [picture] * 2) == [-math.inf, math.inf]
+
+
+def test_pictures_that_the_exact_model_reproduces():
+    layer, picture = nn.Linear(1, 1), torch.zeros(1, 3, 2, 2)
+    quality = calibration._choose({"layer": (layer, 1.0)}, lambda: [picture], [picture], [picture], 45, 0.05)[2]
+    assert quality == calibration.Quality(math.inf, 0.0)
+
+
+@pytest.mark.parametrize("budget", [{"decoding": math.nan}, {"encoding": "45"}, {"loss": -0.1}])
+def test_bad_error_budgets(budget):
+    with pytest.raises(ValueError, match=f"error budget: {next(iter(budget))} is"):
+        dcae_fast.ErrorBudget(**budget)
+
+
+def test_bad_options(model):
+    with pytest.raises(TypeError, match="error_budget=45; expected a dcae_fast.ErrorBudget"):
+        dcae_fast.patch(model, precision="int8", error_budget=45)
+    for forgotten in ({"calibration": "photos"}, {"error_budget": EVERYTHING}):
+        with pytest.raises(ValueError, match="are for precision='int8'"):
+            dcae_fast.patch(model, **forgotten)
+    with pytest.raises(ValueError, match="the encoder or decoder cannot be patched"):
+        dcae_fast.patch(model, disable="all", precision="int8")
+    with pytest.raises(ValueError, match="patch the model, then offload it"):
+        dcae_fast.patch(model.to("meta"), precision="int8")
+
+
+def test_scales_of_layers_that_are_not_patched(model, tmp_path):
+    path = tmp_path / "scales.safetensors"
+    calibrated(model).save_scales(path)
+    report = dcae_fast.patch(model, disable=["bias_act"], precision="int8", calibration=path)
+    assert "13 of the 13 8-bit layers compute exactly: their modules are not patched" in str(report)
+    assert not report.in_int8
 
 
 def save_picture(path: Path, size: tuple[int, int]) -> Path:
@@ -180,14 +229,25 @@ def test_kinds_of_pictures(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "bad", [torch.zeros(1, 4, 8, 8), torch.full((1, 3, 8, 8), math.nan), [], torch.zeros(1, 3, 2, 8)]
+    "bad, reason",
+    [
+        (torch.zeros(1, 4, 8, 8), "expected finite pictures"),
+        (torch.full((1, 3, 8, 8), math.nan), "expected finite pictures"),
+        (torch.full((1, 3, 8, 8), 255.0), r"in \[-1, 1\]"),
+        ([], "no picture"),
+        (torch.zeros(0, 3, 8, 8), "no picture"),
+        (torch.zeros(1, 3, 2, 8), "calibration: 8x2 pixels; expected at least 4x4"),
+    ],
 )
-def test_bad_pictures(bad):
-    with pytest.raises(ValueError):
+def test_bad_pictures(bad, reason):
+    with pytest.raises(ValueError, match=reason):
         pictures.load(bad, 4)
 
 
 def test_bad_sources(tmp_path):
+    with pytest.raises(ValueError, match="small.png: 3x8 pixels"):
+        pictures.load(save_picture(tmp_path / "other" / "small.png", (3, 8)), 4)
+    (tmp_path / "other" / "small.png").unlink()
     with pytest.raises(ValueError, match="no picture"):
         pictures.load(tmp_path, 4)
     with pytest.raises(ValueError, match="cannot be read"):

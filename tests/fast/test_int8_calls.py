@@ -19,7 +19,9 @@ START = "spawn" if DEVICE == "cuda" else "fork"  # CUDA does not work after a fo
 
 def int8_model(**options) -> nn.Module:
     model = build("strided")
-    dcae_fast.patch(model, precision="int8", calibration=image(1, 3, 8, 8).cpu(), error_budget=EVERYTHING, **options)
+    dcae_fast.patch(
+        model, precision="int8", calibration=image(1, 3, 8, 8).cpu().clamp(-1, 1), error_budget=EVERYTHING, **options
+    )
     return model
 
 
