@@ -222,7 +222,7 @@ def can_be_joined(layers: tuple[nn.Module, ...], x: torch.Tensor) -> bool:
 
 def dtype_of_queries(attn: nn.Module, x: torch.Tensor) -> torch.dtype:
     """The dtype that the norm passes to the self-attention. Layers that are called get the dtype of x."""
-    known = all(is_linear(layer, x) for layer in (attn.to_q, attn.to_k, attn.to_v))
+    known = autocasts(x) and all(is_linear(layer, x) for layer in (attn.to_q, attn.to_k, attn.to_v))
     return compute_dtype(x) if known else x.dtype
 
 
