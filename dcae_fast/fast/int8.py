@@ -23,6 +23,8 @@ from .call import Coder
 from .module import FastModule, plain
 
 MULTIPLE = 16  # of the channels and filters
+Copy = list[torch.Tensor]
+"""An image in 8 bit for the next block, or empty. The block pops it, so that its memory is free once it is read."""
 
 
 @dataclass(frozen=True)
@@ -145,18 +147,20 @@ def with_copy(
     x: torch.Tensor,
     residual: torch.Tensor,
     out_scale: float | None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, Copy]:
     """`conv_norm_act`, and a copy of the result in 8 bit if out_scale is given and the last kernel can write both."""
     scale = None if out_scale is None else scale_of(conv, x)
     dtype = _dtype(conv, x)
     if scale is not None and residual.dtype == dtype:
         if _folds(conv, norm):
             weight, scales, bias = operands.of_int8((conv,), scale, norm)
-            return ops.conv2d_int8(quantized(x, scale), weight, scales, bias, act, residual, dtype, out_scale)
+            y, q = ops.conv2d_int8(quantized(x, scale), weight, scales, bias, act, residual, dtype, out_scale)
+            return y, [q]
         if not fusion.is_batch_norm(norm) and fusion.norm_dtype(norm, residual) == dtype:
             y = _product((conv,), x, scale)
-            return ops.rms_norm_int8(y, norm.weight, norm.bias, out_scale, norm.eps, act, residual)
-    return conv_norm_act(conv, norm, act, x, residual), None
+            y, q = ops.rms_norm_int8(y, norm.weight, norm.bias, out_scale, norm.eps, act, residual)
+            return y, [q]
+    return conv_norm_act(conv, norm, act, x, residual), []
 
 
 def _folds(conv: nn.Module, norm: nn.Module | None) -> bool:

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dcae_fast
 from dcae_fast.fast import int8
+from dcae_fast.models.blocks import OpSequential
 
 EVERYTHING = dcae_fast.ErrorBudget(decoding=0, encoding=0, loss=float("inf"))
 START = "spawn" if DEVICE == "cuda" else "fork"  # CUDA does not work after a fork
@@ -54,15 +55,16 @@ def test_graphs(int8_calls, tape):
 def test_compiles_whole():
     if not int8.runs_on(torch.device(DEVICE)):
         pytest.skip("8-bit convolutions need a Hopper GPU")
-    block, x = build_block("ResBlock")
-    dcae_fast.patch(block, frozen=True)
-    exact = block(x)
-    for layer in (block.main.conv1.conv, block.main.conv2.conv):
+    (first, x), (second, _) = build_block("ResBlock"), build_block("ResBlock-batch")
+    stage = OpSequential([first, second]).eval()
+    dcae_fast.patch(stage, frozen=True)
+    exact = stage(x)
+    for layer in (each.conv for block in (first, second) for each in (block.main.conv1, block.main.conv2)):
         int8.mark(layer, 0.05)
-    expected = block(x)
+    expected = stage(x)
     assert not torch.equal(expected, exact)
-    block.compile(fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(block(x), expected, atol=1e-5, rtol=1e-5)
+    stage.compile(fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(stage(x), expected, atol=1e-5, rtol=1e-5)
 
 
 def infer(rank: int, folder: str, model: nn.Module, x: torch.Tensor) -> None:

@@ -127,11 +127,11 @@ class ConvLayer(Part):
 
     def with_copy(
         self, x: torch.Tensor, residual: torch.Tensor, out_scale: float | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, int8.Copy]:
         """`add`, and `int8.with_copy`."""
         modules, act = self._modules, self.known_activation()
         if act is None or out_scale is None:
-            return self.add(x, residual), None
+            return self.add(x, residual), []
         return int8.with_copy(modules["conv"], modules.get("norm"), act, x, residual, out_scale)
 
     def known_activation(self) -> str | None:
@@ -188,7 +188,7 @@ class OpSequential(Part):
         return survey.blocks(sequence.op_list)
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
-        rest, copy = [part for op in self._modules["op_list"] for part in parts_in_sequence(op)], None
+        rest, copy = [part for op in self._modules["op_list"] for part in parts_in_sequence(op)], []
         while rest:
             op = rest.pop(0)
             act = activation_name(rest[0]) if rest and isinstance(op, RMSNorm2d) and can_fuse_norm(op) else None
@@ -215,14 +215,14 @@ def parts_in_sequence(op: nn.Module) -> list[nn.Module]:
 
 
 def compute_with_copy(
-    op: nn.Module, x: torch.Tensor, copy: torch.Tensor | None, following: nn.Module | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """op(x), and a copy of it in 8 bit for the operation that follows, or None. copy: of x, for op."""
+    op: nn.Module, x: torch.Tensor, copy: int8.Copy, following: nn.Module | None
+) -> tuple[torch.Tensor, int8.Copy]:
+    """op(x), and a copy of it for the operation that follows. copy: of x, for op."""
     if not isinstance(op, ResidualBlock):
-        return op(x), None
+        return op(x), []
     out_scale = following.input_scale(x) if isinstance(following, ResidualBlock) else None
-    if (copy is None and out_scale is None) or not unobserved(op):
-        return op(x), None
+    if (not copy and out_scale is None) or not unobserved(op):
+        return op(x), []
     return op.with_copy(x, copy, out_scale)
 
 
@@ -243,14 +243,12 @@ class Branch(Part):
             return last.add(x, residual)
         return last(x) if residual is None else last(x) + residual
 
-    def with_copy(
-        self, x: torch.Tensor, copy: torch.Tensor | None, out_scale: float | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def with_copy(self, x: torch.Tensor, copy: int8.Copy, out_scale: float | None) -> tuple[torch.Tensor, int8.Copy]:
         """add(x, x), and a copy of it in 8 bit if its last kernel can write both. copy: of x in 8 bit."""
         last = self.last_layer()
         if not isinstance(last, ConvLayer) or not unobserved(last):
-            return self.add(x, x), None
-        y = self.body(x if copy is None else copy, last.input_scale(x))
+            return self.add(x, x), []
+        y = self.body(copy.pop() if copy else x, last.input_scale(x))
         return last.with_copy(y, x, out_scale)
 
 
@@ -333,10 +331,8 @@ class LiteMLA(Branch):
             return y if residual is None else y + residual
         return super().add(x, residual)
 
-    def with_copy(
-        self, x: torch.Tensor, copy: torch.Tensor | None, out_scale: float | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return super().with_copy(x, copy, out_scale) if self.is_known() else (self.add(x, x), None)
+    def with_copy(self, x: torch.Tensor, copy: int8.Copy, out_scale: float | None) -> tuple[torch.Tensor, int8.Copy]:
+        return super().with_copy(x, copy, out_scale) if self.is_known() else (self.add(x, x), [])
 
     def is_known(self) -> bool:
         return not self.reason_not_fast(self) and unobserved(member(self, "kernel_func"))
@@ -426,38 +422,37 @@ class ResidualBlock(Part):
         return [layer_of(block, survey)]
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.with_copy(x, None, None)[0]
+        return self.with_copy(x, [], None)[0]
 
-    def with_copy(
-        self, x: torch.Tensor, copy: torch.Tensor | None, out_scale: float | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The result, and a copy of it in 8 bit if out_scale is given and the last kernel can write both.
+    def with_copy(self, x: torch.Tensor, copy: int8.Copy, out_scale: float | None) -> tuple[torch.Tensor, int8.Copy]:
+        """The result, and a copy of it if out_scale is given and the last kernel can write both.
 
-        copy: of x in 8 bit, if `input_scale` is a number.
+        copy: of x, empty if `input_scale` is None.
         """
         modules = self._modules
         main, shortcut = modules.get("main"), modules.get("shortcut")
         if main is None or modules.get("pre_norm") is not None or modules.get("post_act") is not None:
-            return self.eager(x), None
+            return self.eager(x), []
         name, seen = kind(shortcut), not unobserved(main, shortcut)
         if name in IDENTITIES:
             if seen or not isinstance(main, Branch):
-                return self.eager(x), None
-            return (main.add(x, x), None) if copy is out_scale is None else main.with_copy(x, copy, out_scale)
+                return self.eager(x), []
+            return main.with_copy(x, copy, out_scale) if copy or out_scale is not None else (main.add(x, x), [])
         if name not in SHORTCUTS or (seen and not unobserved(shortcut)):
-            return self.eager(x), None
+            return self.eager(x), []
         averages = name in AVERAGING
         if averages and not is_divisible(x, shortcut.factor):
-            return self.eager(x), None
+            return self.eager(x), []
         if seen or not isinstance(main, (PixelShuffleSampler, InterpolateSampler, ConvLayer)):
             y, bias, out_scale = main(x), None, None
         else:
-            y, bias = main.without_bias(x if copy is None else copy)
+            y, bias = main.without_bias(copy.pop() if copy else x)
         if out_scale is None:
             add = ops.unshuffle_average_add if averages else ops.duplicate_shuffle_add
-            return add(x, y, bias, shortcut.factor), None
+            return add(x, y, bias, shortcut.factor), []
         add = ops.unshuffle_average_add_int8 if averages else ops.duplicate_shuffle_add_int8
-        return add(x, y, bias, out_scale, shortcut.factor)
+        y, q = add(x, y, bias, out_scale, shortcut.factor)
+        return y, [q]
 
     def input_scale(self, x: torch.Tensor) -> float | None:
         """The scale of the block's input if the block's first layer computes in 8 bit, else None."""
