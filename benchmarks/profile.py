@@ -1,9 +1,10 @@
 """Profiles one call by kernel: python -m benchmarks.profile MODEL encode|decode --batch B --size S.
 
 For a training step of an autoencoder: python -m benchmarks.profile MODEL training --batch B --size S. For a diffusion
-transformer: python -m benchmarks.profile uvit-h-f64 forward|training --batch B. Kernels are grouped by kind. The times
-of convolutions and matrix products are compared with the time that the unpatched model's FLOPs take at the rate of a
-large matrix product. The record is added to the results file.
+transformer: python -m benchmarks.profile uvit-h-f64 forward|training --batch B. For diffusers' SANA: python -m
+benchmarks.profile sana-1600m forward|training --batch B --size S. Kernels are grouped by kind. The times of
+convolutions and matrix products are compared with the time that the unpatched model's FLOPs take at the rate of a large
+matrix product. The record is added to the results file.
 """
 
 import argparse
@@ -17,14 +18,15 @@ from torch.autograd import DeviceType
 from dcae_fast.fast.patch import OPERATORS
 from dcae_fast.models.zoo import autoencoder_names
 
-from . import autoencoder, autoencoder_training, contenders, networks, results, tables, training, transformer
+from . import autoencoder, autoencoder_training, contenders, networks, results, sana, tables, training, transformer
 from .autoencoder_workloads import RECIPES, TrainingWorkload
 from .ceilings import Ceilings, measure_ceilings
 from .network_workloads import NetworkWorkload
+from .sana_workloads import SanaWorkload
 from .timing import measure
 from .workloads import DIRECTIONS, Workload
 
-AnyWorkload = Workload | TrainingWorkload | NetworkWorkload
+AnyWorkload = Workload | TrainingWorkload | NetworkWorkload | SanaWorkload
 CALLS = 3  # profiled calls
 KERNELS_LISTED = 12  # the longest kernels
 
@@ -84,6 +86,8 @@ def call_of(workload: AnyWorkload, contender: str, device: torch.device) -> Call
         in_training = autoencoder_training.prepared(contender, workload, device)
         images = autoencoder_training.images_of(workload, device)
         return autoencoder_training.stepper(contender, in_training, images)
+    if isinstance(workload, SanaWorkload):
+        return sana.call_of(workload, contender, device)
     inputs = networks.inputs_of(workload, device)
     model = training.prepared(contender, workload, device)
     return training.stepper(model, inputs) if workload.work == "training" else transformer.caller(model.eval(), inputs)
@@ -93,7 +97,7 @@ def floors_of(workload: AnyWorkload, ceilings: Ceilings) -> dict[str, float]:
     """The milliseconds that the unpatched model's FLOPs take at the ceiling, by kind of kernel.
 
     A training step of a transformer has three times the FLOPs of the forward, or four times with activation
-    checkpointing.
+    checkpointing, which SANA's training steps have.
     """
     kinds = {}
     if isinstance(workload, Workload):
@@ -101,8 +105,12 @@ def floors_of(workload: AnyWorkload, ceilings: Ceilings) -> dict[str, float]:
     elif isinstance(workload, TrainingWorkload):
         flops = autoencoder_training.flops_of(workload)
     else:
-        passes = 3 + workload.checkpointed if workload.work == "training" else 1
-        flops = {op: passes * n for op, n in networks.flops_by_operator(workload.network, workload.batch).items()}
+        if isinstance(workload, SanaWorkload):
+            checkpointed, found = True, sana.flops_by_operator(workload)
+        else:
+            checkpointed, found = workload.checkpointed, networks.flops_by_operator(workload.network, workload.batch)
+        passes = 3 + checkpointed if workload.work == "training" else 1
+        flops = {op: passes * n for op, n in found.items()}
         kinds = {"attention": flops.pop("bmm", 0)}
     kinds["convolution"] = flops.pop("convolution", 0) + flops.pop("convolution_backward", 0)
     return {kind: ceilings.floor(n) for kind, n in (kinds | {"matrix product": sum(flops.values())}).items()}
@@ -135,7 +143,7 @@ def profile(workload: AnyWorkload, contender: str, device: torch.device, ceiling
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="an autoencoder, or FAMILY-SIZE-LATENT of a transformer, as uvit-h-f64")
+    parser.add_argument("model", help="an autoencoder; FAMILY-SIZE-LATENT of a transformer, as uvit-h-f64; sana-1600m")
     parser.add_argument("work", choices=(*DIRECTIONS, "forward", "training"))
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--size", type=int, default=512, help="side of the images in pixels")
@@ -161,6 +169,9 @@ def main() -> None:
     elif is_autoencoder:
         workload = TrainingWorkload(options.model, options.recipe, options.batch, options.size)
         known = autoencoder_training.CONTENDERS
+    elif options.model.startswith("sana-"):
+        network = options.model.removeprefix("sana-")
+        workload, known = SanaWorkload(network, options.work, options.batch, options.size, ()), sana.PREPARE
     else:
         workload = NetworkWorkload(options.model, options.work, options.batch, checkpointed=options.checkpointed)
         known = networks.CONTENDERS

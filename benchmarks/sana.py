@@ -127,8 +127,7 @@ def benchmark(workload: SanaWorkload, device: torch.device, ceilings: Ceilings) 
         found = training_rows(workload, device)
     else:
         found = {"contenders": inference_rows(workload, device)}
-    calls = {"forward": 1, "training": 3, "pipeline": 2 * STEPS}[workload.work]  # 2: guidance
-    flops = calls * workload.batch * flops_of(workload.network, workload.size)
+    flops = (3 if workload.work == "training" else 1) * sum(flops_by_operator(workload).values())
     add_rates(found["contenders"], workload.batch, flops, ceilings)
     return {
         "workload": workload.name, "network": f"sana-{workload.network}", "work": workload.work,
@@ -141,22 +140,31 @@ def inference_rows(workload: SanaWorkload, device: torch.device) -> dict[str, di
     exact_model = new_model(workload, device)
     with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         exact = exact_model(*inputs_of(workload, device, torch.float32))
-    reference, inputs = exact_model.to(torch.bfloat16), inputs_of(workload, device, torch.bfloat16)
-
-    def runner(model: nn.Module, x: torch.Tensor) -> Run:
-        @torch.no_grad()
-        def run() -> torch.Tensor:
-            with torch.backends.cudnn.flags(enabled=True, benchmark=True):
-                return model(x, *inputs[1:])
-
-        return run
+    reference, (x, *rest) = exact_model.to(torch.bfloat16), inputs_of(workload, device, torch.bfloat16)
 
     def prepare(name: str) -> tuple[Run, Run]:
         model = networks.sharing_weights(reference)
         PREPARE[name](model)
-        return runner(model, -inputs[0]), runner(model, inputs[0])
+        return caller(model, (-x, *rest)), caller(model, (x, *rest))
 
     return interleaved(workload, prepare, exact)
+
+
+def caller(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Run:
+    @torch.no_grad()
+    def run() -> torch.Tensor:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+            return model(*inputs)
+
+    return run
+
+
+def trained(name: str, workload: SanaWorkload, device: torch.device) -> nn.Module:
+    """A new model to train, made into the contender of that name."""
+    model = new_model(workload, device).train()
+    PREPARE[name](model)
+    model.transformer.enable_gradient_checkpointing()
+    return model
 
 
 def training_rows(workload: SanaWorkload, device: torch.device) -> dict:
@@ -164,23 +172,36 @@ def training_rows(workload: SanaWorkload, device: torch.device) -> dict:
     inputs = inputs_of(workload, device, torch.float32)
     first = tuple(each[: training.CHECKED] for each in inputs)
 
-    def build(name: str) -> nn.Module:
-        model = new_model(workload, device).train()
-        PREPARE[name](model)
-        model.transformer.enable_gradient_checkpointing()
-        return model
+    def build(name: str = "eager") -> nn.Module:
+        return trained(name, workload, device)
 
-    exact = training.exact_gradients(lambda: build("eager"), first)
-    limit = max(2 * training.errors(build("eager"), first, exact)[0], FP32_ERROR)
+    exact = training.exact_gradients(build, first)
+    limit = max(2 * training.errors(build(), first, exact)[0], FP32_ERROR)
     rows = {name: training.trial(name, build, inputs, exact, limit) for name in workload.contenders}
     return {"contenders": rows} | training.drift(rows, build, inputs)
 
 
+def call_of(workload: SanaWorkload, contender: str, device: torch.device) -> Run:
+    """One call of a contender, to be profiled."""
+    if workload.work == "training":
+        inputs = inputs_of(workload, device, torch.float32)
+        return training.stepper(trained(contender, workload, device), inputs)
+    model = new_model(workload, device).to(torch.bfloat16)
+    PREPARE[contender](model)
+    return caller(model, inputs_of(workload, device, torch.bfloat16))
+
+
+def flops_by_operator(workload: SanaWorkload) -> dict[str, int]:
+    """FLOPs of the forward of the transformer, in all calls of a pipeline; not of the autoencoder."""
+    calls = workload.batch * (2 * STEPS if workload.work == "pipeline" else 1)  # 2: guidance
+    return {op: calls * n for op, n in _flops_of_one_call(workload.network, workload.size).items()}
+
+
 @functools.cache
-def flops_of(network: str, size: int) -> int:
-    """FLOPs of the transformer for one latent, neither patched nor compiled, counted without computing anything."""
+def _flops_of_one_call(network: str, size: int) -> dict[str, int]:
+    """For one latent, neither patched nor compiled, counted without computing anything."""
     counter = FlopCounterMode(display=False)
     workload, cpu = SanaWorkload(network, "forward", 1, size, ()), torch.device("cpu")
     with FakeTensorMode(), counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         new_model(workload, cpu)(*inputs_of(workload, cpu, torch.float32))
-    return counter.get_total_flops()
+    return {op.__name__: flops for op, flops in counter.get_flop_counts()["Global"].items()}

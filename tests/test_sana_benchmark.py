@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from benchmarks import sana, tables
+from benchmarks import profile, sana, tables
 from benchmarks.ceilings import Ceilings
 from benchmarks.sana_workloads import SANA_REHEARSAL, SANA_WORKLOADS, SanaWorkload
 
@@ -53,4 +53,12 @@ def test_flops():
     softmax_attention = blocks * 2 * tokens * text * width
     time = 256 * width + width**2 + 6 * width**2
     total = tokens * image + linear_attention + text * words + softmax_attention + time
-    assert math.isclose(sana.flops_of("1600m", 1024), 2 * total, rel_tol=1e-3)
+    workload = SanaWorkload("1600m", "forward", 2, 1024, ())
+    assert math.isclose(sum(sana.flops_by_operator(workload).values()), 4 * total, rel_tol=1e-3)
+
+
+@pytest.mark.parametrize("work", ["forward", "training"])
+def test_profile_accounts_for_the_call(work):
+    record = profile.profile(SanaWorkload("tiny", work, 1, 64, ()), "eager", CPU, CEILINGS)
+    assert record["kinds"]["convolution"]["ms"] > 0 and record["kinds"]["convolution"]["floor_ms"] > 0
+    assert "| matrix product |" in tables.profile_table(record)
