@@ -81,10 +81,10 @@ def reconstruct(
         photos = (images.demo_photograph(),)
         print(f"No photograph given; using the bundled photograph {photos[0].name}.")
     limit = pixel_limit(max_pixels)
-    files, network = _picture_files(photos), compute.load_unpatched(model)
+    files, network = _picture_files(photos), compute.load(model)
 
     def reconstruct_file(path: Path, stem: str) -> str:
-        result = reconstruct_photograph(path, network, fit, compute.options if compute.patch else None, limit)
+        result = reconstruct_photograph(path, network, fit, limit)
         _save_pictures(result, path, out / stem, model)
         height, width = result.original.shape[-2:]
         line = f"{path} -> {stem}-*.png: {width}x{height} ({fit}), PSNR {result.psnr:.2f} dB, {result.seconds:.3f} s"

@@ -2,10 +2,8 @@
 
 import os
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +12,7 @@ import dcae_fast
 
 from . import ops
 from .errors import DeviceError
+from .fast.module import is_fast
 from .finite import check_finite
 from .images import MAX_PIXELS, PhotographError, fit, psnr, read_photograph, to_uint8
 from .models.autoencoder import DCAE
@@ -82,25 +81,21 @@ class Reconstruction:
 
 
 @torch.inference_mode()
-def reconstruct(
-    path: Path, model: DCAE, how: str, options: Mapping[str, Any] | None, max_pixels: int = MAX_PIXELS
-) -> Reconstruction:
-    """Encodes and decodes a photograph; with options, which `dcae_fast.patch` takes, also compares the patched with the
-    unpatched model.
+def reconstruct(path: Path, model: DCAE, how: str, max_pixels: int = MAX_PIXELS) -> Reconstruction:
+    """Encodes and decodes a photograph; also compares a patched model with the unpatched one.
 
     On a CPU the operators have no kernels: patching changes nothing, and nothing is compared. On a GPU the first run,
     which compiles kernels, is not timed. Raises PhotographError and NotFiniteError.
     """
     x, (height, width) = load_photograph(path, model, how, max_pixels)
-    if options is not None and ops.has_kernels(x):
-        with dcae_fast.patched(model, **options):
-            y, seconds = _timed(model, x)
-        unpatched = model(x).float()
+    y, seconds = _timed(model, x)
+    difference = None
+    if any(map(is_fast, model.modules())) and ops.has_kernels(x):
+        with dcae_fast.patched(model, disable="all"):
+            unpatched = model(x).float()
         check_finite(unpatched, ["the reconstruction by the unpatched model"], x.dtype)
         error = y.float() - unpatched
         difference = (error.abs().max().item(), (error.norm() / unpatched.norm()).item())
-    else:
-        (y, seconds), difference = _timed(model, x), None
     check_finite(y, ["the reconstruction"], x.dtype)
     original, picture = (to_uint8(image)[..., :height, :width].cpu() for image in (x, y))
     return Reconstruction(original, picture, seconds, psnr(picture, original).item(), difference)

@@ -62,7 +62,7 @@ def test_reconstruct(model, photo, tmp_path, capsys, fit, expected):
 
 def test_reconstruct_by_the_formulas(model, photo):
     network = DCAE.from_pretrained(model)
-    result = reconstruction.reconstruct(photo, network, "crop", None)
+    result = reconstruction.reconstruct(photo, network, "crop")
     x = images.fit(images.read_photograph(photo), 8, "crop")
     with torch.inference_mode():
         expected = images.to_uint8(network(x))

@@ -56,10 +56,18 @@ def scales(kernels, model, photos, tmp_path):
     return path
 
 
+def test_the_folder_of_the_photographs_may_hold_the_scales(kernels, model, photos):
+    """The picture that compares has another name than a photograph, so nothing is overwritten."""
+    before = (photos / "0.png").read_bytes()
+    out = "--out", photos / "0.safetensors", "--device", DEVICE, "--decoding", 0, "--encoding", 0, "--loss", 100
+    assert run("calibrate", model, photos / "0.png", *out) == 0
+    assert (photos / "0.png").read_bytes() == before and (photos / "0-compared.png").is_file()
+
+
 def test_calibrate(capsys, scales):
     text = capsys.readouterr().out
     assert "9 of 9 layers" in text and "Measured on 2 pictures" in text and "decoder.stages.0" in text
-    with Image.open(scales.with_suffix(".png")) as picture:
+    with Image.open(scales.with_name("scales-compared.png")) as picture:
         assert picture.width > 3 * 16
 
 
@@ -76,7 +84,9 @@ def test_int8_is_used_and_recorded(scales, model, photos, tmp_path, capsys):
     assert "contains latents with precision int8, not exact" in capsys.readouterr().err
     evaluated = "--out", tmp_path / "evaluation", "--resolution", 16, "--workers", 0, "--compare"
     assert run("eval-autoencoder", photos, *common, *evaluated) in (0, 1)  # 1 without the networks of metrics
-    models = json.loads((tmp_path / "evaluation" / "results.json").read_text())["models"]
+    content = json.loads((tmp_path / "evaluation" / "results.json").read_text())
+    models = content["models"]
+    assert content["settings"]["precision"] == "int8"
     assert 1e-4 < models[model]["latent_error"] < 0.2 and "latent_error" not in models["exact"]
     assert "latent error" in capsys.readouterr().out
 
@@ -88,6 +98,17 @@ def test_without_8_bit_kernels(scales, model, photos, tmp_path, capsys, monkeypa
     common = "--model", model, "--device", DEVICE, "--dtype", "float32", "--int8", scales
     assert run("encode", photos / "0.png", *common, "--out", tmp_path / "out") == 0
     assert "on this device the model computes exactly" in capsys.readouterr().err
+    evaluated = "--model", model, "--device", DEVICE, "--int8", scales, "--compare", "--out", tmp_path / "evaluation"
+    assert run("eval-autoencoder", photos, *evaluated, "--resolution", 16) == 2
+    assert "both models are exact" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["reconstruct", "encode"])
+def test_missing_scales_are_reported_once(model, photos, tmp_path, capsys, command):
+    options = "--model", model, "--device", "cpu", "--int8", tmp_path / "missing.safetensors", "--out", tmp_path / "out"
+    assert run(command, photos, *options) == 2
+    text = capsys.readouterr().err
+    assert text.count("cannot be read as scales") == 1 and "failed" not in text
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,7 @@ def calibrate(
     from dcae_fast.images import save_png
     from dcae_fast.reconstruction import load_model
 
+    picture = out.with_name(f"{out.stem}-compared.png")
     if out.suffix != ".safetensors":
         raise UsageError(f"--out {out}: expected a file name that ends in .safetensors")
     make_parent_folder(out, "--out")
@@ -58,18 +59,16 @@ def calibrate(
     weight = next(network.parameters())
     try:
         found = pictures.load(list(photos) or None, network.spatial_compression_ratio)
-        x = [x.to(weight.device, weight.dtype) for x in found]
         budget = dcae_fast.ErrorBudget(decoding, encoding, loss)
-        report = dcae_fast.patch(network, precision="int8", calibration=x, error_budget=budget)
+        report = dcae_fast.patch(network, precision="int8", calibration=found, error_budget=budget)
     except ValueError as error:
         raise UsageError(str(error)) from error
     if report.calibration is None:
         raise UsageError(f"calibrate: {report.precision}")
     report.save_scales(out)
-    picture = _compared(network, x[0][:1], model)
-    save_png(picture, out.with_suffix(".png"))
+    save_png(_compared(network, found[0][:1].to(weight.device, weight.dtype), model), picture)
     print(_table(report.calibration), report.precision, sep="\n\n")
-    print(f"The scales are in {out.resolve()}, the picture is in {out.with_suffix('.png').resolve()}")
+    print(f"The scales are in {out.resolve()}, the picture is in {picture.resolve()}")
     return 0
 
 

@@ -120,14 +120,11 @@ class Compute:
         precision = {} if self.int8 is None else {"precision": "int8", "calibration": self.int8}
         return {"max_memory": self.max_bytes} | precision
 
-    def load_unpatched(self, model: str) -> "DCAE":
-        from dcae_fast.reconstruction import load_model
-
-        return load_model(model, self.device, self.dtype)
-
     def load(self, model: str) -> "DCAE":
         """Loads an autoencoder, and patches it if `patch` is set."""
-        network = self.load_unpatched(model)
+        from dcae_fast.reconstruction import load_model
+
+        network = load_model(model, self.device, self.dtype)
         self.patch_autoencoder(network)
         return network
 

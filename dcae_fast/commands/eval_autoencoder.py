@@ -76,7 +76,7 @@ def eval_autoencoder(
     with out_of_memory_as(too_large), distributed.process_group(place) as device:
         try:
             moments = None if reference is None else Moments.load(reference)
-            models = _load(model, against, compare, compute, device, dtype)
+            models, precision = _load(model, against, compare, compute, device, dtype)
             _check_resolution(resolution, models)
             found_pictures = distributed.broadcast(find_pictures(images) if distributed.is_main() else None)
             workers = default_workers() if workers is None else workers
@@ -92,7 +92,7 @@ def eval_autoencoder(
             distributed.print_main("no picture could be measured; results.json was not written", error=True)
         elif distributed.is_main():
             settings = {"resolution": resolution, "dtype": str(dtype).removeprefix("torch."), "patch": compute.patch}
-            settings |= {"int8": None if compute.int8 is None else str(compute.int8)}
+            settings |= {"precision": precision, "int8": None if compute.int8 is None else str(compute.int8)}
             settings |= {"images": len(next(iter(results.values())).psnr)}
             settings |= {"reference": None if reference is None else str(reference)}
             _save(results, settings, out)
@@ -105,8 +105,11 @@ def eval_autoencoder(
 
 def _load(
     model: str, against: str | None, compare: bool, compute: Compute, device: "torch.device", dtype: "torch.dtype"
-) -> dict[str, "DCAE"]:
-    """The models to measure, by their names in the results."""
+) -> tuple[dict[str, "DCAE"], str]:
+    """The models to measure, by their names in the results, and the precision of the first, "exact" or "int8".
+
+    Raises UsageError if the comparison is that of a model with itself.
+    """
     import torch
 
     from dcae_fast.models.autoencoder import DCAE
@@ -121,11 +124,13 @@ def _load(
         raise UsageError(f"--against {against}: is the same model as --model; expected another model, or eager")
     elif against is not None:
         sources[against] = (against, exactly)
-    models = {}
+    models, precisions = {}, []
     for name, (source, how) in sources.items():
         models[name] = DCAE.from_pretrained(source).to(device, dtype, memory_format=torch.channels_last)
-        how.patch_autoencoder(models[name])
-    return models
+        precisions.append(how.patch_autoencoder(models[name]))
+    if compare and precisions[0] == "exact":
+        raise UsageError("--compare: no layer computes in 8 bit, so both models are exact")
+    return models, precisions[0]
 
 
 def _check_resolution(resolution: int, models: dict[str, "DCAE"]) -> None:
