@@ -17,9 +17,11 @@ from torch import nn
 
 from dcae_fast import ops
 from dcae_fast.ops._library import HAS_TRITON, INTERPRETED, KERNEL_DTYPES, is_hopper
+from dcae_fast.ops._private import unobserved
 
 from . import fusion, operands
 from .call import Coder
+from .layout import Part
 from .module import FastModule, plain
 
 MULTIPLE = 16  # of the channels and filters
@@ -37,6 +39,34 @@ class Int8:
 
 def runs_on(device: torch.device) -> bool:
     return INTERPRETED or (HAS_TRITON and is_hopper(device))
+
+
+class Block(Part):
+    """A block that can read a copy of its input in 8 bit, and write a copy of its result."""
+
+    def input_scale(self, x: torch.Tensor) -> float | None:
+        """The scale of the input if the block's first layer computes in 8 bit, else None. x: the input, or like it."""
+        raise NotImplementedError
+
+    def with_copy(self, x: torch.Tensor, copy: Copy, out_scale: float | None) -> tuple[torch.Tensor, Copy]:
+        """The result, and a copy of it if out_scale is given and the last kernel can write both.
+
+        copy: of x, empty if `input_scale` is None.
+        """
+        raise NotImplementedError
+
+
+def compute_with_copy(
+    op: nn.Module, x: torch.Tensor, copy: Copy, following: nn.Module | None
+) -> tuple[torch.Tensor, Copy]:
+    """op(x), and a copy of it for the operation that follows. copy: of x, for op."""
+    if not isinstance(op, Block):
+        return op(x), []
+    writes = isinstance(following, Block) and unobserved(following) and x.numel() > 0
+    out_scale = following.input_scale(x) if writes else None
+    if (not copy and out_scale is None) or not unobserved(op):
+        return op(x), []
+    return op.with_copy(x, copy, out_scale)
 
 
 def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -156,11 +186,19 @@ def with_copy(
             weight, scales, bias = operands.of_int8((conv,), scale, norm)
             y, q = ops.conv2d_int8(quantized(x, scale), weight, scales, bias, act, residual, dtype, out_scale)
             return y, [q]
-        if not fusion.is_batch_norm(norm) and fusion.norm_dtype(norm, residual) == dtype:
-            y = _product((conv,), x, scale)
-            y, q = ops.rms_norm_int8(y, norm.weight, norm.bias, out_scale, norm.eps, act, residual)
-            return y, [q]
+        if not fusion.is_batch_norm(norm):
+            return norm_with_copy(norm, _product((conv,), x, scale), act, residual, out_scale)
     return conv_norm_act(conv, norm, act, x, residual), []
+
+
+def norm_with_copy(
+    norm: nn.Module, x: torch.Tensor, act: str, residual: torch.Tensor, out_scale: float | None
+) -> tuple[torch.Tensor, Copy]:
+    """`fusion.rms_norm`, and a copy of the result in 8 bit if out_scale is given and the kernel can write both."""
+    if out_scale is None or not fusion.norm_dtype(norm, x) == x.dtype == residual.dtype:
+        return fusion.rms_norm(norm, x, act, residual), []
+    y, q = ops.rms_norm_int8(x, norm.weight, norm.bias, out_scale, norm.eps, act, residual)
+    return y, [q]
 
 
 def _folds(conv: nn.Module, norm: nn.Module | None) -> bool:

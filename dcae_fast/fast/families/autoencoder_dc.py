@@ -1,9 +1,12 @@
 """diffusers' AutoencoderDC. Its blocks add their residuals themselves."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
 from dcae_fast import ops
+from dcae_fast.ops._private import unobserved
 
 from .. import int8, operands
 from ..call import Coder
@@ -28,7 +31,6 @@ from ..fusion import (
     unknown_norm,
 )
 from ..layers import Layer, Resampling, Survey, UnknownModule
-from ..layout import Part
 from ..module import kind, plain
 from ..registry import register
 
@@ -36,6 +38,24 @@ from ..registry import register
 def _stem(conv: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """conv(x), for the encoder's first convolution or a down-sampling block."""
     return conv_norm_act(conv, None, "none", x) if can_fuse_conv(conv, x) else conv(x)
+
+
+def _in_sequence(stages: Iterable[nn.Module], x: torch.Tensor) -> torch.Tensor:
+    """The result of stages, one after the other. Blocks in 8 bit write copies for the blocks that follow."""
+    blocks, copy = [block for stage in stages for block in _blocks_of(stage)], []
+    for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+        x, copy = int8.compute_with_copy(block, x, copy, following)
+    return x
+
+
+def _blocks_of(module: nn.Module) -> list[nn.Module]:
+    """The blocks that a stage or an EfficientViTBlock consists of, or the module itself."""
+    modules = module._modules
+    if type(module) is nn.Sequential and unobserved(module):
+        return [block for child in modules.values() for block in _blocks_of(child)]
+    if kind(module) == "EfficientViTBlock" and unobserved(module):
+        return [modules["attn"], modules["conv_out"]]
+    return [module]
 
 
 class Encoder(Coder):
@@ -46,10 +66,7 @@ class Encoder(Coder):
     ends = ("conv_in", "conv_out")
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = _stem(self.conv_in, x)
-        for block in self.down_blocks:
-            x = block(x)
-        return self.finish(x)
+        return self.finish(_in_sequence(self.down_blocks, _stem(self.conv_in, x)))
 
     def layers(self, survey: Survey) -> list[Layer]:
         def stem(x: torch.Tensor) -> torch.Tensor:
@@ -71,10 +88,7 @@ class Decoder(Coder):
     ends = ("conv_in", "conv_out")
 
     def fast_forward(self, z: torch.Tensor) -> torch.Tensor:
-        x = self.start(z)
-        for block in reversed(self.up_blocks):
-            x = block(x)
-        return self.head(x)
+        return self.head(_in_sequence(reversed(self.up_blocks), self.start(z)))
 
     def enlargement(self) -> int:
         return 2 ** (len(self.up_blocks) - 1)
@@ -112,7 +126,7 @@ def missing_norm(norm: nn.Module | None) -> str:
     return "it has no norm" if norm is None else unknown_norm(norm)
 
 
-class ResBlock(Part):
+class ResBlock(int8.Block):
     """If a gradient is wanted, one operator computes the block."""
 
     operators = ("batch_norm_act", "bias_act", "conv2d", "res_block", "rms_norm")
@@ -130,18 +144,31 @@ class ResBlock(Part):
         return self.conv1, self.conv2
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
-        act = activation_name(self.nonlinearity)
-        if act is None or self.reason_not_fast(self) or not can_fuse_norm(self.norm):
+        act = self._known_activation()
+        if act is None:
             return self.eager(x)
         in_int8 = int8.is_marked(self.conv1, self.conv2)
         y = None if in_int8 else res_block(self.conv1, act, self.conv2, self.norm, x)
-        if y is None:
-            y = int8.conv_norm_act(self.conv1, None, act, x, out_scale=int8.scale_of(self.conv2, x))
-            y = int8.conv_norm_act(self.conv2, self.norm, "none", y, x)
-        return y
+        return self.with_copy(x, [], None)[0] if y is None else y
+
+    def _known_activation(self) -> str | None:
+        """The activation's name; None if the block takes its own forward."""
+        act = activation_name(self.nonlinearity)
+        return None if self.reason_not_fast(self) or not can_fuse_norm(self.norm) else act
+
+    def input_scale(self, x: torch.Tensor) -> float | None:
+        return None if self._known_activation() is None else int8.scale_of(self.conv1, x)
+
+    def with_copy(self, x: torch.Tensor, copy: int8.Copy, out_scale: float | None) -> tuple[torch.Tensor, int8.Copy]:
+        act = self._known_activation()
+        if act is None:
+            return self.eager(x), []
+        source = copy.pop() if copy else x
+        y = int8.conv_norm_act(self.conv1, None, act, source, out_scale=int8.scale_of(self.conv2, x))
+        return int8.with_copy(self.conv2, self.norm, "none", y, x, out_scale)
 
 
-class GLUMBConv(Part):
+class GLUMBConv(int8.Block):
     """In SANA's transformer (sana.py) it has neither norm nor residual."""
 
     operators = ("batch_norm_act", "bias_act", "conv2d", "rms_norm", "depthwise_glu")
@@ -162,15 +189,28 @@ class GLUMBConv(Part):
         return self.conv_inverted, self.conv_point
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
-        act, depth = activation_name(self.nonlinearity), self.conv_depth
-        if act is None or self.reason_not_fast(self) or not is_depthwise3x3(depth) or not can_fuse_norm(self.norm):
-            return self.eager(x)
-        y = int8.conv_norm_act(self.conv_inverted, None, act, x)
-        y = int8.depthwise_glu(y, depth, int8.scale_of(self.conv_point, x))
-        return int8.conv_norm_act(self.conv_point, self.norm, "none", y, x if self.residual_connection else None)
+        return self.with_copy(x, [], None)[0]
+
+    def _known_activation(self) -> str | None:
+        """The activation's name; None if the block takes its own forward."""
+        known = not self.reason_not_fast(self) and is_depthwise3x3(self.conv_depth) and can_fuse_norm(self.norm)
+        return activation_name(self.nonlinearity) if known else None
+
+    def input_scale(self, x: torch.Tensor) -> float | None:
+        return None if self._known_activation() is None else int8.scale_of(self.conv_inverted, x)
+
+    def with_copy(self, x: torch.Tensor, copy: int8.Copy, out_scale: float | None) -> tuple[torch.Tensor, int8.Copy]:
+        act = self._known_activation()
+        if act is None:
+            return self.eager(x), []
+        y = int8.conv_norm_act(self.conv_inverted, None, act, copy.pop() if copy else x)
+        y = int8.depthwise_glu(y, self.conv_depth, int8.scale_of(self.conv_point, x))
+        if not self.residual_connection:
+            return int8.conv_norm_act(self.conv_point, self.norm, "none", y), []
+        return int8.with_copy(self.conv_point, self.norm, "none", y, x, out_scale)
 
 
-class SanaMultiscaleLinearAttention(Part):
+class SanaMultiscaleLinearAttention(int8.Block):
     """diffusers also computes it channels-last, from the first linear layers to the result."""
 
     operators = ("multiscale_qkv", "relu_linear_attention", "rms_norm")
@@ -199,32 +239,49 @@ class SanaMultiscaleLinearAttention(Part):
         return x
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.with_copy(x, [], None)[0]
+
+    def _is_known(self) -> bool:
         known = type(self.to_out) is nn.Linear and plain(self.to_out, self.nonlinearity)
-        if self.reason_not_fast(self) or not known or not can_fuse_norm(self.norm_out):
-            return self.eager(x)
-        qkv = self._qkv(x)
+        return known and not self.reason_not_fast(self) and can_fuse_norm(self.norm_out)
+
+    def input_scale(self, x: torch.Tensor) -> float | None:
+        return int8.scale_of(self.to_q, x) if self._is_known() and self._joins(x) else None
+
+    def with_copy(self, x: torch.Tensor, copy: int8.Copy, out_scale: float | None) -> tuple[torch.Tensor, int8.Copy]:
+        if not self._is_known():
+            return self.eager(x), []
+        qkv = int8.linear((self.to_q, self.to_k, self.to_v), copy.pop()) if copy else self._qkv(x)
         scales = [multiscale_qkv(scale, qkv) for scale in self.to_qkv_multiscale]
-        out_scale = int8.scale_of(self.to_out, x)
-        y = int8.relu_linear_attention([qkv, *scales], self.attention_head_dim, self.eps, out_scale)
-        y = self.to_out(y.movedim(1, -1)).movedim(-1, 1) if out_scale is None else int8.linear((self.to_out,), y)
-        return rms_norm(self.norm_out, y, residual=x if self.residual_connection else None)
+        scale = int8.scale_of(self.to_out, x)
+        y = int8.relu_linear_attention([qkv, *scales], self.attention_head_dim, self.eps, scale)
+        y = self.to_out(y.movedim(1, -1)).movedim(-1, 1) if scale is None else int8.linear((self.to_out,), y)
+        if not self.residual_connection:
+            return rms_norm(self.norm_out, y), []
+        return int8.norm_with_copy(self.norm_out, y, "none", x, out_scale)
+
+    def _joins(self, x: torch.Tensor) -> bool:
+        """Whether one product computes queries, keys and values of x."""
+        parts = (self.to_q, self.to_k, self.to_v)
+        if not all(type(part) is nn.Linear and part.bias is None for part in parts) or not plain(*parts):
+            return False
+        dtypes = (compute_dtype(x), torch.float32) if autocasts(x) else (x.dtype,)
+        return all(part.weight.dtype in dtypes for part in parts)
 
     def _qkv(self, x: torch.Tensor) -> torch.Tensor:
         """Queries, keys and values [B, 3 C, H, W] from one product for the three projections."""
         parts = (self.to_q, self.to_k, self.to_v)
-        linear = all(type(part) is nn.Linear and part.bias is None for part in parts) and plain(*parts)
-        dtype = compute_dtype(x)
-        dtypes = (dtype, torch.float32) if autocasts(x) else (dtype,)
-        if linear and all(part.weight.dtype in dtypes for part in parts):
+        if self._joins(x):
             qkv = int8.linear(parts, x)
             if qkv is not None:
                 return qkv
             pixels = x.contiguous(memory_format=torch.channels_last).movedim(1, -1)
-            return nn.functional.linear(pixels, operands.of_joined_layers(parts, dtype)[0]).movedim(-1, 1)
+            weight, _ = operands.of_joined_layers(parts, compute_dtype(x))
+            return nn.functional.linear(pixels, weight).movedim(-1, 1)
         return torch.cat([part(x.movedim(1, -1)) for part in parts], dim=-1).movedim(-1, 1)
 
 
-class DCDownBlock2d(Part):
+class DCDownBlock2d(int8.Block):
     operators = ("conv2d", "conv2d_unshuffle", "unshuffle_average_add")
     attributes = ("conv", "factor", "downsample", "shortcut")
 
@@ -244,11 +301,23 @@ class DCDownBlock2d(Part):
             return self.eager(x)
         if not self.shortcut and self.factor == 2 and can_fuse_unshuffle(self.conv, x):
             return conv_unshuffle(self.conv, x)
-        main, bias = int8.conv_without_bias(self.conv, x)
-        return ops.unshuffle_average_add(x if self.shortcut else None, main, bias, self.factor)
+        return self.with_copy(x, [], None)[0]
+
+    def input_scale(self, x: torch.Tensor) -> float | None:
+        return None if self.reason_not_fast(self) else int8.scale_of(self.conv, x)
+
+    def with_copy(self, x: torch.Tensor, copy: int8.Copy, out_scale: float | None) -> tuple[torch.Tensor, int8.Copy]:
+        if self.reason_not_fast(self) or not is_divisible(x, self.factor):
+            return self.eager(x), []
+        main, bias = int8.conv_without_bias(self.conv, copy.pop() if copy else x)
+        shortcut = x if self.shortcut else None
+        if out_scale is None:
+            return ops.unshuffle_average_add(shortcut, main, bias, self.factor), []
+        y, q = ops.unshuffle_average_add_int8(shortcut, main, bias, out_scale, self.factor)
+        return y, [q]
 
 
-class DCUpBlock2d(Part):
+class DCUpBlock2d(int8.Block):
     operators = ("conv2d", "duplicate_shuffle_add", "upsample_conv2d")
     attributes = ("conv", "factor", "interpolate", "interpolation_mode", "shortcut")
 
@@ -268,11 +337,21 @@ class DCUpBlock2d(Part):
         return (self.conv,)
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.with_copy(x, [], None)[0]
+
+    def input_scale(self, x: torch.Tensor) -> float | None:
+        return None if self.reason_not_fast(self) else int8.scale_of(self.conv, x)
+
+    def with_copy(self, x: torch.Tensor, copy: int8.Copy, out_scale: float | None) -> tuple[torch.Tensor, int8.Copy]:
         if self.reason_not_fast(self):
-            return self.eager(x)
+            return self.eager(x), []
         convolve = int8.upsample_conv_without_bias if self.interpolate else int8.conv_without_bias
-        main, bias = convolve(self.conv, x)
-        return ops.duplicate_shuffle_add(x if self.shortcut else None, main, bias, self.factor)
+        main, bias = convolve(self.conv, copy.pop() if copy else x)
+        shortcut = x if self.shortcut else None
+        if out_scale is None:
+            return ops.duplicate_shuffle_add(shortcut, main, bias, self.factor), []
+        y, q = ops.duplicate_shuffle_add_int8(shortcut, main, bias, out_scale, self.factor)
+        return y, [q]
 
 
 def resampling(module: nn.Module) -> Resampling:

@@ -193,7 +193,7 @@ class OpSequential(Part):
             op = rest.pop(0)
             act = activation_name(rest[0]) if rest and isinstance(op, RMSNorm2d) and can_fuse_norm(op) else None
             if act is None:
-                x, copy = compute_with_copy(op, x, copy, rest[0] if rest else None)
+                x, copy = int8.compute_with_copy(op, x, copy, rest[0] if rest else None)
                 continue
             y = self._norm_act_conv(op, act, rest[1], x) if len(rest) > 1 else None
             x, rest = (y, rest[2:]) if y is not None else (rms_norm(op, x, act), rest[1:])
@@ -212,18 +212,6 @@ def parts_in_sequence(op: nn.Module) -> list[nn.Module]:
     if kind(op) == "EfficientViTBlock" and unobserved(op):
         return [op._modules["context_module"], op._modules["local_module"]]
     return [op]
-
-
-def compute_with_copy(
-    op: nn.Module, x: torch.Tensor, copy: int8.Copy, following: nn.Module | None
-) -> tuple[torch.Tensor, int8.Copy]:
-    """op(x), and a copy of it for the operation that follows. copy: of x, for op."""
-    if not isinstance(op, ResidualBlock):
-        return op(x), []
-    out_scale = following.input_scale(x) if isinstance(following, ResidualBlock) else None
-    if (not copy and out_scale is None) or not unobserved(op):
-        return op(x), []
-    return op.with_copy(x, copy, out_scale)
 
 
 class Branch(Part):
@@ -397,7 +385,7 @@ class InterpolateSampler(Part):
         return int8.upsample_conv_without_bias(conv, x)
 
 
-class ResidualBlock(Part):
+class ResidualBlock(int8.Block):
     """main(x) + shortcut(x). The last kernel of main adds both, or the kernel of the shortcut."""
 
     operators = ("unshuffle_average_add", "duplicate_shuffle_add")
@@ -425,10 +413,6 @@ class ResidualBlock(Part):
         return self.with_copy(x, [], None)[0]
 
     def with_copy(self, x: torch.Tensor, copy: int8.Copy, out_scale: float | None) -> tuple[torch.Tensor, int8.Copy]:
-        """The result, and a copy of it if out_scale is given and the last kernel can write both.
-
-        copy: of x, empty if `input_scale` is None.
-        """
         modules = self._modules
         main, shortcut = modules.get("main"), modules.get("shortcut")
         if main is None or modules.get("pre_norm") is not None or modules.get("post_act") is not None:
@@ -455,7 +439,6 @@ class ResidualBlock(Part):
         return y, [q]
 
     def input_scale(self, x: torch.Tensor) -> float | None:
-        """The scale of the block's input if the block's first layer computes in 8 bit, else None."""
         main = self._modules.get("main")
         if isinstance(main, Branch):
             first = main.first_layer()
@@ -463,10 +446,10 @@ class ResidualBlock(Part):
             first = main._modules["conv"]
         else:
             return None
-        if not isinstance(first, ConvLayer) or not int8.is_marked(first._modules["conv"]) or x.numel() == 0:
+        if not isinstance(first, ConvLayer) or not int8.is_marked(first._modules["conv"]):
             return None
         known = isinstance(main, Branch) or (bare_conv(first) is not None and not main.reason_not_fast(main))
-        return first.input_scale(x) if known and unobserved(self, main, first, self._modules.get("shortcut")) else None
+        return first.input_scale(x) if known and unobserved(main, first, self._modules.get("shortcut")) else None
 
 
 BLOCKS = {
