@@ -44,7 +44,7 @@ def in_parts(monkeypatch):
 
     def run(call):
         with monkeypatch.context() as patch:
-            for name in ("forward_plans", "backward_plans"):
+            for name in ("forward_keys", "backward_plans"):
                 patch.setattr(Half, name, lambda *_: None)
             for op in (norm_attention_op, norm_mlp_op):
                 patch.setattr(op.kernel, "_ready", {})  # fused calls are kept for later

@@ -3,9 +3,9 @@
 // This file uses no CUDA, so that it can be compiled and tested without a GPU.
 
 #include <ATen/Context.h>
+#include <c10/core/DispatchKeySet.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -23,11 +23,11 @@ namespace {
 // Bytes that differ for two calls if a kernel, its grid or its constants may differ.
 class Signature {
  public:
-  // Whether something other than a kernel must see the calls of operators: a mode, a transform or a trace.
+  // Whether something other than a kernel must see the calls of operators: a mode, a transform or a trace. All of them
+  // but torch.jit.trace add a dispatch key to the calls of this thread.
   static bool is_observed() {
-    return c10::impl::TorchDispatchModeTLS::any_modes_set() ||
-           c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
-           c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::VmapMode) || torch::jit::tracer::isTracing();
+    const c10::DispatchKeySet added = c10::impl::tls_local_dispatch_key_set().included_ - c10::default_included_set;
+    return !added.empty() || torch::jit::tracer::isTracing();
   }
 
   // Adds an argument. False if kernels cannot read it as it is.
@@ -50,8 +50,7 @@ class Signature {
   // Adds the items of a list or tuple.
   bool add_each(PyObject* args) {
     const Py_ssize_t count = PySequence_Fast_GET_SIZE(args);
-    put('l');
-    put(count);
+    if (!put('l') || !put(count)) return false;
     for (Py_ssize_t i = 0; i < count; ++i) {
       if (!add(PySequence_Fast_GET_ITEM(args, i))) return false;
     }
@@ -94,11 +93,12 @@ class Signature {
 
   // A tensor that is dense, channels-last if it has four dimensions, and needs no gradient.
   bool add_tensor(const at::Tensor& x) {
-    static constexpr c10::DispatchKeySet kUnreadable{c10::DispatchKey::Negative, c10::DispatchKey::Conjugate,
-                                                     c10::DispatchKey::ZeroTensor, c10::DispatchKey::Python,
-                                                     c10::DispatchKey::FuncTorchGradWrapper,
-                                                     c10::DispatchKey::FuncTorchBatched};
-    if (!x.defined() || x.layout() != c10::kStrided || x.is_meta() || x.key_set().has_any(kUnreadable)) return false;
+    static constexpr c10::DispatchKeySet kUnreadable{
+        c10::DispatchKey::Negative,         c10::DispatchKey::Conjugate,            c10::DispatchKey::ZeroTensor,
+        c10::DispatchKey::Python,           c10::DispatchKey::Functionalize,        c10::DispatchKey::Batched,
+        c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::NestedTensor};
+    if (!x.defined() || x.layout() != c10::kStrided || !(x.is_cuda() || x.is_cpu())) return false;
+    if (x.key_set().has_any(kUnreadable)) return false;
     if (requires_grad_ && x.requires_grad()) return false;
     if (!x.is_contiguous(x.dim() == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous)) return false;
     if (device_ && *device_ != x.device()) return false;

@@ -176,15 +176,17 @@ def define_half(half: type[Half]) -> Operator:
         return given.fused_forward() or given.forward(as_kernel)
 
     def prepare(*args):
-        """One call of the CUDA extension, if it takes the arguments, with the plans that are known by then."""
+        """One call of the CUDA extension, if it takes the arguments, as soon as both products have plans."""
         given = half._make(args)
-        if not (given.fuses() and given.forward_plans()):
+        keys = given.forward_keys() if given.fuses() else None
+        if keys is None:
             return None
-        keys = given.forward_keys()
 
         def run(*args):
             plans = _found_all(keys)
-            return launch(*args) if plans is None else getattr(cuda_extension(), half.name)(*args, *plans)
+            if plans is None:
+                return half._make(args).forward(as_kernel)
+            return getattr(cuda_extension(), half.name)(*args, *plans)
 
         return run
 

@@ -195,7 +195,8 @@ class Kernels:
     """How an operator computes on a GPU; for the arguments see `define`.
 
     Which kernel computes depends on the signature of the arguments only. So the first call with a signature decides,
-    and `ready` keeps a function for all later ones: a kernel of the extension, a prepared launch, or the reference.
+    and `_ready` keeps a function for all later ones: a kernel of the extension, the result of `prepare` or
+    `run_and_prepare`, the launcher, or the reference.
     """
 
     def __init__(
@@ -264,8 +265,6 @@ class Kernels:
             result = run(*args)
             if run == self._run and self._prepare is not None:
                 prepared = self._prepare(*args)
-                if prepared is None:
-                    return result
         if len(self._ready) >= MOST_SIGNATURES:
             self._ready.clear()
         self._ready[key] = prepared or run
@@ -288,9 +287,9 @@ def define(
     name of the Triton kernel's file, whose launch_<operator> is called. cuda_accepts: the same for the function
     <operator> of the CUDA extension, which is preferred if it is built. fake: an empty result, for tensors without
     data; by default the reference computes it. prepare: from arguments for which `launch` has run, a faster function
-    for all arguments with the same signature; None if there is none yet.
+    for all arguments with the same signature; None if there is none.
 
-    The results of accepts and cuda_accepts must depend only on the signature of the arguments.
+    The results of accepts, cuda_accepts and prepare must depend only on the signature of the arguments.
     """
     name = schema.split("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))

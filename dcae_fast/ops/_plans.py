@@ -165,8 +165,9 @@ def _search(library: Library, candidates, run: Callable, fallback: Callable):
                 time.sleep(PAUSE)
     torch.cuda.synchronize()
     times = {candidate: statistics.median(map(_elapsed, events)) for candidate, events in bursts.items()}
-    for candidate in times:
-        times[candidate] += calls * WAITING * _waits_for_gpu(runs[candidate])
+    for candidate in list(times):
+        with _left_out_on_failure(candidate, times, failures):
+            times[candidate] += calls * WAITING * _waits_for_gpu(runs[candidate])
     times[NO_PLAN] += min(calls * library.fallback_call, times[NO_PLAN] / 10)
     best = min(times, key=times.get)
     return best, plans.get(best), torch.OutOfMemoryError not in failures

@@ -140,6 +140,8 @@ def _prepared(args, result, version, grid, device, given, values):
     """given: the arguments of the kernel; values: the same with addresses in place of tensors."""
     is_tuple = isinstance(result, tuple)
     results = result if is_tuple else (result,)
+    if not all(isinstance(value, torch.Tensor) for value in results):
+        return None
     tensors = [value for value in (*args, *results) if isinstance(value, torch.Tensor)]
     places = {id(value): place for place, value in enumerate((*args, *results)) if isinstance(value, torch.Tensor)}
     sources = [(i, places.get(id(value))) for i, value in enumerate(given) if isinstance(value, torch.Tensor)]

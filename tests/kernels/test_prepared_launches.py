@@ -156,6 +156,18 @@ def read_a_description(kernel, x, y):
     return out
 
 
+def return_a_list(kernel, x, y):
+    out = torch.empty_like(x)
+    kernel[1,](x, y, out, BLOCK=8)
+    return [out]
+
+
+def return_no_second_result(kernel, x, y):
+    out = torch.empty_like(x)
+    kernel[1,](x, y, out, BLOCK=8)
+    return out, None
+
+
 def launch_nothing(kernel, x, y):
     return torch.empty_like(x)
 
@@ -169,6 +181,8 @@ def launch_nothing(kernel, x, y):
         return_what_was_not_written,
         return_an_argument,
         read_a_description,
+        return_a_list,
+        return_no_second_result,
         launch_nothing,
     ],
 )

@@ -61,15 +61,33 @@ def test_arguments_without_a_signature(calls):
 
 
 def test_prepared_calls(calls):
-    """Nothing is kept until there is something to prepare, such as a plan."""
-    plans = []
-    of_kernel = kernels(calls, prepare=lambda x, n: plans[0] if plans else None)
-    of_kernel(torch.ones(2), 3)
-    assert of_kernel.known((torch.ones(2), 3)) is None
-    plans.append(lambda x, n: calls.append("plan") or x - n)
+    of_kernel = kernels(calls, prepare=lambda x, n: lambda x, n: calls.append("plan") or x - n)
     of_kernel(torch.ones(2), 3)
     assert of_kernel(torch.ones(2), 3).tolist() == [-2, -2]
-    assert calls == ["accepts", "launch", "accepts", "launch", "plan"]
+    assert calls == ["accepts", "launch", "plan"]
+
+
+def test_the_launcher_is_kept_if_there_is_nothing_to_prepare(calls):
+    of_kernel = kernels(calls, prepare=lambda x, n: calls.append("prepare"))
+    for _ in range(3):
+        assert of_kernel(torch.ones(2), 3).tolist() == [4, 4]
+    assert calls == ["accepts", "launch", "prepare", "launch", "launch"]
+
+
+def test_a_failed_call_is_not_kept(calls):
+    """Such as one that ran out of memory."""
+    failures = [torch.OutOfMemoryError]
+
+    def launch(x, n):
+        if failures:
+            raise failures.pop()
+        return n * x
+
+    of_kernel = Kernels("scale", None, lambda x, n: True, launch, None, None)
+    with pytest.raises(torch.OutOfMemoryError):
+        of_kernel(torch.ones(2), 3)
+    assert not of_kernel._ready
+    assert of_kernel(torch.ones(2), 3).tolist() == [3, 3]
 
 
 def test_few_choices_are_kept(calls, monkeypatch):

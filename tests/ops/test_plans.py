@@ -172,7 +172,7 @@ def test_a_search_without_candidates(search, empty_cache):
     assert search(TIMES, make=list) == _plans.NO_PLAN
 
 
-@pytest.mark.parametrize("calls", [0, 1, 2, 4])
+@pytest.mark.parametrize("calls", [0, 1, 2, 4, 7])  # 7: when asked whether it waits for the GPU
 def test_a_candidate_that_fails_when_run_is_left_out(calls, search, empty_cache):
     failing = iter([1.0] * calls + [RuntimeError("no execution plan")] * 9)
     assert search(TIMES | {2: failing}) == 0 and written(empty_cache) == {"(8, 8)": 0}

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 _C = pytest.importorskip("dcae_fast._C")
@@ -63,13 +64,23 @@ class Subclass(torch.Tensor):
         (X.as_subclass(Subclass),),
         (torch._neg_view(X),),
         (torch._efficientzerotensor(8, device=DEVICE),),
+        (torch._to_functional_tensor(X),),
+        (torch.nested.nested_tensor([tensor(2, 3), tensor(4, 3)]),),
         ([X] * 100,),
         *([(X, torch.zeros(8))] if DEVICE == "cuda" else []),
     ],
-    ids=range(12 if DEVICE == "cuda" else 11),
+    ids=range(14 if DEVICE == "cuda" else 13),
 )
 def test_what_a_kernel_cannot_take(args):
     assert signature(*args) is None
+
+
+def test_long_calls():
+    """Calls of almost as many bytes as a signature holds differ, too."""
+    texts = ["a" * length for length in range(900, 1024)]
+    pairs = [(signature(X, text, [None]), signature(X, text, [], None)) for text in texts]
+    assert pairs[0][0] is not None and pairs[-1] == (None, None)
+    assert all(one is None or one != other for one, other in pairs)
 
 
 def test_gradients():
@@ -104,6 +115,8 @@ def test_modes_and_transforms():
         see(X)
     torch.func.vmap(see)(X)
     torch.func.grad(lambda x: see(x).sum())(X.float())
+    torch.func.functionalize(see)(X)
     torch.jit.trace(see, (X,), check_trace=False)
-    assert len(seen) >= 4 and set(seen) == {None}
+    make_fx(see, pre_dispatch=True)(X)
+    assert len(seen) >= 6 and set(seen) == {None}
     assert signature(X) is not None
