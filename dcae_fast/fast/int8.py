@@ -62,8 +62,9 @@ def compute_with_copy(
     """op(x), and a copy of it for the operation that follows. copy: of x, for op."""
     if not isinstance(op, Block):
         return op(x), []
-    writes = isinstance(following, Block) and unobserved(following) and x.numel() > 0
-    out_scale = following.input_scale(x) if writes else None
+    out_scale = following.input_scale(x) if isinstance(following, Block) else None
+    if out_scale is not None and (x.numel() == 0 or not unobserved(following)):
+        out_scale = None
     if (not copy and out_scale is None) or not unobserved(op):
         return op(x), []
     return op.with_copy(x, copy, out_scale)
@@ -108,7 +109,10 @@ def unmark(layer: nn.Module) -> None:
 
 def is_marked(*layers: nn.Module) -> bool:
     """Whether one of these layers is to compute in 8 bit, and so has no gradient."""
-    return any(operands.INT8 in layer.__dict__ for layer in layers)
+    for layer in layers:  # a loop without calls, since it runs in every call of a model
+        if operands.INT8 in layer.__dict__:
+            return True
+    return False
 
 
 def scale_of(layer: nn.Module | None, x: torch.Tensor) -> float | None:

@@ -144,12 +144,14 @@ class ResBlock(int8.Block):
         return self.conv1, self.conv2
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
-        act = self._known_activation()
-        if act is None:
-            return self.eager(x)
-        in_int8 = int8.is_marked(self.conv1, self.conv2)
-        y = None if in_int8 else res_block(self.conv1, act, self.conv2, self.norm, x)
+        y = self._in_one(x) if torch.is_grad_enabled() else None
         return self.with_copy(x, [], None)[0] if y is None else y
+
+    def _in_one(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The block by one operator, None if it does not compute the block."""
+        act = self._known_activation()
+        known = act is not None and not int8.is_marked(self.conv1, self.conv2)
+        return res_block(self.conv1, act, self.conv2, self.norm, x) if known else None
 
     def _known_activation(self) -> str | None:
         """The activation's name; None if the block takes its own forward."""
@@ -157,7 +159,8 @@ class ResBlock(int8.Block):
         return None if self.reason_not_fast(self) or not can_fuse_norm(self.norm) else act
 
     def input_scale(self, x: torch.Tensor) -> float | None:
-        return None if self._known_activation() is None else int8.scale_of(self.conv1, x)
+        scale = int8.scale_of(self.conv1, x)  # first, since it is None at once for an exact layer
+        return None if scale is None or self._known_activation() is None else scale
 
     def with_copy(self, x: torch.Tensor, copy: int8.Copy, out_scale: float | None) -> tuple[torch.Tensor, int8.Copy]:
         act = self._known_activation()
@@ -197,7 +200,8 @@ class GLUMBConv(int8.Block):
         return activation_name(self.nonlinearity) if known else None
 
     def input_scale(self, x: torch.Tensor) -> float | None:
-        return None if self._known_activation() is None else int8.scale_of(self.conv_inverted, x)
+        scale = int8.scale_of(self.conv_inverted, x)
+        return None if scale is None or self._known_activation() is None else scale
 
     def with_copy(self, x: torch.Tensor, copy: int8.Copy, out_scale: float | None) -> tuple[torch.Tensor, int8.Copy]:
         act = self._known_activation()
@@ -246,7 +250,8 @@ class SanaMultiscaleLinearAttention(int8.Block):
         return known and not self.reason_not_fast(self) and can_fuse_norm(self.norm_out)
 
     def input_scale(self, x: torch.Tensor) -> float | None:
-        return int8.scale_of(self.to_q, x) if self._is_known() and self._joins(x) else None
+        scale = int8.scale_of(self.to_q, x)
+        return None if scale is None or not (self._is_known() and self._joins(x)) else scale
 
     def with_copy(self, x: torch.Tensor, copy: int8.Copy, out_scale: float | None) -> tuple[torch.Tensor, int8.Copy]:
         if not self._is_known():
