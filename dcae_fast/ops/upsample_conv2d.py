@@ -45,8 +45,8 @@ def _launch(x, weights):
 
 def _prepare(x, weights):
     """Runs the plans that are known by then for this shape, without looking at the arguments again."""
-    parts = weights.chunk(4)
-    if not _convolution_plans.available() or not are_aligned((*parts, *_empty_planes(x, weights).chunk(4)), *HALVES):
+    parts, planes = weights.chunk(4), _empty_planes(x, weights).chunk(4)
+    if not _convolution_plans.available() or not are_aligned((x, *parts, *planes), *HALVES):
         return None
     shapes = (_convolution_plans.shape_of(x, parts[0], 1, padding, []) for padding in _paddings())
     keys = [_plans.key_of(_convolution_plans.CUDNN, shape, x.device) for shape in shapes]

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 
 from dcae_fast import ops
 from dcae_fast.ops import _convolution_plans, _plans
-from dcae_fast.ops.conv2d import _convolve_then_add, _launch, conv2d_reference
+from dcae_fast.ops.conv2d import _convolve_then_add, _epilogue, _launch, _prepare, conv2d_reference
 from dcae_fast.ops.upsample_conv2d import _launch as upsample_conv2d
+from dcae_fast.ops.upsample_conv2d import _prepare as prepare_upsample_conv2d
 from dcae_fast.ops.upsample_conv2d import upsample_conv2d_reference
 
 DEVICE, NHWC = "cuda" if torch.cuda.is_available() else "cpu", torch.channels_last
@@ -316,8 +317,11 @@ def test_a_plan_and_its_fallback_compute_the_same(biased, act, residual, found, 
     x, weight, vector = torch.randn(2, 12, 5, 6), torch.randn(12, 12, 3, 3) / 10, torch.randn(12)
     x, weight = (tensor.to(DEVICE).contiguous(memory_format=NHWC) for tensor in (x, weight))
     args = [x, weight, vector.to(x.device) if biased else None, act, x * 2 if residual else None, 1, [1, 1, 1, 1]]
+    plan = plan_in_torch(x, weight, 1, (1, 1, 1, 1), _epilogue(args[2], act, args[4]), None) if found else None
+    monkeypatch.setattr(_plans, "found", lambda key: plan)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        torch.testing.assert_close(_launch(*args), conv2d_reference(*args), atol=1e-4, rtol=1e-4)
+        for call in (_launch, _prepare(*args)):
+            torch.testing.assert_close(call(*args), conv2d_reference(*args), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("size, aligned", [(5, [True, False, True, False]), (4, [True] * 4)])
@@ -336,6 +340,16 @@ def test_planes_that_begin_between_16_bytes_take_the_fallback(size, aligned, mon
     got, exact = upsample_conv2d(x, weights), upsample_conv2d_reference(x.double(), weights.double())
     assert relative_error(got, exact) <= 1e-2
     assert len(planes) == sum(aligned) and all(address % 16 == 0 for address in planes)
+
+
+def test_images_that_begin_between_16_bytes_have_no_prepared_upsampling(monkeypatch):
+    """A plan may be known from another image of the same size."""
+    monkeypatch.setattr(_convolution_plans, "available", lambda: True)
+    memory = torch.zeros(16 * 4 * 4 + 8, dtype=torch.bfloat16, device=DEVICE)
+    weights = torch.zeros(4 * 16, 16, 2, 2, dtype=torch.bfloat16, device=DEVICE).contiguous(memory_format=NHWC)
+    for start, is_prepared in ((0, True), (1, False), (8, True)):
+        x = memory[start:][: 16 * 4 * 4].view(1, 4, 4, 16).permute(0, 3, 1, 2)
+        assert (prepare_upsample_conv2d(x, weights) is not None) == is_prepared
 
 
 def random(*shape, dtype):
