@@ -73,7 +73,7 @@ def compute_with_copy(
 def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(name, layer) of the layers of a patched model that can compute in 8 bit.
 
-    They are inside encoders and decoders, without the first and the last layer.
+    They are inside encoders and decoders, without the first and the last layer, and without layers that have hooks.
     """
     for path, coder in model.named_modules():
         if not isinstance(coder, Coder):
@@ -86,6 +86,8 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _can_compute(layer: nn.Module) -> bool:
+    if not plain(layer):
+        return False
     if type(layer) is nn.Linear:
         return layer.in_features % MULTIPLE == layer.out_features % MULTIPLE == 0
     return (

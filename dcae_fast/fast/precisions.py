@@ -69,7 +69,7 @@ def set_int8(autoencoder: nn.Module, calibration: Calibration | None) -> tuple[s
     lines = [] if calibration is None else [str(calibration)]
     absent = len(found.keys() - layers.keys())
     if absent:
-        lines.append(f"{absent} of the {len(found)} 8-bit layers compute exactly: their modules are not patched.")
+        lines.append(f"{absent} of the {len(found)} 8-bit layers compute exactly: not patched, or with hooks.")
     if not runs:
         lines.append("8 bit needs a Hopper GPU: on this device the model computes exactly.")
     return "\n".join(lines), runs and int8.is_marked(*layers.values())

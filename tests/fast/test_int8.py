@@ -201,6 +201,9 @@ def test_layers_with_hooks_compute_exactly(int8_calls):
     int8_calls.clear()
     result(model)
     assert int8_calls["conv2d_int8"] == all_layers - 1 and seen == [torch.float32]
+    report = dcae_fast.patch(model, precision="int8", calibration=PICTURES, error_budget=EVERYTHING)
+    found = {id(model.get_submodule(name)) for name in report.calibration.layers}
+    assert found and id(block.conv2.conv) not in found, "the report does not count it"
 
 
 def test_other_devices_compute_exactly(monkeypatch, int8_calls):
