@@ -1,4 +1,4 @@
-"""Small pictures, the arguments of cache-latents for them, and the contents of folders."""
+"""Small pictures, their crops, the command cache-latents for them, and the contents of folders."""
 
 import io
 import tarfile
@@ -6,6 +6,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from dcae_fast import cli
+from dcae_fast.data.pictures import CropDataset, Crops, Pictures, collate
 
 SIZES = {"cat/a.png": (64, 64), "cat/b.b.jpg": (150, 70), "cat/c.png": (40, 50), "dog/a.png": (64, 90)}
 SIZES |= {"dog/d.jpg": (80, 64), "dog/e.webp": (130, 140), "emu/f.png": (65, 64)}
@@ -31,19 +34,18 @@ def arguments(pictures: Path, out: Path) -> list[str]:
 
     The model is not patched, since the kernels would take minutes under TRITON_INTERPRET.
     """
-    settings = ["--model", "dc-ae-tiny", "--resolution", "64", "--scale", "0.5", "--device", "cpu"]
-    return [
-        "cache-latents",
-        str(pictures),
-        "--out",
-        str(out),
-        *settings,
-        "--no-patch",
-        "--batch",
-        "2",
-        "--workers",
-        "0",
-    ]
+    settings = "--model dc-ae-tiny --resolution 64 --scale 0.5 --device cpu --no-patch --batch 2 --workers 0"
+    return ["cache-latents", str(pictures), "--out", str(out), *settings.split()]
+
+
+def run(pictures: Path, out: Path, *options) -> int:
+    """The exit status of the command, with more options."""
+    return cli.main([*arguments(pictures, out), *map(str, options)])
+
+
+def crops(pictures: Pictures) -> Crops:
+    """All pictures as one batch of crops of 64 px."""
+    return collate(list(CropDataset(pictures, range(len(pictures.items)), 64)))
 
 
 def png(width: int = 8, height: int = 8) -> bytes:

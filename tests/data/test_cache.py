@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from small_pictures import BROKEN, SIZES, arguments, contents, png, save_noise, save_shard
+from small_pictures import BROKEN, SIZES, contents, png, run, save_noise, save_shard
 
 from dcae_fast import cli, images
 from dcae_fast.data.cache import cache_latents, settings_of
@@ -22,25 +22,17 @@ from dcae_fast.data.find import find_pictures
 from dcae_fast.data.latents import LatentDataset
 from dcae_fast.data.manifest import MANIFEST, Sums, load_manifest, statistics
 from dcae_fast.data.sources import SOURCES
-from dcae_fast.data.store import NpyStore, ShardStore
+from dcae_fast.data.store import NpyStore
 from dcae_fast.finite import not_finite_message
 from dcae_fast.models.autoencoder import DCAE, CoderConfig, DCAEConfig
 
+pytestmark = pytest.mark.usefixtures("small_shards")
 NAMES = sorted(SIZES)
 
 
 @pytest.fixture(scope="module")
 def model():
     return DCAE.from_pretrained("dc-ae-tiny")
-
-
-@pytest.fixture(autouse=True)
-def small_shards(monkeypatch):
-    monkeypatch.setattr(ShardStore, "unit", 3)
-
-
-def run(pictures, out, *options) -> int:
-    return cli.main([*arguments(pictures, out), *map(str, options)])
 
 
 def by_hand(model, path) -> torch.Tensor:

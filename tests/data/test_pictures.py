@@ -3,15 +3,11 @@
 import numpy as np
 import torch
 from PIL import Image
-from small_pictures import BROKEN, SIZES
+from small_pictures import BROKEN, SIZES, crops
 
 from dcae_fast import images
 from dcae_fast.data.find import find_pictures
 from dcae_fast.data.pictures import CropDataset, collate, to_rgb
-
-
-def crops(pictures):
-    return collate(list(CropDataset(pictures, range(len(pictures.items)), 64)))
 
 
 def test_crops(pictures):

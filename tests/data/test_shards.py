@@ -7,16 +7,11 @@ import tarfile
 
 import pytest
 import torch
-from small_pictures import SIZES, png, save_shard
+from small_pictures import SIZES, crops, png, save_shard
 
 from dcae_fast.data.find import find_pictures
-from dcae_fast.data.pictures import CropDataset, collate
 from dcae_fast.data.shards import MAX_CLASS_NUMBERS
 from dcae_fast.errors import DataError
-
-
-def crops(pictures):
-    return collate(list(CropDataset(pictures, range(len(pictures.items)), 64)))
 
 
 def samples(classes):

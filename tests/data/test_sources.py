@@ -5,22 +5,13 @@ import os
 
 import pytest
 from PIL import Image
-from small_pictures import arguments, contents, png, save_shard
+from small_pictures import contents, png, run, save_shard
 
-from dcae_fast import cli
 from dcae_fast.data.latents import LatentDataset
 from dcae_fast.data.manifest import MANIFEST, load_manifest
 from dcae_fast.data.sources import SOURCES
-from dcae_fast.data.store import ShardStore
 
-
-@pytest.fixture(autouse=True)
-def small_shards(monkeypatch):
-    monkeypatch.setattr(ShardStore, "unit", 3)
-
-
-def run(pictures, out, *options) -> int:
-    return cli.main([*arguments(pictures, out), *map(str, options)])
+pytestmark = pytest.mark.usefixtures("small_shards")
 
 
 def paint(path, colour, *times):

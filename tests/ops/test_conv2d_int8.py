@@ -193,29 +193,22 @@ def test_refusals():
         ops.conv2d_int8(x, weight, scale, residual=residual)
 
 
-@pytest.fixture
-def plans(monkeypatch, tmp_path):
-    monkeypatch.setenv("DCAE_FAST_CACHE", str(tmp_path))
-    monkeypatch.setattr(_plans, "_plans", {})
-    return tmp_path
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "shape", [(2, 256, 512, 65, 67, 3), (2, 512, 256, 33, 65, 2), (2, 256, 512, 63, 65, 1)], ids=str
 )
-def test_a_search_finds_a_tile_once(shape, plans):
+def test_a_search_finds_a_tile_once(shape, empty_cache):
     x, weight, scale, bias, residual = operands(*shape)
     run = lambda: function_of(weight)(x, weight, scale, bias, "relu", residual, torch.float16, 1.0)  # noqa: E731
     exact = reference_of(weight)(x, weight, scale, bias, "relu", residual, torch.float16, 1.0)
     for _ in range(2):
         for got, want in zip(run(), exact, strict=True):
             assert torch.equal(got, want)
-    assert len(_plans._plans) == 1 and [path.name[:16] for path in plans.iterdir()] == ["int8-convolution"]
+    assert len(_plans._plans) == 1 and [path.name[:16] for path in empty_cache.iterdir()] == ["int8-convolution"]
 
 
 @pytest.mark.gpu
-def test_in_a_cuda_graph(plans):
+def test_in_a_cuda_graph(empty_cache):
     x, weight, scale, bias, residual = operands(1, 128, 128, 33, 31, 3)
     run = lambda: ops.conv2d_int8(x, weight, scale, bias, "relu", residual, torch.bfloat16, 1.0)  # noqa: E731
     run()
@@ -230,7 +223,7 @@ def test_in_a_cuda_graph(plans):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("side", [1, 2, 3])
-def test_more_than_2_to_the_31_elements(side, plans):
+def test_more_than_2_to_the_31_elements(side, empty_cache):
     """The last rows of the last image, of x and of the results, lie beyond 2³¹ elements."""
     h, w, filters = 8193, 8191, 16
     planes = 4 if side == 2 else 1

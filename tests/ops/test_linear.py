@@ -322,13 +322,6 @@ LARGE = {  # worth a search
 }
 
 
-@pytest.fixture
-def empty_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("DCAE_FAST_CACHE", str(tmp_path))
-    monkeypatch.setattr(_plans, "_plans", {})
-    return tmp_path
-
-
 def check_against_double(function, plain, tensors, act, dtype):
     exact = run(plain, double(tensors), act)
     for got, eager, want in zip(run(function, tensors, act), run(plain, tensors, act), exact, strict=True):

@@ -22,13 +22,6 @@ from dcae_fast.ops.upsample_conv2d import upsample_conv2d_reference
 DEVICE, NHWC = "cuda" if torch.cuda.is_available() else "cpu", torch.channels_last
 
 
-@pytest.fixture
-def empty_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("DCAE_FAST_CACHE", str(tmp_path))
-    monkeypatch.setattr(_plans, "_plans", {})
-    return tmp_path
-
-
 NO_PLACES = ["", "{", "[1]", "NaN", "[" * 100_000, '{"c": NaN}', '{"c": 1.5, "d": true, "e": null, "f": [1]}']
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from trainings import run_until
 
 from dcae_fast.images import demo_photograph
 from dcae_fast.models.autoencoder import DCAE
@@ -54,33 +54,5 @@ def run_in(folder: Path, **options) -> AutoencoderRun:
     return AutoencoderRun(data=folder.parent / "pictures", out=folder, **defaults | options)
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights that a training exports at the end."""
-    return load_file(folder / "model" / "model.safetensors")
-
-
 def train_until(step: int, recipe: AutoencoderRecipe, run: AutoencoderRun) -> State:
-    """The state of a run that is killed after so many steps: it writes no checkpoint at the end, and no result."""
-    training = Training(AutoencoderTask(recipe, run, CPU))
-    training.steps = range(training.state.step, step)
-    training.run_all()
-    training.log.close()
-    return training.state
-
-
-def everything(state: State) -> dict[str, torch.Tensor]:
-    """All tensors of a state, by name."""
-    tensors = {}
-    if state.average is not None:
-        tensors |= {f"average.{name}": tensor for name, tensor in state.average.average.items()}
-    for network, trained in state.networks.items():
-        tensors |= {f"{network}.{name}": tensor for name, tensor in trained.network.state_dict().items()}
-        for number, values in trained.optimizer.state_dict()["state"].items():
-            tensors |= {f"{network}.optimizer.{number}.{name}": value for name, value in values.items()}
-    return {name: tensor.clone() for name, tensor in tensors.items()}
-
-
-def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    different = [name for name in one if not torch.equal(one[name], other[name])]
-    assert not different, different
+    return run_until(step, Training(AutoencoderTask(recipe, run, CPU)))

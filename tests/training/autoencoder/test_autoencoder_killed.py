@@ -1,11 +1,13 @@
 """A training that is killed again and again, at any moment, ends with the weights of a training that is not."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
-from small_autoencoders import CPU, SHORT, assert_equal, recipe, run_in, weights
+from small_autoencoders import CPU, SHORT, recipe, run_in
+from trainings import assert_equal, weights
 
 from dcae_fast.training.autoencoder.task import train
 
@@ -48,7 +50,8 @@ def test_killed(shared):
     train(recipe(shared), run_in(shared / "not-killed", save_steps=1), CPU)
     out = shared / "killed"
     command = [sys.executable, "-c", PROGRAM, str(out)]
-    result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     assert int(result.stdout.split()[-1]) >= 2
     assert_equal(weights(out), weights(shared / "not-killed"))

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from small_autoencoders import CPU, GAN, everything, recipe, run_in, train_until, weights
+from small_autoencoders import CPU, GAN, recipe, run_in, train_until
+from trainings import everything, weights
 
 from dcae_fast.models.autoencoder import DCAE
 from dcae_fast.training.autoencoder.task import AutoencoderTask, train

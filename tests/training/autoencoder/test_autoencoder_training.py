@@ -1,24 +1,13 @@
 """Training an autoencoder: recipes, frozen weights, exact resuming, and what a training writes."""
 
-import json
 import shutil
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from small_autoencoders import (
-    ADAPTIVE,
-    CPU,
-    GAN,
-    PICTURES,
-    assert_equal,
-    everything,
-    recipe,
-    run_in,
-    train_until,
-    weights,
-)
+from small_autoencoders import ADAPTIVE, CPU, GAN, PICTURES, recipe, run_in, train_until
+from trainings import assert_equal, everything, log, weights
 
 from dcae_fast.evaluation import networks
 from dcae_fast.images import demo_photograph
@@ -28,10 +17,6 @@ from dcae_fast.training.autoencoder.network import begins_with
 from dcae_fast.training.autoencoder.step import CRITIC, NAME
 from dcae_fast.training.autoencoder.task import train
 from dcae_fast.training.engine.config import TrainingError
-
-
-def log(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("model", ["model", "batch-norm"])

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_autoencoders import CPU, GAN, assert_equal, everything, recipe, run_in, train_until
+from small_autoencoders import CPU, GAN, recipe, run_in, train_until
+from trainings import assert_equal, everything
 
 from dcae_fast.training.autoencoder import task
 from dcae_fast.training.autoencoder.task import AutoencoderTask

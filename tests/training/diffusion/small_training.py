@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from trainings import run_until
 
 from dcae_fast.training.diffusion.config import RECIPES, Architecture, DiffusionRecipe, DiffusionRun
 from dcae_fast.training.diffusion.task import DiffusionTask
@@ -41,19 +41,5 @@ def run_in(folder: Path, **options) -> DiffusionRun:
     return DiffusionRun(data=folder.parent / "latents", out=folder, **defaults | options)
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights that a training exports at the end."""
-    return load_file(folder / "model" / "model.safetensors")
-
-
-def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
 def train_until(step: int, recipe: DiffusionRecipe, run: DiffusionRun, device: torch.device = CPU) -> None:
-    """A run that is killed after so many steps: it writes no checkpoint at the end, and no result."""
-    training = Training(DiffusionTask(recipe, run, device))
-    training.steps = range(training.state.step, step)
-    training.run_all()
-    training.log.close()
+    run_until(step, Training(DiffusionTask(recipe, run, device)))

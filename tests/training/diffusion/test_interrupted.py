@@ -7,8 +7,9 @@ import signal
 from dataclasses import replace
 
 import pytest
-from small_training import CPU, RECIPE, assert_equal, run_in, weights
+from small_training import CPU, RECIPE, run_in
 from test_training_command import OPTIONS, run
+from trainings import assert_equal, weights
 
 from dcae_fast.interruption import Interrupted
 from dcae_fast.lock import LockedError

@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from small_training import CPU, ITEMS, RECIPE, assert_equal, run_in, train_until, weights
+from small_training import CPU, ITEMS, RECIPE, run_in, train_until
+from trainings import assert_equal, log, weights
 
 from dcae_fast.diffusion import DCAEDiffusion
 from dcae_fast.errors import DataError, NotFiniteError
@@ -22,10 +23,6 @@ from dcae_fast.training.engine.config import TrainingError
 from dcae_fast.training.engine.loop import Training
 
 SHORT = replace(RECIPE, steps=3)
-
-
-def log(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def same_numbers(one: list[dict], other: list[dict]) -> bool:

@@ -8,9 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from small_training import CPU, ITEMS, RECIPE, assert_equal, run_in, save_latents, weights
+from small_training import CPU, ITEMS, RECIPE, run_in, save_latents
 from stand_ins import eval_diffusion, save_references, use
 from torch.autograd.graph import saved_tensors_hooks
+from trainings import assert_equal, weights
 
 from dcae_fast import cli
 from dcae_fast.data.latents import LatentDataset

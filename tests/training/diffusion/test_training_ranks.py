@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from small_training import CPU, RECIPE, assert_equal, run_in, train_until, weights
+from small_training import CPU, RECIPE, run_in, train_until
 from stand_ins import eval_diffusion, save_references, use
+from trainings import assert_equal, weights
 
 from dcae_fast import distributed
 from dcae_fast.evaluation import networks

@@ -8,25 +8,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from two_networks import (
-    BEGINS,
-    RECIPE,
-    TwoNetworks,
-    assert_equal,
-    everything,
-    exported,
-    run_in,
-    train_until,
-)
+from trainings import assert_equal, everything, log
+from two_networks import BEGINS, RECIPE, TwoNetworks, exported, run_in, train_until
 
 from dcae_fast.interruption import Interrupted
 from dcae_fast.training.engine.config import TrainingError
 from dcae_fast.training.engine.log import Log
 from dcae_fast.training.engine.loop import train
-
-
-def log(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

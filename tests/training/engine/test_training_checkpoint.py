@@ -5,7 +5,8 @@ import os
 import shutil
 
 import pytest
-from two_networks import FILE, RECIPE, TwoNetworks, assert_equal, everything, exported, run_in
+from trainings import assert_equal, everything
+from two_networks import FILE, RECIPE, TwoNetworks, exported, run_in
 
 from dcae_fast.files import WriteError
 from dcae_fast.training.engine.checkpoint import Checkpoints

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
+from trainings import run_until
 
 from dcae_fast.training.engine.batches import BatchOrder, generator_of, load_batches
 from dcae_fast.training.engine.config import Recipe, Run
@@ -97,31 +98,8 @@ def run_in(folder: Path, **options) -> Run:
 
 
 def train_until(step: int, folder: Path, **options) -> State:
-    """The state of a run that is killed after so many steps: it writes no checkpoint at the end, and no result."""
-    training = Training(TwoNetworks(RECIPE, run_in(folder, **options)))
-    training.steps = range(training.state.step, step)
-    training.run_all()
-    training.log.close()
-    return training.state
-
-
-def everything(state: State) -> dict[str, torch.Tensor]:
-    """All tensors and numbers of a state, by name."""
-    tensors = {f"average.{name}": tensor for name, tensor in state.average.average.items()}
-    for network, trained in state.networks.items():
-        tensors |= {f"{network}.{name}": tensor for name, tensor in trained.network.state_dict().items()}
-        for number, values in trained.optimizer.state_dict()["state"].items():
-            tensors |= {f"{network}.optimizer.{number}.{name}": value for name, value in values.items()}
-        for name, value in trained.scaler.state_dict().items():
-            tensors[f"{network}.scaler.{name}"] = torch.tensor(value)
-    return {name: tensor.clone() for name, tensor in tensors.items()}
+    return run_until(step, Training(TwoNetworks(RECIPE, run_in(folder, **options))))
 
 
 def exported(folder: Path) -> dict[str, torch.Tensor]:
     return {name.removeprefix(PREFIX): tensor for name, tensor in load_file(folder / FILE).items()}
-
-
-def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    different = [name for name in one if not torch.equal(one[name], other[name])]
-    assert not different, different
