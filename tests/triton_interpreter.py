@@ -12,6 +12,7 @@ def accelerate() -> None:
     prepare_called_functions_once()
     remember_numpy_types()
     remember_block_types()
+    remember_shapes()
 
 
 def compute_no_unused_overflow_checks() -> None:
@@ -60,3 +61,17 @@ def remember_block_types() -> None:
         self.__dict__ = known[key]
 
     core.block_type.__init__ = initialise
+
+
+def remember_shapes() -> None:
+    """Tensors of the same type share their shape, a tuple of constants."""
+    derive, known = core.tensor.__init__, {}
+
+    def initialise(self, handle, type):
+        if type.name not in known:
+            derive(self, handle, type)
+            known[type.name] = self.shape, self.numel
+        self.shape, self.numel = known[type.name]
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+
+    core.tensor.__init__ = initialise
