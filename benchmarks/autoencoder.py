@@ -17,6 +17,7 @@ from .timing import measure, seconds, with_peak_memory
 from .workloads import Workload
 
 FP32_ERROR = 1e-4  # a contender with a smaller error is never wrong, even if eager's error is much smaller
+ERROR_IN_8_BIT = 0.3  # of random weights, the most before an 8-bit contender is wrong
 
 
 def benchmark(
@@ -24,9 +25,9 @@ def benchmark(
 ) -> dict:
     """The record of a workload: error, peak memory and time of each contender, or the reason why it has no time.
 
-    A contender is wrong if its error is more than twice eager's. reference_tf32: compute the exact result in TF32, for
-    workloads where fp32 would take too long; TF32 rounds much less than bf16. repetitions: arguments of
-    `timing.measure`.
+    A contender is wrong if its error is more than twice eager's, in 8 bit more than ERROR_IN_8_BIT. reference_tf32:
+    compute the exact result in TF32, for workloads where fp32 would take too long; TF32 rounds much less than bf16.
+    repetitions: arguments of `timing.measure`.
     """
     torch.compiler.reset()  # drops the code compiled for the previous workload
     reference = contenders.random_model(workload.model, device)
@@ -63,6 +64,7 @@ def trial(
         out, peak = with_peak_memory(run)
         error = None if exact is None else relative_error(out, exact)
         row = {"error": error, "peak_gib": peak, "first_s": first_s}
+        limit = ERROR_IN_8_BIT if contenders.CONTENDERS[name].in_8_bit else limit
         if error is not None and not error <= limit:
             row["failure"] = "wrong"
     except Exception as failure:

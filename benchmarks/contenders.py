@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 import dcae_fast
+from dcae_fast.fast import int8
+from dcae_fast.fast.calibration import observe
 from dcae_fast.models import convert
 from dcae_fast.models.autoencoder import DCAE
 
@@ -54,19 +56,38 @@ def patched_and_bounded(half: nn.Module, workload: Workload) -> None:
     dcae_fast.patch(half, max_memory=workload.max_memory)
 
 
+def patched_in_8_bit(model: nn.Module, workload: Workload, cuda_graphs: bool = False) -> None:
+    """All layers that can, with scales from two random pictures: for speed. `patch` calibrates within an error budget,
+    which random weights do not keep.
+    """
+    dcae_fast.patch(model, frozen=True, cuda_graphs=cuda_graphs)
+    layers, weight = dict(int8.candidates(model)), next(model.parameters())
+    pictures = torch.rand(2, 3, workload.size, workload.size, device=weight.device, dtype=weight.dtype) * 2 - 1
+    with torch.no_grad():
+        scales, _ = observe(model, layers, [pictures])
+    for name, layer in layers.items():
+        int8.mark(layer, scales[name])
+
+
+def patched_in_8_bit_with_graphs(model: nn.Module, workload: Workload) -> None:
+    patched_in_8_bit(model, workload, cuda_graphs=True)
+
+
 @dataclass(frozen=True)
 class Contender:
     """How to prepare and call the encoder or decoder.
 
-    prepare: changes a copy of the encoder or decoder. channels_last: memory format of weights and input. diffusers: use
-    diffusers' AutoencoderDC with the same weights. times_cudnn: set torch.backends.cudnn.benchmark, so that PyTorch
-    times cuDNN's algorithms in the first call with a shape; a patched model times them without this flag.
+    prepare: changes a copy of the encoder or decoder, or of the whole model if in_8_bit. channels_last: memory format
+    of weights and input. diffusers: use diffusers' AutoencoderDC with the same weights. times_cudnn: set
+    torch.backends.cudnn.benchmark, so that PyTorch times cuDNN's algorithms in the first call with a shape; a patched
+    model times them without this flag.
     """
 
     prepare: Callable[[nn.Module, Workload], None]
     channels_last: bool = False
     diffusers: bool = False
     times_cudnn: bool = False
+    in_8_bit: bool = False
 
 
 CONTENDERS = {
@@ -80,6 +101,8 @@ CONTENDERS = {
     "patched + CUDA graphs": Contender(patched_with_graphs, channels_last=True),
     "patched + torch.compile": Contender(patched_and_compiled, channels_last=True),
     "patched + torch.compile, reduce-overhead": Contender(patched_and_compiled_with_graphs, channels_last=True),
+    "patched, 8 bit": Contender(patched_in_8_bit, channels_last=True, in_8_bit=True),
+    "patched, 8 bit + CUDA graphs": Contender(patched_in_8_bit_with_graphs, channels_last=True, in_8_bit=True),
     "patched, bounded memory": Contender(patched_and_bounded),
     "diffusers patched": Contender(patched, diffusers=True),
 }
@@ -142,8 +165,9 @@ def prepared(name: str, workload: Workload, device: torch.device) -> tuple[nn.Mo
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     reference = random_model(workload.model, device)
     model = diffusers_twin(reference) if contender.diffusers else reference
-    half = copy.deepcopy(half_of(model, workload)).to(dtype).to(memory_format=layout)
-    contender.prepare(half, workload)
+    changed = copy.deepcopy(model if contender.in_8_bit else half_of(model, workload)).to(dtype, memory_format=layout)
+    contender.prepare(changed, workload)
+    half = half_of(changed, workload) if contender.in_8_bit else changed
     return half, example(workload, reference, device).to(dtype, memory_format=layout)
 
 

@@ -12,7 +12,7 @@ from .workloads import DIRECTIONS, F32, F64, F128, SANA, WORKLOADS
 
 NOMINAL = 790  # TFLOP/s of a large bf16 matrix product; defines the floors in targets
 PATCHED, GRAPHS, BOUNDED = "patched channels-last", "patched + CUDA graphs", "patched, bounded memory"
-AUTOMATIC = "patched, automatic graphs"
+AUTOMATIC, IN_8_BIT = "patched, automatic graphs", "patched, 8 bit"
 FASTEST = "patched, fastest"  # see `with_fastest`
 LOSS_CURVES = "loss-curve", "autoencoder-loss-curve"  # parts
 
@@ -88,6 +88,12 @@ def autoencoder_training(workload: str, over_compile: float) -> list[Target]:
     ]
 
 
+def in_8_bit(workload: str, decode: float, encode: float, contender: str = IN_8_BIT) -> list[Target]:
+    """Minimum speedups of 8-bit decoding and encoding over torch.compile. workload: with {} for the direction."""
+    bounds = {"decode": decode, "encode": encode}
+    return [faster(workload.format(name), contender, "torch.compile", bound) for name, bound in bounds.items()]
+
+
 def near_floor(workload: str, contender: str, bound: float) -> Target:
     return Target("autoencoder", workload, contender, "ms", "floor", bound)
 
@@ -104,6 +110,11 @@ TARGETS = [
         for shape, direction in product(("b1-1024", "b2-512"), DIRECTIONS)
     ],
     *[faster(f"{SANA}-{direction}-b8-512", PATCHED, "torch.compile", 1.35) for direction in DIRECTIONS],
+    *in_8_bit(f"{F32}-{{}}-b8-512", decode=1.65, encode=1.55),
+    *in_8_bit(f"{F64}-{{}}-b8-512", decode=1.6, encode=1.5),
+    *in_8_bit(f"{F128}-{{}}-b8-512", decode=1.6, encode=1.5),
+    *in_8_bit(f"{SANA}-{{}}-b8-512", decode=2.0, encode=1.85),
+    *in_8_bit(f"{F32}-{{}}-b1-512", decode=1.7, encode=1.7, contender=f"{IN_8_BIT} + CUDA graphs"),
     *[
         faster(f"{model}-{direction}-b8-512", PATCHED, "torch.compile", 1.30)
         for model, direction in product((F64, F128), DIRECTIONS)

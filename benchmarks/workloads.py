@@ -10,11 +10,11 @@ DIRECTIONS = ("encode", "decode")
 
 # Names of `contenders.CONTENDERS`. eager comes first: its error limits the errors of the others.
 UNCOMPILED = ("eager", "eager channels-last", "patched channels-last", "patched + CUDA graphs")
-COMPILED = (*UNCOMPILED, "torch.compile")
+COMPILED = (*UNCOMPILED, "torch.compile", "patched, 8 bit")
 ALL = (*COMPILED, "patched", "patched + torch.compile", "diffusers patched")
 SMALL = (
     *COMPILED, "torch.compile, reduce-overhead", "patched, automatic graphs", "patched + torch.compile",
-    "patched + torch.compile, reduce-overhead",
+    "patched + torch.compile, reduce-overhead", "patched, 8 bit + CUDA graphs",
 )  # fmt: skip
 BOUNDED = ("eager", "patched", "patched, bounded memory")
 FIRST_CALL = ("patched", "torch.compile")
