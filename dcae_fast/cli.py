@@ -229,7 +229,7 @@ def sample(
         make_parent_folder(latents, "--latents")
         if latents.suffix.lower() != ".safetensors":
             raise UsageError(f"--latents {latents}: expected a file name that ends in .safetensors")
-    network = compute.load_diffusion(model)
+    network, _ = compute.load_diffusion(model)
     config = network.config
     for label in labels:
         check_integer("--labels", label, least=0, most=config.network.num_classes)

@@ -1,16 +1,13 @@
 """Class labels to pictures for the command `sample`: sampling, decoding, and saving the latents."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
-
-import dcae_fast
 
 from .diffusion import DCAEDiffusion
 from .files import written_atomically
@@ -67,8 +64,8 @@ def default_labels(classes: int) -> tuple[int, ...]:
     return DEMO_LABELS if classes == 1000 else tuple(i % classes for i in range(16))
 
 
-def load(source: str, device: str | None, dtype: str | None, options: Mapping[str, Any] | None = None) -> DCAEDiffusion:
-    """Loads a diffusion model on a device; with options, which `dcae_fast.patch` takes, patched and with CUDA graphs.
+def load(source: str, device: str | None, dtype: str | None) -> DCAEDiffusion:
+    """Loads a diffusion model on a device.
 
     The transformer keeps float32 weights, for autocast. source: as in `DCAEDiffusion.from_pretrained`; device, dtype:
     as in `choose_device`. Raises DeviceError and CheckpointError.
@@ -77,8 +74,6 @@ def load(source: str, device: str | None, dtype: str | None, options: Mapping[st
     model = DCAEDiffusion.from_pretrained(source)
     model.diffusion_model.to(chosen_device)
     model.autoencoder.to(chosen_device, chosen_dtype, memory_format=torch.channels_last)
-    if options is not None:
-        dcae_fast.patch(model, cuda_graphs=True, **options)
     return model
 
 

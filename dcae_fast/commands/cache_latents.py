@@ -76,7 +76,7 @@ def cache_latents(
     with distributed.process_group(place) as device:
         try:
             network = DCAE.from_pretrained(model).to(device, dtype, memory_format=torch.channels_last)
-            precision = compute.patch_autoencoder(network)
+            precision = compute.patch_model(network)
             settings = settings_of(network, model, scale, resolution, format, as_original, precision)
             pictures = distributed.broadcast(find_pictures(images, member) if distributed.is_main() else None)
             distributed.print_main(_found(pictures))

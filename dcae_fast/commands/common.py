@@ -125,25 +125,27 @@ class Compute:
         from dcae_fast.reconstruction import load_model
 
         network = load_model(model, self.device, self.dtype)
-        self.patch_autoencoder(network)
+        self.patch_model(network)
         return network
 
-    def patch_autoencoder(self, network: "DCAE") -> str:
-        """Patches an autoencoder if `patch` is set. Returns the precision that it computes in, "exact" or "int8".
+    def patch_model(self, network: "DCAE | DCAEDiffusion", cuda_graphs: bool = False) -> str:
+        """Patches a model if `patch` is set. Returns the precision of its autoencoder, "exact" or "int8".
 
         Says so if 8 bit is asked for and the device has none. Raises CheckpointError for scales of other weights.
         """
         from dcae_fast import distributed
 
-        report = dcae_fast.patch(network, **self.options) if self.patch else None
+        report = dcae_fast.patch(network, cuda_graphs=cuda_graphs, **self.options) if self.patch else None
         if self.int8 is not None and not report.in_int8:
             distributed.print_main(f"--int8: {report.precision.splitlines()[-1]}", error=True)
         return "int8" if report is not None and report.in_int8 else "exact"
 
-    def load_diffusion(self, model: str) -> "DCAEDiffusion":
+    def load_diffusion(self, model: str) -> tuple["DCAEDiffusion", str]:
+        """Loads a diffusion model, and patches it, with CUDA graphs, if `patch` is set; and the precision."""
         from dcae_fast import sample
 
-        return sample.load(model, self.device, self.dtype, self.options if self.patch else None)
+        network = sample.load(model, self.device, self.dtype)
+        return network, self.patch_model(network, cuda_graphs=True)
 
 
 MAX_FAILURES_PRINTED = 20

@@ -127,7 +127,7 @@ def _load(
     models, precisions = {}, []
     for name, (source, how) in sources.items():
         models[name] = DCAE.from_pretrained(source).to(device, dtype, memory_format=torch.channels_last)
-        precisions.append(how.patch_autoencoder(models[name]))
+        precisions.append(how.patch_model(models[name]))
     if compare and precisions[0] == "exact":
         raise UsageError("--compare: no layer computes in 8 bit, so both models are exact")
     return models, precisions[0]

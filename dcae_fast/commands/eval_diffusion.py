@@ -81,8 +81,9 @@ def eval_diffusion(
     with out_of_memory_as(too_large), distributed.process_group(place) as device:
         try:
             references = References.load(fid, precision_recall, cmmd)
-            network = replace(compute, device=str(device)).load_diffusion(model)
+            network, precision = replace(compute, device=str(device)).load_diffusion(model)
             options = {"samples": samples, "batch": batch, "cfg": cfg, "seed": seed, "class_seed": class_seed}
+            options |= {"precision": precision}
             settings = _settings(network, model, compute.patch, sampler, steps, options)
             folder = SampleFolder(out, settings, network.config.network.num_classes, save)
             network.config.check_sampler(settings.sampler)

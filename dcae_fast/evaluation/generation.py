@@ -41,7 +41,7 @@ class Settings:
 
     model: as the user named it. weights: hash of the transformer's and the autoencoder's weights. patch, dtype: of the
     computation. samples: total number. batch: pictures per batch. cfg, sampler, steps: see `sample.Request`. seed: of
-    the noise. class_seed: of the classes.
+    the noise. class_seed: of the classes. precision: "exact", or "int8" for an autoencoder in 8 bit.
     """
 
     model: str
@@ -55,6 +55,7 @@ class Settings:
     steps: int
     seed: int
     class_seed: int
+    precision: str = "exact"
 
     def noise_seed(self, number: int) -> int:
         """The seed of a batch's generator. Seeds of different runs and batches are independent."""
@@ -132,6 +133,7 @@ class SampleFolder:
                 raise DataError(f"{path}: not a manifest of samples: {error}") from error
             if not isinstance(before, dict):
                 raise DataError(f"{path}: not a manifest of samples: {before!r}")
+            before = {"precision": "exact"} | before  # as in earlier versions
             if before != settings:
                 names = [name for name in settings if before.get(name) != settings[name]]
                 changes = ", ".join(f"{name} {before.get(name)}, now {settings[name]}" for name in names)

@@ -190,6 +190,14 @@ def test_other_settings_need_another_folder(models, tmp_path, stand_ins, capsys)
         assert words in capsys.readouterr().err
     assert cli.main(command(models["dit"], tmp_path)) == 2
     assert "weights" in capsys.readouterr().err
+    path = tmp_path / "samples.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"precision": "int8"}))
+    assert cli.main(command(models["uvit"], tmp_path)) == 2
+    assert "precision int8, now exact" in capsys.readouterr().err
+    content.pop("precision")  # as in earlier versions
+    path.write_text(json.dumps(content))
+    assert cli.main(command(models["uvit"], tmp_path)) == 0
     (tmp_path / "samples.json").unlink()
     assert cli.main(command(models["uvit"], tmp_path)) == 2
     assert "not empty" in capsys.readouterr().err
