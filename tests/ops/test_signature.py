@@ -47,6 +47,26 @@ def test_equal_calls():
     assert signature(torch.ones_like(X), tensor(8), 1e-5, "silu", (1, 1)) == expected
 
 
+@pytest.mark.parametrize(
+    "context",
+    [
+        torch.inference_mode,
+        lambda: torch.autocast(DEVICE, torch.bfloat16),
+        lambda: torch.device("meta"),
+        torch.autograd.detect_anomaly,
+        torch.autograd.graph.save_on_cpu,
+        torch.profiler.profile,
+    ],
+    ids=["inference", "autocast", "device", "anomaly", "save_on_cpu", "profile"],
+)
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_what_does_not_change_a_signature(context):
+    expected = signature(X)
+    with context():
+        assert signature(X) == expected
+        assert signature(X.clone()) == expected
+
+
 class Subclass(torch.Tensor):
     pass
 
