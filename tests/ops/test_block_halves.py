@@ -11,10 +11,11 @@ from registration import check_registration
 from torch.testing import assert_close
 
 from dcae_fast import ops
+from dcae_fast.ops import _block_half, _plans
 from dcae_fast.ops._block_half import INPUTS, Half
 from dcae_fast.ops._parts import as_kernel
-from dcae_fast.ops.norm_attention import NormAttention
-from dcae_fast.ops.norm_mlp import NormMlp
+from dcae_fast.ops.norm_attention import NormAttention, norm_attention_op
+from dcae_fast.ops.norm_mlp import NormMlp, norm_mlp_op
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS, HEADS, HIDDEN = 1e-5, 2, 48
@@ -260,6 +261,25 @@ def test_fused_calls(case, monkeypatch):
     assert_close(run(ours, case, tensors), expected, atol=0, rtol=0)
     called = [(f"norm_{half}", "in", "out"), (f"norm_{half}_backward", "in", "w_in", "out", "w_out")]
     assert extension.called == (called if ops.has_kernels(tensors[0]) else [])
+
+
+@pytest.mark.parametrize("op, case", [(norm_attention_op, "attention-branch"), (norm_mlp_op, "mlp-branch")])
+def test_prepared_halves_fuse_as_soon_as_there_are_plans(op, case, monkeypatch):
+    tensors, extension, plans = make(CASES[case], torch.float32), Extension(), {}
+    x, scale, shift, *layers, branch, gate = (tensor.detach() for tensor in tensors)
+    options = (HEADS,) if op is norm_attention_op else ("gelu", False)
+    args = x, scale, shift, EPS, branch, gate, torch.float32, *layers, False, *options
+    assert op.kernel._prepare(*args) is None, "the extension does not take float32"
+    monkeypatch.setattr(Half, "forward_keys", lambda _: ("in", "out"))
+    monkeypatch.setattr(NormAttention, "fuses", lambda _: True)
+    monkeypatch.setattr(_plans, "found", plans.get)
+    monkeypatch.setattr(_block_half, "cuda_extension", lambda: extension)
+    prepared = op.kernel._prepare(*args)
+    expected = prepared(*args)
+    assert not extension.called
+    plans.update({"in": "plan", "out": "another"})
+    assert_close(prepared(*args), expected, atol=0, rtol=0)
+    assert extension.called == [(op.overload.name().split("::")[1], "plan", "another")]
 
 
 @pytest.mark.parametrize("half", [NormAttention, NormMlp])
