@@ -83,6 +83,8 @@ class Calibration:
     weights: str = field(repr=False)
 
     def __str__(self) -> str:
+        if not self.layers:
+            return "8 bit: the model has no layer that can compute in 8 bit."
         taken = [layer for layer in self.layers.values() if layer.in_int8]
         lines = [
             f"8 bit: {len(taken)} of {len(self.layers)} layers, {sum(layer.share for layer in taken):.1%} of the "

@@ -1,7 +1,7 @@
 """Layers of encoders and decoders that compute in 8 bit: which can, which do, and their forwards.
 
 A layer computes in 8 bit if it has the attribute `operands.INT8`, the scale of its input. `patch` sets it. Copies and
-pickles of the layer have it too; `state_dict` has it not. The products of such a layer are `ops.conv2d_int8`, on a
+pickles of the layer keep it; it is no part of `state_dict`. The products of such a layer are `ops.conv2d_int8`, on a
 Hopper GPU; elsewhere, with hooks, and with weights of another dtype than when it was set, the layer computes exactly.
 
 Between blocks, images have the model's dtype. Within a block, kernels write int8 for the layer behind them. Where a

@@ -42,7 +42,10 @@ def _load(source: torch.Tensor | str | Path, ratio: int) -> list[torch.Tensor]:
         raise TypeError(f"calibration is of type {type(source).__name__}; expected pictures, paths or a file of scales")
     paths = [Path(source)]
     if paths[0].is_dir():
-        paths = sorted(path for path in paths[0].rglob("*") if path.suffix.lower() in picture_suffixes())
+        folder = paths[0]
+        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in picture_suffixes())
+        if not paths:
+            raise ValueError(f"{folder}: holds no picture")
         count = min(len(paths), MOST_PICTURES)
         paths = [paths[index * len(paths) // count] for index in range(count)]
     return [_centre(_cropped(read_photograph(path), ratio, str(path)), ratio) for path in paths]

@@ -71,5 +71,5 @@ def set_int8(autoencoder: nn.Module, calibration: Calibration | None) -> tuple[s
     if absent:
         lines.append(f"{absent} of the {len(found)} 8-bit layers compute exactly: not patched, or with hooks.")
     if not runs:
-        lines.append("8 bit needs a Hopper GPU: on this device the model computes exactly.")
+        lines.append("8 bit needs a Hopper GPU and Triton: on this device the model computes exactly.")
     return "\n".join(lines), runs and int8.is_marked(*layers.values())

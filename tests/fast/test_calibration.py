@@ -113,6 +113,11 @@ def test_budgets_are_kept(model):
     assert min(calibration._psnrs([got], [exact])) == pytest.approx(found.decoding.psnr, abs=0.05)
 
 
+def test_models_without_wide_layers(int8_calls):
+    report = calibrated(build("adaptive"))
+    assert not report.in_int8 and "no layer that can compute in 8 bit" in str(report)
+
+
 def test_deterministic(model):
     assert calibrated(model).calibration == calibrated(model).calibration
 
@@ -248,8 +253,9 @@ def test_bad_sources(tmp_path):
     with pytest.raises(ValueError, match="small.png: 3x8 pixels"):
         pictures.load(save_picture(tmp_path / "other" / "small.png", (3, 8)), 4)
     (tmp_path / "other" / "small.png").unlink()
-    with pytest.raises(ValueError, match="no picture"):
-        pictures.load(tmp_path, 4)
+    (tmp_path / "other").rmdir()
+    with pytest.raises(ValueError, match=f"{tmp_path}: holds no picture"):
+        pictures.load([torch.zeros(1, 3, 4, 4), tmp_path], 4)
     with pytest.raises(ValueError, match="cannot be read"):
         pictures.load(tmp_path / "missing.png", 4)
     with pytest.raises(TypeError, match="expected pictures"):
