@@ -91,7 +91,7 @@ class Calibration:
             f"multiplications. Measured on {self.pictures} picture{'s' * (self.pictures != 1)}:"
         ]
         for name, quality in (("decoding", self.decoding), ("encoding", self.encoding)):
-            lines.append(f"  {name}: {quality.psnr:.1f} dB from exact, PSNR loss {quality.loss:.3f} dB")
+            lines.append(f"  {name}: {quality.psnr:.1f} dB from exact, PSNR loss {round(quality.loss, 3) + 0:.3f} dB")
         rest = {name: layer for name, layer in self.layers.items() if not layer.in_int8}
         width = max(map(len, rest), default=0)
         if rest:

@@ -70,6 +70,9 @@ def set_int8(autoencoder: nn.Module, calibration: Calibration | None) -> tuple[s
     absent = len(found.keys() - layers.keys())
     if absent:
         lines.append(f"{absent} of the {len(found)} 8-bit layers compute exactly: not patched, or with hooks.")
+    in_int8 = runs and int8.is_marked(*layers.values())
     if not runs:
         lines.append("8 bit needs a Hopper GPU and Triton: on this device the model computes exactly.")
-    return "\n".join(lines), runs and int8.is_marked(*layers.values())
+    elif not in_int8:
+        lines.append("No layer computes in 8 bit: the model computes exactly.")
+    return "\n".join(lines), in_int8

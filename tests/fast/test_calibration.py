@@ -89,6 +89,7 @@ def test_what_stays_exact_is_reported(model):
     layers = report.calibration.layers
     assert layers and not any(layer.in_int8 for layer in layers.values())
     assert "8 bit: 0 of" in str(report) and all(name in str(report) for name in layers)
+    assert report.precision.endswith("No layer computes in 8 bit: the model computes exactly.") and not report.in_int8
     plain = build("strided")
     dcae_fast.patch(plain)
     with torch.no_grad():
