@@ -105,10 +105,11 @@ def patch(
     error_budget: the largest error by 8 bit. Layers that would exceed it stay exact; the report names them.
 
     Returns a report that prints as a table. Raises TypeError for a model or an option of another type. Raises
-    ValueError for an unknown operator or precision, for a number of bytes that is not positive, for pictures that
-    cannot be read, for frozen=True with weights that FSDP shards, and for precision="int8" in training mode or without
-    exactly one autoencoder in the model, or in a component of the pipeline at most. Raises CheckpointError for scales
-    of other weights.
+    ValueError for an unknown operator or precision, for a number of bytes that is not positive, and for frozen=True
+    with weights that FSDP shards; for precision="int8" with pictures that cannot be read, in training mode, with
+    weights on the meta device, with an encoder or decoder that cannot be patched, and without exactly one autoencoder
+    in the model, or in a component of the pipeline at most; for `calibration` or `error_budget` without
+    precision="int8". Raises CheckpointError for scales of other weights.
     """
     components, disabled = _components(model), _disabled(disable)
     if not isinstance(cuda_graphs, bool) and cuda_graphs != "auto":
@@ -121,7 +122,8 @@ def patch(
     _check_precision(precision, calibration, error_budget)
     frozen = frozen or precision == "int8"
     if frozen and any(map(_is_sharded, _modules(model))):
-        raise ValueError("frozen=True: FSDP shards the weights of this model, and gathers them again in every call")
+        option = "precision='int8'" if precision == "int8" else "frozen=True"
+        raise ValueError(f"{option}: FSDP shards the weights of this model, and gathers them again in every call")
     found = {}
     if precision == "int8":
         found = precisions.autoencoders({"": model} if components is None else components)
