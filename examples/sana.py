@@ -23,7 +23,7 @@ def load(model: str) -> DiffusionPipeline:
     """The pipeline in bf16. Ends the program with an explanation if its weights cannot be had."""
     try:
         return SanaPipeline.from_pretrained(model, torch_dtype=torch.bfloat16)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: no such folder, and no name of a repository
         raise SystemExit(
             f"cannot load {model}: {error}\nWithout a network, download the model elsewhere (hf download {model}"
             " --local-dir FOLDER), copy the folder to this machine, and pass --model FOLDER."
@@ -48,6 +48,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("sana.png"), help="PNG file (default: %(default)s)")
     options = parser.parse_args()
+    if options.size <= 0 or options.size % 32:
+        parser.error(f"--size {options.size}: expected a multiple of 32")
+    if not options.out.parent.is_dir():
+        parser.error(f"--out {options.out}: no folder {options.out.parent}")
     pipeline = load(options.model).to("cuda" if torch.cuda.is_available() else "cpu")
     draw(pipeline, options)  # chooses kernels
     print(f"unpatched: {draw(pipeline, options)[1]:.2f} s")

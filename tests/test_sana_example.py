@@ -39,11 +39,22 @@ def test_a_picture_is_drawn(example, monkeypatch, tmp_path, capsys):
     assert {"unpatched:", "patched:"} <= set(capsys.readouterr().out.split())
 
 
-def test_without_weights(example, monkeypatch):
+@pytest.mark.parametrize("error", [OSError("offline"), ValueError("offline")])
+def test_without_weights(example, monkeypatch, error):
     def fail(model, torch_dtype):
         assert torch_dtype is torch.bfloat16
-        raise OSError("offline")
+        raise error
 
     monkeypatch.setattr(example.SanaPipeline, "from_pretrained", fail)
     with pytest.raises(SystemExit, match=r"offline\n.*hf download some/model --local-dir FOLDER"):
         example.load("some/model")
+
+
+@pytest.mark.parametrize(
+    "options, reason", [(["--size", "1000"], "multiple of 32"), (["--out", "no/a.png"], "no folder")]
+)
+def test_bad_options_are_refused_before_the_weights_are_loaded(example, monkeypatch, capsys, options, reason):
+    monkeypatch.setattr("sys.argv", ["sana.py", "a cat", *options])
+    with pytest.raises(SystemExit):
+        example.main()
+    assert reason in capsys.readouterr().err
