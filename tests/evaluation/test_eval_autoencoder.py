@@ -102,7 +102,7 @@ def test_against_another_model(photographs, tmp_path, stand_ins):
 def test_against_eager(photographs, tmp_path, stand_ins, monkeypatch, capsys):
     """Only the first model is patched. `patch` is a stand-in: kernels would take minutes under TRITON_INTERPRET."""
 
-    def patch(model: DCAE, max_memory: None) -> None:
+    def patch(model: DCAE, **options) -> None:
         model.encoder.register_forward_hook(lambda module, args, z: 2 * z)
 
     monkeypatch.setattr(dcae_fast, "patch", patch)
