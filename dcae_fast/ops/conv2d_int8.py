@@ -31,7 +31,7 @@ from .upsample_conv2d import upsample_conv2d_reference
 WINDOWS = (1, 1), (3, 3)
 WORTH_A_SEARCH = 5e7  # multiplications
 MOST_PRODUCTS = 2**17  # in a sum: 128² times as much still fits in int32
-MOST_POSITIONS = 2**31 - 2**10  # coordinates are 32-bit, also those of boxes that leave the image
+MOST_POSITIONS = 2**31 - 2**10  # coordinates have 32 bits, and boxes may leave the image
 TRITON = _plans.Library("Triton", "int8-convolutions", lambda: launcher("conv2d_int8", "tiles_version")())
 _building = threading.Lock()
 
