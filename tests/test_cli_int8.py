@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from dcae_fast import cli
 from dcae_fast.fast import int8
@@ -79,14 +81,19 @@ def test_int8_is_used_and_recorded(scales, model, photos, tmp_path, capsys):
     assert 1e-4 < relative < 0.2
     cached = "--out", tmp_path / "latents", "--resolution", 16, "--workers", 0
     assert run("cache-latents", photos, *common, *cached) == 0
-    assert json.loads((tmp_path / "latents" / "manifest.json").read_text())["settings"]["precision"] == "int8"
-    assert run("cache-latents", photos, *options, *cached) == 2
-    assert "contains latents with precision int8, not exact" in capsys.readouterr().err
+    precision = json.loads((tmp_path / "latents" / "manifest.json").read_text())["settings"]["precision"]
+    assert precision.startswith("int8 ")
+    other = tmp_path / "other.safetensors"
+    with safe_open(scales, "pt") as file:
+        save_file(load_file(scales), other, file.metadata() | {"other": "file"})
+    for different in ((), ("--int8", other)):
+        assert run("cache-latents", photos, *options, *different, *cached) == 2
+        assert f"contains latents with precision {precision}, not " in capsys.readouterr().err
     evaluated = "--out", tmp_path / "evaluation", "--resolution", 16, "--workers", 0, "--compare"
     assert run("eval-autoencoder", photos, *common, *evaluated) in (0, 1)  # 1 without the networks of metrics
     content = json.loads((tmp_path / "evaluation" / "results.json").read_text())
     models = content["models"]
-    assert content["settings"]["precision"] == "int8"
+    assert content["settings"]["precision"] == precision
     assert 1e-4 < models[model]["latent_error"] < 0.2 and "latent_error" not in models["exact"]
     assert "latent error" in capsys.readouterr().out
 

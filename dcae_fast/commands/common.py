@@ -1,5 +1,6 @@
 """Shared by the commands: checks of options, the compute options, and the report of failed pictures."""
 
+import hashlib
 import math
 import os
 import re
@@ -129,7 +130,8 @@ class Compute:
         return network
 
     def patch_model(self, network: "DCAE | DCAEDiffusion", cuda_graphs: bool = False) -> str:
-        """Patches a model if `patch` is set. Returns the precision of its autoencoder, "exact" or "int8".
+        """Patches a model if `patch` is set. Returns the precision of its autoencoder: "exact", or "int8" and the
+        beginning of the hash of the file of scales.
 
         Says so if 8 bit is asked for and the device has none. Raises CheckpointError for scales of other weights.
         """
@@ -138,7 +140,9 @@ class Compute:
         report = dcae_fast.patch(network, cuda_graphs=cuda_graphs, **self.options) if self.patch else None
         if self.int8 is not None and not report.in_int8:
             distributed.print_main(f"--int8: {report.precision.splitlines()[-1]}", error=True)
-        return "int8" if report is not None and report.in_int8 else "exact"
+        if report is None or not report.in_int8:
+            return "exact"
+        return f"int8 {hashlib.sha256(self.int8.read_bytes()).hexdigest()[:8]}"
 
     def load_diffusion(self, model: str) -> tuple["DCAEDiffusion", str]:
         """Loads a diffusion model, and patches it, with CUDA graphs, if `patch` is set; and the precision."""

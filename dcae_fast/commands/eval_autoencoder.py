@@ -106,7 +106,7 @@ def eval_autoencoder(
 def _load(
     model: str, against: str | None, compare: bool, compute: Compute, device: "torch.device", dtype: "torch.dtype"
 ) -> tuple[dict[str, "DCAE"], str]:
-    """The models to measure, by their names in the results, and the precision of the first, "exact" or "int8".
+    """The models to measure, by their names in the results, and the precision of the first, see `patch_model`.
 
     Raises UsageError if the comparison is that of a model with itself.
     """

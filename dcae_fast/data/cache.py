@@ -58,8 +58,8 @@ def settings_of(
 ) -> Settings:
     """The settings of the latents of a model.
 
-    name: as the user named the model. scaling_factor: None means the model's scaling factor. precision: "exact" or
-    "int8". Raises DataError if the scaling factor is unknown or the resolution is not a multiple of the model's ratio.
+    name: as the user named the model. scaling_factor: None means the model's scaling factor. precision: see `Settings`.
+    Raises DataError if the scaling factor is unknown or the resolution is not a multiple of the model's ratio.
     """
     factor, ratio = scaling_factor or model.scaling_factor, model.spatial_compression_ratio
     if factor is None:

@@ -25,7 +25,7 @@ class Settings:
     model: as the user named it. dtype: of the computation. resolution: side of the square pictures. scaling_factor:
     the latents are multiplied by it. format: npy or safetensors. weights: `weights_hash` of the encoder. shape: of a
     latent, [c, h, w]. as_original: pictures are read as DC-Gen reads them (`pictures.to_rgb`), not by `images.as_seen`.
-    precision: "exact", or "int8" for an encoder in 8 bit.
+    precision: "exact", or for an encoder in 8 bit "int8" and the beginning of the hash of its file of scales.
     """
 
     model: str
@@ -126,7 +126,7 @@ SETTINGS = dict.fromkeys(("model", "dtype", "weights"), TEXT) | {
     "format": ("npy or safetensors", lambda value: value in ("npy", "safetensors")),
     "shape": ("three positive integers", _are(3, lambda value: _is_count(value) and value > 0)),
     "as_original": ("true or false", lambda value: isinstance(value, bool)),
-    "precision": ("exact or int8", lambda value: value in ("exact", "int8")),
+    "precision": ("exact or int8", lambda value: isinstance(value, str) and value.split()[:1] in (["exact"], ["int8"])),
 }
 RESULTS = dict.fromkeys(("classes", "skipped", "ignored"), NAMES)
 RESULTS |= dict.fromkeys(("images", "latents"), ("a count or null", _or_none(_is_count)))
