@@ -261,6 +261,15 @@ def upsample(x: torch.Tensor) -> torch.Tensor:
     return pixels.reshape(batch, 2 * height, 2 * width, channels).movedim(-1, 1)
 
 
+def norm_act(norm: nn.Module, x: torch.Tensor, act: str, residual: torch.Tensor | None) -> torch.Tensor:
+    """act(norm(x)) + residual. norm must satisfy `can_fuse_norm`."""
+    if not is_batch_norm(norm):
+        return rms_norm(norm, x, act, residual)
+    if norm.training:
+        return batch_norm(norm, x, act, residual)
+    return ops.bias_act(x, norm.bias, act, residual, norm.weight, norm.running_mean, norm.running_var, norm.eps)
+
+
 def conv_norm_act(
     conv: nn.Module,
     norm: nn.Module | None,
@@ -285,9 +294,7 @@ def conv_norm_act(
             folded = operands.of_convolution_and_norm(conv, norm, compute_dtype(x))
             return _convolve_with(conv, x, *folded, act, residual)
     y = _convolve(conv, x) if fused or can_fuse_conv(conv, x) else conv(x)
-    if is_batch_norm(norm):
-        return ops.bias_act(y, norm.bias, act, residual, norm.weight, norm.running_mean, norm.running_var, norm.eps)
-    return rms_norm(norm, y, act, residual)
+    return norm_act(norm, y, act, residual)
 
 
 def res_block(

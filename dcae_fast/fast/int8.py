@@ -166,14 +166,7 @@ def conv_norm_act(
         fits = residual is None or residual.dtype == _dtype(conv, x)
         result = _product((conv,), x, scale, norm, act, residual if fits else None, out_scale if fits else None)
         return result if fits else quantized(result + residual, out_scale)
-    y = _product((conv,), x, scale)
-    if not fusion.is_batch_norm(norm):
-        y = fusion.rms_norm(norm, y, act, residual)
-    elif norm.training:
-        y = fusion.batch_norm(norm, y, act, residual)
-    else:
-        y = ops.bias_act(y, norm.bias, act, residual, norm.weight, norm.running_mean, norm.running_var, norm.eps)
-    return quantized(y, out_scale)
+    return quantized(fusion.norm_act(norm, _product((conv,), x, scale), act, residual), out_scale)
 
 
 def with_copy(

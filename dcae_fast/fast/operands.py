@@ -194,10 +194,10 @@ def of_layer(
 def of_joined_layers(
     layers: tuple[nn.Linear, ...], dtype: torch.dtype, heads: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weights [M_1 + M_2 + ..., K] and biases of linear layers as those of one layer; all have biases or none has.
+    """The weights [M_1 + M_2 + ..., K] and the biases of linear layers, joined; None if the layers have no biases.
 
-    With heads, the outputs for the first head of each layer come first, then the outputs for the second head. Where
-    gradients are on, float32 parameters stay float32, as in `of_layer`.
+    Either all layers have biases, or none of them. With heads, the outputs for the first head of each layer come first,
+    then the outputs for the second head. Where gradients are on, float32 parameters stay float32, as in `of_layer`.
     """
     weights, biases = tuple(layer.weight for layer in layers), tuple(layer.bias for layer in layers)
     biases = () if biases[0] is None else biases

@@ -181,6 +181,12 @@ def _check(x, main, bias, factor, moved_size, planes=False):
     return unmoved
 
 
+def _call_int8(op, x, main, bias, constants, out_scale):
+    check_scale("out_scale", out_scale)
+    check_no_gradient(x, main, bias)
+    return op(x, main, bias, *constants, out_scale)
+
+
 def unshuffle_average_add(
     x: torch.Tensor | None, main: torch.Tensor, bias: torch.Tensor | None = None, factor: int = 2
 ) -> torch.Tensor:
@@ -203,9 +209,7 @@ def unshuffle_average_add_int8(
     tensor requires a gradient.
     """
     constants = _average_constants(x, main, bias, factor)
-    check_scale("out_scale", out_scale)
-    check_no_gradient(x, main, bias)
-    return unshuffle_average_add_int8_op(x, main, bias, *constants, out_scale)
+    return _call_int8(unshuffle_average_add_int8_op, x, main, bias, constants, out_scale)
 
 
 def _average_constants(x, main, bias, factor):
@@ -242,9 +246,7 @@ def duplicate_shuffle_add_int8(
     tensor requires a gradient.
     """
     constants = _duplicate_constants(x, main, bias, factor)
-    check_scale("out_scale", out_scale)
-    check_no_gradient(x, main, bias)
-    return duplicate_shuffle_add_int8_op(x, main, bias, *constants, out_scale)
+    return _call_int8(duplicate_shuffle_add_int8_op, x, main, bias, constants, out_scale)
 
 
 def _duplicate_constants(x, main, bias, factor):
