@@ -22,6 +22,7 @@ from . import (
     results,
     sampling,
     sana,
+    shapes,
     tables,
     training,
     transformer,
@@ -30,7 +31,7 @@ from .autoencoder_workloads import TrainingWorkload, loss_workloads, training_wo
 from .ceilings import Ceilings, measure_ceilings
 from .network_workloads import NetworkWorkload, network_workloads
 from .sana_workloads import SanaWorkload, sana_workloads
-from .workloads import Workload, workloads
+from .workloads import ShapesWorkload, Workload, shapes_workloads, workloads
 
 NETWORK_PARTS = {
     "transformer": transformer.benchmark,
@@ -39,12 +40,12 @@ NETWORK_PARTS = {
     "loss-curve": loss_curve.benchmark,
 }
 PARTS = (
-    "operators", "autoencoder", "memory", "first-call", "autoencoder-training", "autoencoder-loss-curve",
+    "operators", "autoencoder", "memory", "first-call", "shapes", "autoencoder-training", "autoencoder-loss-curve",
     *NETWORK_PARTS, "sana", "pipeline",
 )  # fmt: skip
 TRAININGS_AT_ONCE = 5  # processes that compile training steps; each takes up to 25 GiB of the GPU
 CONTENDERS = list(contenders.CONTENDERS | autoencoder_training.CONTENDERS | networks.CONTENDERS | sana.PREPARE)
-W = TypeVar("W", Workload, TrainingWorkload, NetworkWorkload, SanaWorkload)
+W = TypeVar("W", Workload, ShapesWorkload, TrainingWorkload, NetworkWorkload, SanaWorkload)
 
 
 def chosen(workloads: list[W], only: Callable[[str], bool], names: Collection[str]) -> list[W]:
@@ -66,6 +67,10 @@ def records_of(
     if part in NETWORK_PARTS:
         for workload in chosen(network_workloads(part), only, names):
             yield NETWORK_PARTS[part](workload, device, ceilings)
+        return
+    if part == "shapes":
+        for workload in chosen(shapes_workloads(), only, {"eager channels-last", *names}):
+            yield shapes.benchmark(workload, device)
         return
     if part == "sana":
         for workload in chosen(sana_workloads(), only, names):

@@ -24,6 +24,10 @@ from .timing import seconds
 from .workloads import Workload, parse
 
 ROOT = Path(__file__).parents[1]
+CACHES = {  # variable of the environment → folder
+    "TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor", "DCAE_FAST_CACHE": "plans",
+    "XDG_CACHE_HOME": "xdg",
+}  # fmt: skip
 AnyWorkload = Workload | TrainingWorkload
 
 
@@ -32,8 +36,7 @@ def benchmark(workload: Workload) -> dict:
     rows = {}
     for name in filter(contenders.is_available, workload.contenders):
         with tempfile.TemporaryDirectory() as caches:
-            folders = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor", "XDG_CACHE_HOME": "xdg"}
-            environment = {variable: f"{caches}/{folder}" for variable, folder in folders.items()}
+            environment = {variable: f"{caches}/{folder}" for variable, folder in CACHES.items()}
             try:
                 rows[name] = {key: in_fresh_process(workload, name, environment) for key in ("cold_s", "warm_s")}
             except subprocess.CalledProcessError as failure:

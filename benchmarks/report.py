@@ -38,6 +38,7 @@ SECTIONS = {  # heading → part, table
     "All contenders": ("autoencoder", tables.contender_table),
     "Memory": ("memory", tables.memory_table),
     "First calls": ("first-call", tables.first_call_table),
+    "Many shapes": ("shapes", tables.shapes_table),
     "Operators": ("operators", tables.operator_table),
     "Training steps of autoencoders": ("autoencoder-training", tables.network_table),
     "Diffusion transformers": ("transformer", tables.network_table),
@@ -70,6 +71,10 @@ allocates; weights and the memory that a captured graph keeps do not count. "of 
 bandwidth of a copy; for convolutions and linear layers, the share of the matrix product's rate. Under First calls,
 every call is the first of a fresh process. In the other tables, the time of a first call includes only the compilation
 and the choice of kernels that no earlier contender had done."""
+SHAPES_EXPLANATION = """Under Many shapes, each contender is called on single images of many sizes in turns. The very
+first pass also chooses the kernels that no earlier contender has chosen. "each shape once" is the time of a later pass,
+with a new copy of the model. "again" is the mean of four more passes with that copy. Held is the memory that the passes
+leave reserved beyond the weights."""
 NETWORK_EXPLANATION = """Diffusion transformers run under autocast to bf16 with random fp32 weights. eager is the
 original's forward, which casts q, k and v up and down again. torch.compile compiles this forward block by block.
 plain is this project's network, without these casts. "over eager" and "over compile" compare with the fastest form of
@@ -188,6 +193,7 @@ def page(results: Results, name: str) -> str:
         parts += [tables.speed_table(records)] if records else []
     parts += autoencoder_training(results)
     parts += [*images(results, name), paragraph(PAGE_EXPLANATION), errors(results)]
+    parts += [paragraph(SHAPES_EXPLANATION)] if results.get("shapes") else []
     parts += with_drift(AUTOENCODER_TRAINING_EXPLANATION, results, ["autoencoder-training"])
     parts += with_drift(NETWORK_EXPLANATION, results, NETWORK_WORKLOADS)
     if records := headline(results):

@@ -23,11 +23,12 @@ MAIN = ("eager", "torch.compile", "patched", GRAPHS)  # columns of the README's 
 
 
 UNITS = {
-    "ms": "ms", "images_per_s": "images/s", "peak_gib": "GiB", "first_s": "s first", "cold_s": "s cold",
-    "warm_s": "s warm",
+    "ms": "ms", "again_ms": "ms again", "images_per_s": "images/s", "peak_gib": "GiB", "held_gib": "GiB held",
+    "first_s": "s first", "cold_s": "s cold", "warm_s": "s warm",
 }  # fmt: skip
 QUANTITIES = {
-    "ms": "time", "peak_gib": "peak memory", "error": "error", "cold_s": "first call", "warm_s": "first call",
+    "ms": "time", "peak_gib": "peak memory", "held_gib": "memory held", "error": "error", "cold_s": "first call",
+    "warm_s": "first call",
     "mfu": "share of the ceiling", "ratio": "images/s over eager's on f8, patch 2",
     "difference": "difference of losses",
 }  # fmt: skip
@@ -152,6 +153,18 @@ def first_call_table(records: list[dict]) -> str:
     return table(rows)
 
 
+def shapes_table(records: list[dict]) -> str:
+    rows = [["workload", "contender", "very first pass, s", "each shape once, ms", "again, ms", "held, GiB", "error"]]
+    for record in records:
+        for name, row in record["contenders"].items():
+            error = "–" if row.get("error") is None else f"{row['error']:.1e}"
+            times = cell(row, digits=1), number(row.get("again_ms"), 1)
+            rows.append(
+                [record["workload"], name, number(row.get("first_s"), 1), *times, number(row.get("held_gib")), error]
+            )
+    return table(rows)
+
+
 def operator_table(records: list[dict]) -> str:
     rows = [["operator", "shape", "ms", "rate", "of ceiling", "faster than eager"]]
     for record in records:
@@ -262,12 +275,12 @@ def sentence(target: Target) -> str:
     """What a target asks for, in words."""
     caches = {"cold_s": ", caches empty", "warm_s": ", caches filled"}.get(target.quantity, "")
     if target.against is None:
-        unit = f" s{caches}" if caches else ""
+        unit = f" s{caches}" if caches else " GiB" if target.quantity.endswith("_gib") else ""
         return f"{QUANTITIES[target.quantity]} {'≥' if target.faster else '≤'} {target.bound:g}{unit}"
     if target.faster:
         return f"≥ {target.bound:.2f}× as fast as the fastest {target.against}"
     against = f"the floor at {NOMINAL} TFLOP/s" if target.against == "floor" else f"{target.against}'s"
-    return f"{QUANTITIES[target.quantity]} ≤ {target.bound:.2f} × {against}"
+    return f"{QUANTITIES[target.quantity]} ≤ {target.bound:.2f} × {against}{caches}"
 
 
 def outcomes(results: dict[str, list[dict]]) -> list[Outcome]:

@@ -8,11 +8,11 @@ from itertools import product
 from .autoencoder_workloads import LOSS_WORKLOADS, TRAINING_WORKLOADS
 from .network_workloads import NETWORK_WORKLOADS
 from .sana_workloads import BY_BLOCK, FROZEN, REDUCED, SANA_WORKLOADS
-from .workloads import DIRECTIONS, F32, F64, F128, SANA, WORKLOADS
+from .workloads import DIRECTIONS, F32, F64, F128, SANA, SHAPES_WORKLOADS, WORKLOADS
 
 NOMINAL = 790  # TFLOP/s of a large bf16 matrix product; defines the floors in targets
 PATCHED, GRAPHS, BOUNDED = "patched channels-last", "patched + CUDA graphs", "patched, bounded memory"
-AUTOMATIC, IN_8_BIT = "patched, automatic graphs", "patched, 8 bit"
+WITHOUT, AUTOMATIC, IN_8_BIT = "patched, without graphs", "patched, automatic graphs", "patched, 8 bit"
 FASTEST = "patched, fastest"  # see `with_fastest`
 LOSS_CURVES = "loss-curve", "autoencoder-loss-curve"  # parts
 
@@ -123,6 +123,12 @@ TARGETS = [
     faster(f"{F32}-decode-b1-4096", BOUNDED, "eager", 1.0, part="memory"),
     Target("first-call", f"{F32}-decode-b8-512", "patched", "cold_s", None, 20),
     Target("first-call", f"{F32}-decode-b8-512", "patched", "warm_s", None, 2),
+    *[
+        Target("first-call", f"{F32}-decode-b8-512", "patched + torch.compile", seconds, "torch.compile", 1.0)
+        for seconds in ("cold_s", "warm_s")
+    ],
+    *[Target("shapes", each.name, AUTOMATIC, "ms", WITHOUT, 1.02) for each in SHAPES_WORKLOADS],
+    *[Target("shapes", each.name, AUTOMATIC, "held_gib", None, 1.0) for each in SHAPES_WORKLOADS],
     Target("autoencoder", None, PATCHED, "error", "eager", 1.0),
     *autoencoder_training(f"{F32}-full-b16-256", 1.30),
     *autoencoder_training(f"{SANA}-full-b16-256", 1.50),
@@ -205,6 +211,8 @@ def contenders_of(part: str) -> dict[str, tuple[str, ...]]:
         return {workload.name: workload.contenders for workload in LOSS_WORKLOADS}
     if part == "autoencoder-training":
         return {workload.name: (*workload.contenders, FASTEST) for workload in TRAINING_WORKLOADS}
+    if part == "shapes":
+        return {workload.name: workload.contenders for workload in SHAPES_WORKLOADS}
     if part == "sana":
         return {workload.name: workload.contenders for workload in SANA_WORKLOADS}
     return {workload.name: workload.contenders for workload in (WORKLOADS | NETWORK_WORKLOADS)[part]}

@@ -1,6 +1,7 @@
 """The workloads of the autoencoders: direction, batch and image size, and their contenders."""
 
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 
@@ -17,7 +18,8 @@ SMALL = (
     "patched + torch.compile, reduce-overhead", "patched, 8 bit + CUDA graphs",
 )  # fmt: skip
 BOUNDED = ("eager", "patched", "patched, bounded memory")
-FIRST_CALL = ("patched", "torch.compile")
+FIRST_CALL = ("patched", "torch.compile", "patched + torch.compile")
+SHAPES = ("eager channels-last", "patched, without graphs", "patched, automatic graphs", "patched + CUDA graphs")
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,31 @@ class Workload:
     def max_memory(self) -> int:
         """The memory limit of "patched, bounded memory": 256 bytes per pixel. The unpatched decoder needs about 900."""
         return 256 * self.batch * self.size**2
+
+
+@dataclass(frozen=True)
+class ShapesWorkload:
+    """One direction of one model on single images of each of these heights and widths, in pixels."""
+
+    model: str
+    direction: str
+    heights: tuple[int, ...]
+    widths: tuple[int, ...]
+    contenders: tuple[str, ...] = SHAPES
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}-{self.direction}-{len(self.sizes)}-shapes"
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Height and width of each image, in pixels."""
+        return list(product(self.heights, self.widths))
+
+    @property
+    def largest(self) -> Workload:
+        """A square image that contains all others."""
+        return Workload(self.model, self.direction, 1, max(*self.heights, *self.widths))
 
 
 def _both(model: str, batch: int, size: int, contenders: tuple[str, ...]) -> list[Workload]:
@@ -70,6 +97,17 @@ REHEARSAL: dict[str, list[Workload]] = {  # for machines without a GPU
 def workloads(part: str) -> list[Workload]:
     """The workloads of a part of the benchmarks; small ones on a machine without a GPU."""
     return (WORKLOADS if torch.cuda.is_available() else REHEARSAL)[part]
+
+
+SHAPES_WORKLOADS = [
+    ShapesWorkload(F32, direction, (256, 320, 384, 448, 512), (256, 320, 384, 512)) for direction in DIRECTIONS
+]
+SHAPES_REHEARSAL = [ShapesWorkload("dc-ae-tiny", direction, (32, 64), (32,)) for direction in DIRECTIONS]
+
+
+def shapes_workloads() -> list[ShapesWorkload]:
+    """The workloads of many shapes; small ones on a machine without a GPU."""
+    return SHAPES_WORKLOADS if torch.cuda.is_available() else SHAPES_REHEARSAL
 
 
 def parse(name: str) -> Workload:
