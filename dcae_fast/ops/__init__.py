@@ -14,12 +14,14 @@ from .feature_distance import feature_distance
 from .gated_sum import gated_sum
 from .layer_norm import layer_norm
 from .linear import linear
+from .linear_rows import linear_rows
 from .mlp import mlp
 from .multiscale_qkv import multiscale_qkv
 from .norm_attention import norm_attention
 from .norm_mlp import norm_mlp
 from .packed_attention import is_for_few_tokens, packed_attention
 from .quantize import quantize, quantize_weight
+from .quantize_rows import concatenate_rows, layer_norm_rows, quantize_rows
 from .relu_linear_attention import relu_linear_attention, relu_linear_attention_int8
 from .res_block import res_block
 from .rms_norm import rms_norm, rms_norm_int8
@@ -37,6 +39,7 @@ __all__ = [
     "bias_act",
     "channels_last",
     "concatenate",
+    "concatenate_rows",
     "conv2d",
     "conv2d_int8",
     "conv2d_unshuffle",
@@ -52,13 +55,16 @@ __all__ = [
     "is_for_few_tokens",
     "is_ordinary",
     "layer_norm",
+    "layer_norm_rows",
     "linear",
+    "linear_rows",
     "mlp",
     "multiscale_qkv",
     "norm_attention",
     "norm_mlp",
     "packed_attention",
     "quantize",
+    "quantize_rows",
     "quantize_weight",
     "relu_linear_attention",
     "relu_linear_attention_int8",

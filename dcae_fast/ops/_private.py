@@ -175,6 +175,7 @@ SETTINGS = [functools.partial(torch._C._get_fp32_precision_getter, *name) for na
 # Operators
 
 addmm_activation = torch._addmm_activation  # gelu(bias + a @ b) with use_gelu=True, else relu
+scaled_product = torch._scaled_mm  # a · b in float8, scaled; (a, b, scale_a, scale_b, bias=, out_dtype=, ...)
 version_of = operator.attrgetter("_version")  # of a tensor: how many in-place changes autograd has counted
 copy_each = torch._foreach_copy_  # (targets, sources): lists of tensors
 CAST_OPERATOR = torch.ops.aten._to_copy.default  # the operator that tensor.to(dtype) becomes

@@ -19,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 FLOATS = torch.float32, torch.bfloat16, torch.float16
 NAME = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "i8"}
+NAME |= {torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5"}
 SHARED_MEMORY = 227 * 1024  # bytes that a program can have
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -69,8 +70,10 @@ def main():
     from dcae_fast.kernels.gated_sum import launch_gated_sum, launch_gated_sum_backward
     from dcae_fast.kernels.gelu_backward import launch_gelu_backward
     from dcae_fast.kernels.layer_norm import launch_layer_norm, launch_layer_norm_backward
+    from dcae_fast.kernels.layer_norm_rows import launch_layer_norm_rows
     from dcae_fast.kernels.multiscale_qkv import launch_multiscale_qkv, launch_multiscale_qkv_backward
     from dcae_fast.kernels.quantize import launch_quantize
+    from dcae_fast.kernels.quantize_rows import launch_concatenate_rows, launch_quantize_rows
     from dcae_fast.kernels.relu_linear_attention import (
         launch_relu_linear_attention,
         launch_relu_linear_attention_backward,
@@ -152,6 +155,11 @@ def main():
         launch_concatenate_backward(y, dtype, dtype)
         for act in ("gelu", "gelu_tanh"):
             launch_gelu_backward(y.flatten(0, 1), y.flatten(0, 1), act, True)
+        launch_layer_norm_rows(x, d, d, 1e-5, None, None, torch.float8_e4m3fn)
+        launch_layer_norm_rows(x, of_image, of_image, 1e-6, y, of_image, torch.float8_e4m3fn)
+        launch_concatenate_rows(x, x, torch.float8_e4m3fn)
+        launch_quantize_rows(x, "none", torch.float8_e5m2)
+        launch_quantize_rows(tensor(2, 66, 4 * width, dtype=dtype), "gelu", torch.float8_e4m3fn)
     launch_unshuffle_average_add_int8(tensor(2, 256, 64, 64), tensor(2, 128, 64, 64), tensor(128), 512, 2, 0.5, 1.0)
     launch_duplicate_shuffle_add(tensor(2, 512, 32, 32), tensor(2, 1024, 32, 32), tensor(1024), 256, 2, 1.0)
     launch_duplicate_shuffle_add_int8(tensor(2, 512, 32, 32), tensor(8, 256, 32, 32), tensor(256), 256, 2, 1.0, 1.0)

@@ -1,0 +1,64 @@
+"""Matrix products of float8 with one scale for each row of both operands, computed by cuBLASLt; see _products.py."""
+
+from collections.abc import Callable
+
+import torch
+
+from . import _plans
+from ._library import cuda_extension
+from ._products import RULES, WORTH_A_SEARCH
+
+CUBLASLT = _plans.Library(
+    "cuBLASLt",
+    "float8-products",
+    lambda: f"{cuda_extension().cublaslt_version()}-{RULES}",
+    takes_first_untimed=True,
+    fallback_call=0.005,
+)
+
+
+def available() -> bool:
+    """Whether the CUDA extension was built with a cuBLASLt that scales rows: 12.9 or newer."""
+    return hasattr(cuda_extension(), "ScaledProduct")
+
+
+def _shape_of(x, weight, bias, residual, dtype, fast) -> tuple:
+    """Everything that a plan depends on."""
+    rows, (columns, depth) = x.numel() // x.shape[-1], weight.shape
+    return x.dtype, weight.dtype, rows, columns, depth, dtype, bias is not None, residual is not None, fast
+
+
+def key_of(x, weight, bias, residual, dtype, fast) -> tuple:
+    return _plans.key_of(CUBLASLT, _shape_of(x, weight, bias, residual, dtype, fast), x.device)
+
+
+def product(
+    fallback: Callable[[], torch.Tensor],
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    dtype: torch.dtype,
+    fast: bool,
+) -> torch.Tensor:
+    """`linear_rows`, for contiguous tensors; the bias has the type that cuBLASLt takes, see csrc/plans/product.h.
+
+    fallback: the same in PyTorch, used where it is faster or cuBLASLt is not available.
+    """
+    if not available():
+        return fallback()
+    shape = _shape_of(x, weight, bias, residual, dtype, fast)
+    rows, columns, depth = shape[2:5]
+    operands = x, x_scale, weight, weight_scale, bias, residual
+    plan = _plans.find(
+        CUBLASLT,
+        shape,
+        x.device,
+        rows * columns * depth >= WORTH_A_SEARCH,
+        lambda: cuda_extension().ScaledProduct(x, weight, dtype, bias is not None, fast),
+        lambda plan: plan(*operands),
+        fallback,
+    )
+    return fallback() if plan is None else plan(*operands)

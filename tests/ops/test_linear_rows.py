@@ -1,0 +1,95 @@
+"""Linear layers of rows in 8 bit."""
+
+import pytest
+import torch
+
+from dcae_fast import ops
+from dcae_fast.ops.linear_rows import linear_rows_op, linear_rows_reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+
+
+def normal(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def operands(rows, depth, columns, x_dtype=E4M3, weight_dtype=E4M3):
+    x, weight = normal(*rows, depth), normal(columns, depth, seed=1) / depth**0.5
+    return *ops.quantize_rows(x, dtype=x_dtype), *ops.quantize_rows(weight, dtype=weight_dtype)
+
+
+def exact(x, x_scale, weight, weight_scale):
+    return (x.double() * x_scale) @ (weight.double() * weight_scale).T
+
+
+@pytest.mark.parametrize(
+    "rows, depth, columns", [((2, 5), 64, 48), ((7,), 32, 16), ((3, 2, 2), 16, 32), ((4,), 24, 10)]
+)
+@pytest.mark.parametrize("types", [(E4M3, E4M3), (E5M2, E4M3), (E4M3, E5M2), (torch.int8, torch.int8)], ids=str)
+def test_bias_and_residual(rows, depth, columns, types):
+    args = operands(rows, depth, columns, *types)
+    bias, residual = normal(columns, seed=2), normal(*rows, columns, seed=3)
+    for dtype, limit in ((torch.bfloat16, 4e-3), (torch.float16, 1e-3), (torch.float32, 1e-5)):
+        plain = ops.linear_rows(*args, dtype=dtype, fast=False)
+        assert plain.dtype == dtype and plain.shape == residual.shape and plain.is_contiguous()
+        assert (plain.double() - exact(*args)).norm() <= limit * exact(*args).norm()
+        full = ops.linear_rows(*args, bias, residual.to(dtype), dtype, fast=False)
+        want = exact(*args) + bias + residual.to(dtype)
+        assert (full.double() - want).norm() <= (limit if DEVICE == "cpu" else 2 * limit) * want.norm()
+
+
+def test_sums_of_int8_are_exact():
+    """More products than fp32 can count: 127² · 4096 needs 26 bits."""
+    x = torch.full((1, 4096), 127, dtype=torch.int8, device=DEVICE)
+    weight = torch.full((1, 4096), 127, dtype=torch.int8, device=DEVICE)
+    weight[0, 0], ones = 126, torch.ones(1, 1, device=DEVICE)
+    difference = linear_rows_reference(x, ones, weight, ones, None, None, torch.float32, True)
+    assert difference.item() == torch.tensor(127.0 * 127 * 4096 - 127).item()
+
+
+def test_the_error_of_a_layer_is_that_of_its_operands():
+    x, weight = normal(64, 512), normal(256, 512, seed=1)
+    y = ops.linear_rows(*ops.quantize_rows(x), *ops.quantize_rows(weight), dtype=torch.float32, fast=False)
+    error = (y - x @ weight.T).norm() / (x @ weight.T).norm()
+    assert 0.01 < error < 0.05
+
+
+def test_rows_that_are_not_finite_stay_so():
+    x = normal(4, 64)
+    x[1, 3], x[2, 0] = torch.nan, torch.inf
+    y = ops.linear_rows(*ops.quantize_rows(x), *ops.quantize_rows(normal(32, 64, seed=1)))
+    assert y.isfinite().all(1).tolist() == [True, False, False, True] and not y[1:3].isfinite().any()
+
+
+@pytest.mark.parametrize("rows, columns", [((0,), 16), ((2, 0), 16), ((3,), 0)])
+def test_empty(rows, columns):
+    y = ops.linear_rows(*operands(rows, 32, 16))[..., :columns]
+    assert y.shape == (*rows, columns)
+
+
+def test_registration():
+    args = (*operands((2, 3), 32, 16), normal(16), normal(2, 3, 16), torch.float32, True)
+    in_int8 = (*operands((2, 3), 32, 16, torch.int8, torch.int8), *args[4:])  # opcheck cannot compare float8
+    torch.library.opcheck(linear_rows_op.overload, in_int8)
+    torch.library.opcheck(linear_rows_op.overload, args, test_utils="test_faketensor")
+    compiled = torch.compile(lambda *args: ops.linear_rows(*args), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*args), ops.linear_rows(*args))
+
+
+def test_refusals():
+    x, x_scale, weight, weight_scale = operands((3,), 32, 16)
+    with pytest.raises(ValueError, match="expected int8 twice, or float8 twice"):
+        ops.linear_rows(x.to(torch.bfloat16), x_scale, weight, weight_scale)
+    with pytest.raises(ValueError, match="at least one of them"):
+        ops.linear_rows(x.float().to(E5M2), x_scale, weight.float().to(E5M2), weight_scale)
+    with pytest.raises(ValueError, match="expected \\[..., K\\] and \\[M, K\\]"):
+        ops.linear_rows(x[:, :16], x_scale, weight, weight_scale)
+    with pytest.raises(ValueError, match="x_scale is torch.float32 \\[3\\]; expected float32 \\[3, 1\\]"):
+        ops.linear_rows(x, x_scale[:, 0], weight, weight_scale)
+    with pytest.raises(ValueError, match="bias is \\[3\\]; expected \\[16\\]"):
+        ops.linear_rows(x, x_scale, weight, weight_scale, x_scale[:, 0])
+    with pytest.raises(ValueError, match="residual is torch.float32 \\[3, 16\\]; expected torch.bfloat16"):
+        ops.linear_rows(x, x_scale, weight, weight_scale, residual=normal(3, 16))
+    with pytest.raises(RuntimeError, match="no gradients"):
+        ops.linear_rows(x, x_scale, weight, weight_scale, normal(16).requires_grad_())
