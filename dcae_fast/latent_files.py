@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .data.folders import list_files, suffix_of
-from .data.latents import Shards, load_finite_npy
+from .data.latents import SHARDS, Shards, load_finite_npy
 from .data.manifest import MANIFEST, Manifest, load_manifest
 from .errors import DataError
 from .files import written_atomically
@@ -110,6 +110,7 @@ def find_latents(path: Path) -> dict[Path, Callable[[], Latent]]:
         return _loaders_of_file(path, manifest)
     names = list_files(path).with_suffix(".npy")
     names += sorted(child.name for child in path.iterdir() if suffix_of(child.name) == ".safetensors")
+    names += sorted(shard.relative_to(path).as_posix() for shard in path.glob(f"*/{SHARDS}"))  # of the buckets
     if not names:
         raise DataError(f"{path}: expected latents in this folder, found no .npy or .safetensors file")
     return {latent: load for name in names for latent, load in _loaders_of_file(path / name, manifest).items()}

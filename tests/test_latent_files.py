@@ -68,6 +68,17 @@ def test_cached_latents_decode_as_encoded_latents(model, photos, tmp_path, forma
     assert np.array_equal(pixels(tmp_path / "part" / "0-decoded.png"), pixels(tmp_path / "0" / "0-decoded.png"))
 
 
+@pytest.mark.parametrize("format", ["npy", "safetensors"])
+def test_the_latents_of_all_buckets_are_decoded(model, photos, tmp_path, format):
+    Image.new("RGB", (64, 16)).save(tmp_path / "wide.png")
+    Image.new("RGB", (16, 16)).save(tmp_path / "square.png")
+    options = "--format", format, "--resolution", "32", "--buckets"
+    cached(model, tmp_path, tmp_path / "cache", *options)
+    assert run("decode", tmp_path / "cache", "--out", tmp_path / "out") == 0
+    found = {path.name: pixels(path).shape[:2] for path in (tmp_path / "out").iterdir()}
+    assert found == {"square-decoded.png": (32, 32), "wide-decoded.png": (16, 64)}
+
+
 def test_dc_gen_files_need_a_model(model, photos, tmp_path, capsys):
     cache = cached(model, photos, tmp_path / "cache", "--scale", "0.5")  # the model's scaling factor
     assert run("decode", cache, "--out", tmp_path / "expected") == 0

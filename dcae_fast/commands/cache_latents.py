@@ -1,6 +1,7 @@
 """dcae-fast cache-latents: encodes a folder of pictures to a folder of latents, for training."""
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -25,6 +26,7 @@ def cache_latents(
     out: Path,
     model: str,
     resolution: int = 512,
+    buckets: bool = False,
     scale: float | None = None,
     format: Literal["npy", "safetensors"] = "npy",
     batch: int | Literal["auto"] = "auto",
@@ -39,13 +41,16 @@ def cache_latents(
 
     The same command resumes an interrupted run, and encodes changed pictures again; with --format safetensors, it
     starts an incomplete file again. Pictures are rotated as their EXIF data says, and transparency is composited on
-    white. The exit status is 1 if any picture or shard could not be read; the command prints their names.
+    white. The caption of photo.jpg is read from photo.txt or, as "caption", from photo.json; captions.json contains
+    all. The exit status is 1 if any picture or shard could not be read; the command prints their names.
 
     Args:
         images: folder of pictures, of class folders, or of WebDataset .tar shards
         out: output folder for the latents and manifest.json
         model: model name (see `dcae-fast models`), Hugging Face repository, folder or weight file
         resolution: side of the square centre crop of each picture, in pixels
+        buckets: crop each picture to one of several sizes of about resolution² pixels, the nearest to its own ratio of
+            sides; the latents of each size go to a folder of their own
         scale: scaling factor; None means the model's scaling factor
         format: npy: a file per picture, as in DC-Gen, bfloat16 stored as float32; safetensors: a file per 1024 pictures
         batch: number of pictures encoded at once; auto means as many as the free memory holds
@@ -58,8 +63,7 @@ def cache_latents(
     import torch
 
     from dcae_fast import distributed
-    from dcae_fast.data.cache import cache_latents as cache
-    from dcae_fast.data.cache import settings_of
+    from dcae_fast.data import cache, cache_buckets
     from dcae_fast.data.find import find_pictures
     from dcae_fast.data.manifest import MANIFEST
     from dcae_fast.memory import out_of_memory_as
@@ -77,7 +81,7 @@ def cache_latents(
         try:
             network = DCAE.from_pretrained(model).to(device, dtype, memory_format=torch.channels_last)
             precision = compute.patch_model(network)
-            settings = settings_of(network, model, scale, resolution, format, as_original, precision)
+            settings = cache.settings_of(network, model, scale, resolution, format, as_original, precision, buckets)
             pictures = distributed.broadcast(find_pictures(images, member) if distributed.is_main() else None)
             distributed.print_main(_found(pictures))
             if distributed.is_main():
@@ -85,7 +89,8 @@ def cache_latents(
             batch = None if batch == "auto" else batch
             too_large = f"--resolution {resolution}: a single picture does not fit in memory; try a lower resolution"
             with out_of_memory_as(UsageError(too_large)):
-                report = cache(pictures, out, network, settings, batch, workers, overwrite, limit)
+                encode = cache_buckets.cache_buckets if buckets else cache.cache_latents
+                report = encode(pictures, out, network, settings, batch, workers, overwrite, limit)
         except DataError as error:
             raise UsageError(str(error)) from error
         distributed.print_main(_summary(report, out))
@@ -110,7 +115,7 @@ def _found(pictures: "Pictures") -> str:
     return "\n".join(lines)
 
 
-def _some_of(names: list[str]) -> str:
+def _some_of(names: Sequence[str]) -> str:
     hidden = len(names) - MAX_NAMES_PRINTED
     more = f", ... and {hidden} more, listed in the manifest" if hidden > 0 else ""
     return f"{', '.join(names[:MAX_NAMES_PRINTED])}{more}"
@@ -128,6 +133,10 @@ def _summary(report: "Report", out: Path) -> str:
         lines.append(f"{report.changed} pictures changed since the last run; their old latents were removed")
     if report.kept:
         lines.append(f"{report.kept} latents existed already")
+    if manifest.captions:
+        lines.append(f"{manifest.captions} captions")
+    if manifest.buckets:
+        lines.append(f"{len(manifest.buckets)} sizes: {_some_of(manifest.buckets)}")
     if manifest.mean is not None:
         lines.append(f"mean {manifest.mean:.6f}, rms {manifest.rms:.6f}, std {manifest.std:.6f} of all scaled latents")
     lines.append(f"{manifest.latents} latents of {manifest.images} pictures are in {out.resolve()}")

@@ -1,6 +1,8 @@
 """The work of `cache-latents`: all ranks encode pictures to a folder of latents, with resuming and a manifest."""
 
+import math
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,10 +21,12 @@ from dcae_fast.lock import is_unused, locked
 from dcae_fast.models.autoencoder import DCAE
 from dcae_fast.workers import default_workers
 
+from .buckets import buckets_of, settings_of_bucket
+from .captions import CAPTIONS, Found, read_captions, save_captions
 from .encode import BatchEncoder, automatic_batch, encode_batches
 from .manifest import MANIFEST, Manifest, Settings, Sums, load_manifest, statistics, weights_hash
 from .pictures import CropDataset, Pictures, collate, to_rgb
-from .sources import keys_of_failed, load_sources, save_sources, sources_of
+from .sources import SOURCES, keys_of_removed, load_sources, save_sources, sources_of
 from .store import STORES, NpyStore, ShardStore
 
 Store = NpyStore | ShardStore
@@ -35,7 +39,7 @@ class Report:
     encoded: number of new latents. kept: number of latents that existed already. changed: number of pictures that
     changed since their latents were encoded. skipped: (name, reason) of each picture or shard that gave no latent.
     seconds: time of the slowest rank from the first picture read to the last latent written. waited: the fraction of
-    that time in which the devices were idle, averaged over the ranks.
+    that time in which the devices were idle, averaged over the ranks. sums: of each latent.
     """
 
     manifest: Manifest
@@ -45,6 +49,7 @@ class Report:
     skipped: list[tuple[str, str]]
     seconds: float
     waited: float
+    sums: list[Sums]
 
 
 def settings_of(
@@ -55,10 +60,12 @@ def settings_of(
     format: str,
     as_original: bool = False,
     precision: str = "exact",
+    buckets: bool = False,
 ) -> Settings:
     """The settings of the latents of a model.
 
-    name: as the user named the model. scaling_factor: None means the model's scaling factor. precision: see `Settings`.
+    name: as the user named the model. scaling_factor: None means the model's scaling factor. precision, buckets: see
+    `Settings`.
     Raises DataError if the scaling factor is unknown or the resolution is not a multiple of the model's ratio.
     """
     factor, ratio = scaling_factor or model.scaling_factor, model.spatial_compression_ratio
@@ -68,7 +75,8 @@ def settings_of(
         raise DataError(f"--resolution {resolution}: expected a multiple of {ratio}, the model's compression ratio")
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     shape = model.config.latent_channels, resolution // ratio, resolution // ratio
-    return Settings(name, dtype, resolution, factor, format, weights_hash(model.encoder), shape, as_original, precision)
+    weights = weights_hash(model.encoder)
+    return Settings(name, dtype, resolution, factor, format, weights, shape, as_original, precision, buckets)
 
 
 def cache_latents(
@@ -80,19 +88,23 @@ def cache_latents(
     workers: int | None = None,
     overwrite: bool = False,
     max_pixels: int = MAX_PIXELS,
+    whole: Pictures | None = None,
 ) -> Report:
     """Encodes the pictures that have no latent yet, on all ranks together, and then writes the manifest.
 
-    model: on its device, patched or not. settings: from `settings_of`. batch, workers: None chooses them automatically.
-    overwrite: first delete all latents in the folder. max_pixels: limit per picture. Pictures that changed are encoded
-    again. If the process is killed, each latent is either complete or absent. Raises DataError if the folder contains
-    latents with other settings, and LockedError if another process is working in the folder.
+    model: on its device, patched or not. settings: from `settings_of`, without buckets. batch, workers: None chooses
+    them automatically. overwrite: first delete all latents in the folder. max_pixels: limit per picture. whole: all
+    pictures, if `pictures` are the part that belongs into this folder; latents of the others are removed. Pictures that
+    changed are encoded again. The captions found beside the pictures are written to captions.json. If the process is
+    killed, each latent is either complete or absent. Raises DataError if the folder contains latents with other
+    settings, and LockedError if another process is working in the folder.
     """
     store, empty = STORES[settings.format](folder, pictures.items, settings), Manifest(settings, pictures.classes)
     workers = default_workers() if workers is None else workers
+    size = tuple(side * model.spatial_compression_ratio for side in settings.shape[1:])
     with locked(folder):
         if distributed.is_main():
-            _prepare(folder, pictures, store, empty, overwrite)
+            _prepare(folder, pictures, whole or pictures, store, empty, overwrite)
         store.changed = distributed.broadcast(store.changed)
         units = -(-len(pictures.items) // store.unit)
         mine = distributed.share(units)
@@ -100,19 +112,38 @@ def cache_latents(
         kept = {index: sums for part in distributed.all_gather(existing) for index, sums in part.items()}
         if distributed.is_main():  # only now: no latent of a changed picture is left
             save_sources(folder, sources_of(pictures.items))
+        found = read_captions(pictures)
+        if distributed.is_main():
+            save_captions(folder, found.captions)
         distributed.barrier()
         missing = _share_of_missing(len(pictures.items), kept, store.unit)
-        encode = BatchEncoder(model, settings.scaling_factor, batch or automatic_batch(model, settings.resolution))
+        encode = BatchEncoder(model, settings.scaling_factor, batch or automatic_batch(model, math.prod(size)))
         prepare = to_rgb if settings.as_original else as_seen
-        dataset = CropDataset(pictures, missing, settings.resolution, prepare, max_pixels)
-        outcomes = distributed.all_gather(_encode(dataset, store, encode, workers))
-        return _report(folder, pictures, empty, len(store.changed), kept, outcomes)
+        dataset = CropDataset(pictures, missing, size, prepare, max_pixels)
+        outcomes = distributed.all_gather(_encode(dataset, store, encode, workers, folder.name if whole else None))
+        return _report(folder, pictures, found, empty, len(store.changed), kept, outcomes)
 
 
-def _prepare(folder: Path, pictures: Pictures, store: Store, manifest: Manifest, overwrite: bool) -> None:
-    """Checks the settings of an existing folder, removes temporary files of killed runs, and writes the manifest.
+def _prepare(
+    folder: Path, pictures: Pictures, whole: Pictures, store: Store, manifest: Manifest, overwrite: bool
+) -> None:
+    """Opens the folder, and removes the latents of pictures that failed or belong into another folder.
 
     Sets `store.changed` to the keys of the pictures that changed. Raises DataError.
+    """
+    if open_folder(folder, manifest, overwrite):
+        now, then = sources_of(pictures.items), load_sources(folder)
+        others = {key: then[key] for key in then.keys() - now.keys()}
+        elsewhere = {picture.name for picture in whole.items} if others and whole is not pictures else set()
+        store.check_strays(keys_of_removed(others, whole.failed, elsewhere))
+        store.changed = {key for key in now if then.get(key, now[key]) != now[key]}
+    manifest.save(folder)
+
+
+def open_folder(folder: Path, manifest: Manifest, overwrite: bool) -> bool:
+    """Checks the settings of an existing folder, and removes temporary files of killed runs.
+
+    Returns whether the folder has latents to keep. Raises DataError.
     """
     before = load_manifest(folder)
     if before is None and not is_unused(folder):
@@ -120,14 +151,24 @@ def _prepare(folder: Path, pictures: Pictures, store: Store, manifest: Manifest,
     for leftover in leftovers(folder):
         leftover.unlink()
     if before is not None and overwrite:
-        for path in STORES[before.settings.format].files(folder):
-            path.unlink()
+        _remove_latents(folder, before.settings)
     elif before is not None:
         manifest.settings.check_same(before.settings, folder)
-        now, then = sources_of(pictures.items), load_sources(folder)
-        store.check_strays(keys_of_failed({key: then[key] for key in then.keys() - now.keys()}, pictures.failed))
-        store.changed = {key for key in now if then.get(key, now[key]) != now[key]}
-    manifest.save(folder)
+        return True
+    return False
+
+
+def _remove_latents(folder: Path, settings: Settings) -> None:
+    for bucket in buckets_of(settings):
+        inner = folder / bucket.name
+        _remove_latents(inner, settings_of_bucket(settings, bucket))
+        for name in (MANIFEST, SOURCES, CAPTIONS):
+            (inner / name).unlink(missing_ok=True)
+        for path in (*sorted(inner.rglob("*"), reverse=True), inner):  # the folders of classes, from inside
+            with suppress(OSError):
+                path.rmdir()
+    for path in STORES[settings.format].files(folder):
+        path.unlink()
 
 
 def _share_of_missing(count: int, kept: dict[int, Sums], unit: int) -> list[int]:
@@ -150,8 +191,8 @@ class Outcome:
     busy: float = 0.0
 
 
-def _encode(dataset: CropDataset, store: Store, encode: BatchEncoder, workers: int) -> Outcome:
-    """Encodes this rank's pictures and writes their latents."""
+def _encode(dataset: CropDataset, store: Store, encode: BatchEncoder, workers: int, name: str | None) -> Outcome:
+    """Encodes this rank's pictures and writes their latents. name: printed before the progress."""
     outcome = Outcome()
     workers = min(workers, -(-len(dataset) // encode.batch))
     on_cuda = next(encode.model.parameters()).is_cuda
@@ -159,7 +200,8 @@ def _encode(dataset: CropDataset, store: Store, encode: BatchEncoder, workers: i
     loader = DataLoader(dataset, encode.batch, collate_fn=collate, pin_memory=on_cuda, **options)
     finish = partial(_write, store, not_finite_message(["its latent"], encode.dtype))
     begin = time.perf_counter()
-    with tqdm(total=len(dataset), unit="image", disable=None if distributed.is_main() else True) as bar:
+    hidden = None if distributed.is_main() else True
+    with tqdm(total=len(dataset), desc=name, unit="image", disable=hidden) as bar:
         for done in encode_batches(loader, encode, store.dtype, finish, store.writers):
             sums, failed = done.result
             outcome.sums |= sums
@@ -187,6 +229,7 @@ def _write(
 def _report(
     folder: Path,
     pictures: Pictures,
+    found: Found,
     manifest: Manifest,
     changed: int,
     kept: dict[int, Sums],
@@ -196,13 +239,15 @@ def _report(
     made = {index: sums for outcome in outcomes for index, sums in outcome.sums.items()}
     failed = sorted(each for outcome in outcomes for each in outcome.failed)
     skipped = [*pictures.failed, *((pictures.items[index].name, reason) for index, reason in failed)]
+    sums = [*kept.values(), *made.values()]
     manifest = replace(
         manifest,
         images=len(pictures.items),
         latents=len(kept) + len(made),
         skipped=tuple(name for name, _ in skipped),
-        ignored=tuple(name for name, _ in pictures.ignored),
-        **statistics([*kept.values(), *made.values()]),
+        ignored=tuple(name for name, _ in [*pictures.ignored, *found.unusable]),
+        captions=len(found.captions),
+        **statistics(sums),
     )
     if distributed.is_main():
         manifest.save(folder)
@@ -210,4 +255,4 @@ def _report(
     seconds, busy = (sum(getattr(outcome, name) for outcome in outcomes) for name in ("seconds", "busy"))
     slowest = max(outcome.seconds for outcome in outcomes)
     encoded, waited = sum(len(outcome.sums) for outcome in outcomes), 1 - busy / seconds if seconds else 0.0
-    return Report(manifest, encoded, len(kept), changed, skipped, slowest, waited)
+    return Report(manifest, encoded, len(kept), changed, skipped, slowest, waited, sums)

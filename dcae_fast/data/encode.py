@@ -19,13 +19,13 @@ MEMORY_FRACTION = 0.8  # of the free memory
 QUEUED_BATCHES = 3  # in progress at once, besides the newest
 
 
-def automatic_batch(model: DCAE, resolution: int) -> int:
-    """The number of pictures of resolution² pixels that fit in the free memory, at least 1, at most `MAX_BATCH`."""
+def automatic_batch(model: DCAE, pixels: int) -> int:
+    """The number of pictures with so many pixels that fit in the free memory, at least 1, at most `MAX_BATCH`."""
     weight = next(model.parameters())
     if not weight.is_cuda:
         return CPU_BATCH
     free, _ = torch.cuda.mem_get_info(weight.device)
-    fitting = int(MEMORY_FRACTION * free / (BYTES_PER_PIXEL * weight.itemsize * resolution**2))
+    fitting = int(MEMORY_FRACTION * free / (BYTES_PER_PIXEL * weight.itemsize * pixels))
     return max(1, min(MAX_BATCH, fitting))
 
 

@@ -2,14 +2,14 @@
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 from dcae_fast.errors import DataError
 from dcae_fast.images import picture_suffixes
 
 from .folders import list_files, suffix_of
-from .pictures import Picture, Pictures
+from .pictures import CAPTION_SUFFIXES, Caption, Picture, Pictures
 from .shards import read_shards
 
 MAX_NAME_BYTES = 255  # of a file name, in most file systems
@@ -19,8 +19,9 @@ def find_pictures(source: Path, member: str | None = None) -> Pictures:
     """The pictures in a folder and its subfolders, in a folder of tar shards, or in one shard.
 
     A picture's class is the top-level subfolder; classes are numbered in the order of their names. A folder of
-    pictures without subfolders has no classes. For shards and `member`, see `read_shards`. Pictures whose latents would
-    have the same path all fail. Raises DataError if there are no pictures, or if the files are ambiguous.
+    pictures without subfolders has no classes. The caption of x.jpg is the text in x.txt, or else the text "caption" in
+    x.json, as img2dataset writes them. For shards and `member`, see `read_shards`. Pictures whose latents would have
+    the same path all fail. Raises DataError if there are no pictures, or if the files are ambiguous.
     """
     if source.is_file() and suffix_of(source.name) == ".tar":
         pictures = read_shards(source.parent, [source.name], member)
@@ -33,8 +34,9 @@ def find_pictures(source: Path, member: str | None = None) -> Pictures:
             )
         if member is not None and not shards:
             raise DataError(f"--member {member}: expected .tar shards in {source}, found none")
-        pictures = read_shards(source, shards, member) if shards else _in_folders(source, loose)
-        taken = {*shards, *loose}
+        texts = set(listing.with_suffix(*CAPTION_SUFFIXES))
+        pictures = read_shards(source, shards, member) if shards else _in_folders(source, loose, texts)
+        taken = {*shards, *loose, *(each.name for picture in pictures.items for each in picture.captions)}
         pictures.ignored += listing.ignored
         pictures.ignored += [(name, "no picture suffix") for name in listing.files if name not in taken]
         pictures.failed += listing.failed
@@ -47,7 +49,8 @@ def find_pictures(source: Path, member: str | None = None) -> Pictures:
     return pictures
 
 
-def _in_folders(root: Path, names: Sequence[str]) -> Pictures:
+def _in_folders(root: Path, names: Sequence[str], texts: Container[str]) -> Pictures:
+    """The pictures with these names. texts: the files that may contain captions."""
     classes = tuple(sorted({name.split("/")[0] for name in names if "/" in name}))
     numbers = {name: number for number, name in enumerate(classes)}
     strays = [name for name in names if classes and "/" not in name]
@@ -63,7 +66,9 @@ def _in_folders(root: Path, names: Sequence[str]) -> Pictures:
             continue
         if stat.S_ISREG(status.st_mode):
             key = name.rpartition(".")[0]
-            pictures.items.append(Picture(name, key, label, size=status.st_size, time=status.st_mtime_ns))
+            captions = tuple(Caption(f"{key}{suffix}") for suffix in CAPTION_SUFFIXES if f"{key}{suffix}" in texts)
+            picture = Picture(name, key, label, size=status.st_size, time=status.st_mtime_ns, captions=captions)
+            pictures.items.append(picture)
         else:
             pictures.failed.append((name, "not a regular file"))
     return pictures

@@ -33,6 +33,12 @@ class LatentDataset(Dataset):
         if not self.folder.is_dir():
             raise DataError(f"{self.folder}: no such folder; expected a folder of latents")
         self.manifest = load_manifest(self.folder)
+        if self.manifest is not None and self.manifest.settings.buckets:
+            buckets = ", ".join(self.manifest.buckets) or "none yet"
+            raise DataError(
+                f"{self.folder}: contains latents of several sizes, one folder for each ({buckets}); expected a folder "
+                "with latents of one size"
+            )
         self._read = open_latents(self.folder, self.manifest)
         if len(self._read) == 0:
             found = f"{SHARDS} without {MANIFEST}" if any(self.folder.glob(SHARDS)) else "no latents"
@@ -53,6 +59,10 @@ class LatentDataset(Dataset):
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} of {len(self)} latents")
         return self._read[index]
+
+    def key(self, index: int) -> str:
+        """The path of the latent's picture, without suffix; `captions.load_captions` gives its caption by this key."""
+        return self._read.key(index)
 
 
 def open_latents(folder: Path, manifest: Manifest | None) -> "NpyTree | Shards":
@@ -85,6 +95,9 @@ class NpyTree:
     def path(self, index: int) -> Path:
         return self.folder / self.names[index]
 
+    def key(self, index: int) -> str:
+        return self.names[index].removesuffix(".npy")
+
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         name, latent = self.names[index], load_finite_npy(self.path(index))
         if self._shape is None:
@@ -112,9 +125,13 @@ class Shards:
 
     def path(self, index: int) -> Path:
         """The path of a latent: its file, then the name of its picture or, without names, its row in the file."""
+        return self.paths[self._place(index)[0]] / self.key(index)
+
+    def key(self, index: int) -> str:
+        """The name of a latent's picture or, without names, the latent's row in the file."""
         shard, row = self._place(index)
         names = self._open(shard)[2]
-        return self.paths[shard] / (str(row) if names is None else names[row])
+        return str(row) if names is None else names[row]
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         shard, row = self._place(index)

@@ -26,6 +26,10 @@ class Settings:
     the latents are multiplied by it. format: npy or safetensors. weights: `weights_hash` of the encoder. shape: of a
     latent, [c, h, w]. as_original: pictures are read as DC-Gen reads them (`pictures.to_rgb`), not by `images.as_seen`.
     precision: "exact", or for an encoder in 8 bit "int8" and the beginning of the hash of its file of scales.
+
+    buckets: the latents have the shapes of the buckets of `buckets.bucket_sizes`, and are in a folder for each bucket;
+    `shape` is the square's. The settings of such a bucket's folder have buckets=False, the bucket's shape, and the same
+    resolution, whose square is near its pixels.
     """
 
     model: str
@@ -37,6 +41,7 @@ class Settings:
     shape: tuple[int, int, int]
     as_original: bool = False
     precision: str = "exact"
+    buckets: bool = False
 
     def check_same(self, other: "Settings", folder: Path) -> None:
         """Raises DataError unless all settings except `model` are equal: a model can have several names."""
@@ -54,7 +59,8 @@ class Manifest:
     """classes: class names by number, empty without classes. The other fields are None or empty until the run finishes.
 
     images: number of pictures. latents: number of latents. skipped: names of pictures and shards without a latent.
-    mean, rms, std: of all scaled latents. ignored: names of files that are not pictures.
+    mean, rms, std: of all scaled latents. ignored: names of files that are not pictures. captions: number of texts in
+    captions.json. buckets: the names of the folders of the buckets that contain latents.
     """
 
     settings: Settings
@@ -66,6 +72,8 @@ class Manifest:
     rms: float | None = None
     std: float | None = None
     ignored: tuple[str, ...] = ()
+    captions: int | None = None
+    buckets: tuple[str, ...] = ()
 
     def save(self, folder: Path) -> None:
         with written_atomically(folder / MANIFEST) as temporary:
@@ -78,11 +86,12 @@ def load_manifest(folder: Path) -> Manifest | None:
     if not path.is_file():
         return None
     try:
-        content = {"ignored": [], **json.loads(path.read_text())}
-        settings = {"as_original": True, "precision": "exact", **content.pop("settings")}  # as in earlier versions
+        content = {"ignored": [], "buckets": [], **json.loads(path.read_text())}
+        absent = {"as_original": True, "precision": "exact", "buckets": False}  # in earlier versions
+        settings = absent | content.pop("settings")
         for each, expected in ((settings, SETTINGS), (content, RESULTS)):
             _check(each, expected)
-        lists = {name: tuple(content.pop(name)) for name in ("classes", "skipped", "ignored")}
+        lists = {name: tuple(content.pop(name)) for name in ("classes", "skipped", "ignored", "buckets")}
         return Manifest(Settings(**settings | {"shape": tuple(settings["shape"])}), **lists, **content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = error if type(error) is ValueError else repr(error)
@@ -120,16 +129,17 @@ def _or_none(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 TEXT, NAMES = ("text", _is_text), ("a list of names", _are(None, _is_text))
-SETTINGS = dict.fromkeys(("model", "dtype", "weights"), TEXT) | {
+SETTINGS = dict.fromkeys(("model", "dtype", "weights"), TEXT)
+SETTINGS |= dict.fromkeys(("as_original", "buckets"), ("true or false", lambda value: isinstance(value, bool)))
+SETTINGS |= {
     "resolution": ("a positive integer", lambda value: _is_count(value) and value > 0),
     "scaling_factor": ("a positive number", lambda value: _is_number(value) and value > 0),
     "format": ("npy or safetensors", lambda value: value in ("npy", "safetensors")),
     "shape": ("three positive integers", _are(3, lambda value: _is_count(value) and value > 0)),
-    "as_original": ("true or false", lambda value: isinstance(value, bool)),
     "precision": ("exact or int8", lambda value: isinstance(value, str) and value.split()[:1] in (["exact"], ["int8"])),
 }
-RESULTS = dict.fromkeys(("classes", "skipped", "ignored"), NAMES)
-RESULTS |= dict.fromkeys(("images", "latents"), ("a count or null", _or_none(_is_count)))
+RESULTS = dict.fromkeys(("classes", "skipped", "ignored", "buckets"), NAMES)
+RESULTS |= dict.fromkeys(("images", "latents", "captions"), ("a count or null", _or_none(_is_count)))
 RESULTS |= dict.fromkeys(("mean", "rms", "std"), ("a number or null", _or_none(_is_number)))
 
 

@@ -4,7 +4,7 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -13,7 +13,17 @@ from torch.utils.data import Dataset
 
 from dcae_fast.images import MAX_PIXELS, centre_crop, grey_of_16_bits, opened, pixels_of
 
+T = TypeVar("T")
 Notes = list[tuple[str, str]]  # (name, reason)
+CAPTION_SUFFIXES = (".txt", ".json")  # in the order of preference
+
+
+class Caption(NamedTuple):
+    """A .txt or .json file, or the member of a shard, that may contain a picture's caption. Fields as of `Picture`."""
+
+    name: str
+    offset: int = 0
+    size: int = 0
 
 
 class Picture(NamedTuple):
@@ -21,6 +31,7 @@ class Picture(NamedTuple):
 
     key: path of its latent, without suffix. label: class number. shard, offset: the tar file and the position in it;
     shard is "" if the picture is a file. size: in bytes. time: modification time of the picture's file or shard, in ns.
+    captions: files or members of the same shard that may contain its caption; the first that does counts.
     """
 
     name: str
@@ -30,6 +41,7 @@ class Picture(NamedTuple):
     offset: int = 0
     size: int = 0
     time: int = 0
+    captions: tuple[Caption, ...] = ()
 
 
 @dataclass
@@ -47,17 +59,39 @@ class Pictures:
     failed: Notes = field(default_factory=list)
     class_members: dict[str, str] = field(default_factory=dict)
 
-    def read(self, number: int, prepare: Callable[[Image.Image], Image.Image], max_pixels: int) -> Image.Image:
-        """Reads the picture with this number and returns prepare(picture)."""
+    def read(self, number: int, prepare: Callable[[Image.Image], T], max_pixels: int) -> T:
+        """Opens the picture with this number and returns prepare(picture)."""
         picture = self.items[number]
         if not picture.shard:
             with opened(self.root / picture.name, max_pixels) as image:
                 return prepare(image)
-        with open(self.root / picture.shard, "rb") as file:
-            file.seek(picture.offset)
-            content = io.BytesIO(file.read(picture.size))
-        with opened(content, max_pixels) as image:
-            return prepare(image)
+        with open(self.root / picture.shard, "rb", buffering=0) as file:
+            content = io.BufferedReader(_Member(file, picture.offset, picture.size))
+            with opened(content, max_pixels) as image:
+                return prepare(image)
+
+
+class _Member(io.RawIOBase):
+    """The bytes of a file from `start` on, `size` many, read as they are needed."""
+
+    def __init__(self, file: io.RawIOBase, start: int, size: int):
+        self.file, self.start, self.size, self.position = file, start, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.position = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence])
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        self.file.seek(self.start + self.position)
+        count = self.file.readinto(memoryview(buffer)[: max(0, self.size - self.position)])
+        self.position += count
+        return count
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -75,7 +109,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 class Crops(NamedTuple):
     """A batch of crops. indices: picture numbers. failed: (number, reason) of pictures that could not be read.
 
-    pixels: [n, side, side, 3] uint8, or float32 in 0 … 255 if any picture has more than 8 bits.
+    pixels: [n, height, width, 3] uint8, or float32 in 0 … 255 if any picture has more than 8 bits.
     """
 
     pixels: torch.Tensor
@@ -84,20 +118,22 @@ class Crops(NamedTuple):
 
 
 class CropDataset(Dataset):
-    """Centre crops of the pictures numbered `indices`: items (number, pixels [resolution, resolution, 3]).
+    """Centre crops of the pictures numbered `indices`: items (number, pixels [height, width, 3]).
 
-    For a picture that cannot be read, the item is (number, reason). prepare: `to_rgb` or `images.as_seen`.
+    size: (height, width), or the side of squares. For a picture that cannot be read, the item is (number, reason).
+    prepare: `to_rgb` or `images.as_seen`.
     """
 
     def __init__(
         self,
         pictures: Pictures,
         indices: Sequence[int],
-        resolution: int,
+        size: int | tuple[int, int],
         prepare: Callable[[Image.Image], Image.Image] = to_rgb,
         max_pixels: int = MAX_PIXELS,
     ):
-        self.pictures, self.indices, self.resolution = pictures, indices, resolution
+        self.pictures, self.indices = pictures, indices
+        self.size = (size, size) if isinstance(size, int) else size
         self.prepare, self.max_pixels = prepare, max_pixels
 
     def __len__(self) -> int:
@@ -105,16 +141,20 @@ class CropDataset(Dataset):
 
     def __getitem__(self, position: int) -> tuple[int, torch.Tensor | str]:
         index = self.indices[position]
-        try:
-            crop = self.pictures.read(index, self._crop, self.max_pixels)
-        except MemoryError:
-            return index, "does not fit in memory"
-        except Exception as error:  # for a broken file, Pillow may raise any exception
-            return index, getattr(error, "strerror", None) or str(error) or repr(error)
-        return index, torch.from_numpy(pixels_of(crop))
+        return index, tried(lambda: self.pictures.read(index, self._crop, self.max_pixels))
 
-    def _crop(self, image: Image.Image) -> Image.Image:
-        return centre_crop(self.prepare(image), self.resolution, self.resolution)
+    def _crop(self, image: Image.Image) -> torch.Tensor:
+        return torch.from_numpy(pixels_of(centre_crop(self.prepare(image), *self.size)))
+
+
+def tried(read: Callable[[], T]) -> T | str:
+    """The result of reading a picture, or the reason why it could not be read."""
+    try:
+        return read()
+    except MemoryError:
+        return "does not fit in memory"
+    except Exception as error:  # for a broken file, Pillow may raise any exception
+        return getattr(error, "strerror", None) or str(error) or repr(error)
 
 
 def collate(items: list[tuple[int, torch.Tensor | str]]) -> Crops:

@@ -13,7 +13,7 @@ from dcae_fast.errors import DataError
 from dcae_fast.images import picture_suffixes
 
 from .folders import suffix_of
-from .pictures import Notes, Picture, Pictures
+from .pictures import CAPTION_SUFFIXES, Caption, Notes, Picture, Pictures
 
 MAX_CLASS_NUMBERS = 100_000  # numbers from here on are treated as class names
 MAX_CLASS_BYTES = 200  # of a class name, which becomes a folder name
@@ -28,10 +28,14 @@ class ClassMember(NamedTuple):
 
 @dataclass
 class Sample:
-    """The members of a shard with one key: (extension, picture), and (name, content) of `.cls` members."""
+    """The members of a shard with one key: (extension, picture), (name, content) of `.cls` members, and the captions.
+
+    captions: by suffix.
+    """
 
     pictures: list[tuple[str, Picture]] = field(default_factory=list)
     classes: list[tuple[str, bytes]] = field(default_factory=list)
+    captions: dict[str, Caption] = field(default_factory=dict)
 
 
 def read_shards(root: Path, shards: Sequence[str], member: str | None) -> Pictures:
@@ -40,7 +44,8 @@ def read_shards(root: Path, shards: Sequence[str], member: str | None) -> Pictur
     A sample consists of the members whose paths are equal up to the first dot of the file name. It must have one
     picture; with `member`, one picture with this extension, such as jpg or seg.png. A member `x.cls` contains the class
     of the picture `x.<suffix>`, a number or a name. Numbers are kept; names, and numbers from `MAX_CLASS_NUMBERS` on,
-    are numbered in sorted order. A shard that cannot be read to its end is left out entirely. Raises DataError if some
+    are numbered in sorted order. The caption is the text of the member `x.txt`, or else the text "caption" in `x.json`.
+    A shard that cannot be read to its end is left out entirely. Raises DataError if some
     classes are numbers and others are names.
     """
     pictures, found = Pictures(root, []), []
@@ -77,7 +82,7 @@ def _samples(root: Path, shard: str, member: str | None, ignored: Notes, failed:
                 failed.append((name, "its path leads out of the shard"))
             elif any(part.startswith(".") for part in path.split("/")):
                 ignored.append((name, "hidden"))
-            elif suffix not in picture_suffixes() and suffix != ".cls":
+            elif suffix not in picture_suffixes() and suffix != ".cls" and f".{extension}" not in CAPTION_SUFFIXES:
                 ignored.append((name, "no picture suffix"))
             elif target is None or not target.isreg() or target.issparse():
                 failed.append((name, "not a regular file, nor a link to a regular file in the same shard"))
@@ -85,6 +90,9 @@ def _samples(root: Path, shard: str, member: str | None, ignored: Notes, failed:
                 samples.setdefault(key, Sample()).classes.append(
                     (name, tar.extractfile(target).read(MAX_CLASS_BYTES + 1))
                 )
+            elif suffix in CAPTION_SUFFIXES:
+                caption = Caption(name, target.offset_data, target.size)
+                samples.setdefault(key, Sample()).captions[suffix] = caption
             elif wanted is not None and extension.lower() != wanted:
                 ignored.append((name, f"not --member {wanted}"))
             else:
@@ -124,6 +132,7 @@ def _one_picture_each(samples: dict[str, Sample], pictures: Pictures) -> Iterato
     for key, sample in samples.items():
         names = [picture.name for _, picture in sample.pictures]
         if not names:
+            pictures.ignored += [(caption.name, "no picture suffix") for caption in sample.captions.values()]
             pictures.ignored += [(name, "a class without a picture") for name, _ in sample.classes]
         elif len(names) > 1:
             extensions = dict.fromkeys(extension for extension, _ in sample.pictures)
@@ -134,8 +143,9 @@ def _one_picture_each(samples: dict[str, Sample], pictures: Pictures) -> Iterato
                 reason += "choose one with " + " or ".join(f"--member {each}" for each in extensions)
             pictures.failed += [(name, reason) for name in names]
         else:
+            captions = tuple(sample.captions[suffix] for suffix in CAPTION_SUFFIXES if suffix in sample.captions)
             try:
-                yield sample.pictures[0][1], _class_member(sample.classes)
+                yield sample.pictures[0][1]._replace(captions=captions), _class_member(sample.classes)
             except DataError as error:
                 pictures.failed.append((names[0], str(error)))
 

@@ -1,6 +1,7 @@
 """sources.json of a folder of latents: name, size and time of each latent's picture, to detect changed pictures."""
 
 import json
+from collections.abc import Container
 from pathlib import Path
 
 from dcae_fast.errors import DataError
@@ -17,11 +18,12 @@ def sources_of(pictures: list[Picture]) -> Sources:
     return {picture.key: [picture.name, picture.size, picture.time] for picture in pictures}
 
 
-def keys_of_failed(sources: Sources, failed: Notes) -> set[str]:
-    """The keys of pictures in `sources` that failed, or whose shard or folder failed."""
+def keys_of_removed(sources: Sources, failed: Notes, elsewhere: Container[str]) -> set[str]:
+    """The keys of pictures in `sources` that failed, whose shard or folder failed, or whose name is in `elsewhere`."""
     names = {name.rstrip("/") for name, _ in failed}
     folders = tuple(f"{name}/" for name in names)
-    return {key for key, (name, *_) in sources.items() if name in names or name.startswith(folders)}
+    removed = {key for key, (name, *_) in sources.items() if name in names or name.startswith(folders)}
+    return removed | {key for key, (name, *_) in sources.items() if name in elsewhere}
 
 
 def load_sources(folder: Path) -> Sources:

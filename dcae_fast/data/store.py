@@ -42,9 +42,9 @@ class NpyStore:
         """All .npy files in a folder."""
         return [folder / name for name in list_files(folder).with_suffix(".npy")]
 
-    def check_strays(self, failed: set[str]) -> None:
-        """Removes the latents of failed pictures, given by key. Raises DataError for latents of unknown pictures."""
-        known, removed = ({self._path(key) for key in keys} for keys in ({p.key for p in self.pictures}, failed))
+    def check_strays(self, removed: set[str]) -> None:
+        """Removes the latents of removed pictures, given by key. Raises DataError for latents of unknown pictures."""
+        known, removed = ({self._path(key) for key in keys} for keys in ({p.key for p in self.pictures}, removed))
         strays = [path for path in self.files(self.folder) if path not in known]
         _refuse(path for path in strays if path not in removed)
         for path in strays:
@@ -104,10 +104,17 @@ class ShardStore:
         """All shards in a folder."""
         return sorted(folder.glob(SHARDS))
 
-    def check_strays(self, failed: set[str]) -> None:
-        """Raises DataError if there are more shards than the pictures fill."""
+    def check_strays(self, removed: set[str]) -> None:
+        """Removes shards beyond the pictures' number that contain only known and removed pictures.
+
+        removed: the keys of removed pictures. Raises DataError for a shard that contains others.
+        """
         expected = {self._path(first) for first in range(0, len(self.pictures), self.unit)}
-        _refuse(path for path in self.files(self.folder) if path not in expected)
+        known = {picture.key for picture in self.pictures} | removed
+        strays = [path for path in self.files(self.folder) if path not in expected]
+        _refuse(path for path in strays if not known.issuperset(_names(path)))
+        for path in strays:
+            path.unlink()
 
     def scan(self, indices: Iterable[int]) -> dict[int, Sums]:
         """The sums of the valid existing latents, by picture number. Removes invalid and outdated latents."""
@@ -168,6 +175,15 @@ class ShardStore:
 
     def _path(self, first: int) -> Path:
         return self.folder / SHARDS.replace("*", f"{first // self.unit:06d}")
+
+
+def _names(path: Path) -> list[str]:
+    """The keys of the pictures in a shard; a shard that cannot be read has the impossible key ""."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return json.loads(file.metadata()["names"])
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        return [""]
 
 
 def _refuse(strays: Iterable[Path]) -> None:

@@ -87,6 +87,7 @@ def test_npy_as_the_original(pictures, tmp_path, model, compare, capsys):
         "shape": [64, 2, 2],
         "as_original": False,
         "precision": "exact",
+        "buckets": False,
     }
 
 
