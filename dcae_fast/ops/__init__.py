@@ -14,11 +14,14 @@ from .feature_distance import feature_distance
 from .gated_sum import gated_sum
 from .layer_norm import layer_norm
 from .linear import linear
+from .linear_fp8 import linear_fp8
 from .linear_rows import linear_rows
 from .mlp import mlp
 from .multiscale_qkv import multiscale_qkv
 from .norm_attention import norm_attention
+from .norm_attention_fp8 import norm_attention_fp8
 from .norm_mlp import norm_mlp
+from .norm_mlp_fp8 import norm_mlp_fp8
 from .packed_attention import is_for_few_tokens, packed_attention
 from .quantize import quantize, quantize_weight
 from .quantize_rows import concatenate_rows, layer_norm_rows, quantize_rows
@@ -58,10 +61,13 @@ __all__ = [
     "layer_norm_rows",
     "linear",
     "linear_rows",
+    "linear_fp8",
     "mlp",
     "multiscale_qkv",
     "norm_attention",
+    "norm_attention_fp8",
     "norm_mlp",
+    "norm_mlp_fp8",
     "packed_attention",
     "quantize",
     "quantize_rows",

@@ -20,6 +20,7 @@ from typing import get_type_hints
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import _plans, _products
 from ._library import (
@@ -71,11 +72,13 @@ class Half:
 
     name: of the operator. Kept: a named tuple type, the tensors kept for the backward pass. The first two are total,
     which is s, or empty without a branch, and y. wants: a bool for each input: whether its gradient is wanted.
+    differentiable_twice: whether the gradient has a gradient.
     """
 
     __slots__ = ()
     name: str
     Kept: type[tuple]
+    differentiable_twice = True
 
     def activation(self):
         return ""
@@ -83,6 +86,12 @@ class Half:
     def fuses(self):
         """Whether one call of the CUDA extension computes the forward, if it takes the inputs and has plans."""
         return True
+
+    def fused_forward(self):
+        return None
+
+    def fused_backward(self, dout, kept, wants):
+        return None
 
     def norm(self, via):
         """s, total and y."""
@@ -213,8 +222,12 @@ def define_half(half: type[Half]) -> Operator:
         lambda dout, dtotal, *args: accepts(*args),
         partial(backward, as_kernel),
     )
-    differentiable_as(backward_op, partial(backward, as_reference))
-    differentiable(op, *_autograd(half, tensors, backward_op))
+    gradient, setup_context = _autograd(half, tensors, backward_op)
+    if half.differentiable_twice:
+        differentiable_as(backward_op, partial(backward, as_reference))
+    else:
+        gradient = once_differentiable(gradient)
+    differentiable(op, gradient, setup_context)
     return op
 
 

@@ -71,6 +71,15 @@ class NormAttention(Half, NamedTuple("NormAttentionInputs", [*INPUTS.items(), ("
 norm_attention_op = define_half(NormAttention)
 
 
+def check_attention(x, scale, shift, w_qkv, b_qkv, w_proj, b_proj, num_heads, branch, gate, dtype, residual):
+    """Raises ValueError as `norm_attention` does."""
+    check_norm(x, scale, shift, branch, gate)
+    check_layer(x.shape, dtype, w_qkv, b_qkv)
+    if num_heads < 1 or w_qkv.shape[0] % (3 * num_heads):
+        raise ValueError(f"w_qkv is {list(w_qkv.shape)}, num_heads {num_heads}: expected 3 * num_heads * D rows")
+    check_layer((*x.shape[:2], w_qkv.shape[0] // 3), dtype, w_proj, b_proj, x if residual else None)
+
+
 def norm_attention(
     x: torch.Tensor,
     scale: torch.Tensor,
@@ -94,11 +103,7 @@ def norm_attention(
     and unless each weight has type `dtype`, or is float32 beside a half-precision `dtype`.
     """
     dtype = dtype or x.dtype
-    check_norm(x, scale, shift, branch, gate)
-    check_layer(x.shape, dtype, w_qkv, b_qkv)
-    if num_heads < 1 or w_qkv.shape[0] % (3 * num_heads):
-        raise ValueError(f"w_qkv is {list(w_qkv.shape)}, num_heads {num_heads}: expected 3 * num_heads * D rows")
-    check_layer((*x.shape[:2], w_qkv.shape[0] // 3), dtype, w_proj, b_proj, x if residual else None)
     layers = w_qkv, b_qkv, w_proj, b_proj
+    check_attention(x, scale, shift, *layers, num_heads, branch, gate, dtype, residual)
     out, total, *_ = norm_attention_op(x, scale, shift, eps, branch, gate, dtype, *layers, residual, num_heads)
     return x if branch is None else total, out

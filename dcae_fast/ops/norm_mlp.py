@@ -64,6 +64,14 @@ class NormMlp(Half, NamedTuple("NormMlpInputs", [*INPUTS.items(), ("act", str), 
 norm_mlp_op = define_half(NormMlp)
 
 
+def check_mlp(x, scale, shift, w1, b1, w2, b2, branch, gate, dtype, residual, act):
+    """Raises ValueError as `norm_mlp` does."""
+    check_norm(x, scale, shift, branch, gate)
+    check_activation(act)
+    check_layer(x.shape, dtype, w1, b1)
+    check_layer((*x.shape[:2], w1.shape[0]), dtype, w2, b2, x if residual else None)
+
+
 def norm_mlp(
     x: torch.Tensor,
     scale: torch.Tensor,
@@ -87,11 +95,8 @@ def norm_mlp(
     each weight has type `dtype`, or is float32 beside a half-precision `dtype`.
     """
     dtype = dtype or x.dtype
-    check_norm(x, scale, shift, branch, gate)
-    check_activation(act)
-    check_layer(x.shape, dtype, w1, b1)
-    check_layer((*x.shape[:2], w1.shape[0]), dtype, w2, b2, x if residual else None)
-    trains = wants_gradient(x, scale, shift, branch, gate, w1, b1, w2, b2)
     layers = w1, b1, w2, b2
+    check_mlp(x, scale, shift, *layers, branch, gate, dtype, residual, act)
+    trains = wants_gradient(x, scale, shift, branch, gate, *layers)
     out, total, *_ = norm_mlp_op(x, scale, shift, eps, branch, gate, dtype, *layers, residual, act, trains)
     return x if branch is None else total, out

@@ -9,12 +9,13 @@
 x, y, q: [..., C]; scale: [..., 1] fp32. Everything before the rounding is computed in fp32.
 
 float8_e4m3fn, float8_e5m2: scale = 2^ceil(log2(m / largest)), where largest is the type's largest number, 448 or 57344.
-    A power of two costs a floating-point type no precision, and y / scale is exact. Below 2⁻¹²⁶ the scale is 2⁻¹²⁶.
-int8: scale = m / 127.
+    A power of two costs a floating-point type no precision, and y / scale is exact. The smallest scale is 2⁻¹²⁶, also
+    of a row of zeros, so that no scale is larger than its row needs.
+int8: scale = m / 127, and 1 for a row of zeros.
 
-The scale of a row of zeros is 1, and the scale of a row with an infinity or NaN is NaN, so that products of this row
-are NaN. The kernels give the same bits as the references, but for the rounding in norms and activations. "gelu" and
-"gelu_tanh" are the same tanh form, whose error is far below the rounding to 8 bit. No operator has a gradient.
+The scale of a row with an infinity or NaN is NaN, so that products of this row are NaN. The kernels give the same bits
+as the references, but for the rounding in norms and activations. "gelu" and "gelu_tanh" are the same tanh form, whose
+error is far below the rounding to 8 bit. No operator has a gradient.
 """
 
 import torch
@@ -42,8 +43,7 @@ def _rounded(y, dtype):
         return (y * (1 / scale)).nan_to_num(0).clamp(-MOST, MOST).round().to(torch.int8), scale
     bits = largest.view(torch.int32)
     exponent = (bits >> 23) - LARGEST_EXPONENTS[dtype] + ((bits & 0x7FFFFF) > _LARGEST_MANTISSA)
-    exponent = torch.where(bits == 0, 127, exponent.clamp_min(1)).to(torch.int32)
-    scale = (exponent << 23).view(torch.float32).where(is_finite, torch.nan)
+    scale = (exponent.clamp_min(1).to(torch.int32) << 23).view(torch.float32).where(is_finite, torch.nan)
     return (y * (1 / scale)).to(dtype), scale
 
 

@@ -32,7 +32,7 @@ def scale_and_inverse(largest, TYPE: tl.constexpr):
     else:
         MOST: tl.constexpr = 8 if TYPE == tl.float8e4nv else 15  # the largest number is 1.75 · 2^MOST
         exponent = (largest >> 23) - MOST + ((largest & 0x7FFFFF) > 0x600000).to(tl.int32)
-        exponent = tl.where(largest == 0, 127, tl.maximum(exponent, 1))
+        exponent = tl.maximum(exponent, 1)
         scale = (exponent << 23).to(tl.float32, bitcast=True)
         inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
     return tl.where(is_finite, scale, float("nan")), tl.where(is_finite, inverse, float("nan"))

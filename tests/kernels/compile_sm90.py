@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 FLOATS = torch.float32, torch.bfloat16, torch.float16
 NAME = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "i8"}
-NAME |= {torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5"}
+NAME |= {torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5", torch.int32: "i32"}
 SHARED_MEMORY = 227 * 1024  # bytes that a program can have
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -69,10 +69,12 @@ def main():
     from dcae_fast.kernels.flip_weight import launch_flip_weight
     from dcae_fast.kernels.gated_sum import launch_gated_sum, launch_gated_sum_backward
     from dcae_fast.kernels.gelu_backward import launch_gelu_backward
+    from dcae_fast.kernels.gelu_backward_rows import launch_gelu_backward_rows
     from dcae_fast.kernels.layer_norm import launch_layer_norm, launch_layer_norm_backward
     from dcae_fast.kernels.layer_norm_rows import launch_layer_norm_rows
     from dcae_fast.kernels.multiscale_qkv import launch_multiscale_qkv, launch_multiscale_qkv_backward
     from dcae_fast.kernels.quantize import launch_quantize
+    from dcae_fast.kernels.quantize_columns import launch_quantize_columns, launch_transpose_rows
     from dcae_fast.kernels.quantize_rows import launch_concatenate_rows, launch_quantize_rows
     from dcae_fast.kernels.relu_linear_attention import (
         launch_relu_linear_attention,
@@ -160,6 +162,11 @@ def main():
         launch_concatenate_rows(x, x, torch.float8_e4m3fn)
         launch_quantize_rows(x, "none", torch.float8_e5m2)
         launch_quantize_rows(tensor(2, 66, 4 * width, dtype=dtype), "gelu", torch.float8_e4m3fn)
+        h = tensor(66, 4 * width, dtype=half)
+        for act, everything in (("gelu", False), ("gelu_tanh", True)):
+            launch_gelu_backward_rows(h, h, act, torch.float8_e4m3fn, everything, True)
+        launch_quantize_columns(tensor(4 * width, width, dtype=dtype), torch.float8_e4m3fn)
+        launch_transpose_rows(tensor(66, width, dtype=torch.float8_e5m2), tensor(66, 1, dtype=torch.float32))
     launch_unshuffle_average_add_int8(tensor(2, 256, 64, 64), tensor(2, 128, 64, 64), tensor(128), 512, 2, 0.5, 1.0)
     launch_duplicate_shuffle_add(tensor(2, 512, 32, 32), tensor(2, 1024, 32, 32), tensor(1024), 256, 2, 1.0)
     launch_duplicate_shuffle_add_int8(tensor(2, 512, 32, 32), tensor(8, 256, 32, 32), tensor(256), 256, 2, 1.0, 1.0)
