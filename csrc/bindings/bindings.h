@@ -16,6 +16,7 @@ void bind_block_halves(pybind11::module_& module);
 void bind_convolution(pybind11::module_& module);
 void bind_image_operators(pybind11::module_& module);
 void bind_product(pybind11::module_& module);
+void bind_scaled_product(pybind11::module_& module);
 void bind_signature(pybind11::module_& module);
 void bind_token_operators(pybind11::module_& module);
 

@@ -12,6 +12,7 @@ PYBIND11_MODULE(_C, module) {
 #endif
 #ifdef DCAE_FAST_CUBLASLT
   dcae_fast::bind_product(module);
+  dcae_fast::bind_scaled_product(module);
   dcae_fast::bind_block_halves(module);
 #endif
 }

@@ -27,20 +27,32 @@ struct Descriptors {
   cublasLtMatmulDescOpaque_t product;
   cublasLtMatrixLayoutOpaque_t a, b, out;
 
-  Descriptors(const ProductShape& shape, const void* preactivation, const void* vector) {
+  // Reads of the pointers only those that the epilogue and the scales need.
+  Descriptors(const ProductShape& shape, const ProductPointers& pointers) {
+    const void *preactivation = pointers.preactivation, *vector = pointers.vector;
     check(cublasLtMatmulDescInit(&product, CUBLAS_COMPUTE_32F, CUDA_R_32F));
     set(CUBLASLT_MATMUL_DESC_TRANSA, shape.right_transposed ? CUBLAS_OP_T : CUBLAS_OP_N);
     set(CUBLASLT_MATMUL_DESC_TRANSB, shape.left_transposed ? CUBLAS_OP_T : CUBLAS_OP_N);
     set(CUBLASLT_MATMUL_DESC_EPILOGUE, shape.epilogue.code());
     if (vector != nullptr) {
       set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, vector);
-      set(CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, shape.out_dtype);
+      set(CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, shape.bias_dtype);
     }
     if (preactivation != nullptr) {
       set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, preactivation);
       set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, shape.columns);
     }
-    layout(a, shape.dtype, shape.columns, shape.depth, shape.right_transposed);
+    if (shape.is_fast) set(CUBLASLT_MATMUL_DESC_FAST_ACCUM, int8_t{1});
+#if CUBLAS_VERSION >= 120900
+    if (shape.is_scaled) {
+      const auto by_row = static_cast<int32_t>(CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F);
+      set(CUBLASLT_MATMUL_DESC_A_SCALE_MODE, by_row);
+      set(CUBLASLT_MATMUL_DESC_B_SCALE_MODE, by_row);
+      set(CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, pointers.right_scale);
+      set(CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, pointers.left_scale);
+    }
+#endif
+    layout(a, shape.right_dtype, shape.columns, shape.depth, shape.right_transposed);
     layout(b, shape.dtype, shape.depth, shape.rows, shape.left_transposed);
     layout(out, shape.out_dtype, shape.columns, shape.rows, false);
   }
@@ -117,7 +129,7 @@ Epilogue::Epilogue(const std::string& name) : code_(code_of(name)) {}
 
 void ProductPlan::run(cublasLtHandle_t handle, const ProductPointers& pointers, void* workspace,
                       cudaStream_t stream) const {
-  Descriptors descriptors(shape_, pointers.preactivation, pointers.vector);
+  Descriptors descriptors(shape_, pointers);
   const float alpha = 1.0f, beta = pointers.residual != nullptr ? 1.0f : 0.0f;
   const void* residual = pointers.residual != nullptr ? pointers.residual : pointers.out;
   check(cublasLtMatmul(handle, &descriptors.product, &alpha, pointers.right, &descriptors.a, pointers.left,
@@ -127,10 +139,11 @@ void ProductPlan::run(cublasLtHandle_t handle, const ProductPointers& pointers, 
 
 std::vector<ProductPlan> find_product_plans(cublasLtHandle_t handle, const ProductShape& shape) {
   // A stand-in for the pointers of later calls: the heuristic only looks at their alignment.
-  const auto* const anywhere = reinterpret_cast<const void*>(uintptr_t{kAlignment});
+  auto* const anywhere = reinterpret_cast<void*>(uintptr_t{kAlignment});
   const auto& epilogue = shape.epilogue;
   const bool has_vector = epilogue.takes_bias() || epilogue.sums_left();
-  Descriptors descriptors(shape, epilogue.gives_preactivation() ? anywhere : nullptr, has_vector ? anywhere : nullptr);
+  Descriptors descriptors(shape, {anywhere, anywhere, nullptr, anywhere, epilogue.gives_preactivation() ? anywhere : nullptr,
+                                  has_vector ? anywhere : nullptr, anywhere, anywhere});
   Preference preference;
   std::vector<cublasLtMatmulHeuristicResult_t> found(kMostSuggestions);
   int count = 0;
@@ -144,6 +157,8 @@ std::vector<ProductPlan> find_product_plans(cublasLtHandle_t handle, const Produ
   }
   return plans;
 }
+
+bool has_scaled_products() { return CUBLAS_VERSION >= 120900 && cublasLtGetVersion() >= 120900; }
 
 cublasLtHandle_t cublaslt_handle(int device) {
   static std::mutex mutex;

@@ -39,7 +39,7 @@ def _accepts(x, x_scale, weight, weight_scale, bias, residual, dtype, fast):
         and weight.shape[0] > 0
         and weight.shape[0] % MULTIPLE == weight.shape[1] % MULTIPLE == 0
         and (bias is None or bias.dtype in KERNEL_DTYPES)
-        and all(t is None or t.data_ptr() % 16 == 0 for t in (x, weight, residual))
+        and all(t is None or t.data_ptr() % 16 == 0 for t in (x, x_scale, weight, weight_scale, residual))
     )
 
 

@@ -1,10 +1,15 @@
 """Linear layers of rows in 8 bit."""
 
+import importlib
+
 import pytest
 import torch
 
 from dcae_fast import ops
+from dcae_fast.ops import _plans, _scaled_products
 from dcae_fast.ops.linear_rows import linear_rows_op, linear_rows_reference
+
+module = importlib.import_module("dcae_fast.ops.linear_rows")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -93,3 +98,72 @@ def test_refusals():
         ops.linear_rows(x, x_scale, weight, weight_scale, residual=normal(3, 16))
     with pytest.raises(RuntimeError, match="no gradients"):
         ops.linear_rows(x, x_scale, weight, weight_scale, normal(16).requires_grad_())
+
+
+class ProductInTorch:
+    """ScaledProduct of dcae_fast._C, in PyTorch: it has one candidate and is its own plan."""
+
+    def __init__(self, x, weight, dtype, has_bias, is_fast):
+        self.types, self.dtype, self.has_bias = (x.dtype, weight.dtype), dtype, has_bias
+
+    def __len__(self):
+        return 1
+
+    def build(self, candidate):
+        return self
+
+    def __call__(self, x, x_scale, weight, weight_scale, bias, residual):
+        of_bias = torch.bfloat16 if self.dtype == torch.float32 else self.dtype
+        assert (x.dtype, weight.dtype) == self.types and self.has_bias == (bias is not None)
+        assert (bias is None or bias.dtype == of_bias) and (residual is None or residual.dtype == self.dtype)
+        return linear_rows_reference(x, x_scale, weight, weight_scale, bias, residual, self.dtype, True)
+
+
+@pytest.fixture
+def extension(monkeypatch):
+    """Replaces the CUDA extension by ProductInTorch, and takes its plan without a search."""
+
+    class Extension:
+        ScaledProduct = ProductInTorch
+
+    monkeypatch.setattr(_scaled_products, "cuda_extension", lambda: Extension)
+    monkeypatch.setattr(_plans, "find", lambda library, shape, device, worth, make, run, fallback: make().build(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_what_the_extension_is_asked_for(extension, dtype):
+    residual = normal(2, 3, 16, dtype=dtype)
+    for bias in (None, normal(16), normal(16, dtype=torch.bfloat16)):
+        for args in ((bias, None), (bias, residual)):
+            got = module._launch(*operands((2, 3), 32, 16), *args, dtype, True)
+            want = linear_rows_reference(*operands((2, 3), 32, 16), *args, dtype, True)
+            assert got.dtype == dtype and (got - want).abs().max() <= 2**-6 * want.abs().max()
+
+
+def test_what_pytorch_is_asked_for_without_the_extension(monkeypatch):
+    def scaled_product(a, b, scale_a, scale_b, bias, out_dtype, use_fast_accum):
+        assert a.dim() == b.dim() == 2 and scale_a.shape == (6, 1) and scale_b.shape == (1, 16)
+        assert a.is_contiguous() and b.T.is_contiguous() and (bias is None or bias.dtype == out_dtype)
+        return linear_rows_reference(a, scale_a, b.T, scale_b.T, bias, None, out_dtype, use_fast_accum)
+
+    monkeypatch.setattr(module, "scaled_product", scaled_product)
+    monkeypatch.setattr(_scaled_products, "available", lambda: False)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        args = *operands((2, 3), 32, 16), normal(16), normal(2, 3, 16, dtype=dtype), dtype, True
+        got, want = module._launch(*args), linear_rows_reference(*args)
+        assert got.dtype == dtype and (got - want).abs().max() <= 2**-6 * want.abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("fast", [True, False])
+def test_cublaslt(dtype, fast):
+    if torch.cuda.get_device_capability()[0] != 9 or not _scaled_products.available():
+        pytest.skip("needs Hopper and the CUDA extension")
+    args = operands((300,), 1152, 576)
+    for bias, residual in ((None, None), (normal(576, dtype=torch.bfloat16), normal(300, 576, dtype=dtype))):
+        count = len(_scaled_products.cuda_extension().ScaledProduct(args[0], args[2], dtype, bias is not None, fast))
+        assert count > 0, "cuBLASLt offers no product with these scales, bias and type of result"
+        got = ops.linear_rows(*args, bias, residual, dtype, fast)
+        want = linear_rows_reference(*args, bias, residual, torch.float32, fast)
+        assert (got - want).norm() <= 4e-3 * want.norm()
