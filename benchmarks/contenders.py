@@ -38,10 +38,6 @@ def patched_without_graphs(half: nn.Module, workload: Workload) -> None:
     dcae_fast.patch(half, cuda_graphs=False)
 
 
-def patched_automatically(half: nn.Module, workload: Workload) -> None:
-    dcae_fast.patch(half, cuda_graphs="auto")
-
-
 def patched_with_graphs(half: nn.Module, workload: Workload) -> None:
     dcae_fast.patch(half, cuda_graphs=True)
 
@@ -102,7 +98,6 @@ CONTENDERS = {
     "patched": Contender(patched),
     "patched channels-last": Contender(patched, channels_last=True),
     "patched, without graphs": Contender(patched_without_graphs, channels_last=True),
-    "patched, automatic graphs": Contender(patched_automatically, channels_last=True),
     "patched + CUDA graphs": Contender(patched_with_graphs, channels_last=True),
     "patched + torch.compile": Contender(patched_and_compiled, channels_last=True),
     "patched + torch.compile, reduce-overhead": Contender(patched_and_compiled_with_graphs, channels_last=True),

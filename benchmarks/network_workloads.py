@@ -57,7 +57,7 @@ NETWORK_WORKLOADS: dict[str, list[NetworkWorkload]] = {  # by part
         NetworkWorkload("uvit-2b-f64", "training", 512, checkpointed=True),
     ],
     "sampling": [
-        NetworkWorkload("uvit-h-f64", "step", 16, (*ALL, "patched, automatic graphs")),
+        NetworkWorkload("uvit-h-f64", "step", 16, (*ALL, "patched, without graphs")),
         *_each("uvit-h-f8p2 uvit-h-f32 uvit-2b-f64 dit-xl-f8p2 dit-xl-f32 dit-xl-f64", "step", 16, SAMPLED),
         *_each("uvit-h-f64 uvit-h-f32 uvit-2b-f64 dit-xl-f32", "samples", 16, SAMPLED),
     ],

@@ -93,7 +93,7 @@ CONTENDERS = {
     "plain + torch.compile, max-autotune": Contender(autotuned),
     "patched": Contender(contenders.patched),
     "patched + torch.compile": Contender(patched_and_compiled),
-    "patched, automatic graphs": Contender(contenders.patched_automatically),
+    "patched, without graphs": Contender(contenders.patched_without_graphs),
     "patched + CUDA graphs": Contender(contenders.patched_with_graphs),
 }
 

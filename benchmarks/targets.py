@@ -12,7 +12,7 @@ from .workloads import DIRECTIONS, F32, F64, F128, SANA, SHAPES_WORKLOADS, WORKL
 
 NOMINAL = 790  # TFLOP/s of a large bf16 matrix product; defines the floors in targets
 PATCHED, GRAPHS, BOUNDED = "patched channels-last", "patched + CUDA graphs", "patched, bounded memory"
-WITHOUT, AUTOMATIC, IN_8_BIT = "patched, without graphs", "patched, automatic graphs", "patched, 8 bit"
+WITHOUT, IN_8_BIT = "patched, without graphs", "patched, 8 bit"
 FASTEST = "patched, fastest"  # see `with_fastest`
 LOSS_CURVES = "loss-curve", "autoencoder-loss-curve"  # parts
 
@@ -104,9 +104,9 @@ TARGETS = [
     faster(f"{F32}-encode-b8-512", PATCHED, "torch.compile", 1.27),
     near_floor(f"{F32}-encode-b8-512", PATCHED, 1.15),
     *[faster(f"{F32}-{direction}-b1-512", GRAPHS, "torch.compile", 1.5) for direction in DIRECTIONS],
-    *[faster(f"{F32}-{direction}-b1-512", AUTOMATIC, "torch.compile", 1.15) for direction in DIRECTIONS],
+    *[faster(f"{F32}-{direction}-b1-512", PATCHED, "torch.compile", 1.15) for direction in DIRECTIONS],
     *[
-        faster(f"{SANA}-{direction}-{shape}", AUTOMATIC, "torch.compile", 1.5)
+        faster(f"{SANA}-{direction}-{shape}", PATCHED, "torch.compile", 1.5)
         for shape, direction in product(("b1-1024", "b2-512"), DIRECTIONS)
     ],
     *[faster(f"{SANA}-{direction}-b8-512", PATCHED, "torch.compile", 1.35) for direction in DIRECTIONS],
@@ -127,8 +127,8 @@ TARGETS = [
         Target("first-call", f"{F32}-decode-b8-512", "patched + torch.compile", seconds, "torch.compile", 1.0)
         for seconds in ("cold_s", "warm_s")
     ],
-    *[Target("shapes", each.name, AUTOMATIC, "ms", WITHOUT, 1.02) for each in SHAPES_WORKLOADS],
-    *[Target("shapes", each.name, AUTOMATIC, "held_gib", None, 1.0) for each in SHAPES_WORKLOADS],
+    *[Target("shapes", each.name, PATCHED, "ms", WITHOUT, 1.02) for each in SHAPES_WORKLOADS],
+    *[Target("shapes", each.name, PATCHED, "held_gib", None, 1.0) for each in SHAPES_WORKLOADS],
     Target("autoencoder", None, PATCHED, "error", "eager", 1.0),
     *autoencoder_training(f"{F32}-full-b16-256", 1.30),
     *autoencoder_training(f"{SANA}-full-b16-256", 1.50),
@@ -148,8 +148,8 @@ TARGETS = [
     *network("training", "uvit-h-f64-training-b4096-checkpointed", 1.9),
     *network("training", "dit-xl-f32-training-b128", 1.6, 1.3),
     faster("uvit-h-f64-step-b16", GRAPHS, "eager", 3.5, part="sampling"),
-    faster("uvit-h-f64-step-b16", AUTOMATIC, "eager", 2.3, part="sampling"),
-    faster("uvit-h-f64-step-b16", AUTOMATIC, GRAPHS, 1.0, part="sampling"),
+    faster("uvit-h-f64-step-b16", "patched", "eager", 2.3, part="sampling"),
+    faster("uvit-h-f64-step-b16", "patched", GRAPHS, 1.0, part="sampling"),
     faster("sana-1600m-forward-b2-1024px", "patched", BY_BLOCK, 1.5, part="sana"),
     faster("sana-1600m-forward-b2-1024px", "patched", REDUCED, 1.15, part="sana"),
     faster("sana-1600m-forward-b8-1024px", "patched", BY_BLOCK, 1.22, part="sana"),

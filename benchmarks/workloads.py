@@ -14,12 +14,12 @@ UNCOMPILED = ("eager", "eager channels-last", "patched channels-last", "patched 
 COMPILED = (*UNCOMPILED, "torch.compile", "patched, 8 bit")
 ALL = (*COMPILED, "patched", "patched + torch.compile", "diffusers patched")
 SMALL = (
-    *COMPILED, "torch.compile, reduce-overhead", "patched, automatic graphs", "patched + torch.compile",
+    *COMPILED, "torch.compile, reduce-overhead", "patched, without graphs", "patched + torch.compile",
     "patched + torch.compile, reduce-overhead", "patched, 8 bit + CUDA graphs",
 )  # fmt: skip
 BOUNDED = ("eager", "patched", "patched, bounded memory")
 FIRST_CALL = ("patched", "torch.compile", "patched + torch.compile")
-SHAPES = ("eager channels-last", "patched, without graphs", "patched, automatic graphs", "patched + CUDA graphs")
+SHAPES = ("eager channels-last", "patched, without graphs", "patched channels-last", "patched + CUDA graphs")
 
 
 @dataclass(frozen=True)

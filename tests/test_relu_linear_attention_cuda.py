@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accuracy import allowed
 from cuda_extension import CEILINGS, NEEDED, check_in_a_graph, relative_error
 
 from dcae_fast.models import functional
@@ -55,7 +56,7 @@ def test_agrees_with_float64(attention, shape, dtype):
     got = attention(qkv)
     assert got.dtype == dtype and got.shape == expected.shape
     assert got.is_contiguous(memory_format=torch.channels_last)
-    assert relative_error(got, expected) <= min(2 * eager, CEILINGS[dtype])
+    assert relative_error(got, expected) <= allowed(eager, dtype)
 
 
 def parts(qkv):
@@ -70,7 +71,7 @@ def check_gradient(backward, dout, qkv):
     assert got.dtype == qkv.dtype and got.shape == qkv.shape
     assert got.is_contiguous(memory_format=torch.channels_last)
     for mine, plain, exact in zip(parts(got), parts(eager), parts(expected), strict=True):
-        assert relative_error(mine, exact) <= min(2 * relative_error(plain, exact), CEILINGS[qkv.dtype])
+        assert relative_error(mine, exact) <= allowed(relative_error(plain, exact), qkv.dtype)
 
 
 @pytest.mark.parametrize("mean", [0.0, 1.0])

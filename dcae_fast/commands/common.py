@@ -129,7 +129,7 @@ class Compute:
         self.patch_model(network)
         return network
 
-    def patch_model(self, network: "DCAE | DCAEDiffusion", cuda_graphs: bool = False) -> str:
+    def patch_model(self, network: "DCAE | DCAEDiffusion", cuda_graphs: bool | str = "auto") -> str:
         """Patches a model if `patch` is set. Returns the precision of its autoencoder: "exact", or "int8" and the
         beginning of the hash of the file of scales.
 

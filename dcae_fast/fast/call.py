@@ -38,8 +38,8 @@ class Options:
 class WholeCall(FastModule):
     """A module whose calls can be captured as CUDA graphs, by `graphs_class`.
 
-    only_for_graphs: without CUDA graphs the module keeps its own class, because only its parts become fast. diffusers
-    compares the exact classes of a pipeline's components.
+    only_for_graphs: without CUDA graphs the module keeps its own class, because only its parts become fast. So does a
+    component of a pipeline unless cuda_graphs=True, because diffusers' `from_pipe` compares exact classes.
     """
 
     only_for_graphs = False

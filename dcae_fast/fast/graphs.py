@@ -29,6 +29,7 @@ from dcae_fast.ops._private import (
 
 from . import operands
 from .casts import Casts, without_cache
+from .events import Event, recorded_event
 from .judge import Budget, Judge, Step, Timing
 from .layout import is_indifferent, layout_of
 from .module import plain
@@ -185,7 +186,7 @@ class Graphs:
                     return graph.replay(args, cast=True)
             elif step is Step.TIME:
                 self._places = Places(module)
-                timing = Timing(functools.partial(record_event, args[0].device))
+                timing = Timing(functools.partial(recorded_event, args[0].device))
         with self._computing():
             result = function(*args, **kwargs)
         if timing is not None:
@@ -296,7 +297,7 @@ class Pool:
 
     def __init__(self, device: torch.device):
         self.stream = torch.cuda.Stream(device)
-        self.replayed = torch.cuda.Event()
+        self.replayed = Event()
         self.memory = torch.cuda.graph_pool_handle()
 
     def wait(self) -> None:
@@ -404,13 +405,6 @@ def call_key(args: tuple, kwargs: dict[str, Any], network: bool, under_autocast:
         (x.stride() if network else None, *((tensor.shape, tensor.dtype, tensor.stride()) for tensor in given)),
         (torch.is_grad_enabled(), *(setting() for setting in SETTINGS), *attention_order()),
     )
-
-
-def record_event(device: torch.device) -> torch.cuda.Event:
-    """An event with a time, recorded on the current stream."""
-    event = torch.cuda.Event(enable_timing=True)
-    event.record(torch.cuda.current_stream(device))
-    return event
 
 
 def can_graph(x: torch.Tensor) -> bool:

@@ -48,7 +48,7 @@ OPERATORS = (
 def patch(
     model: Any,
     disable: Iterable[str] = (),
-    cuda_graphs: bool | Literal["auto"] = False,
+    cuda_graphs: bool | Literal["auto"] = "auto",
     max_memory: int | None = None,
     frozen: bool = False,
     graph_memory: int = 2**30,
@@ -74,13 +74,14 @@ def patch(
       by torch.compile(module.forward), calls the fast forward until `unpatch`.
     Patching twice has the effect of the second call: its options replace the former ones.
 
-    cuda_graphs: capture an inference call of a patched encoder, decoder or transformer as a CUDA graph when a call with
-    the same shapes and types is made the second time, and replay the graph from then on. `DCAEDiffusion.generate`
-    captures its steps. Each module keeps at most eight graphs and the memory that the graphs compute in.
-    cuda_graphs="auto": capture only calls that are short on the GPU. The second call with the same shapes and types is
-    timed, without waiting for the GPU. If the GPU takes at most 1.5 times as long as Python needs to issue the call, a
-    later call is captured. Calls that get no graph for lack of memory are considered again after 16 more calls, then
-    after 32, up to 1024. Each time that weights move, twice as many calls are needed.
+    cuda_graphs="auto": an inference call of a patched encoder, decoder or transformer that is short on the GPU is
+    captured as a CUDA graph, which later calls with the same shapes and types replay. The second such call is timed,
+    without waiting for the GPU. If the GPU takes at most 1.5 times as long as Python needs to issue the call, a later
+    call is captured. Calls that get no graph for lack of memory are considered again after 16 more calls, then after
+    32, up to 1024. Each time that weights move, twice as many calls are needed. The steps of `DCAEDiffusion.generate`
+    are calls in this sense. The transformer of a diffusers pipeline is captured only if it is patched on its own.
+    cuda_graphs=True: every such call is captured when it is made the second time. Each module keeps at most eight
+    graphs and the memory that the graphs compute in. cuda_graphs=False: no call is captured.
     graph_memory: bytes that the graphs of "auto" hold at most, in all modules of the model or pipeline together: the
     memory they compute in, their inputs and outputs. Weights that autocast casts for a transformer come on top. A
     capture takes at most half of the GPU's free memory.
@@ -133,11 +134,14 @@ def patch(
             }
     options = disabled, cuda_graphs, max_memory, frozen, Budget(graph_memory)
     if components is None:
-        return _patch(model, *options, *found.get("", ()))
+        return _patch(model, *options, *found.get("", ()), keeps_classes=not cuda_graphs)
     if not components:
         return Report(note=f"{type(model).__name__} has no component that is a module: nothing was patched.")
     return Report.of_components(
-        {name: _patch(component, *options, *found.get(name, ())) for name, component in components.items()}
+        {
+            name: _patch(component, *options, *found.get(name, ()), keeps_classes=cuda_graphs is not True)
+            for name, component in components.items()
+        }
     )
 
 
@@ -166,15 +170,19 @@ def _patch(
     budget: Budget,
     autoencoder: nn.Module | None = None,
     calibration: Calibration | None = None,
+    keeps_classes: bool = False,
 ) -> Report:
-    """autoencoder: the part of the model to compute in 8 bit, as `calibration` says; None computes exactly."""
+    """autoencoder: the part of the model to compute in 8 bit, as `calibration` says; None computes exactly.
+
+    keeps_classes: modules whose fast class is only for graphs keep their own class.
+    """
     report, reasons = Report(), {}
     sharded = any(map(_is_sharded, model.modules()))
     operands.unfreeze(model)
     for path, module, within_coder in _parts(model):
         cls = original_class(module)
         mixin = mixin_of(cls)
-        if mixin is not None and issubclass(mixin, WholeCall) and mixin.only_for_graphs and not cuda_graphs:
+        if mixin is not None and issubclass(mixin, WholeCall) and keeps_classes and mixin.only_for_graphs:
             reason, mixin = "", None
             release(module)
             change_class(module, cls)
@@ -220,7 +228,7 @@ def unpatch(model: Any) -> None:
 def patched(
     model: Any,
     disable: Iterable[str] = (),
-    cuda_graphs: bool | Literal["auto"] = False,
+    cuda_graphs: bool | Literal["auto"] = "auto",
     max_memory: int | None = None,
     frozen: bool = False,
     graph_memory: int = 2**30,

@@ -12,7 +12,7 @@ import dcae_fast
 def with_and_without_graphs(model: nn.Module, cuda_graphs: bool | str = True) -> tuple[nn.Module, nn.Module]:
     """The model, patched with CUDA graphs, and a copy, patched without them."""
     plain = copy.deepcopy(model)
-    dcae_fast.patch(plain)
+    dcae_fast.patch(plain, cuda_graphs=False)
     dcae_fast.patch(model, cuda_graphs=cuda_graphs)
     return model, plain
 

@@ -378,10 +378,10 @@ def test_options_come_and_go(tape):
             model(x)
     assert tape.captures == 2
     captured = weakref.ref(next(iter(model.encoder.fast_options.graphs._graphs.values())))
-    dcae_fast.patch(model, max_memory=2**30)
+    dcae_fast.patch(model, cuda_graphs=False, max_memory=2**30)
     assert captured() is None, "graphs are freed at once"
     assert model.encoder.fast_options.graphs is None and model.encoder.fast_options.max_memory == 2**30
-    dcae_fast.patch(model)
+    dcae_fast.patch(model, cuda_graphs=False)
     assert [set(vars(module)) for module in model.modules()] == attributes
     dcae_fast.patch(model, cuda_graphs=True)
     dcae_fast.patch(model, disable="all", cuda_graphs=True)
@@ -411,7 +411,7 @@ def test_options_of_a_scope(tape, encoder):
     x, outer = image(1, 3, 8, 8), encoder.fast_options
     for _ in range(2):
         encoder(x)
-    with dcae_fast.patched(encoder, max_memory=2**30):
+    with dcae_fast.patched(encoder, cuda_graphs=False, max_memory=2**30):
         assert encoder.fast_options.max_memory == 2**30
         not_captured(encoder, x)
     assert encoder.fast_options is outer

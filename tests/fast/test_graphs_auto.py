@@ -38,7 +38,7 @@ class Gpu:
 
 @pytest.fixture
 def gpu(tape, monkeypatch) -> type[Gpu]:
-    monkeypatch.setattr(graphs, "record_event", lambda device: Gpu())
+    monkeypatch.setattr(graphs, "recorded_event", lambda device: Gpu())
     monkeypatch.setattr(graphs, "free_memory", lambda device: 2**40)
     monkeypatch.setattr(judge, "PATIENCE", PATIENCE)
     Gpu.milliseconds, Gpu.is_done, Gpu.events = 0.0, True, 0

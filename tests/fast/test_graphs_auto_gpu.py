@@ -54,7 +54,7 @@ def test_a_small_model_is_captured(name, mode):
 @torch.no_grad()
 def test_one_picture_fits_into_the_memory(large, frozen, record_property):
     """Encoder and decoder of one picture of 512 px get graphs with the default graph_memory."""
-    dcae_fast.patch(large, frozen=frozen)
+    dcae_fast.patch(large, cuda_graphs=False, frozen=frozen)
     x = torch.randn(1, 3, 512, 512, device="cuda", dtype=torch.bfloat16)
     z = large.encoder(x)
     y = large.decoder(z)
@@ -71,7 +71,7 @@ def test_one_picture_fits_into_the_memory(large, frozen, record_property):
 @torch.no_grad()
 def test_memory_is_bounded(large):
     """20 shapes in turn. What is reserved beyond the memory without graphs stays within graph_memory."""
-    dcae_fast.patch(large)
+    dcae_fast.patch(large, cuda_graphs=False)
     inputs = [torch.randn(1, 3, 256, 128 + 32 * k, device="cuda", dtype=torch.bfloat16) for k in range(20)]
     expected = [large.encoder(x) for x in inputs]
     before = reserved_memory()
@@ -111,7 +111,7 @@ def test_a_users_own_capture(calls):
     plain.encoder(x)
     settle(model.encoder, x, calls=calls)
     if calls == 0:  # kernels must be compiled before a capture
-        with dcae_fast.patched(model):
+        with dcae_fast.patched(model, cuda_graphs=False):
             model.encoder(x)
     had, graph, static = len(graphs_of(model.encoder)), torch.cuda.CUDAGraph(), x.clone()
     with torch.cuda.graph(graph):
@@ -132,7 +132,7 @@ def test_a_capture_of_another_thread(mode, cuda_graphs):
     model, x = build("strided"), image(1, 3, 16, 16)
     dcae_fast.patch(model, cuda_graphs=cuda_graphs)
     for _ in range(3):
-        with dcae_fast.patched(model):
+        with dcae_fast.patched(model, cuda_graphs=False):
             expected = model.encoder(x)  # so that the memory of a call is cached
     settle(model.encoder, x, calls=1)
     capturing, timed, errors = threading.Event(), threading.Event(), []
@@ -216,7 +216,7 @@ def test_offloading_hooks(library):
 @torch.no_grad()
 def test_unpatch_frees_everything():
     model, x = build("shuffled"), image(4, 3, 256, 256)
-    dcae_fast.patch(model)
+    dcae_fast.patch(model, cuda_graphs=False)
     model(x)
     before = reserved_memory()
     dcae_fast.patch(model, cuda_graphs="auto", graph_memory=8 * GIB)

@@ -69,6 +69,7 @@ def test_compiles_whole():
 
 def infer(rank: int, folder: str, model: nn.Module, x: torch.Tensor) -> None:
     """Runs in a separate process: destroying the group of DDP may wait forever."""
+    torch.backends.cudnn.allow_tf32 = False  # as conftest.py sets it in the process of the tests
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=1)
     with torch.no_grad():
         torch.save(DistributedDataParallel(model)(x).cpu(), f"{folder}/result.pt")

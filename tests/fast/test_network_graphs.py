@@ -132,7 +132,7 @@ def test_options_come_and_go(tape):
     attributes = [set(vars(module)) for module in model.modules()]
     report = dcae_fast.patch(model, cuda_graphs=True, max_memory=2**40)
     assert report.replaced["UViT"] == 1 and model.diffusion_model.fast_options.max_memory is None
-    dcae_fast.patch(model)
+    dcae_fast.patch(model, cuda_graphs=False)
     assert [set(vars(module)) for module in model.modules()] == attributes
     with dcae_fast.patched(model, cuda_graphs=True):
         assert "fast_options" in vars(model.diffusion_model)
@@ -302,7 +302,7 @@ def test_hooks_of_the_network_see_every_call(tape):
 
 def test_nothing_is_captured_without_graphs(tape):
     model = build().to(DEVICE)
-    dcae_fast.patch(model)
+    dcae_fast.patch(model, cuda_graphs=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         not_captured(generate, model)

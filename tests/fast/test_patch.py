@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import dcae_fast
+from dcae_fast.fast.call import WholeCall
 from dcae_fast.fast.families.uvit_dit import Block
 from dcae_fast.fast.patch import OPERATORS
 
@@ -34,9 +35,12 @@ def test_patch_changes_classes_and_nothing_else(model):
     assert fast_count(model) == report.replaced.total() > 0
     assert all(issubclass(cls, base) for cls, base in zip(classes(model), original, strict=True))
     assert {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()} == before
-    assert [dict(vars(module)) for module in model.modules()] == attributes
+    for module, found in zip(model.modules(), attributes, strict=True):
+        options = {"fast_options"} if isinstance(module, WholeCall) else set()
+        assert vars(module).keys() - found.keys() == options and vars(module) | found == vars(module)
     dcae_fast.unpatch(model)
     assert classes(model) == original
+    assert [dict(vars(module)) for module in model.modules()] == attributes
 
 
 def test_patching_again(model):
