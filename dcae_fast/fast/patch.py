@@ -128,7 +128,7 @@ def patch(
     found = {}
     if precision == "int8":
         found = precisions.autoencoders({"": model} if components is None else components)
-        with patched(model, disable, max_memory=max_memory, frozen=True):
+        with patched(model, disable, cuda_graphs=False, max_memory=max_memory, frozen=True):
             found = {
                 name: (each, precisions.calibration_of(each, calibration, error_budget)) for name, each in found.items()
             }
