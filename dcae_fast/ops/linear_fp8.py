@@ -16,6 +16,7 @@ There are no second derivatives.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -23,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from ._library import KERNEL_DTYPES, define, differentiable
 from ._parts import as_kernel, as_operator, as_reference
 from ._products import as_rows
+from .gradient_rows import gradient_rows_op
 from .linear import check_layer, linear_backward_weight_op
 from .linear_rows import linear_rows_op
 from .quantize_columns import quantize_columns_op, transpose_rows_op
@@ -54,30 +56,49 @@ def weight_gradient(via, dy_rows, x_rows, dtype):
     return via(linear_rows_op)(*dy, *x, None, None, dtype, False)
 
 
-def parameter_gradients(via, dy, dy_rows, x, x_rows, weight, bias, wants_weight, wants_bias):
-    """The gradients of weight and bias; None where they are not wanted. dy_rows, x_rows: 8-bit rows.
+class Gradient(NamedTuple):
+    """The gradient of a layer's result in half precision, as 8-bit rows, and summed over rows; see gradient_rows.py.
 
-    x: in half precision, for a product in half precision; None with everything in 8 bit.
+    half is None with everything in 8 bit. total is None where the product for the gradient of the weight sums.
     """
-    dweight = dbias = None
-    if wants_weight and x is not None:
-        dweight, dbias = via(linear_backward_weight_op)(dy, x, wants_bias, weight.dtype)
+
+    half: torch.Tensor | None
+    rows: tuple[torch.Tensor, torch.Tensor]
+    total: torch.Tensor | None
+
+
+def rounded_gradient(via, dy, dtype, everything, wants_weight, wants_bias):
+    """The `Gradient` for products in `dtype`. wants_weight, wants_bias: which gradients of the layer are wanted."""
+    wants_sum = wants_bias and (everything or not wants_weight)
+    if dy.dtype == dtype and not everything and not wants_sum:
+        return Gradient(dy, quantized(via, dy, format=GRADIENT), None)
+    wants_half = wants_weight and not everything
+    half, *rows, total = via(gradient_rows_op)(dy, dtype, GRADIENT, wants_half, wants_sum)
+    return Gradient(half if wants_half else None, tuple(rows), total if wants_sum else None)
+
+
+def parameter_gradients(via, gradient, x, x_rows, weight, bias, wants_weight, wants_bias):
+    """The gradients of weight and bias; None where they are not wanted. x: in half precision, None with everything in
+    8 bit; x_rows: its 8-bit rows, read only with everything.
+    """
+    dweight, dbias = None, gradient.total
+    if wants_weight and x is None:
+        dweight = weight_gradient(via, gradient.rows, x_rows, weight.dtype)
     elif wants_weight:
-        dweight = weight_gradient(via, dy_rows, x_rows, weight.dtype)
-    if wants_bias and (dbias is None or not wants_weight):
-        dbias = as_rows(dy).sum(0, dtype=bias.dtype)
+        sums = wants_bias and dbias is None
+        dweight, found = via(linear_backward_weight_op)(gradient.half, x, sums, weight.dtype)
+        dbias = found if sums else dbias
     return dweight, dbias.to(bias.dtype) if wants_bias else None
 
 
-def linear_fp8_backward(via, dy, x, x_rows, weight, bias, wants):
-    """The gradients of x, weight and bias; None where `wants` says that it is not wanted. dy: of x's type.
+def linear_fp8_backward(via, gradient, x, x_rows, weight, bias, wants, dtype):
+    """The gradients of x, in `dtype`, of weight and bias; None where `wants` says that it is not wanted.
 
     Other arguments: as in `parameter_gradients`.
     """
-    wants_x, wants_weight, wants_bias = wants
-    rows = quantized(via, dy, format=GRADIENT) if wants_x or x is None else None
-    dx = input_gradient(via, rows, weight, dy.dtype) if wants_x else None
-    return dx, *parameter_gradients(via, dy, rows, x, x_rows, weight, bias, wants_weight, wants_bias)
+    wants_x, *of_parameters = wants
+    dx = input_gradient(via, gradient.rows, weight, dtype) if wants_x else None
+    return dx, *parameter_gradients(via, gradient, x, x_rows, weight, bias, *of_parameters)
 
 
 def _forward(via, x, weight, bias, residual, everything):
@@ -115,7 +136,8 @@ def _backward(ctx, dy, *_):
         return (None,) * 5
     x, *rows, weight, bias = ctx.saved_tensors
     dresidual = dy.to(ctx.residual_dtype) if wants_residual else None
-    found = linear_fp8_backward(as_operator, dy.to(ctx.x_dtype), x, rows, weight, bias, wants)
+    gradient = rounded_gradient(as_operator, dy.contiguous(), ctx.x_dtype, ctx.everything, *wants[1:])
+    found = linear_fp8_backward(as_operator, gradient, x, rows, weight, bias, wants, ctx.x_dtype)
     return *found, dresidual, None
 
 

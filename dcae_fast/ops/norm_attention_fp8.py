@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ._block_half import INPUTS, define_half
 from ._block_half_fp8 import HalfFp8
-from .linear_fp8 import linear_fp8_backward, product, quantized
+from .linear_fp8 import linear_fp8_backward, product, quantized, rounded_gradient
 from .norm_attention import check_attention
 from .packed_attention import packed_attention_backward_op, packed_attention_op
 
@@ -37,36 +37,27 @@ class NormAttentionFp8(HalfFp8, NamedTuple("NormAttentionFp8Inputs", FIELDS)):
     name, Kept = "norm_attention_fp8", AttentionFp8Kept
 
     def forward(self, via):
-        s, total, rows = self.norm_rows(via)
+        s, total, kept, rows = self.norm_rows(via)
         qkv = product(via, rows, self.w_in, self.b_in, None, self.dtype)
         attended, lse = via(packed_attention_op)(qkv, self.num_heads)
         added, dtype = (s, s.dtype) if self.residual else (None, self.dtype)
         out = product(via, quantized(via, attended), self.w_out, self.b_out, added, dtype)
-        return out, total, *self.rows_to_keep(rows), qkv, attended, lse
+        return out, total, *kept, qkv, attended, lse
 
     def backward(self, via, dout, kept, wants):
-        total, y, y_scale, qkv, attended, lse = kept
-        attended_rows = quantized(via, attended) if self.everything and wants.w_out else None
+        _, y, y_scale, qkv, attended, lse = kept
+        of_out, of_in, everything = (wants.w_out, wants.b_out), (wants.w_in, wants.b_in), self.everything
+        dtype, gradient = qkv.dtype, rounded_gradient(via, dout, qkv.dtype, everything, *of_out)
+        attended_rows = quantized(via, attended) if everything and wants.w_out else None
+        x = None if everything else attended, attended_rows
         dattended, dw_out, db_out = linear_fp8_backward(
-            via,
-            dout.to(attended.dtype),
-            None if self.everything else attended,
-            attended_rows,
-            self.w_out,
-            self.b_out,
-            (True, wants.w_out, wants.b_out),
+            via, gradient, *x, self.w_out, self.b_out, (True, *of_out), dtype
         )
+        del gradient, attended_rows, x
         dqkv = via(packed_attention_backward_op)(dattended, qkv, attended, lse, self.num_heads)
         del dattended
-        dy, dw_in, db_in = linear_fp8_backward(
-            via,
-            dqkv,
-            self.y_again(via, total) if wants.w_in else None,
-            (y, y_scale),
-            self.w_in,
-            self.b_in,
-            (True, wants.w_in, wants.b_in),
-        )
+        gradient, x = rounded_gradient(via, dqkv, dtype, everything, *of_in), self.operands_of_w_in(y, y_scale)
+        dy, dw_in, db_in = linear_fp8_backward(via, gradient, *x, self.w_in, self.b_in, (True, *of_in), dtype)
         return dy, dw_in, db_in, dw_out, db_out
 
 

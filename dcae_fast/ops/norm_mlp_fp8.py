@@ -15,7 +15,16 @@ from torch import Tensor
 from ._block_half import INPUTS, define_half
 from ._block_half_fp8 import HalfFp8
 from .gelu_backward_rows import gelu_backward_rows_op
-from .linear_fp8 import GRADIENT, input_gradient, parameter_gradients, product, quantized
+from .linear_fp8 import (
+    GRADIENT,
+    Gradient,
+    input_gradient,
+    linear_fp8_backward,
+    parameter_gradients,
+    product,
+    quantized,
+    rounded_gradient,
+)
 from .norm_mlp import check_mlp
 
 
@@ -36,30 +45,28 @@ class NormMlpFp8(HalfFp8, NamedTuple("NormMlpFp8Inputs", FIELDS)):
     name, Kept = "norm_mlp_fp8", MlpFp8Kept
 
     def forward(self, via):
-        s, total, rows = self.norm_rows(via)
+        s, total, kept, rows = self.norm_rows(via)
         h = product(via, rows, self.w_in, self.b_in, None, self.dtype)
         added, dtype = (s, s.dtype) if self.residual else (None, self.dtype)
         out = product(via, quantized(via, h, self.act), self.w_out, self.b_out, added, dtype)
-        return out, total, *self.rows_to_keep(rows), h
+        return out, total, *kept, h
 
     def backward(self, via, dout, kept, wants):
-        total, y, y_scale, h = kept
-        dout = dout.to(h.dtype)
-        dout_rows = quantized(via, dout, format=GRADIENT)
-        dg = input_gradient(via, dout_rows, self.w_out, h.dtype)
+        _, y, y_scale, h = kept
+        of_out, everything = (wants.w_out, wants.b_out), self.everything
+        gradient = rounded_gradient(via, dout, h.dtype, everything, *of_out)
+        dg = input_gradient(via, gradient.rows, self.w_out, h.dtype)
         dh, *dh_rows, g, g_q, g_scale, db1 = via(gelu_backward_rows_op)(
-            dg, h, self.act, GRADIENT, self.everything, wants.w_out
+            dg, h, self.act, GRADIENT, everything, wants.w_out
         )
         del dg
-        in_half = not self.everything
-        g_rows = g_q, g_scale
-        of_out = dout, dout_rows, g if in_half else None, g_rows, self.w_out, self.b_out
-        dw_out, db_out = parameter_gradients(via, *of_out, wants.w_out, wants.b_out)
-        del g, g_q, g_rows, of_out
-        dy = input_gradient(via, dh_rows, self.w_in, h.dtype)
-        y_half = self.y_again(via, total) if wants.w_in else None
-        dw_in, _ = parameter_gradients(via, dh, dh_rows, y_half, (y, y_scale), self.w_in, None, wants.w_in, False)
-        return dy, dw_in, db1.to(self.b_in.dtype) if wants.b_in else None, dw_out, db_out
+        x = None if everything else g, (g_q, g_scale)
+        dw_out, db_out = parameter_gradients(via, gradient, *x, self.w_out, self.b_out, *of_out)
+        del gradient, g, g_q, g_scale, x
+        gradient, x = Gradient(None if everything else dh, dh_rows, db1), self.operands_of_w_in(y, y_scale)
+        of_in = True, wants.w_in, wants.b_in
+        dy, dw_in, db_in = linear_fp8_backward(via, gradient, *x, self.w_in, self.b_in, of_in, h.dtype)
+        return dy, dw_in, db_in, dw_out, db_out
 
 
 norm_mlp_fp8_op = define_half(NormMlpFp8)

@@ -3,6 +3,7 @@
     quantize_rows:     q, scale = rounded(act(x))
     concatenate_rows:  q, scale = rounded([left, right])
     layer_norm_rows:   s, q, scale = s, rounded(y), with s and y of `layer_norm`
+    layer_norm_and_rows:   s, y, q, scale: for training, y in half precision too
 
     rounded(y): q = y / scale, rounded half to even; scale depends on m = max |y| of the row
 
@@ -61,6 +62,11 @@ def layer_norm_rows_reference(x, scale, shift, eps, branch, gate, dtype):
     return total, *_rounded(y, dtype)
 
 
+def layer_norm_and_rows_reference(x, scale, shift, eps, branch, gate, dtype, rows_dtype):
+    total, y = layer_norm_reference(x, scale, shift, eps, branch, gate, torch.float32)
+    return total, y.to(dtype), *_rounded(y, rows_dtype)
+
+
 def _accepts(x, dtype, *others):
     return (
         x.numel() > 0
@@ -87,6 +93,14 @@ layer_norm_rows_op = define(
     " -> (Tensor total, Tensor q, Tensor q_scale)",
     layer_norm_rows_reference,
     lambda x, scale, shift, eps, branch, gate, dtype: _accepts(x, dtype, scale, shift, branch, gate),
+    "layer_norm_rows",
+)
+
+layer_norm_and_rows_op = define(
+    "layer_norm_and_rows(Tensor x, Tensor scale, Tensor shift, float eps, Tensor? branch, Tensor? gate,"
+    " ScalarType dtype, ScalarType rows_dtype) -> (Tensor total, Tensor y, Tensor q, Tensor q_scale)",
+    layer_norm_and_rows_reference,
+    lambda x, scale, shift, eps, branch, gate, dtype, rows_dtype: _accepts(x, rows_dtype, scale, shift, branch, gate),
     "layer_norm_rows",
 )
 

@@ -1,4 +1,7 @@
-"""Layer norm of tokens with results in 8 bit, each token with its own scale; see layer_norm.py and quantize_rows.py."""
+"""Layer norm of tokens with results in 8 bit, each token with its own scale; see layer_norm.py and quantize_rows.py.
+
+For training also with the same results in another type.
+"""
 
 import torch
 import triton
@@ -32,8 +35,8 @@ def _modulated(x, scale_ptr, shift_ptr, of_image, mask, OF_IMAGE: tl.constexpr):
 
 @Kernel
 def _layer_norm_rows_kernel(
-    x_ptr, scale_ptr, shift_ptr, branch_ptr, gate_ptr, sum_ptr, q_ptr, q_scale_ptr, rows, tokens, width, eps,
-    OF_IMAGE: tl.constexpr, HAS_BRANCH: tl.constexpr,
+    x_ptr, scale_ptr, shift_ptr, branch_ptr, gate_ptr, sum_ptr, y_ptr, q_ptr, q_scale_ptr, rows, tokens, width, eps,
+    OF_IMAGE: tl.constexpr, HAS_BRANCH: tl.constexpr, WRITES_Y: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """MAIN, REST: as in quantize_rows.py."""
@@ -64,11 +67,25 @@ def _layer_norm_rows_kernel(
     q_scale, inverse = scale_and_inverse(largest, TYPE)
     tl.store(q_scale_ptr + row, q_scale, row < rows)
     tl.store(q_ptr + start + d, to_8_bit(y, inverse[:, None], TYPE), mask)
+    if WRITES_Y:
+        tl.store(y_ptr + start + d, y.to(y_ptr.dtype.element_ty), mask)
     if REST:
+        if WRITES_Y:
+            tl.store(y_ptr + start + rest_d, rest_y.to(y_ptr.dtype.element_ty), rest_mask)
         tl.store(q_ptr + start + rest_d, to_8_bit(rest_y, inverse[:, None], TYPE), rest_mask)
 
 
 def launch_layer_norm_rows(x, scale, shift, eps, branch, gate, dtype):
+    total, _, *rows = _launch(x, scale, shift, eps, branch, gate, x.new_empty(0), dtype)
+    return total, *rows
+
+
+def launch_layer_norm_and_rows(x, scale, shift, eps, branch, gate, dtype, rows_dtype):
+    return _launch(x, scale, shift, eps, branch, gate, torch.empty_like(x, dtype=dtype), rows_dtype)
+
+
+def _launch(x, scale, shift, eps, branch, gate, y, dtype):
+    """y: where to write the results in another type, empty for nowhere."""
     images, tokens, width = x.shape
     if branch is None:
         total = x.new_empty(0)
@@ -77,7 +94,7 @@ def launch_layer_norm_rows(x, scale, shift, eps, branch, gate, dtype):
     q, q_scale = empty_rows(x, width, dtype)
     block_rows, blocks = row_blocks(width)
     _layer_norm_rows_kernel[(cdiv(images * tokens, block_rows),)](
-        x, scale, shift, branch, gate, total, q, q_scale, images * tokens, tokens, width, eps,
-        OF_IMAGE=scale.dim() == 2, HAS_BRANCH=branch is not None, **blocks,
+        x, scale, shift, branch, gate, total, y, q, q_scale, images * tokens, tokens, width, eps,
+        OF_IMAGE=scale.dim() == 2, HAS_BRANCH=branch is not None, WRITES_Y=y.numel() > 0, **blocks,
     )  # fmt: skip
-    return total, q, q_scale
+    return total, y, q, q_scale

@@ -70,8 +70,9 @@ def main():
     from dcae_fast.kernels.gated_sum import launch_gated_sum, launch_gated_sum_backward
     from dcae_fast.kernels.gelu_backward import launch_gelu_backward
     from dcae_fast.kernels.gelu_backward_rows import launch_gelu_backward_rows
+    from dcae_fast.kernels.gradient_rows import launch_gradient_rows
     from dcae_fast.kernels.layer_norm import launch_layer_norm, launch_layer_norm_backward
-    from dcae_fast.kernels.layer_norm_rows import launch_layer_norm_rows
+    from dcae_fast.kernels.layer_norm_rows import launch_layer_norm_and_rows, launch_layer_norm_rows
     from dcae_fast.kernels.multiscale_qkv import launch_multiscale_qkv, launch_multiscale_qkv_backward
     from dcae_fast.kernels.quantize import launch_quantize
     from dcae_fast.kernels.quantize_columns import launch_quantize_columns, launch_transpose_rows
@@ -165,6 +166,10 @@ def main():
         h = tensor(66, 4 * width, dtype=half)
         for act, everything in (("gelu", False), ("gelu_tanh", True)):
             launch_gelu_backward_rows(h, h, act, torch.float8_e4m3fn, everything, True)
+        launch_gradient_rows(x, half, torch.float8_e4m3fn, True, False)
+        launch_gradient_rows(h, half, torch.float8_e4m3fn, False, True)
+        launch_layer_norm_and_rows(x, d, d, 1e-5, None, None, half, torch.float8_e4m3fn)
+        launch_layer_norm_and_rows(x, of_image, of_image, 1e-6, y, of_image, half, torch.float8_e4m3fn)
         launch_quantize_columns(tensor(4 * width, width, dtype=dtype), torch.float8_e4m3fn)
         launch_transpose_rows(tensor(66, width, dtype=torch.float8_e5m2), tensor(66, 1, dtype=torch.float32))
     launch_unshuffle_average_add_int8(tensor(2, 256, 64, 64), tensor(2, 128, 64, 64), tensor(128), 512, 2, 0.5, 1.0)
