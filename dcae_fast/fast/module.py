@@ -46,6 +46,10 @@ class FastModule:
         """The module's own layers that its fast forward can compute in 8 bit, if they have the shapes for it."""
         return ()
 
+    def float8_layers(self) -> tuple[nn.Module | None, ...]:
+        """The module's own layers that its fast forward can compute in 8-bit floating point; None for an absent one."""
+        return ()
+
     def dispatch(self, *args, **kwargs):
         """The fast forward, or the module's own where the fast one cannot take these arguments."""
         if kwargs or not args or not self.takes(*args):

@@ -26,6 +26,7 @@ LAYERS = (nn.Conv2d, nn.Linear)  # that can keep operands
 ATTRIBUTE = "fast_operands"  # of such a layer; it is there if the layer is frozen
 FROZEN = "fast_frozen"  # attribute of a fast module with such layers
 INT8 = "fast_int8"  # attribute of a layer that computes in 8 bit; see int8.py
+FLOAT8 = "fast_float8"  # attribute of a layer that computes in 8-bit floating point; see float8.py
 
 Operand = Any  # a tensor, or a tuple of tensors and None
 
@@ -98,7 +99,7 @@ def freeze(module: nn.Module) -> None:
 def unfreeze(module: nn.Module) -> None:
     """Drop the operands of all layers in a module. From now on every call derives its operands; no layer is 8-bit."""
     for submodule in module.modules():
-        for name in (FROZEN, ATTRIBUTE, INT8):
+        for name in (FROZEN, ATTRIBUTE, INT8, FLOAT8):
             submodule.__dict__.pop(name, None)
 
 
@@ -237,6 +238,16 @@ def of_int8(
         return quantized, scales * scale, bias
 
     return _operand(first, ("int8", scale, upsamples), (*weights, *of_norm, first.bias), make)
+
+
+def of_float8(layer: nn.Linear, bias_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Weight, scales and bias as `ops.linear_rows` reads them. The weight is rounded once, from its own dtype."""
+    weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+
+    def make() -> Operand:
+        return *ops.quantize_rows(weight), None if bias is None else cast(bias, bias_dtype)
+
+    return _operand(layer, ("float8", bias_dtype), (weight, bias), make)
 
 
 def _is_channels_last(weight: torch.Tensor) -> bool:

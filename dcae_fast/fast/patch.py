@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from . import families, operands, precisions  # noqa: F401, families register their classes
+from . import families, float8, operands, precisions  # noqa: F401, families register their classes
 from .calibration import DEFAULT_BUDGET, Calibration, ErrorBudget
 from .call import WholeCall, configure, release
 from .judge import Budget
@@ -52,9 +52,10 @@ def patch(
     max_memory: int | None = None,
     frozen: bool = False,
     graph_memory: int = 2**30,
-    precision: Literal["exact", "int8"] = "exact",
+    precision: Literal["exact", "int8", "fp8"] = "exact",
     calibration: Any = None,
     error_budget: ErrorBudget = DEFAULT_BUDGET,
+    keep: Iterable[str] = (),
 ) -> Report:
     """Make a DC-AE and the diffusion transformers on its latents fast.
 
@@ -105,12 +106,19 @@ def patch(
     calibration.
     error_budget: the largest error by 8 bit. Layers that would exceed it stay exact; the report names them.
 
+    precision: "fp8" lets linear layers in the blocks of UViT, USiT, DiT and SiT compute in 8-bit floating point, in
+    half precision or under autocast, on a Hopper GPU: the projections of attention, the MLP and the long skips. Nothing
+    is calibrated. `load_state_dict` keeps this precision. On other devices, and for layers with other channels than
+    multiples of 16, the model computes as without it, and the report says so. `frozen` also keeps the 8-bit weights.
+    keep: names of layers that stay exact with "fp8", in full, or their last part, such as "fc2".
+
     Returns a report that prints as a table. Raises TypeError for a model or an option of another type. Raises
     ValueError for an unknown operator or precision, for a number of bytes that is not positive, and for frozen=True
     with weights that FSDP shards; for precision="int8" with pictures that cannot be read, in training mode, with
     weights on the meta device, with an encoder or decoder that cannot be patched, and without exactly one autoencoder
     in the model, or in a component of the pipeline at most; for `calibration` or `error_budget` without
-    precision="int8". Raises CheckpointError for scales of other weights.
+    precision="int8"; for precision="fp8" without a transformer, for a name in `keep` without a layer, and for `keep`
+    without precision="fp8". Raises CheckpointError for scales of other weights.
     """
     components, disabled = _components(model), _disabled(disable)
     if not isinstance(cuda_graphs, bool) and cuda_graphs != "auto":
@@ -120,7 +128,7 @@ def patch(
     if max_memory is not None:
         _check_bytes("max_memory", max_memory, " or None")
     _check_bytes("graph_memory", graph_memory)
-    _check_precision(precision, calibration, error_budget)
+    keep = _check_precision(precision, calibration, error_budget, keep)
     frozen = frozen or precision == "int8"
     if frozen and any(map(_is_sharded, _modules(model))):
         option = "precision='int8'" if precision == "int8" else "frozen=True"
@@ -133,25 +141,38 @@ def patch(
                 name: (each, precisions.calibration_of(each, calibration, error_budget)) for name, each in found.items()
             }
     options = disabled, cuda_graphs, max_memory, frozen, Budget(graph_memory)
-    if components is None:
-        return _patch(model, *options, *found.get("", ()), keeps_classes=not cuda_graphs)
-    if not components:
+    if components is not None and not components:
         return Report(note=f"{type(model).__name__} has no component that is a module: nothing was patched.")
-    return Report.of_components(
-        {
-            name: _patch(component, *options, *found.get(name, ()), keeps_classes=cuda_graphs is not True)
-            for name, component in components.items()
-        }
-    )
+    modules = {"": model} if components is None else components
+    if precision in float8.PRECISIONS:
+        with patched(model, disable, cuda_graphs=False):
+            precisions.check_float8(modules.values(), precision, keep)
+    keeps_classes = cuda_graphs is False if components is None else cuda_graphs is not True
+    reports = {
+        name: _patch(each, *options, *found.get(name, ()), keeps_classes=keeps_classes)
+        for name, each in modules.items()
+    }
+    if precision in float8.PRECISIONS:
+        for name, report in reports.items():
+            report.precision, report.in_float8 = precisions.set_float8(modules[name], precision, keep)
+    return reports[""] if components is None else Report.of_components(reports)
 
 
-def _check_precision(precision: Any, calibration: Any, error_budget: Any) -> None:
-    if precision not in ("exact", "int8"):
-        raise ValueError(f"precision={precision!r}; expected 'exact' or 'int8'")
+def _check_precision(precision: Any, calibration: Any, error_budget: Any, keep: Any) -> tuple[str, ...]:
+    """Raises ValueError or TypeError unless the arguments of `patch` fit together. Returns keep."""
+    known = "exact", "int8", *float8.PRECISIONS
+    if precision not in known:
+        raise ValueError(f"precision={precision!r}; expected one of {known}")
     if not isinstance(error_budget, ErrorBudget):
         raise TypeError(f"error_budget={error_budget!r}; expected a dcae_fast.ErrorBudget")
-    if precision == "exact" and (calibration is not None or error_budget != DEFAULT_BUDGET):
-        raise ValueError("calibration and error_budget are for precision='int8', and precision is 'exact'")
+    if precision != "int8" and (calibration is not None or error_budget != DEFAULT_BUDGET):
+        raise ValueError(f"calibration and error_budget are for precision='int8', and precision is {precision!r}")
+    names = tuple(keep) if isinstance(keep, Iterable) and not isinstance(keep, str) else (None,)
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"keep={keep!r}; expected names of layers")
+    if names and precision not in float8.PRECISIONS:
+        raise ValueError(f"keep is for precision='fp8', and precision is {precision!r}")
+    return names
 
 
 def _check_bytes(name: str, value: Any, alternative: str = "") -> None:
@@ -232,9 +253,10 @@ def patched(
     max_memory: int | None = None,
     frozen: bool = False,
     graph_memory: int = 2**30,
-    precision: Literal["exact", "int8"] = "exact",
+    precision: Literal["exact", "int8", "fp8"] = "exact",
     calibration: Any = None,
     error_budget: ErrorBudget = DEFAULT_BUDGET,
+    keep: Iterable[str] = (),
 ) -> Iterator[Report]:
     """`patch` for a scope, with the same arguments. At its end each module has its former class and options again.
 
@@ -244,7 +266,7 @@ def patched(
     before = [(module, class_in_use(module), _take_state(module)) for module in modules]
     changed = []
     try:
-        options = cuda_graphs, max_memory, frozen, graph_memory, precision, calibration, error_budget
+        options = cuda_graphs, max_memory, frozen, graph_memory, precision, calibration, error_budget, keep
         report = patch(model, disable, *options)
         changed += [(module, cls) for module, cls, _ in before if class_in_use(module) is not cls]
         yield report
@@ -259,7 +281,7 @@ def patched(
 
 def _take_state(module: nn.Module) -> dict[str, Any]:
     """Remove from a module what `patch` has added, and return it."""
-    added = vars(module).keys() & {"fast_options", operands.FROZEN, operands.ATTRIBUTE, operands.INT8}
+    added = vars(module).keys() & {"fast_options", operands.FROZEN, operands.ATTRIBUTE, operands.INT8, operands.FLOAT8}
     return {name: vars(module).pop(name) for name in added}
 
 

@@ -17,8 +17,8 @@ class Report:
     """What `patch` did. replaced: class name → number of modules; skipped: (path, class name, reason); note: one line.
 
     graphs: what cuda_graphs="auto" means; empty for other values.
-    calibration: of 8-bit layers, with precision="int8"; precision: what it found, as text. in_int8: whether layers
-    compute in 8 bit on the present device.
+    calibration: of 8-bit layers, with precision="int8"; precision: which layers compute in 8 bit, as text. in_int8,
+    in_float8: whether layers compute in int8, or in 8-bit floating point, on the present device.
     components: for a pipeline, name → report of the component; `replaced` and `skipped` then cover all components.
     """
 
@@ -30,6 +30,7 @@ class Report:
     calibration: Calibration | None = None
     precision: str = ""
     in_int8: bool = False
+    in_float8: bool = False
 
     @classmethod
     def of_components(cls, reports: dict[str, "Report"]) -> "Report":
@@ -37,8 +38,10 @@ class Report:
         skipped = [
             (f"{name}.{path}".rstrip("."), *rest) for name, report in reports.items() for path, *rest in report.skipped
         ]
-        in_int8 = any(report.in_int8 for report in reports.values())
-        return cls(replaced, skipped, components=reports, in_int8=in_int8)
+        in_int8, in_float8 = (
+            any(getattr(each, name) for each in reports.values()) for name in ("in_int8", "in_float8")
+        )
+        return cls(replaced, skipped, components=reports, in_int8=in_int8, in_float8=in_float8)
 
     def __str__(self) -> str:
         if self.components:

@@ -15,7 +15,7 @@ from dcae_fast import ops
 from dcae_fast.models.transformer import check_inputs, unpatchify
 from dcae_fast.ops._private import unobserved
 
-from .. import operands
+from .. import float8, operands
 from ..call import Network
 from ..fusion import autocasts, compute_dtype
 from ..module import FastModule, has_ordinary_weights, kind, plain
@@ -50,6 +50,10 @@ class PatchEmbed(FastModule):
 class TransformerBlock(FastModule):
     dims = 3
     operators = ("layer_norm", "linear", "mlp", "packed_attention")  # by themselves or within the halves of a block
+
+    def float8_layers(self) -> tuple[nn.Module | None, ...]:
+        attn, feed, skip_linear = map(self._modules.get, ("attn", "mlp", "skip_linear"))
+        return skip_linear, *map(attn._modules.get, ("qkv", "proj")), *map(feed._modules.get, ("fc1", "fc2"))
 
 
 class Block(TransformerBlock):
@@ -105,7 +109,7 @@ class DiTBlock(TransformerBlock):
 
 
 class FinalLayer(TransformerBlock):
-    """The last layer of DiT: modulated norm and linear layer."""
+    """The last layer of DiT: modulated norm and linear layer. It stays exact if other layers compute in 8 bit."""
 
     operators = ("layer_norm", "linear")
     attributes = ("norm_final", "linear", "adaLN_modulation")
@@ -118,6 +122,9 @@ class FinalLayer(TransformerBlock):
 
     def fast_forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         return self.run(x, None, None, condition) if self.fuses() else self.eager(x, condition)
+
+    def float8_layers(self) -> tuple[nn.Module | None, ...]:
+        return ()
 
     def fuses(self) -> bool:
         modules = self._modules
@@ -223,7 +230,10 @@ def long_skip(layer: nn.Module, x: torch.Tensor, skip: torch.Tensor) -> torch.Te
     """layer([x, skip]) in one product: with two products the first would be rounded."""
     if not is_linear(layer, x):
         return layer(torch.cat([x, skip], dim=-1))
-    return linear(layer, ops.concatenate(x, skip, compute_dtype(x)))
+    dtype = compute_dtype(x)
+    if float8.infers(layer, x, dtype):
+        return float8.linear(layer, ops.concatenate_rows(x, skip), dtype)
+    return linear(layer, ops.concatenate(x, skip, dtype))
 
 
 def modulation(module: nn.Module, condition: torch.Tensor, parts: int) -> tuple[torch.Tensor, ...]:
@@ -246,6 +256,22 @@ def linear(layer: nn.Module, y: torch.Tensor, residual: torch.Tensor | None = No
     return y if residual is None else y + residual
 
 
+def linear_of(
+    layer: nn.Module, y: torch.Tensor | float8.Rows, dtype: torch.dtype, residual: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`linear`, in 8 bit if the layer computes so. y: tokens of this dtype, or 8-bit rows if the layer takes them."""
+    if isinstance(y, tuple) or float8.infers(layer, y, dtype):
+        return float8.linear(layer, y, dtype, residual)
+    return linear(layer, y, residual)
+
+
+def mlp_of(fc2: nn.Module, act: nn.GELU, h: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+    """fc2(act(h)) + residual, in 8 bit if fc2 computes so."""
+    if float8.infers(fc2, h, h.dtype):
+        return float8.linear(fc2, h, h.dtype, residual, GELU[act.approximate])
+    return linear(fc2, act(h), residual)
+
+
 def attention(
     attn: nn.Module, x, scale, shift, eps: float, branch=None, gate=None, residual: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -253,6 +279,10 @@ def attention(
     qkv, proj, num_heads = attn._modules["qkv"], attn._modules["proj"], attn.num_heads
     fuses = are_linear(qkv, proj, x)
     dtype = compute_dtype(x) if fuses else input_dtype(qkv, x)
+    if float8.infers(qkv, x, dtype) or float8.infers(proj, x, dtype):
+        s, y = float8.norm(qkv, x, scale, shift, eps, branch, gate, dtype)
+        y = ops.packed_attention(linear_of(qkv, y, dtype), num_heads)
+        return s, linear_of(proj, y, dtype, s if residual else None)
     if fuses and ops.is_for_few_tokens(dtype, x.shape[1], qkv.out_features // (3 * num_heads), x.device):
         layers = *operands.of_layer(qkv, dtype), *operands.of_layer(proj, dtype, x.dtype if residual else None)
         return ops.norm_attention(x, scale, shift, eps, *layers, num_heads, branch, gate, dtype, residual)
@@ -268,6 +298,9 @@ def mlp(
     fc1, act, fc2 = map(feed._modules.get, ("fc1", "act", "fc2"))
     fuses = are_linear(fc1, fc2, x)
     dtype = compute_dtype(x) if fuses else input_dtype(fc1, x)
+    if float8.infers(fc1, x, dtype) or float8.infers(fc2, x, dtype):
+        s, y = float8.norm(fc1, x, scale, shift, eps, branch, gate, dtype)
+        return s, mlp_of(fc2, act, linear_of(fc1, y, dtype), s if residual else None)
     if fuses:
         layers = *operands.of_layer(fc1, dtype), *operands.of_layer(fc2, dtype, x.dtype if residual else None)
         return ops.norm_mlp(x, scale, shift, eps, *layers, branch, gate, dtype, residual, GELU[act.approximate])

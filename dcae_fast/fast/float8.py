@@ -1,0 +1,96 @@
+"""Linear layers of diffusion transformers that compute in 8-bit floating point: which can, which do, and their forward.
+
+A layer computes in 8 bit if it has the attribute `operands.FLOAT8`, the name of a precision. `patch` sets it. Copies
+and pickles of the layer keep it, and so does `load_state_dict`, since nothing is calibrated; it is no part of
+`state_dict`. The layer's input is rounded by the kernel that produces the input, with one scale for each token; its
+weight is rounded with one scale for each output channel. See ops/quantize_rows.py and ops/linear_rows.py.
+
+8 bit needs a Hopper GPU, half precision or autocast, channels in multiples of 16, and a layer without hooks. Elsewhere
+the layer computes as `patch(model)` lets it.
+"""
+
+from collections.abc import Collection, Iterator
+
+import torch
+from torch import nn
+
+from dcae_fast import ops
+from dcae_fast.ops._library import HALVES, HAS_TRITON, INTERPRETED, is_hopper
+
+from . import operands
+from .fusion import autocasts
+from .module import FastModule, plain
+
+PRECISIONS = ("fp8",)
+MULTIPLE = 16  # of the channels
+Rows = tuple[torch.Tensor, torch.Tensor]  # 8-bit rows and their scales
+
+
+def runs_on(device: torch.device) -> bool:
+    return INTERPRETED or (HAS_TRITON and is_hopper(device))
+
+
+def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """(name, layer) of the layers of a patched model that a fast forward can compute in 8 bit, whatever their shape."""
+    names = {id(module): name for name, module in model.named_modules()}
+    for module in model.modules():
+        if isinstance(module, FastModule):
+            yield from ((names[id(layer)], layer) for layer in module.float8_layers() if type(layer) is nn.Linear)
+
+
+def mark(layers: dict[str, nn.Linear], precision: str, keep: Collection[str]) -> dict[str, str]:
+    """Let these `candidates` compute in 8 bit. Returns name → reason of the layers that stay exact.
+
+    keep: names of layers that stay exact, in full, or their last part, such as "fc2".
+    """
+    exact = {}
+    for name, layer in layers.items():
+        if any(is_named(name, kept) for kept in keep):
+            exact[name] = "asked for"
+        elif layer.in_features % MULTIPLE or layer.out_features % MULTIPLE:
+            exact[name] = f"their channels are no multiples of {MULTIPLE}"
+        else:
+            layer.__dict__[operands.FLOAT8] = precision
+    return exact
+
+
+def is_named(name: str, asked: str) -> bool:
+    return name == asked or name.rpartition(".")[2] == asked
+
+
+def precision_of(layer: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> str | None:
+    """The precision in which a layer computes for tokens like x, None for that of the model. dtype: of the result."""
+    precision = layer.__dict__.get(operands.FLOAT8)
+    if precision is None or dtype not in HALVES or not runs_on(x.device) or x.numel() == 0 or not plain(layer):
+        return None
+    return precision if layer.weight.dtype == x.dtype or autocasts(x) else None
+
+
+def infers(layer: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether a layer computes in 8 bit for tokens like x, without gradients."""
+    return precision_of(layer, x, dtype) is not None and not torch.is_grad_enabled()
+
+
+def linear(
+    layer: nn.Linear,
+    x: torch.Tensor | Rows,
+    dtype: torch.dtype,
+    residual: torch.Tensor | None = None,
+    act: str = "none",
+) -> torch.Tensor:
+    """layer(act(x)) + residual for a layer that `infers`. x: tokens, or 8-bit rows, which have no activation.
+
+    dtype: of the result without a residual; with one the result has the type of the residual.
+    """
+    rows = x if isinstance(x, tuple) else ops.quantize_rows(x, act)
+    dtype = dtype if residual is None else residual.dtype
+    weight, weight_scale, bias = operands.of_float8(layer, dtype if dtype in HALVES else torch.bfloat16)
+    return ops.linear_rows(*rows, weight, weight_scale, bias, residual, dtype)
+
+
+def norm(layer: nn.Linear, x, scale, shift, eps: float, branch, gate, dtype: torch.dtype):
+    """(s, y) as `ops.layer_norm` gives them; y as 8-bit rows if the layer behind the norm `infers`."""
+    if not infers(layer, x, dtype):
+        return ops.layer_norm(x, scale, shift, eps, branch, gate, dtype)
+    s, *rows = ops.layer_norm_rows(x, scale, shift, eps, branch, gate)
+    return s, tuple(rows)
