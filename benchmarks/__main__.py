@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 
 from . import (
+    attention,
     autoencoder,
     autoencoder_loss_curve,
     autoencoder_training,
@@ -41,10 +42,12 @@ NETWORK_PARTS = {
 }
 PARTS = (
     "operators", "autoencoder", "memory", "first-call", "shapes", "autoencoder-training", "autoencoder-loss-curve",
-    *NETWORK_PARTS, "sana", "pipeline",
+    *NETWORK_PARTS, "sana", "attention", "pipeline",
 )  # fmt: skip
 TRAININGS_AT_ONCE = 5  # processes that compile training steps; each takes up to 25 GiB of the GPU
-CONTENDERS = list(contenders.CONTENDERS | autoencoder_training.CONTENDERS | networks.CONTENDERS | sana.PREPARE)
+CONTENDERS = (
+    list(contenders.CONTENDERS | autoencoder_training.CONTENDERS | networks.CONTENDERS | sana.PREPARE) + attention.NAMES
+)
 W = TypeVar("W", Workload, ShapesWorkload, TrainingWorkload, NetworkWorkload, SanaWorkload)
 
 
@@ -71,6 +74,11 @@ def records_of(
     if part == "shapes":
         for workload in chosen(shapes_workloads(), only, {"eager channels-last", *names}):
             yield shapes.benchmark(workload, device)
+        return
+    if part == "attention":
+        for workload in attention.WORKLOADS if device.type == "cuda" else attention.REHEARSAL:
+            if only(workload.name):
+                yield attention.benchmark(workload, device, ceilings, names)
         return
     if part == "sana":
         for workload in chosen(sana_workloads(), only, names):
