@@ -10,6 +10,8 @@ AUTOTUNED = (*COMPILED, "plain + torch.compile, max-autotune")
 TRAINED = (*COMPILED, "patched + torch.compile")
 SAMPLED = ("eager", "patched", "patched + CUDA graphs")
 ALL = (*TRAINED, "patched + CUDA graphs")
+FP8_SAMPLED = ("patched, fp8 + CUDA graphs", "torchao fp8, by row")
+FP8 = ("patched, fp8", "torchao fp8, by row", "torchao fp8, by tensor")
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,10 @@ def _each(names: str, work: str, batch: int, contenders: tuple[str, ...], **opti
 NETWORK_WORKLOADS: dict[str, list[NetworkWorkload]] = {  # by part
     "transformer": [
         NetworkWorkload("uvit-h-f8p2", "forward", 128, SAMPLED),
-        NetworkWorkload("uvit-h-f32", "forward", 512, AUTOTUNED),
-        NetworkWorkload("uvit-h-f64", "forward", 2048, (*ALL, AUTOTUNED[-1])),
+        NetworkWorkload("uvit-h-f32", "forward", 512, (*AUTOTUNED, *FP8)),
+        NetworkWorkload("uvit-h-f64", "forward", 2048, (*ALL, AUTOTUNED[-1], *FP8)),
         NetworkWorkload("dit-xl-f8p2", "forward", 128),
-        NetworkWorkload("dit-xl-f32", "forward", 512, (*ALL, AUTOTUNED[-1])),
+        NetworkWorkload("dit-xl-f32", "forward", 512, (*ALL, AUTOTUNED[-1], *FP8)),
         NetworkWorkload("dit-xl-f64", "forward", 2048),
         NetworkWorkload("uvit-2b-f8p2", "forward", 32),
         NetworkWorkload("uvit-2b-f32", "forward", 128),
@@ -57,15 +59,16 @@ NETWORK_WORKLOADS: dict[str, list[NetworkWorkload]] = {  # by part
         NetworkWorkload("uvit-2b-f64", "training", 512, checkpointed=True),
     ],
     "sampling": [
-        NetworkWorkload("uvit-h-f64", "step", 16, (*ALL, "patched, without graphs")),
+        NetworkWorkload("uvit-h-f64", "step", 16, (*ALL, "patched, without graphs", *FP8_SAMPLED)),
         *_each("uvit-h-f8p2 uvit-h-f32 uvit-2b-f64 dit-xl-f8p2 dit-xl-f32 dit-xl-f64", "step", 16, SAMPLED),
-        *_each("uvit-h-f64 uvit-h-f32 uvit-2b-f64 dit-xl-f32", "samples", 16, SAMPLED),
+        NetworkWorkload("uvit-h-f64", "samples", 16, (*SAMPLED, "patched, fp8 + CUDA graphs")),
+        *_each("uvit-h-f32 uvit-2b-f64 dit-xl-f32", "samples", 16, SAMPLED),
     ],
     "loss-curve": [NetworkWorkload("uvit-s-f64", "loss", 64)],
 }
 
 NETWORK_REHEARSAL: dict[str, list[NetworkWorkload]] = {  # for machines without a GPU
-    "transformer": _each("uvit-tiny-f64 dit-tiny-f32", "forward", 2, SAMPLED),
+    "transformer": _each("uvit-tiny-f64 dit-tiny-f32", "forward", 2, (*SAMPLED, "patched, fp8")),
     "training": [
         *_each("uvit-tiny-f64 dit-tiny-f64", "training", 2, PAIR),
         *_each("uvit-tiny-f64 dit-tiny-f64", "training", 2, PAIR, checkpointed=True),

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._inductor import config as inductor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import dcae_fast
 from dcae_fast.models import diffusion_zoo
 from dcae_fast.models.dit import DiT, DiTConfig
 from dcae_fast.models.transformer import Attention, TransformerConfig
@@ -35,8 +37,11 @@ LATENTS = {  # for pictures of 512 pixels: Stable Diffusion's autoencoder with t
 SIZES = diffusion_zoo.SIZES | {"tiny": {"depth": 2, "hidden_size": 32, "num_heads": 2}}  # tiny: for the rehearsal
 TIMES = 1000
 
+IN_8_BIT = {"qkv", "proj", "fc1", "fc2", "skip_linear"}  # linear layers, by the last part of their names
+
 # Contenders share the code of a block, and each compiles it for several types. Beyond the limit it runs uncompiled.
 torch._dynamo.config.recompile_limit = 64
+INDUCTOR = inductor.save_config()
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # x, t, y
 
@@ -75,15 +80,42 @@ def patched_and_compiled(model: UViT | DiT, workload: NetworkWorkload) -> None:
     compiled(model, workload)
 
 
+def patched_in_fp8(model: UViT | DiT, workload: NetworkWorkload, cuda_graphs: bool | str = "auto") -> None:
+    """With 8-bit weights that are rounded once, as torchao's are."""
+    dcae_fast.patch(model, precision="fp8", frozen=True, cuda_graphs=cuda_graphs)
+
+
+def patched_in_fp8_with_graphs(model: UViT | DiT, workload: NetworkWorkload) -> None:
+    patched_in_fp8(model, workload, cuda_graphs=True)
+
+
+def torchao(model: UViT | DiT, workload: NetworkWorkload, granularity: str) -> None:
+    """torchao's dynamic float8 for the same layers that `patch(precision="fp8")` computes in 8 bit, then compiled.
+
+    torchao scales rows of bf16 only, so these layers get bf16 weights of their own. It sets options of Inductor.
+    """
+    from torchao import quantization
+
+    layers = [layer for name, layer in blocks_of(model).named_modules() if name.rpartition(".")[2] in IN_8_BIT]
+    for layer in layers:
+        for name, parameter in list(layer.named_parameters()):
+            setattr(layer, name, nn.Parameter(parameter.detach().to(torch.bfloat16), requires_grad=False))
+    scheme = quantization.Float8DynamicActivationFloat8WeightConfig(granularity=getattr(quantization, granularity)())
+    quantization.quantize_(model, scheme, filter_fn=lambda module, name: any(module is layer for layer in layers))
+    compiled(model, workload)
+
+
 @dataclass(frozen=True)
 class Contender:
-    """prepare: changes a copy of the network in place. original: attention computes as in the original.
+    """prepare: changes a copy of the network in place. original: attention computes as in the original. in_8_bit: the
+    error may be as large as that of 8 bit.
 
     A contender named "plain" is this project's network, whose attention computes in the dtype of the autocast.
     """
 
     prepare: Callable[[nn.Module, NetworkWorkload], None]
     original: bool = False
+    in_8_bit: bool = False
 
 
 CONTENDERS = {
@@ -95,6 +127,10 @@ CONTENDERS = {
     "patched + torch.compile": Contender(patched_and_compiled),
     "patched, without graphs": Contender(contenders.patched_without_graphs),
     "patched + CUDA graphs": Contender(contenders.patched_with_graphs),
+    "patched, fp8": Contender(patched_in_fp8, in_8_bit=True),
+    "patched, fp8 + CUDA graphs": Contender(patched_in_fp8_with_graphs, in_8_bit=True),
+    "torchao fp8, by row": Contender(functools.partial(torchao, granularity="PerRow"), in_8_bit=True),
+    "torchao fp8, by tensor": Contender(functools.partial(torchao, granularity="PerTensor"), in_8_bit=True),
 }
 
 
@@ -139,6 +175,7 @@ def sharing_weights(model: nn.Module) -> nn.Module:
 def prepared(name: str, workload: NetworkWorkload, model: nn.Module) -> nn.Module:
     """Makes `model` the contender of that name, in place; returns it."""
     contender = CONTENDERS[name]
+    inductor.load_config(INDUCTOR)  # which torchao changes for the contenders that follow
     if contender.original:
         as_original(model)
     contender.prepare(model, workload)

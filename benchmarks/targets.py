@@ -14,6 +14,7 @@ NOMINAL = 790  # TFLOP/s of a large bf16 matrix product; defines the floors in t
 PATCHED, GRAPHS, BOUNDED = "patched channels-last", "patched + CUDA graphs", "patched, bounded memory"
 WITHOUT, IN_8_BIT = "patched, without graphs", "patched, 8 bit"
 FASTEST = "patched, fastest"  # see `with_fastest`
+FP8, TORCHAO = "patched, fp8", "torchao fp8, by row"
 LOSS_CURVES = "loss-curve", "autoencoder-loss-curve"  # parts
 
 
@@ -94,6 +95,15 @@ def in_8_bit(workload: str, decode: float, encode: float, contender: str = IN_8_
     return [faster(workload.format(name), contender, "torch.compile", bound) for name, bound in bounds.items()]
 
 
+def in_fp8(workload: str, over_compile: float) -> list[Target]:
+    """A forward in 8-bit floating point: minimum speedups over torch.compile and torchao, and no larger error."""
+    return [
+        faster(workload, FP8, "torch.compile", over_compile, "transformer"),
+        faster(workload, FP8, "torchao", 1.1, "transformer"),
+        Target("transformer", workload, FP8, "error", TORCHAO, 1.0),
+    ]
+
+
 def near_floor(workload: str, contender: str, bound: float) -> Target:
     return Target("autoencoder", workload, contender, "ms", "floor", bound)
 
@@ -143,6 +153,10 @@ TARGETS = [
     Target("transformer", "uvit-h-f64-forward-b2048", "patched", "mfu", None, 0.84, faster=True),
     *network("transformer", "uvit-h-f32-forward-b512", 1.9, 1.5),
     *network("transformer", "dit-xl-f32-forward-b512", 1.7, 1.3),
+    *in_fp8("uvit-h-f64-forward-b2048", 1.75),
+    *in_fp8("uvit-h-f32-forward-b512", 1.75),
+    *in_fp8("dit-xl-f32-forward-b512", 1.6),
+    faster("uvit-h-f64-step-b16", f"{FP8} + CUDA graphs", GRAPHS, 1.3, part="sampling"),
     *network("training", "uvit-h-f64-training-b1024", 2.0, 1.3),
     *network("training", "uvit-h-f64-training-b512", 2.0, 1.3),
     *network("training", "uvit-h-f64-training-b4096-checkpointed", 1.9),
@@ -159,6 +173,7 @@ TARGETS = [
     faster("sana-1600m-pipeline-b1-1024px", FROZEN, BY_BLOCK, 1.5, part="sana"),
     Target("sana", None, "patched", "error", "eager", 1.0),
     Target("headline", "sampling", "patched", "ratio", None, 34, faster=True),
+    Target("headline", "sampling", FP8, "ratio", None, 40, faster=True),
     Target("headline", "training", "patched", "ratio", None, 34, faster=True),
     *[Target(part, None, "patched", "error", "eager", 1.0) for part in ("transformer", "training")],
     *[Target(part, None, "patched", "difference", None, 0.01) for part in LOSS_CURVES],

@@ -36,8 +36,9 @@ def records() -> dict[str, list[dict]]:
 def test_every_contender_is_checked_and_timed(records, part):
     for workload, record in zip(MEASURED[part], records[part], strict=True):
         assert record["workload"] == workload.name and tuple(record["contenders"]) == workload.contenders
-        for row in record["contenders"].values():
-            assert "failure" not in row and 0 < row["error"] < 2e-2 and row["ms_low"] <= row["ms"] <= row["ms_high"]
+        for name, row in record["contenders"].items():
+            assert 0 < row["error"] < (0.1 if networks.CONTENDERS[name].in_8_bit else 2e-2)
+            assert "failure" not in row and row["ms_low"] <= row["ms"] <= row["ms_high"]
             assert row["images_per_s"] == pytest.approx(1e3 * workload.batch / row["ms"])
             assert row["mfu"] == pytest.approx(record["floor_ms"] / row["ms"])
         if part == "training":
@@ -193,7 +194,8 @@ def test_headline():
         "paper": 19.1, "eager": 18.0, "patched": 35.0, "torch.compile": None,
     }  # fmt: skip
     assert "| sampling | 19.1× | 18.0× | 35.0× | wrong |" in tables.headline_table(found)
-    outcomes = {o.target.workload: o for o in tables.outcomes(headline_results()) if o.target.part == "headline"}
+    found = (o for o in tables.outcomes(headline_results()) if o.target.part == "headline")
+    outcomes = {o.target.workload: o for o in found if o.target.contender == "patched"}
     assert outcomes["sampling"].verdict == "met" and outcomes["sampling"].value == 35
     assert outcomes["training"].verdict == "not measured"
     assert targets.headline({}) == []
