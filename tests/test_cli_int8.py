@@ -69,6 +69,7 @@ def test_the_folder_of_the_photographs_may_hold_the_scales(kernels, model, photo
 def test_calibrate(capsys, scales):
     text = capsys.readouterr().out
     assert "9 of 9 layers" in text and "Measured on 2 pictures" in text and "decoder.stages.0" in text
+    assert "for 2 pictures of 16x16 pixels" in text and ("needs a GPU" in text) == (DEVICE == "cpu")
     with Image.open(scales.with_name("scales-compared.png")) as picture:
         assert picture.width > 3 * 16
 
