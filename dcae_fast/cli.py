@@ -78,10 +78,11 @@ def reconstruct(
     from .reconstruction import reconstruct as reconstruct_photograph
 
     if not photos:
+        _check_that_int8_took_none(compute)
         photos = (images.demo_photograph(),)
         print(f"No photograph given; using the bundled photograph {photos[0].name}.")
     limit = pixel_limit(max_pixels)
-    files, network = _picture_files(photos), compute.load(model)
+    files, network = _picture_files(photos, compute), compute.load(model)
 
     def reconstruct_file(path: Path, stem: str) -> str:
         result = reconstruct_photograph(path, network, fit, limit)
@@ -132,7 +133,7 @@ def encode(
     from .reconstruction import load_photograph
 
     limit = pixel_limit(max_pixels)
-    files, network = _picture_files(photos), compute.load(model)
+    files, network = _picture_files(photos, compute), compute.load(model)
 
     @torch.inference_mode()
     def encode_file(path: Path, stem: str) -> str:
@@ -160,7 +161,7 @@ def decode(latents: Paths, *, model: str | None = None, out: Path = Path("output
     from .latent_files import LatentError, find_latents
 
     loaders = {}
-    for path in _at_least_one(latents):
+    for path in _at_least_one(latents, compute):
         try:
             loaders |= find_latents(path)
         except DataError as error:
@@ -320,18 +321,27 @@ def _load_autoencoder_or_diffusion(source: str) -> "DCAE | DCAEDiffusion":
         return DCAEDiffusion.from_pretrained(source)
 
 
-def _at_least_one(paths: Sequence[Path]) -> Sequence[Path]:
+def _at_least_one(paths: Sequence[Path], compute: Compute) -> Sequence[Path]:
     if not paths:
+        _check_that_int8_took_none(compute)
         raise UsageError("PATH: expected at least one file or folder")
     return paths
 
 
-def _picture_files(paths: Sequence[Path]) -> list[Path]:
+def _check_that_int8_took_none(compute: Compute) -> None:
+    """Raises UsageError if the only files stand behind --int8, which takes all that follow."""
+    if compute.int8 and compute.scales is None:
+        raise UsageError(
+            f"--int8 {shlex.join(map(str, compute.int8))}: calibrates on these; give other files before it"
+        )
+
+
+def _picture_files(paths: Sequence[Path], compute: Compute) -> list[Path]:
     """The paths, with each folder replaced by the picture files in it. Raises UsageError for a folder without any."""
     from .images import picture_suffixes
 
     files = []
-    for path in _at_least_one(paths):
+    for path in _at_least_one(paths, compute):
         if path.is_dir():
             found = sorted(child for child in path.iterdir() if child.suffix.lower() in picture_suffixes())
             if not found:

@@ -1,5 +1,6 @@
 """The command `calibrate`, and the option --int8 of other commands, with a small model."""
 
+import functools
 import json
 
 import pytest
@@ -8,8 +9,10 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import dcae_fast
 from dcae_fast import cli
 from dcae_fast.fast import int8
+from dcae_fast.fast.scales import KEY
 from dcae_fast.models.autoencoder import DCAE, CoderConfig, DCAEConfig
 from dcae_fast.ops import _library
 
@@ -86,7 +89,9 @@ def test_int8_is_used_and_recorded(scales, model, photos, tmp_path, capsys):
     assert precision.startswith("int8 ")
     other = tmp_path / "other.safetensors"
     with safe_open(scales, "pt") as file:
-        save_file(load_file(scales), other, file.metadata() | {"other": "file"})
+        content = json.loads(file.metadata()[KEY])
+    next(iter(content["layers"].values()))["scale"] *= 2
+    save_file({}, other, {KEY: json.dumps(content)})
     for different in ((), ("--int8", other)):
         assert run("cache-latents", photos, *options, *different, *cached) == 2
         assert f"contains latents with precision {precision}, not " in capsys.readouterr().err
@@ -133,9 +138,48 @@ def test_bad_options(options, message, capsys):
 
 @pytest.mark.parametrize(
     "options, message",
-    [(["scales.safetensors", "--no-patch"], "--int8 --no-patch"), (["photos"], "--int8 photos: expected")],
+    [
+        (["scales.safetensors", "--no-patch"], "--int8 --no-patch"),
+        (["photos"], "--int8: photos does not exist"),
+        (["one.safetensors", "two.safetensors"], "expected one such file"),
+    ],
 )
 def test_bad_files_of_scales(options, message, capsys):
     with pytest.raises(SystemExit):
         run("encode", "photo.png", "--int8", *options)
-    assert message in capsys.readouterr().err
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("command", ["reconstruct", "encode", "decode"])
+def test_files_behind_int8_are_not_the_pictures(command, photos, capsys):
+    assert run(command, "--int8", photos / "0.png") == 2
+    assert "0.png: calibrates on these; give other files before it" in capsys.readouterr().err
+
+
+def test_int8_calibrates_on_pictures(kernels, model, photos, tmp_path, capsys, monkeypatch):
+    """With the same result as a file of the same calibration; without pictures, on the bundled photograph."""
+    budget = dcae_fast.ErrorBudget(decoding=0, encoding=0, loss=100)
+    monkeypatch.setattr(dcae_fast, "patch", functools.partial(dcae_fast.patch, error_budget=budget))
+    exactly = "--model", model, "--device", DEVICE, "--dtype", "float32"
+    scales = tmp_path / "scales.safetensors"
+    limits = "--decoding", 0, "--encoding", 0, "--loss", 100
+    assert run("calibrate", model, photos, "--out", scales, *exactly[2:], *limits) == 0
+    capsys.readouterr()
+    for name, value in {"file": [scales], "pictures": [photos], "bundled": []}.items():
+        assert run("encode", photos / "0.png", *exactly, "--out", tmp_path / name, "--int8", *value) == 0
+        text = capsys.readouterr().out
+        assert ("9 of 9 layers" in text) == (name != "file") and ("Measured on 1 picture:" in text) == (
+            name == "bundled"
+        )
+    file, pictures, bundled = (
+        load_file(tmp_path / name / "0.safetensors")["latent"] for name in ("file", "pictures", "bundled")
+    )
+    assert torch.equal(file, pictures) and not torch.equal(file, bundled)
+
+
+def test_pictures_that_cannot_be_used(kernels, model, photos, tmp_path, capsys):
+    (photos / "2.png").write_bytes(b"no picture")
+    common = "--model", model, "--device", DEVICE, "--out", tmp_path / "out"
+    assert run("encode", photos / "0.png", *common, "--int8", photos) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("dcae-fast: --int8: ") and "2.png" in text

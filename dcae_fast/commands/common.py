@@ -1,6 +1,5 @@
 """Shared by the commands: checks of options, the compute options, and the report of failed pictures."""
 
-import hashlib
 import math
 import os
 import re
@@ -97,8 +96,9 @@ class Compute:
     """patch the model to use the fast operators"""
     max_memory: str | None = None
     """GPU memory limit of an autoencoder call, such as 4GiB or 500MB; None means all free memory; lower is slower"""
-    int8: Path | None = None
-    """file of `calibrate`: the autoencoder computes in 8 bit, on a Hopper GPU; None means exactly"""
+    int8: tuple[Path, ...] | None = None
+    """the autoencoder computes in 8 bit, on a Hopper GPU: with the scales in a file of `calibrate`, or calibrated on
+    pictures or folders, of which eight are taken; without a value, on the bundled photograph; None means exactly"""
 
     def __post_init__(self):
         if self.max_bytes is not None and not self.patch:
@@ -107,8 +107,12 @@ class Compute:
             )
         if self.int8 is not None and not self.patch:
             raise UsageError("--int8 --no-patch: only a patched model can compute in 8 bit; remove one of the options")
-        if self.int8 is not None and self.int8.suffix != ".safetensors":
-            raise UsageError(f"--int8 {self.int8}: expected the .safetensors file that `dcae-fast calibrate` wrote")
+        if self.int8 and not self.scales:
+            for path in self.int8:
+                if path.suffix == ".safetensors":
+                    raise UsageError(f"--int8: {path} is a file of scales; expected one such file, or pictures")
+                if not path.exists():
+                    raise UsageError(f"--int8: {path} does not exist; expected a file of `calibrate`, or pictures")
 
     @property
     def max_bytes(self) -> int | None:
@@ -116,10 +120,17 @@ class Compute:
         return None if self.max_memory is None else parse_bytes("--max-memory", self.max_memory)
 
     @property
+    def scales(self) -> Path | None:
+        """The file of scales that --int8 names, if it names one."""
+        return self.int8[0] if self.int8 and len(self.int8) == 1 and self.int8[0].suffix == ".safetensors" else None
+
+    @property
     def options(self) -> dict[str, Any]:
         """The arguments of `dcae_fast.patch`."""
-        precision = {} if self.int8 is None else {"precision": "int8", "calibration": self.int8}
-        return {"max_memory": self.max_bytes} | precision
+        if self.int8 is None:
+            return {"max_memory": self.max_bytes}
+        source = self.scales or list(self.int8) or None
+        return {"max_memory": self.max_bytes, "precision": "int8", "calibration": source}
 
     def load(self, model: str) -> "DCAE":
         """Loads an autoencoder, and patches it if `patch` is set."""
@@ -131,18 +142,33 @@ class Compute:
 
     def patch_model(self, network: "DCAE | DCAEDiffusion", cuda_graphs: bool | str = "auto") -> str:
         """Patches a model if `patch` is set. Returns the precision of its autoencoder: "exact", or "int8" and the
-        beginning of the hash of the file of scales.
+        beginning of the hash of the scales. Called by all ranks; the main rank calibrates for all.
 
-        Says so if 8 bit is asked for and the device has none. Raises CheckpointError for scales of other weights.
+        Says so if 8 bit is asked for and the device has none. Raises CheckpointError for scales of other weights,
+        UsageError if the model cannot be calibrated.
         """
-        from dcae_fast import distributed
-
-        report = dcae_fast.patch(network, cuda_graphs=cuda_graphs, **self.options) if self.patch else None
-        if self.int8 is not None and not report.in_int8:
-            distributed.print_main(f"--int8: {report.precision.splitlines()[-1]}", error=True)
-        if report is None or not report.in_int8:
+        if not self.patch:
             return "exact"
-        return f"int8 {hashlib.sha256(self.int8.read_bytes()).hexdigest()[:8]}"
+        options = self.options
+        if self.int8 is None:
+            dcae_fast.patch(network, cuda_graphs=cuda_graphs, **options)
+            return "exact"
+        from dcae_fast import distributed
+        from dcae_fast.fast import scales
+
+        try:
+            if self.scales is None:
+                found = distributed.on_main(lambda: dcae_fast.patch(network, **options).calibration)
+                options["calibration"] = found or options["calibration"]  # None without 8-bit kernels
+            report = dcae_fast.patch(network, cuda_graphs=cuda_graphs, **options)
+        except ValueError as error:
+            raise UsageError(f"--int8: {error}") from error
+        if not report.in_int8:
+            distributed.print_main(f"--int8: {report.precision.splitlines()[-1]}", error=True)
+            return "exact"
+        if self.scales is None:
+            distributed.print_main(report.calibration.summary)
+        return f"int8 {scales.hash_of_scales(report.calibration)[:8]}"
 
     def load_diffusion(self, model: str) -> tuple["DCAEDiffusion", str]:
         """Loads a diffusion model, and patches it, with CUDA graphs, if `patch` is set; and the precision."""

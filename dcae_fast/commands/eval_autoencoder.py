@@ -92,7 +92,7 @@ def eval_autoencoder(
             distributed.print_main("no picture could be measured; results.json was not written", error=True)
         elif distributed.is_main():
             settings = {"resolution": resolution, "dtype": str(dtype).removeprefix("torch."), "patch": compute.patch}
-            settings |= {"precision": precision, "int8": None if compute.int8 is None else str(compute.int8)}
+            settings |= {"precision": precision, "int8": None if compute.int8 is None else list(map(str, compute.int8))}
             settings |= {"images": len(next(iter(results.values())).psnr)}
             settings |= {"reference": None if reference is None else str(reference)}
             _save(results, settings, out)

@@ -25,7 +25,7 @@ class Settings:
     model: as the user named it. dtype: of the computation. resolution: side of the square pictures. scaling_factor:
     the latents are multiplied by it. format: npy or safetensors. weights: `weights_hash` of the encoder. shape: of a
     latent, [c, h, w]. as_original: pictures are read as DC-Gen reads them (`pictures.to_rgb`), not by `images.as_seen`.
-    precision: "exact", or for an encoder in 8 bit "int8" and the beginning of the hash of its file of scales.
+    precision: "exact", or for an encoder in 8 bit "int8" and the beginning of the hash of its scales.
 
     buckets: the latents have the shapes of the buckets of `buckets.bucket_sizes`, and are in a folder for each bucket;
     `shape` is the square's. The settings of such a bucket's folder have buckets=False, the bucket's shape, and the same

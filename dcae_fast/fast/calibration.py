@@ -82,7 +82,9 @@ class Calibration:
     pictures: int
     weights: str = field(repr=False)
 
-    def __str__(self) -> str:
+    @property
+    def summary(self) -> str:
+        """How much computes in 8 bit, and how far the results are from exact."""
         if not self.layers:
             return "8 bit: the model has no layer that can compute in 8 bit."
         taken = [layer for layer in self.layers.values() if layer.in_int8]
@@ -92,6 +94,11 @@ class Calibration:
         ]
         for name, quality in (("decoding", self.decoding), ("encoding", self.encoding)):
             lines.append(f"  {name}: {quality.psnr:.1f} dB from exact, PSNR loss {round(quality.loss, 3) + 0:.3f} dB")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        """The summary, and the layers that stay exact."""
+        lines = [self.summary]
         rest = {name: layer for name, layer in self.layers.items() if not layer.in_int8}
         width = max(map(len, rest), default=0)
         if rest:

@@ -103,7 +103,7 @@ def patch(
     pickle keep 8 bit. On other devices the model computes exactly.
     calibration: pictures to calibrate 8-bit layers on: a tensor [B, 3, H, W] in [-1, 1], a picture file, a folder, or a
     list of these; None for the bundled photograph. A .safetensors file that `report.save_scales` wrote replaces the
-    calibration.
+    calibration, and so does `report.calibration` of a model with the same weights.
     error_budget: the largest error by 8 bit. Layers that would exceed it stay exact; the report names them.
 
     precision: "fp8" lets linear layers in the blocks of UViT, USiT, DiT and SiT compute in 8-bit floating point, in

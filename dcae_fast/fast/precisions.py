@@ -39,7 +39,7 @@ def _is_autoencoder(module: nn.Module) -> bool:
 
 
 def calibration_of(autoencoder: nn.Module, source: Any, budget: ErrorBudget) -> Calibration | None:
-    """The calibration of a patched autoencoder; None on a device without 8-bit kernels, unless it is read from a file.
+    """The calibration of a patched autoencoder; None on a device without 8-bit kernels, unless it was made elsewhere.
 
     source: the argument `calibration` of `patch`. Raises ValueError for a model that cannot be calibrated.
     """
@@ -50,6 +50,9 @@ def calibration_of(autoencoder: nn.Module, source: Any, budget: ErrorBudget) -> 
         raise ValueError("precision='int8': the weights are on the meta device: patch the model, then offload it")
     if not all(isinstance(getattr(autoencoder, name), Coder) for name in CODERS):
         raise ValueError("precision='int8': the encoder or decoder cannot be patched; see the report of patch(model)")
+    if isinstance(source, Calibration):
+        scales.check_weights(source, autoencoder)
+        return source
     if isinstance(source, (str, Path)) and Path(source).suffix == scales.SUFFIX:
         return scales.load(source, autoencoder)
     if not int8.runs_on(weight.device):

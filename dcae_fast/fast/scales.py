@@ -30,6 +30,12 @@ def hash_of(autoencoder: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def hash_of_scales(calibration: Calibration) -> str:
+    """SHA-256 of the names and scales of the layers that compute in 8 bit."""
+    scales = {name: layer.scale for name, layer in calibration.layers.items() if layer.in_int8}
+    return hashlib.sha256(json.dumps(scales, sort_keys=True).encode()).hexdigest()
+
+
 def save(calibration: Calibration, path: str | Path) -> None:
     """Write a calibration. Raises `files.WriteError`, and ValueError unless the name ends in .safetensors."""
     path = Path(path)
@@ -59,9 +65,14 @@ def load(path: str | Path, autoencoder: nn.Module) -> Calibration:
             raise ValueError("a scale is not a positive number")
     except Exception as error:  # a broken or hostile file may raise anything
         raise CheckpointError(f"{path}: cannot be read as scales of 8-bit layers: {error!r}") from error
+    check_weights(calibration, autoencoder, path)
+    return calibration
+
+
+def check_weights(calibration: Calibration, autoencoder: nn.Module, name: str | Path = "calibration") -> None:
+    """Raises CheckpointError if the calibration was made for other weights. name: of the calibration or its file."""
     if calibration.weights != hash_of(autoencoder):
         raise CheckpointError(
-            f"{path}: the scales were calibrated for other weights, or for the same weights with other names, such as"
+            f"{name}: the scales were calibrated for other weights, or for the same weights with other names, such as"
             " those in another library; calibrate this model"
         )
-    return calibration

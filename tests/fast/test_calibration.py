@@ -138,6 +138,15 @@ def test_scales_in_a_file(model, tmp_path):
     assert scales.hash_of(other.bfloat16()) == again.calibration.weights
 
 
+def test_the_calibration_of_another_report(model):
+    report, other = calibrated(model), build("strided")
+    assert dcae_fast.patch(other, precision="int8", calibration=report.calibration) == report
+    with torch.no_grad():
+        next(other.parameters())[0] += 0.1
+    with pytest.raises(CheckpointError, match="calibration: the scales were calibrated for other weights"):
+        dcae_fast.patch(other, precision="int8", calibration=report.calibration)
+
+
 def test_scales_that_are_refused(model, tmp_path):
     path = tmp_path / "scales.safetensors"
     calibrated(model).save_scales(path)
