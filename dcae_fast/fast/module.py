@@ -76,6 +76,10 @@ class FastModule:
         """The module's own forward."""
         return super().forward(*args, **kwargs)
 
+    def _get_name(self) -> str:
+        """The name in `repr`."""
+        return "Fast" + super()._get_name()
+
     def _apply(self, *args, **kwargs):
         """`to`, `cuda`, `half` and the like also drop the operands that layers keep, and so free their memory."""
         operands.drop(self)
@@ -101,22 +105,27 @@ class FastModule:
 
 @functools.cache
 def fast_class(mixin: type[FastModule], base: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of `base` that runs the forward of `mixin`, with the signature of `base.forward`."""
+    """The subclass of `base` that runs the forward of `mixin`, with the signature of `base.forward`.
+
+    It has the name and module of `base`, since libraries write them into files (diffusers' model_index.json), and
+    compare them with names of their own (accelerate's _no_split_modules). Only `repr` of a module says "Fast".
+    """
     signature = inspect.signature(base.forward)
     parameters = list(signature.parameters.values())[1:]
-    names = tuple(each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD)
+    positional = tuple(each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD)
 
     def forward(self, *args, **kwargs):
         if not isinstance(self, FastModule):  # a wrapper kept this forward, and the module was unpatched
             return type(self).forward(self, *args, **kwargs)
         if kwargs:
-            args, kwargs = by_position(names, args, kwargs)
+            args, kwargs = by_position(positional, args, kwargs)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling() and operands.FROZEN in self.__dict__:
             operands.drop(self)  # a training: an optimizer may write to the weights without counting
         return self.dispatch(*args, **kwargs)
 
     forward.__signature__ = signature  # torch.export, for example, finds dynamic shapes by it
-    return type("Fast" + base.__name__, (mixin, base), {"__module__": mixin.__module__, "forward": forward})
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    return type(base.__name__, (mixin, base), names | {"forward": forward})
 
 
 def _new(mixin: type[FastModule], base: type[nn.Module]) -> nn.Module:
@@ -170,11 +179,11 @@ def _derived_anew(cls: type, old: type, new: type) -> type:
     if any("__class__" in code.co_freevars for code in codes if code is not None):
         name = f"{cls.__module__}.{cls.__qualname__}"
         raise RuntimeError(
-            f"{name} is derived from {old.__name__}, which `patch` made: undo that before unpatch or patch"
+            f"{name} is derived from the class that `patch` made of {new.__name__}: undo that before unpatch or patch"
         )
     bases = tuple(_derived_anew(base, old, new) if issubclass(base, old) else base for base in cls.__bases__)
     content = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
-    return type(cls)(cls.__name__.replace(old.__name__, new.__name__), bases, content)
+    return type(cls)(cls.__name__, bases, content)
 
 
 def kind(module: nn.Module) -> str:

@@ -275,3 +275,17 @@ def test_replicas_of_data_parallel(options):
     replica = replica_of(model)
     torch.testing.assert_close(replica(x), expected)
     assert is_fast(model.encoder) and not any(map(is_fast, replica.modules()))
+
+
+def test_fast_classes_have_the_names_of_their_bases():
+    """Libraries write the names into files, and compare them with names of their own."""
+    block, _ = build_block("ResBlock")
+    plain = type(block.main)
+    text = repr(block)
+    dcae_fast.patch(block)
+    fast = type(block.main)
+    assert fast is not plain and is_fast(block.main)
+    assert all(getattr(fast, name) == getattr(plain, name) for name in ("__name__", "__qualname__", "__module__"))
+    assert "(main): FastResBlock(" in repr(block)
+    dcae_fast.unpatch(block)
+    assert repr(block) == text and type(block.main) is plain

@@ -1,5 +1,7 @@
 """Patched pipelines of SANA draw the pictures of unpatched ones, also with what diffusers offers beside the call."""
 
+import json
+
 import pytest
 import torch
 from small_models import DEVICE
@@ -191,6 +193,24 @@ def test_from_pipe(pipeline, picture):
     assert_same(pictures[1], pictures[0])
     assert_same(draw(pipeline), picture)
     assert (pictures[0] - picture).norm() > 1e-3 * picture.norm()
+
+
+def test_saved_pipelines_name_the_classes_of_diffusers(picture, tmp_path):
+    """Also if the pipeline is put together from a patched transformer."""
+    first = build()
+    dcae_fast.patch(first.transformer, cuda_graphs=True)
+    assert is_fast(first.transformer)
+    pipeline = SanaPipeline(None, None, first.vae, first.transformer, first.scheduler)
+    pipeline.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["transformer"] == ["diffusers", "SanaTransformer2DModel"]
+    assert index["vae"] == ["diffusers", "AutoencoderDC"]
+    config = json.loads((tmp_path / "transformer" / "config.json").read_text())
+    assert config["_class_name"] == "SanaTransformer2DModel"
+    again = SanaPipeline.from_pretrained(tmp_path, tokenizer=None, text_encoder=None).to(DEVICE)
+    again.vae_scale_factor = 8
+    again.set_progress_bar_config(disable=True)
+    assert_same(draw(again), picture)
 
 
 def test_control_network():

@@ -24,6 +24,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import dcae_fast
+from dcae_fast.fast.module import is_fast, kind
 
 TWO = pytest.mark.parametrize("name", ["shuffled", "diffusers-shuffled"])
 
@@ -156,7 +157,7 @@ def coders(model):
 
 
 def blocks(model):
-    return [module for module in model.modules() if type(module).__name__ == "FastResBlock"]
+    return [module for module in model.modules() if is_fast(module) and kind(module) == "ResBlock"]
 
 
 @pytest.mark.parametrize("wrap", [checkpointed, hooked])

@@ -6,7 +6,6 @@ x: [B, N, C], the tokens of an image, row by row. Each norm includes its modulat
 attention, attn2 softmax attention to the text. ff is a GLUMBConv (autoencoder_dc.py): tokens are a channels-last image.
 """
 
-import json
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from dcae_fast.ops._private import unobserved
 from .. import operands
 from ..call import Network
 from ..fusion import autocasts, compute_dtype
-from ..module import FastModule, kind, original_class, plain
+from ..module import FastModule, kind, plain
 from ..registry import register
 from . import uvit_dit
 from .autoencoder_dc import GLUMBConv
@@ -62,11 +61,6 @@ class SanaTransformer2DModel(Network):
     def eager(self, *args):
         """diffusers reads the scale of LoRA from `attention_kwargs` only if they are passed by name."""
         return super().eager(**dict(zip(PARAMETERS, args, strict=True)))
-
-    def to_json_string(self) -> str:
-        """The configuration that `save_pretrained` writes, with the name of diffusers' class."""
-        config = json.loads(super().to_json_string()) | {"_class_name": original_class(self).__name__}
-        return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
 class SanaTransformerBlock(FastModule):
