@@ -240,10 +240,10 @@ def conv_without_bias(conv: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, t
 def upsample_conv_without_bias(conv: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """conv(nearest-neighbour 2× up-sampling of x) without its bias, and the bias, as in `conv_without_bias`.
 
-    The first is four planes in inference, as `ops.duplicate_shuffle_add` takes them. With gradients it is a transposed
-    convolution. Both compute with 4 products instead of 9. conv: 3×3 with padding 1.
+    The first is four planes in inference, as `ops.duplicate_shuffle_add` takes them, except for batch 0. With gradients
+    it is a transposed convolution. Both compute with 4 products instead of 9. conv: 3×3 with padding 1.
     """
-    if can_fuse_conv3x3(conv, x):
+    if x.shape[0] > 0 and can_fuse_conv3x3(conv, x):
         dtype = compute_dtype(x)
         return ops.upsample_conv2d(x.to(dtype), operands.of_upsampling_convolution(conv, dtype)), conv.bias
     if torch.is_grad_enabled() and _has_known_parts(conv, x) and _is_3x3(conv) and x.shape[1] == conv.in_channels:

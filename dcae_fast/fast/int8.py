@@ -9,6 +9,7 @@ sequence knows the next block, a block's last kernel also writes a copy in int8,
 Elsewhere the first layer of a block quantises its input, in a pass of its own.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -73,16 +74,18 @@ def compute_with_copy(
 def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(name, layer) of the layers of a patched model that can compute in 8 bit.
 
-    They are inside encoders and decoders, without the first and the last layer, and without layers that have hooks.
+    They are inside encoders and decoders, without the first and the last layer, and without layers that have hooks or
+    that several encoders and decoders share.
     """
-    for path, coder in model.named_modules():
-        if not isinstance(coder, Coder):
-            continue
+    coders = {path: coder for path, coder in model.named_modules() if isinstance(coder, Coder)}
+    uses = Counter(id(module) for coder in coders.values() for module in coder.modules())
+    for path, coder in coders.items():
         ends = {id(module) for end in coder.ends for module in getattr(coder, end).modules()}
         names = {id(module): name for name, module in coder.named_modules(prefix=path)}
         for module in coder.modules():
             if isinstance(module, FastModule) and id(module) not in ends:
-                yield from ((names[id(layer)], layer) for layer in module.int8_layers() if _can_compute(layer))
+                own = (layer for layer in module.int8_layers() if uses[id(layer)] == 1)
+                yield from ((names[id(layer)], layer) for layer in own if _can_compute(layer))
 
 
 def _can_compute(layer: nn.Module) -> bool:

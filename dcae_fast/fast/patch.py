@@ -137,9 +137,11 @@ def patch(
     if precision == "int8":
         found = precisions.autoencoders({"": model} if components is None else components)
         with patched(model, disable, cuda_graphs=False, max_memory=max_memory, frozen=True):
-            found = {
-                name: (each, precisions.calibration_of(each, calibration, error_budget)) for name, each in found.items()
+            calibrations = {
+                each: precisions.calibration_of(each, calibration, error_budget)
+                for each in dict.fromkeys(found.values())
             }
+        found = {name: (each, calibrations[each]) for name, each in found.items()}
     options = disabled, cuda_graphs, max_memory, frozen, Budget(graph_memory)
     if components is not None and not components:
         return Report(note=f"{type(model).__name__} has no component that is a module: nothing was patched.")

@@ -62,10 +62,11 @@ class Report:
         The file is refused for a model with other weights. Raises ValueError unless there is exactly one calibration,
         and unless the name ends in .safetensors; raises `files.WriteError`.
         """
-        found = [each.calibration for each in (self, *self.components.values()) if each.calibration is not None]
+        reports = (self, *self.components.values())  # two components may be the same module
+        found = {id(each.calibration): each.calibration for each in reports if each.calibration is not None}
         if len(found) != 1:
             raise ValueError(f"the report has {len(found)} calibrations; expected one, of patch(precision='int8')")
-        scales.save(found[0], path)
+        scales.save(*found.values(), path)
 
 
 def about_auto(graph_memory: int) -> str:

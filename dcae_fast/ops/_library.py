@@ -26,6 +26,7 @@ from ._private import (
     in_dual_level,
     in_transform,
     intercept_calls,
+    is_profiling,
     is_tracing,
     make_known_to_inductor,
     takes_list,
@@ -301,8 +302,8 @@ def define(
         LIBRARY.impl(name, kernels.__call__, "CPU")
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
 
-    def call(*args, **kwargs):
-        run = None if kwargs else kernels.known(args)
+    def call(*args, **kwargs):  # a profiler sees only operators that are called through the dispatcher
+        run = None if kwargs or is_profiling() else kernels.known(args)
         return dispatch(*args, **kwargs) if run is None else run(*args)
 
     dispatch = intercept_calls(overload, call)

@@ -58,6 +58,11 @@ def intercept_calls(overload: OpOverload, function: Callable) -> Callable:
     return dispatch
 
 
+def is_profiling() -> bool:
+    """Whether torch.profiler or torch.autograd.profiler records operators."""
+    return torch.autograd.profiler._is_profiler_enabled
+
+
 def make_known_to_inductor(overload: OpOverload) -> None:
     """Register an operator with Inductor, if Inductor is loaded, as Inductor itself does when it first meets one.
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import dcae_fast
 from dcae_fast.errors import CheckpointError
-from dcae_fast.fast import calibration, int8, pictures, scales
+from dcae_fast.fast import calibration, int8, pictures, precisions, scales
 
 EVERYTHING = dcae_fast.ErrorBudget(decoding=0, encoding=0, loss=math.inf)
 NOTHING = dcae_fast.ErrorBudget(decoding=math.inf, encoding=math.inf)
@@ -136,6 +136,29 @@ def test_scales_in_a_file(model, tmp_path):
     with torch.no_grad():
         assert torch.equal(other(x), expected)
     assert scales.hash_of(other.bfloat16()) == again.calibration.weights
+
+
+def test_components_that_are_the_same_module(model, tmp_path, monkeypatch):
+    class Pipeline:
+        components = {"vae": model, "decoder": model}
+
+    calibrate, calls = precisions.calibrate, []
+    monkeypatch.setattr(precisions, "calibrate", lambda *args: calls.append(args) or calibrate(*args))
+    report = calibrated(Pipeline())
+    assert len(calls) == 1 and report.components["vae"].calibration is report.components["decoder"].calibration
+    report.save_scales(tmp_path / "scales.safetensors")
+    assert report.in_int8 and int8.is_marked(*(layer for _, layer in int8.candidates(model)))
+
+
+def test_layers_that_encoder_and_decoder_share(model):
+    """They stay exact: an error budget is for one of both."""
+    shared = model.encoder.stages[0].op_list[0]
+    model.decoder.stages[0].op_list.append(shared)
+    report = calibrated(model)
+    names = {id(module): name for name, module in model.named_modules()}
+    assert report.calibration.layers and not report.calibration.layers.keys() & {
+        names[id(module)] for module in shared.modules()
+    }
 
 
 def test_the_calibration_of_another_report(model):

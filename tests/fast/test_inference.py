@@ -44,6 +44,13 @@ def test_models(name, dtype):
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_no_images(name):
+    model = build(name).bfloat16()
+    dcae_fast.patch(model)
+    assert reconstruct(model, image(0, 3, 16, 12).bfloat16()).shape == (0, 3, 16, 12)
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_models_in_float32_under_autocast(name):
     """The same operators as in half precision. What a frozen model keeps has the type of autocast.
 

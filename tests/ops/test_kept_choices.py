@@ -7,6 +7,7 @@ from test_ops import make
 
 from dcae_fast.ops import _library, _private
 from dcae_fast.ops._library import Kernels
+from dcae_fast.ops.rms_norm import rms_norm_op
 
 
 def shapes(args):
@@ -106,6 +107,25 @@ def test_nothing_is_known_in_forward_mode(calls, monkeypatch):
     with torch.autograd.forward_ad.dual_level():
         assert _private.in_dual_level()
         assert of_kernel.known((torch.ones(2), 3)) is None
+
+
+@torch.no_grad()
+def test_profilers_see_calls_of_compiled_code(calls, monkeypatch):
+    """While nothing is recorded, a known call takes no dispatcher."""
+    monkeypatch.setattr(_library, "signature", lambda args: shapes(args) if type(args[0]) is torch.Tensor else None)
+    overload, kernel = torch.ops.dcae_fast.rms_norm.default, rms_norm_op.kernel
+    monkeypatch.setattr(kernel, "_ready", {})
+    args = torch.ones(1, 4, 2, 2), torch.ones(4), torch.ones(4), 1e-5, "none", None, torch.float32
+    monkeypatch.setitem(kernel._ready, shapes(args), lambda *args: calls.append("known") or args[0])
+    compiled = torch.compile(lambda x: overload(x, *args[1:]), backend="aot_eager", fullgraph=True)
+    for function in (lambda x: overload(x, *args[1:]), compiled):
+        function(args[0])
+        assert calls.pop() == "known"
+        with torch.profiler.profile(record_shapes=True) as profile:
+            function(args[0])
+        events = [event for event in profile.events() if event.name == "dcae_fast::rms_norm"]
+        assert [event.input_shapes[0] for event in events] == [[1, 4, 2, 2]]
+        calls.clear()
 
 
 @pytest.mark.gpu
