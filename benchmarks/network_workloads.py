@@ -12,6 +12,10 @@ SAMPLED = ("eager", "patched", "patched + CUDA graphs")
 ALL = (*TRAINED, "patched + CUDA graphs")
 FP8_SAMPLED = ("patched, fp8 + CUDA graphs", "torchao fp8, by row")
 FP8 = ("patched, fp8", "torchao fp8, by row", "torchao fp8, by tensor")
+TRAINED_IN_8_BIT = (
+    "patched, fp8", "patched, fp8-all", "torchao tensorwise", "torchao rowwise", "torchao rowwise_with_gw_hp",
+)  # fmt: skip
+CURVES = ("eager", "eager, other seed", "patched", *TRAINED_IN_8_BIT[:2])
 
 
 @dataclass(frozen=True)
@@ -52,10 +56,11 @@ NETWORK_WORKLOADS: dict[str, list[NetworkWorkload]] = {  # by part
     "training": [
         NetworkWorkload("uvit-h-f8p2", "training", 256, checkpointed=True),
         NetworkWorkload("uvit-h-f32", "training", 1024, checkpointed=True),
-        NetworkWorkload("uvit-h-f64", "training", 4096, checkpointed=True),
-        NetworkWorkload("uvit-h-f64", "training", 1024, COMPILED),
+        NetworkWorkload("uvit-h-f64", "training", 4096, (*PAIR, *TRAINED_IN_8_BIT[:2]), checkpointed=True),
+        NetworkWorkload("uvit-h-f8p2", "training", 64),
+        NetworkWorkload("uvit-h-f64", "training", 1024, (*COMPILED, *TRAINED_IN_8_BIT)),
         NetworkWorkload("uvit-h-f64", "training", 512, TRAINED),
-        NetworkWorkload("dit-xl-f32", "training", 128, COMPILED),
+        NetworkWorkload("dit-xl-f32", "training", 128, (*COMPILED, *TRAINED_IN_8_BIT)),
         NetworkWorkload("uvit-2b-f64", "training", 512, checkpointed=True),
     ],
     "sampling": [
@@ -64,17 +69,17 @@ NETWORK_WORKLOADS: dict[str, list[NetworkWorkload]] = {  # by part
         NetworkWorkload("uvit-h-f64", "samples", 16, (*SAMPLED, "patched, fp8 + CUDA graphs")),
         *_each("uvit-h-f32 uvit-2b-f64 dit-xl-f32", "samples", 16, SAMPLED),
     ],
-    "loss-curve": [NetworkWorkload("uvit-s-f64", "loss", 64)],
+    "loss-curve": [NetworkWorkload("uvit-s-f32c64", "loss", 256, CURVES)],
 }
 
 NETWORK_REHEARSAL: dict[str, list[NetworkWorkload]] = {  # for machines without a GPU
     "transformer": _each("uvit-tiny-f64 dit-tiny-f32", "forward", 2, (*SAMPLED, "patched, fp8")),
     "training": [
-        *_each("uvit-tiny-f64 dit-tiny-f64", "training", 2, PAIR),
+        *_each("uvit-tiny-f64 dit-tiny-f64", "training", 2, (*PAIR, *TRAINED_IN_8_BIT[:2])),
         *_each("uvit-tiny-f64 dit-tiny-f64", "training", 2, PAIR, checkpointed=True),
     ],
     "sampling": _each("uvit-tiny-f64 dit-tiny-f32", "step", 2, SAMPLED),
-    "loss-curve": [NetworkWorkload("uvit-tiny-f64", "loss", 4)],
+    "loss-curve": [NetworkWorkload("uvit-tiny-f32c64", "loss", 4, CURVES)],
 }
 
 

@@ -26,13 +26,14 @@ from dcae_fast.models.uvit import UViT
 from dcae_fast.training.diffusion.network import blocks_of
 from dcae_fast.training.engine.parallel import apply_compile
 
-from . import contenders
-from .network_workloads import NetworkWorkload
+from . import contenders, float8
+from .network_workloads import TRAINED_IN_8_BIT, NetworkWorkload
 
 LATENTS = {  # for pictures of 512 pixels: Stable Diffusion's autoencoder with tokens of 2 × 2, and two DC-AEs
     "f8p2": {"in_channels": 4, "input_size": 64, "patch_size": 2},
     "f32": {"in_channels": 32, "input_size": 16},
     "f64": {"in_channels": 128, "input_size": 8},
+    "f32c64": {"in_channels": 64, "input_size": 8},  # dc-ae-tiny, pictures of 256 pixels
 }
 SIZES = diffusion_zoo.SIZES | {"tiny": {"depth": 2, "hidden_size": 32, "num_heads": 2}}  # tiny: for the rehearsal
 TIMES = 1000
@@ -81,8 +82,9 @@ def patched_and_compiled(model: UViT | DiT, workload: NetworkWorkload) -> None:
 
 
 def patched_in_fp8(model: UViT | DiT, workload: NetworkWorkload, cuda_graphs: bool | str = "auto") -> None:
-    """With 8-bit weights that are rounded once, as torchao's are."""
-    dcae_fast.patch(model, precision="fp8", frozen=True, cuda_graphs=cuda_graphs)
+    """In inference, with 8-bit weights that are rounded once, as torchao's are."""
+    frozen = workload.work not in ("training", "loss")
+    dcae_fast.patch(model, precision="fp8", frozen=frozen, cuda_graphs=cuda_graphs)
 
 
 def patched_in_fp8_with_graphs(model: UViT | DiT, workload: NetworkWorkload) -> None:
@@ -96,7 +98,8 @@ def torchao(model: UViT | DiT, workload: NetworkWorkload, granularity: str) -> N
     """
     from torchao import quantization
 
-    layers = [layer for name, layer in blocks_of(model).named_modules() if name.rpartition(".")[2] in IN_8_BIT]
+    named = [item for block in blocks_of(model) for item in block.named_modules()]
+    layers = [layer for name, layer in named if name.rpartition(".")[2] in IN_8_BIT]
     for layer in layers:
         for name, parameter in list(layer.named_parameters()):
             setattr(layer, name, nn.Parameter(parameter.detach().to(torch.bfloat16), requires_grad=False))
@@ -108,7 +111,7 @@ def torchao(model: UViT | DiT, workload: NetworkWorkload, granularity: str) -> N
 @dataclass(frozen=True)
 class Contender:
     """prepare: changes a copy of the network in place. original: attention computes as in the original. in_8_bit: the
-    error may be as large as that of 8 bit.
+    error may be as large as that of 8 bit. seed: of the initial weights and of the draws in a loss curve.
 
     A contender named "plain" is this project's network, whose attention computes in the dtype of the autocast.
     """
@@ -116,6 +119,7 @@ class Contender:
     prepare: Callable[[nn.Module, NetworkWorkload], None]
     original: bool = False
     in_8_bit: bool = False
+    seed: int = 0
 
 
 CONTENDERS = {
@@ -131,6 +135,9 @@ CONTENDERS = {
     "patched, fp8 + CUDA graphs": Contender(patched_in_fp8_with_graphs, in_8_bit=True),
     "torchao fp8, by row": Contender(functools.partial(torchao, granularity="PerRow"), in_8_bit=True),
     "torchao fp8, by tensor": Contender(functools.partial(torchao, granularity="PerTensor"), in_8_bit=True),
+    "patched, fp8-all": Contender(float8.patched_everything, in_8_bit=True),
+    **{name: Contender(float8.torchao(name), in_8_bit=True) for name in TRAINED_IN_8_BIT if "torchao" in name},
+    "eager, other seed": Contender(contenders.leave, original=True, seed=1),
 }
 
 
@@ -144,9 +151,9 @@ def class_of(config: TransformerConfig) -> type[UViT] | type[DiT]:
     return DiT if isinstance(config, DiTConfig) else UViT
 
 
-def new_network(name: str, device: torch.device) -> UViT | DiT:
+def new_network(name: str, device: torch.device, seed: int = 0) -> UViT | DiT:
     """A network with the same random weights every time, fp32, in evaluation mode. No parameter is all zeros."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     with torch.device(device):
         config = config_of(name)
         model = class_of(config)(config)

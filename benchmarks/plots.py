@@ -25,6 +25,8 @@ COLOURS = {
     "patched + CUDA graphs": "#b4432f",
     "patched, bounded memory": "#b4432f",
     "patched + torch.compile": "#e6c35c",
+    "patched, fp8": "#6a9f58",
+    "patched, fp8-all": "#3f7a4a",
 }
 GREY = "#444444"
 STYLE = {

@@ -16,8 +16,8 @@ from dcae_fast.training.engine.optimizer import build_optimizer
 from dcae_fast.training.engine.parallel import apply_activation_checkpointing
 from dcae_fast.training.engine.state import Trained
 
-from . import networks
-from .autoencoder import FP32_ERROR, reason, release
+from . import float8, networks
+from .autoencoder import ERROR_IN_8_BIT, FP32_ERROR, reason, release
 from .ceilings import Ceilings
 from .network_workloads import NetworkWorkload
 from .timing import alone, with_peak_memory
@@ -37,7 +37,8 @@ def benchmark(workload: NetworkWorkload, device: torch.device, ceilings: Ceiling
     """The record of a workload. peak_gib: all allocated memory, weights and optimizer included.
 
     error: relative error of the gradients of a loss over the first samples, against fp32. A contender is wrong if its
-    error is more than twice the error of eager on a batch of these samples. drift: see `drift`.
+    error is more than twice the error of eager on a batch of these samples, in 8 bit more than ERROR_IN_8_BIT. drift:
+    see `drift`.
     """
     torch.compiler.reset()
     inputs = networks.inputs_of(workload, device)
@@ -49,7 +50,10 @@ def benchmark(workload: NetworkWorkload, device: torch.device, ceilings: Ceiling
     def build(name: str) -> nn.Module:
         return prepared(name, workload, device)
 
-    rows = {name: trial(name, build, inputs, exact, limit) for name in workload.contenders}
+    rows = {
+        name: trial(name, build, inputs, exact, ERROR_IN_8_BIT if networks.CONTENDERS[name].in_8_bit else limit)
+        for name in float8.present(workload.contenders)
+    }
     record = record_of(workload, rows, 3 * networks.flops_of(workload.network, workload.batch), ceilings)
     return record | drift(rows, build, inputs)
 
