@@ -58,7 +58,7 @@ def train_diffusion(recipe: NamedRecipe, run: DiffusionRun, compared: Compared, 
     from dcae_fast.training.diffusion.estimate import describe
     from dcae_fast.training.diffusion.task import train
 
-    with training_process(run, recipe.precision) as device:
+    with training_process(run, recipe.autocast) as device:
         if dry_run:
             distributed.print_main(describe(recipe, run, LatentDataset(run.data), distributed.world_size()))
             return 0

@@ -21,7 +21,8 @@ from . import operands
 from .fusion import autocasts
 from .module import FastModule, plain
 
-PRECISIONS = ("fp8",)
+EVERYTHING = "fp8-all"  # in training, the gradients of weights are 8-bit products too
+PRECISIONS = ("fp8", EVERYTHING)
 MULTIPLE = 16  # of the channels
 Rows = tuple[torch.Tensor, torch.Tensor]  # 8-bit rows and their scales
 
@@ -69,6 +70,17 @@ def precision_of(layer: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> str |
 def infers(layer: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether a layer computes in 8 bit for tokens like x, without gradients."""
     return precision_of(layer, x, dtype) is not None and not torch.is_grad_enabled()
+
+
+def trains(layer: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> str | None:
+    """The precision in which a layer computes for tokens like x, with gradients; None for that of the model."""
+    return precision_of(layer, x, dtype) if torch.is_grad_enabled() else None
+
+
+def both_train(first: nn.Module, second: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> tuple[str | None, bool]:
+    """`trains` of the first layer, and whether it is the same for the second."""
+    precision = trains(first, x, dtype)
+    return precision, trains(second, x, dtype) == precision
 
 
 def linear(

@@ -52,7 +52,7 @@ def patch(
     max_memory: int | None = None,
     frozen: bool = False,
     graph_memory: int = 2**30,
-    precision: Literal["exact", "int8", "fp8"] = "exact",
+    precision: Literal["exact", "int8", "fp8", "fp8-all"] = "exact",
     calibration: Any = None,
     error_budget: ErrorBudget = DEFAULT_BUDGET,
     keep: Iterable[str] = (),
@@ -110,6 +110,8 @@ def patch(
     half precision or under autocast, on a Hopper GPU: the projections of attention, the MLP and the long skips. Nothing
     is calibrated. `load_state_dict` keeps this precision. On other devices, and for layers with other channels than
     multiples of 16, the model computes as without it, and the report says so. `frozen` also keeps the 8-bit weights.
+    With gradients on, the products for the gradients of these layers' inputs are in 8 bit too, and with "fp8-all" also
+    the products for the gradients of their weights. There are no second derivatives.
     keep: names of layers that stay exact with "fp8", in full, or their last part, such as "fc2".
 
     Returns a report that prints as a table. Raises TypeError for a model or an option of another type. Raises
@@ -255,7 +257,7 @@ def patched(
     max_memory: int | None = None,
     frozen: bool = False,
     graph_memory: int = 2**30,
-    precision: Literal["exact", "int8", "fp8"] = "exact",
+    precision: Literal["exact", "int8", "fp8", "fp8-all"] = "exact",
     calibration: Any = None,
     error_budget: ErrorBudget = DEFAULT_BUDGET,
     keep: Iterable[str] = (),

@@ -247,10 +247,15 @@ def parameters_of(layer: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor |
 
 
 def linear(layer: nn.Module, y: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-    """layer(y) + residual. A layer that is not a plain linear layer, such as LoRA's or a quantised one, is called."""
+    """layer(y) + residual. A layer that is not a plain linear layer, such as LoRA's or a quantised one, is called.
+
+    With gradients, a layer that trains in 8 bit computes so.
+    """
     if is_linear(layer, y):
         dtype = compute_dtype(y)
         weight, bias = operands.of_layer(layer, dtype, None if residual is None else residual.dtype)
+        if precision := float8.trains(layer, y, dtype):
+            return ops.linear_fp8(y.to(dtype), weight, bias, residual, precision == float8.EVERYTHING)
         return ops.linear(y.to(dtype), weight, bias, residual)
     y = layer(y)
     return y if residual is None else y + residual
@@ -283,9 +288,15 @@ def attention(
         s, y = float8.norm(qkv, x, scale, shift, eps, branch, gate, dtype)
         y = ops.packed_attention(linear_of(qkv, y, dtype), num_heads)
         return s, linear_of(proj, y, dtype, s if residual else None)
-    if fuses and ops.is_for_few_tokens(dtype, x.shape[1], qkv.out_features // (3 * num_heads), x.device):
+    few = fuses and ops.is_for_few_tokens(dtype, x.shape[1], qkv.out_features // (3 * num_heads), x.device)
+    precision, same = float8.both_train(qkv, proj, x, dtype)
+    if few and same:
         layers = *operands.of_layer(qkv, dtype), *operands.of_layer(proj, dtype, x.dtype if residual else None)
-        return ops.norm_attention(x, scale, shift, eps, *layers, num_heads, branch, gate, dtype, residual)
+        options = num_heads, branch, gate, dtype, residual
+        if precision:
+            everything = precision == float8.EVERYTHING
+            return ops.norm_attention_fp8(x, scale, shift, eps, *layers, *options, everything)
+        return ops.norm_attention(x, scale, shift, eps, *layers, *options)
     s, y = ops.layer_norm(x, scale, shift, eps, branch, gate, dtype)
     y = ops.packed_attention(linear(qkv, y), num_heads)
     return s, linear(proj, y, s if residual else None)
@@ -301,9 +312,13 @@ def mlp(
     if float8.infers(fc1, x, dtype) or float8.infers(fc2, x, dtype):
         s, y = float8.norm(fc1, x, scale, shift, eps, branch, gate, dtype)
         return s, mlp_of(fc2, act, linear_of(fc1, y, dtype), s if residual else None)
-    if fuses:
+    precision, same = float8.both_train(fc1, fc2, x, dtype)
+    if fuses and same:
         layers = *operands.of_layer(fc1, dtype), *operands.of_layer(fc2, dtype, x.dtype if residual else None)
-        return ops.norm_mlp(x, scale, shift, eps, *layers, branch, gate, dtype, residual, GELU[act.approximate])
+        options = branch, gate, dtype, residual, GELU[act.approximate]
+        if precision:
+            return ops.norm_mlp_fp8(x, scale, shift, eps, *layers, *options, precision == float8.EVERYTHING)
+        return ops.norm_mlp(x, scale, shift, eps, *layers, *options)
     s, y = ops.layer_norm(x, scale, shift, eps, branch, gate, dtype)
     return s, linear(fc2, act(linear(fc1, y)), s if residual else None)
 

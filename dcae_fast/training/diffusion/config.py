@@ -14,6 +14,8 @@ from dcae_fast.training.engine.config import Recipe, Run, check_least, check_upd
 if TYPE_CHECKING:
     from dcae_fast.data.latents import LatentDataset
 
+FP8 = "fp8", "fp8-all"  # precisions in which blocks compute in 8 bit
+
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
@@ -71,8 +73,10 @@ class DiffusionRecipe(Recipe):
     """learning rate at the start of the warm-up"""
     clip_grad: float | None = None
     """largest norm of the gradient; None: do not clip"""
-    precision: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """precision of matrix products, by autocast; weights are float32. float16 uses loss scaling"""
+    precision: Literal["float32", "bfloat16", "float16", "fp8", "fp8-all"] = "bfloat16"
+    """precision of matrix products, by autocast; weights are float32. float16 uses loss scaling. fp8: on a Hopper GPU,
+    the blocks compute linear layers and the gradients of their inputs in 8 bit, all else in bfloat16; fp8-all: also the
+    gradients of their weights"""
     ema_decay: float | None = 0.9999
     """decay of the moving average of the weights, smaller in the first steps; None: no average"""
 
@@ -81,6 +85,16 @@ class DiffusionRecipe(Recipe):
         names = "num_inference_steps", "lr", "weight_decay", "warmup_steps", "warmup_lr"
         check_least(self, dict.fromkeys(names, 0) | {"num_inference_steps": 1})
         check_update(self)
+
+    @property
+    def of_blocks(self) -> str:
+        """The argument `precision` of `patch`."""
+        return self.precision if self.precision in FP8 else "exact"
+
+    @property
+    def autocast(self) -> str:
+        """The precision of everything that is not computed in 8 bit."""
+        return "bfloat16" if self.precision in FP8 else self.precision
 
     def diffusion_config(self, data: "LatentDataset") -> DiffusionConfig:
         """The configuration of the model that is trained on these latents. ValueError if the two do not fit."""

@@ -28,7 +28,7 @@ def describe(recipe: DiffusionRecipe, run: DiffusionRun, data: LatentDataset, ra
     epoch = BatchOrder(len(data), recipe.batch, ranks, recipe.seed, range(0), 0, ranks).batches
     copies = 4 * (5 if recipe.ema_decay else 4)  # bytes: weight, gradient, two moments, average
     weights = copies * parameters / (ranks if run.parallel == "fsdp" else 1)
-    kept = kept_bytes(config, recipe.precision, run.checkpoint_activations, part)
+    kept = kept_bytes(config, recipe.autocast, run.checkpoint_activations, part)
     rows = [
         ("data", f"{len(data)} latents {'x'.join(map(str, data.shape))} in {data.folder}"),
         ("classes", f"{len(data.classes) or 1} of {network.num_classes}"),

@@ -83,7 +83,7 @@ class HeldOut:
             latents, classes = zip(*(self.data[number * batch + i] for i in share), strict=True)
             z, labels = torch.stack(latents).to(device), torch.tensor(classes, device=device)
             draws = draw(self.config, batch, share, self.recipe.seed, number, device)
-            with autocast(device, self.recipe.precision):
+            with autocast(device, self.recipe.autocast):
                 total += batch_loss(self.config, network, z, labels, draws)
         return distributed.all_sum(total).item() / (batches * distributed.world_size())
 

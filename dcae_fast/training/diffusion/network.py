@@ -41,8 +41,10 @@ def blocks_of(network: UViT | DiT) -> list[nn.Module]:
     return [*network.in_blocks, network.mid_block, *network.out_blocks]
 
 
-def parallelize(network: UViT | DiT, run: DiffusionRun) -> nn.Module:
+def parallelize(network: UViT | DiT, run: DiffusionRun, precision: str) -> nn.Module:
     """The module to call in training: the network, which is changed in place, or DDP around it.
+
+    precision: argument of `patch`.
 
     One rank compiles the whole network. Several ranks compile each block, so that the gradients of a block are sent as
     soon as they are computed. ValueError for CUDA graphs on several ranks.
@@ -51,7 +53,7 @@ def parallelize(network: UViT | DiT, run: DiffusionRun) -> nn.Module:
     if run.cuda_graphs and ranks > 1:
         raise ValueError(f"cuda_graphs: expected one process, found {ranks}")
     if run.patch:
-        dcae_fast.patch(network)
+        dcae_fast.patch(network, precision=precision)
     if run.compile and ranks > 1:
         apply_compile(blocks)
     if run.checkpoint_activations:

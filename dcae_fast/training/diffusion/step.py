@@ -25,7 +25,7 @@ Part = tuple[torch.Tensor, torch.Tensor, Draws]  # latents [b, c, h, w], labels 
 def initial_state(config: DiffusionConfig, recipe: DiffusionRecipe, run: DiffusionRun, device: torch.device) -> State:
     """The state before the first step; the transformer is exported for `DCAEDiffusion.from_pretrained`."""
     network = build_network(config, recipe.seed, device)
-    called = parallelize(network, run)
+    called = parallelize(network, run, recipe.of_blocks)
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "float16")
     average = MovingAverage(network, recipe.ema_decay) if recipe.ema_decay else None
     optimizer = build_optimizer(network, recipe.lr, recipe.betas, recipe.weight_decay)
@@ -53,7 +53,7 @@ def take_step(
     trained, step, losses = state.networks[NAME], state.step + 1, []
     for number, (z, labels, draws) in enumerate(parts):
         with gradients_summed(trained.called, last=number == len(parts) - 1):
-            with autocast(z.device, recipe.precision):
+            with autocast(z.device, recipe.autocast):
                 loss = batch_loss(config, trained.called, z, labels, draws) / len(parts)
             trained.backward(loss)
         losses.append(loss.detach())

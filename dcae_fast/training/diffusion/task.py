@@ -12,12 +12,13 @@ from dcae_fast import distributed
 from dcae_fast.data.latents import LatentDataset
 from dcae_fast.diffusion import DCAEDiffusion
 from dcae_fast.errors import NotFiniteError
+from dcae_fast.fast import float8
 from dcae_fast.training.engine import loop
 from dcae_fast.training.engine.batches import BatchOrder, load_batches
 from dcae_fast.training.engine.state import State
 from dcae_fast.training.engine.task import Taken, Task
 
-from .config import DiffusionRecipe, DiffusionRun
+from .config import FP8, DiffusionRecipe, DiffusionRun
 from .draws import Draws, draw
 from .evaluation import HeldOut, build_model, draw_samples
 from .step import NAME, Part, initial_state, take_step
@@ -46,6 +47,8 @@ class DiffusionTask(Task):
     ):
         super().__init__(recipe, run, device)
         recipe.part(distributed.world_size(), run.accumulate)  # raises if the batch cannot be divided
+        if recipe.precision in FP8 and not run.patch:
+            raise ValueError(f"precision={recipe.precision!r}: expected together with patch")
         self.data = LatentDataset(run.data)
         self.config = recipe.diffusion_config(self.data)
         self.evaluate_model = evaluate
@@ -56,6 +59,8 @@ class DiffusionTask(Task):
         if self.data.manifest is not None:
             settings = self.data.manifest.settings
             facts |= {"scaling_factor": settings.scaling_factor, "weights": settings.weights}
+        if self.recipe.precision in FP8:
+            facts["products"] = "in 8 bit" if float8.runs_on(self.device) else "in bfloat16"
         return facts
 
     def build(self) -> State:
@@ -66,6 +71,10 @@ class DiffusionTask(Task):
                 f"The latents have {len(self.data.classes)} classes and the network has {classes}. Samples will be of "
                 "all classes of the network; see --num-classes",
                 error=True,
+            )
+        if self.recipe.precision in FP8 and not float8.runs_on(self.device):
+            distributed.print_main(
+                f"{recipe.precision} needs a Hopper GPU: on this device the training computes in bfloat16", error=True
             )
         self.state = initial_state(self.config, recipe, run, self.device)
         self.model = None
