@@ -84,6 +84,9 @@ def parse_bytes(option: str, text: str) -> int:
     return int(amount)
 
 
+Precision = Literal["exact", "fp8"]  # of a transformer
+
+
 @dataclass(frozen=True)
 class Compute:
     """Device, dtype and memory of the computation."""
@@ -170,12 +173,27 @@ class Compute:
             distributed.print_main(report.calibration.summary)
         return f"int8 {scales.hash_of_scales(report.calibration)[:8]}"
 
-    def load_diffusion(self, model: str) -> tuple["DCAEDiffusion", str]:
-        """Loads a diffusion model, and patches it, with CUDA graphs, if `patch` is set; and the precision."""
-        from dcae_fast import sample
+    def load_diffusion(self, model: str, precision: Precision = "exact") -> tuple["DCAEDiffusion", str]:
+        """Loads a diffusion model, and patches it, with CUDA graphs, if `patch` is set; and the precision: that of the
+        autoencoder, see `patch_model`, and of the transformer unless it is exact.
+
+        precision: of the transformer. Says so if the device has no such precision.
+        """
+        if precision != "exact" and not self.patch:
+            raise UsageError(f"--precision {precision} --no-patch: only a patched model has 8 bit; remove an option")
+        if precision != "exact" and self.dtype == "float32":
+            raise UsageError(f"--precision {precision} --dtype float32: 8 bit is for half precision; remove an option")
+        from dcae_fast import distributed, sample
 
         network = sample.load(model, self.device, self.dtype)
-        return network, self.patch_model(network, cuda_graphs=True)
+        of_autoencoder = self.patch_model(network, cuda_graphs=True)
+        if precision == "exact":
+            return network, of_autoencoder
+        report = dcae_fast.patch(network.diffusion_model, cuda_graphs=True, frozen=True, precision=precision)
+        if not report.in_float8:
+            distributed.print_main(f"--precision: {report.precision}", error=True)
+            return network, of_autoencoder
+        return network, f"{of_autoencoder}, transformer {precision}"
 
 
 MAX_FAILURES_PRINTED = 20

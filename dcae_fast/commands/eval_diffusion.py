@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Literal
 from dcae_fast.files import written_atomically
 from dcae_fast.memory import out_of_memory_as
 
-from .common import Compute, Sampler, UsageError, check_cfg, check_integer, check_seed, make_folder, report_problems
+from .common import (
+    Compute,
+    Precision,
+    Sampler,
+    UsageError,
+    check_cfg,
+    check_integer,
+    check_seed,
+    make_folder,
+    report_problems,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +51,7 @@ def eval_diffusion(
     precision_recall: Path | None = None,
     cmmd: Path | None = None,
     save: Literal["png", "npz", "none"] = "none",
+    precision: Precision = "exact",
     compute: Compute,
 ) -> int:
     """Generate pictures of random classes and compare them with real pictures. Under torchrun, uses several GPUs.
@@ -63,6 +74,7 @@ def eval_diffusion(
         precision_recall: .npy file of `reference-stats`, for precision and recall
         cmmd: .npy file of `reference-stats`, for CMMD
         save: also save the generated pictures, as PNG files or in samples.npz
+        precision: fp8 lets the transformer compute in 8 bit, on a Hopper GPU
     """
     from dcae_fast import distributed
     from dcae_fast.evaluation import networks
@@ -81,9 +93,9 @@ def eval_diffusion(
     with out_of_memory_as(too_large), distributed.process_group(place) as device:
         try:
             references = References.load(fid, precision_recall, cmmd)
-            network, precision = replace(compute, device=str(device)).load_diffusion(model)
+            network, computed = replace(compute, device=str(device)).load_diffusion(model, precision)
             options = {"samples": samples, "batch": batch, "cfg": cfg, "seed": seed, "class_seed": class_seed}
-            options |= {"precision": precision}
+            options |= {"precision": computed}
             settings = _settings(network, model, compute.patch, sampler, steps, options)
             folder = SampleFolder(out, settings, network.config.network.num_classes, save)
             network.config.check_sampler(settings.sampler)

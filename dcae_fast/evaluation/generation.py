@@ -41,7 +41,8 @@ class Settings:
 
     model: as the user named it. weights: hash of the transformer's and the autoencoder's weights. patch, dtype: of the
     computation. samples: total number. batch: pictures per batch. cfg, sampler, steps: see `sample.Request`. seed: of
-    the noise. class_seed: of the classes. precision: of the autoencoder, as in `manifest.Settings`.
+    the noise. class_seed: of the classes. precision: of the autoencoder, as in `manifest.Settings`, and of the
+    transformer unless it is exact.
     """
 
     model: str
