@@ -33,7 +33,8 @@ KERNELS_LISTED = 12  # the longest kernels
 # A kernel has the kind of the first pattern that matches its name.
 KINDS = {
     "Inductor": r"^triton_",
-    "this project's operators": "|".join({*OPERATORS} - {"linear", "mlp", "packed_attention"}) + "|gelu_backward|quantize|_rows",
+    "this project's operators": "|".join({*OPERATORS} - {"linear", "mlp", "packed_attention"})
+    + "|gelu_backward|quantize|_rows",
     "optimizer": r"multi_tensor_apply|adam",
     "batch norm": r"batch_?norm|\bbn_",
     "reduction": r"native::reduce_kernel|aten::sum",
