@@ -4,8 +4,9 @@ dc_gen, wherever dc_gen stands in the name.
 
 from dcae_fast.ops._private import constant_in_compile
 
-# The original under its names, this project, diffusers; copies inside other packages keep one of these names.
-ROOTS = {"dc_ai", "dc_gen", "dcae_fast", "diffusers", "efficientvit"}
+# The original under its names, this project, diffusers, and the package of NVlabs/Sana; copies inside other packages
+# keep one of these names.
+ROOTS = {"dc_ai", "dc_gen", "dcae_fast", "diffusers", "diffusion.model", "efficientvit"}
 PACKAGES = ("timm", "torch")  # packages whose classes the fast forwards know by name
 
 

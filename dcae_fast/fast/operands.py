@@ -212,6 +212,22 @@ def of_joined_layers(
     return _operand(layers[0], ("joined", dtype, heads), (*weights, *biases), lambda: (join(weights), join(biases)))
 
 
+def of_packed_layer(
+    layer: nn.Linear, dtype: torch.dtype, parts: int, heads: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`of_joined_layers` of a layer whose weight has `parts` layers one after the other."""
+    weight, bias = layer.weight, layer.bias
+    if torch.is_grad_enabled() and weight.dtype == torch.float32:
+        dtype = torch.float32
+
+    def by_heads(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        if tensor is None:
+            return None
+        return cast(tensor, dtype).unflatten(0, (parts, heads, -1)).transpose(0, 1).flatten(0, 2)
+
+    return _operand(layer, ("by heads", dtype, heads), (weight, bias), lambda: (by_heads(weight), by_heads(bias)))
+
+
 def of_int8(
     layers: tuple[nn.Conv2d | nn.Linear, ...],
     scale: float,

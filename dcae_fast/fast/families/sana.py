@@ -90,7 +90,9 @@ class SanaTransformerBlock(FastModule):
             return self.eager(x, mask, text, text_mask, timestep, height, width)
         norm1, attn1, norm2, attn2, ff = map(self._modules.get, ("norm1", "attn1", "norm2", "attn2", "ff"))
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation(self.scale_shift_table, timestep)
-        x, y = ops.layer_norm(x.contiguous(), scale1, shift1, norm1.eps, dtype=dtype_of_queries(attn1, x))
+        x, y = ops.layer_norm(
+            x.contiguous(), scale1, shift1, norm1.eps, dtype=dtype_of_queries((attn1.to_q, attn1.to_k, attn1.to_v), x)
+        )
         x = ops.gated_sum(x, gate1, linear_attention(attn1, y, height, width))
         x = text_attention(attn2, x, text, text_mask)
         if norm2.elementwise_affine:
@@ -158,7 +160,11 @@ def linear_attention(attn: nn.Module, x: torch.Tensor, height: int, width: int) 
     to_out, dropout = attn.to_out
     qkv = packed_by_heads(attn, x)
     y = ops.relu_linear_attention([image(qkv, height, width)], qkv.shape[2] // (3 * attn.heads), EPS)
-    y = dropout(linear(to_out, tokens(y)))
+    return clipped(dropout(linear(to_out, tokens(y))), x)
+
+
+def clipped(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """y without infinity, if x is in float16."""
     return y.clip(-LARGEST_HALF, LARGEST_HALF) if x.dtype == torch.float16 else y
 
 
@@ -169,8 +175,12 @@ def packed_by_heads(attn: nn.Module, x: torch.Tensor) -> torch.Tensor:
         dtype = compute_dtype(x)
         return ops.linear(x.to(dtype), *operands.of_joined_layers(layers, dtype, attn.heads))
     q, k, v = (linear(layer, x) for layer in layers)
-    parts = (normalised(attn.norm_q, q, v.dtype), normalised(attn.norm_k, k, v.dtype), v)
-    return torch.stack([part.unflatten(2, (attn.heads, -1)) for part in parts], dim=3).flatten(2)
+    return packed_heads(normalised(attn.norm_q, q, v.dtype), normalised(attn.norm_k, k, v.dtype), v, attn.heads)
+
+
+def packed_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> torch.Tensor:
+    """[B, N, heads * D] each, as [B, N, heads * 3 * D]."""
+    return torch.stack([part.unflatten(2, (heads, -1)) for part in (q, k, v)], dim=3).flatten(2)
 
 
 def text_attention(attn: nn.Module, x: torch.Tensor, text: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -178,12 +188,16 @@ def text_attention(attn: nn.Module, x: torch.Tensor, text: torch.Tensor, mask: t
     to_out, dropout = attn.to_out
     q, k, v = linear(attn.to_q, x), linear(attn.to_k, text), linear(attn.to_v, text)
     q, k = normalised(attn.norm_q, q, v.dtype), normalised(attn.norm_k, k, v.dtype)
-    q, k, v = (part.unflatten(2, (attn.heads, -1)).transpose(1, 2) for part in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None])
-    y = y.transpose(1, 2).flatten(2)
+    y = attend(q, k, v, attn.heads, None if mask is None else mask[:, None])
     if dropout.training and dropout.p:
         return dropout(linear(to_out, y)) + x
     return linear(to_out, y, residual=x)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, mask: torch.Tensor | None) -> torch.Tensor:
+    """Softmax attention of q [B, N, heads * D] to k, v [B, T, heads * D]; mask: [B, 1, 1, T], added to the scores."""
+    q, k, v = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
 
 
 def normalised(norm: nn.Module | None, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -214,9 +228,9 @@ def can_be_joined(layers: tuple[nn.Module, ...], x: torch.Tensor) -> bool:
     return all(is_linear(layer, x) for layer in layers) and len({layer.bias is None for layer in layers}) == 1
 
 
-def dtype_of_queries(attn: nn.Module, x: torch.Tensor) -> torch.dtype:
-    """The dtype that the norm passes to the self-attention. Layers that are called get the dtype of x."""
-    known = autocasts(x) and all(is_linear(layer, x) for layer in (attn.to_q, attn.to_k, attn.to_v))
+def dtype_of_queries(layers: tuple[nn.Module, ...], x: torch.Tensor) -> torch.dtype:
+    """The dtype that the norm passes to these layers of the self-attention. Layers that are called get that of x."""
+    known = autocasts(x) and all(is_linear(layer, x) for layer in layers)
     return compute_dtype(x) if known else x.dtype
 
 
