@@ -12,6 +12,8 @@ from .gelu_backward import factor_and_slope
 from .launch import Kernel
 from .quantize_rows import empty_rows, magnitude, parts_of, scale_and_inverse, to_8_bit
 
+RESIDENT = 3 * 4096  # main columns of the programs that a multiprocessor has registers for
+
 
 @triton.jit
 def _dh_and_g(dg_ptr, h_ptr, place, mask, TANH: tl.constexpr):
@@ -73,9 +75,9 @@ def launch_gelu_backward_rows(dg, h, act, dtype, everything, wants_g):
     dh, g = empty if everything else torch.empty_like(h), torch.empty_like(h) if wants_g and not everything else empty
     dh_rows = empty_rows(h, width, dtype)
     g_rows = empty_rows(h, width, format) if wants_g and everything else (empty.to(format), empty.float())
-    programs = persistent_splits(h, rows)
-    partial = torch.empty(programs, width, dtype=torch.float32, device=h.device)
     main, rest = parts_of(width)
+    programs = persistent_splits(h, rows, per_processor=max(1, RESIDENT // main))
+    partial = torch.empty(programs, width, dtype=torch.float32, device=h.device)
     _gelu_backward_rows_kernel[(programs,)](
         dg, h, dh, *dh_rows, g, *g_rows, partial, rows, width,
         TANH=act == "gelu_tanh", EVERYTHING=everything, WANTS_G=wants_g, MAIN=main, REST=rest,

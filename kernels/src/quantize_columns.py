@@ -10,6 +10,7 @@ from .quantize_rows import empty_rows, magnitude, scale_and_inverse, to_8_bit
 
 MULTIPLE = 16  # of the columns of transposed rows
 BLOCK_ROWS, BLOCK_COLUMNS = 128, 64
+BLOCK_BYTES = 128  # columns of a tile of 8-bit rows
 SPLITS = 1 if INTERPRETED else 64  # at most, of the rows for the largest numbers of columns
 
 
@@ -88,9 +89,9 @@ def launch_transpose_rows(q, scale):
     columns = q.shape[-1]
     rows, common = q.numel() // columns, scale.amax()
     out = torch.empty(columns, cdiv(rows, MULTIPLE) * MULTIPLE, dtype=q.dtype, device=q.device)
-    grid = cdiv(columns, BLOCK_COLUMNS), cdiv(out.shape[1], BLOCK_ROWS)
+    grid = cdiv(columns, BLOCK_BYTES), cdiv(out.shape[1], BLOCK_ROWS)
     _transpose_rows_kernel[grid](
         q, scale, common, out, rows, columns, out.shape[1],
-        BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLUMNS=BLOCK_COLUMNS, num_warps=8,
+        BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLUMNS=BLOCK_BYTES, num_warps=8,
     )  # fmt: skip
     return out, common.expand(columns, 1).contiguous()
