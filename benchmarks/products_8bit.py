@@ -158,21 +158,28 @@ def line(record: dict, bf16: dict[str, float]) -> str:
     return f"{record['workload']:32} {record['contender']:36} {record['ms']:8.3f} ms {rate}{notes}"
 
 
+def all_records(device: torch.device, seconds: float, ceilings: Ceilings, small: bool) -> Iterator[dict]:
+    yield from producers(device, seconds, ceilings, small)
+    yield from layers({name: 32 if small else count for name, count in ROWS.items()}, device, seconds)
+
+
 @torch.inference_mode()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(
+    description: str = __doc__,
+    records_of: Callable[[torch.device, float, Ceilings, bool], Iterator[dict]] = all_records,
+) -> None:
+    """Measures records and prints a line for each. records_of(device, seconds, ceilings, small) yields them."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=1.0, help="of work for each contender (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=results.default_path(), help="file of results")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     small, ceilings, bf16 = device.type != "cuda", measure_ceilings(device), {}
-    rows = {name: 32 if small else count for name, count in ROWS.items()}
-    for records in (producers(device, options.seconds, ceilings, small), layers(rows, device, options.seconds)):
-        for record in records:
-            if record["contender"] == "bf16":
-                bf16[record["workload"]] = record["ms"]
-            results.merge(options.out, "products-8bit", record | {"ceilings": vars(ceilings)})
-            print(line(record, bf16), flush=True)
+    for record in records_of(device, options.seconds, ceilings, small):
+        if record["contender"] == "bf16":
+            bf16[record["workload"]] = record["ms"]
+        results.merge(options.out, "products-8bit", record | {"ceilings": vars(ceilings)})
+        print(line(record, bf16), flush=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from benchmarks import linear_int8, products_8bit
+from benchmarks import gradients_8bit, linear_int8, products_8bit
 from dcae_fast import ops
 from dcae_fast.ops.linear_rows import linear_rows_reference
 
@@ -32,6 +32,18 @@ def test_the_rival_equals_the_reference(rows, depth, columns):
         for tile in linear_int8.TILES if DEVICE == "cuda" else linear_int8.TILES[:1]:
             got = linear_int8.linear_int8(*operands, *epilogue, tile)
             assert (got - want).abs().max() <= 2**-7 * want.abs().max()
+
+
+def test_gradients(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gradients_8bit, "WIDTH", 32)
+    monkeypatch.setattr(gradients_8bit, "HIDDEN", 64)
+    out = tmp_path / "results.json"
+    monkeypatch.setattr(sys, "argv", ["gradients_8bit", "--seconds", "0.01", "--out", str(out)])
+    products_8bit.main(gradients_8bit.__doc__, gradients_8bit.records)
+    records = json.loads(out.read_text())["products-8bit"]
+    errors = [(record["contender"], record["error"]) for record in records if "error" in record]
+    assert len(errors) == 6 and all(error < (0.01 if name == "bf16" else 0.06) for name, error in errors)
+    assert len(capsys.readouterr().out.splitlines()) == len(records) == 14
 
 
 def test_every_line_is_printed_and_recorded(tmp_path, monkeypatch, capsys):
