@@ -94,7 +94,8 @@ def test_hooks_of_blocks_see_images(int8_calls):
     for block in (attention, attention.local_module, up):
         block.register_forward_hook(lambda _, args, y: seen.extend((args[0].dtype, y.dtype)))
     int8_calls.clear()
-    assert torch.equal(result(model), expected)
+    # kernels that write one result or two may round the last bit of float32 differently
+    torch.testing.assert_close(result(model), expected, atol=1e-6, rtol=1e-6)
     assert seen == 6 * [torch.float32] and int8_calls["quantize"] > 4
 
 
