@@ -7,6 +7,7 @@ the references of the operators, or to float8 with other scales. So the tables s
 import argparse
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -112,7 +113,7 @@ def samples(model: DCAEDiffusion, count: int) -> None:
     """Prints the distance between samples from the same seed, step by step, and between their pictures."""
     labels = torch.arange(count) % 10
     exact, calls = trajectory(model, labels)
-    every = calls[:: max(1, len(calls) // SHOWN)]
+    every = [tuple(tensor[:2] for tensor in call) for call in calls[:: max(1, len(calls) // SHOWN)]]
     print(f"Digits: error of one call, on {len(every)} states of a sampling\n")
     names = tuple(ROUNDINGS)
     print_table(["layers", *names], errors_by_layer(model.diffusion_model, every, names))
@@ -132,13 +133,16 @@ def samples(model: DCAEDiffusion, count: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--network", default="uvit-h-f64", help="with random weights (default: %(default)s)")
+    parser.add_argument("--depth", type=int, help="number of its blocks")
     parser.add_argument("--samples", type=int, default=10, help="digits to draw (default: %(default)s)")
     options = parser.parse_args()
-    device, names = torch.device("cpu"), tuple(ROUNDINGS)
-    model = networks.new_network(options.network, device)
-    inputs = networks.inputs_of(NetworkWorkload(options.network, "forward", 2), device)
-    print(f"{options.network} with random weights: error of the result against fp32\n")
-    print_table(["layers", *names], errors_by_layer(model, [inputs], names))
+    torch.manual_seed(0)
+    config = networks.config_of(options.network)
+    config = replace(config, depth=options.depth or config.depth)
+    model = networks.without_zeros(networks.class_of(config)(config)).eval()
+    inputs = networks.inputs_of(NetworkWorkload(options.network, "forward", 2), torch.device("cpu"))
+    print(f"{options.network}, depth {config.depth}, random weights: error of the result against fp32\n")
+    print_table(["layers", *ROUNDINGS], errors_by_layer(model, [inputs], tuple(ROUNDINGS)))
     del model
     samples(DCAEDiffusion.from_pretrained(TINY).eval(), options.samples)
 

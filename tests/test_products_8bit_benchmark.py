@@ -1,4 +1,4 @@
-"""A rehearsal of the benchmark of 8-bit linear layers, and its rival in int8."""
+"""A rehearsal of the benchmark of 8-bit linear layers, its rival in int8, and the errors of 8 bit."""
 
 import json
 import sys
@@ -7,7 +7,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from benchmarks import gradients_8bit, linear_int8, products_8bit
+from benchmarks import error_8bit, gradients_8bit, linear_int8, networks, products_8bit
+from benchmarks.network_workloads import NetworkWorkload
 from dcae_fast import ops
 from dcae_fast.ops.linear_rows import linear_rows_reference
 
@@ -57,3 +58,16 @@ def test_every_line_is_printed_and_recorded(tmp_path, monkeypatch, capsys):
     layers = {record["contender"].split(" (")[0]: record["error"] for record in records if "error" in record}
     assert layers["bf16"] < 0.01 < layers["float8"] < 0.06 and 0.003 < layers["int8"] < 0.02
     assert len(capsys.readouterr().out.splitlines()) == len(records) and len(records) > 15
+
+
+@torch.inference_mode()
+def test_errors_of_8_bit_by_layer():
+    cpu = torch.device("cpu")
+    model = networks.new_network("uvit-tiny-f64", cpu)
+    inputs = networks.inputs_of(NetworkWorkload("uvit-tiny-f64", "forward", 2), cpu)
+    found = error_8bit.errors_by_layer(model, [inputs], ("bf16", "e4m3", "int8"))
+    assert list(found) == [*error_8bit.KINDS, "all"]
+    for in_bf16, in_float8, in_int8 in found.values():
+        assert 0 < in_bf16 < in_int8 < in_float8 < 0.1
+    assert found["all"][1] >= max(found[kind][1] for kind in error_8bit.KINDS)
+    assert torch.equal(model(*inputs), networks.new_network("uvit-tiny-f64", cpu)(*inputs))  # nothing stays rounded

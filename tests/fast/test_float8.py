@@ -183,12 +183,26 @@ def test_frozen_weights_are_rounded_once(monkeypatch):
     assert not torch.equal(call(fast), expected)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_compiled_as_one_graph(name):
+@pytest.mark.parametrize("name, block", [("uvit", "out_blocks.0"), ("dit", "blocks.0")])
+def test_a_block_compiles_as_one_graph(name, block):
     fast = network(name)
     dcae_fast.patch(fast, precision="fp8")
-    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
-    assert error(call(compiled), call(fast)) < 1e-2
+    tokens = torch.randn(2, 18, 128, device=DEVICE)
+    args = tokens, tokens.flip(0) if name == "uvit" else tokens[:, 0]
+    compiled = torch.compile(fast.get_submodule(block), fullgraph=True, backend="aot_eager")
+    with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
+        assert error(compiled(*args), fast.get_submodule(block)(*args)) < 1e-2
+
+
+def test_blocks_of_the_original(monkeypatch):
+    original, ours = network(), network()
+    for module in original.modules():
+        cls = type(module)
+        if cls.__module__ == "dcae_fast.models.uvit":
+            module.__class__ = type(cls.__name__, (cls,), {"__module__": "dc_gen.c2icore.diffusioncore.models.uvit"})
+    assert "13 of 13 linear layers" in str(dcae_fast.patch(original, precision="fp8"))
+    dcae_fast.patch(ours, precision="fp8")
+    assert torch.equal(call(original), call(ours))
 
 
 def test_what_a_pipeline_and_other_models_say():
