@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import dcae_fast
-from dcae_fast import distributed
+from dcae_fast import distributed, ops
+from dcae_fast.fast.layout import is_channels_last, is_indifferent, layout_of, to_channels_last
 from dcae_fast.models.autoencoder import DCAE
 from dcae_fast.training.engine.config import TrainingError
 from dcae_fast.training.engine.parallel import (
@@ -51,8 +52,13 @@ class PartlyTrained(DCAE):
 
         channels: for adaptive models, numbers of latent channels: one reconstruction of x for each, one batch after
         another. What lies before all trained modules runs without autograd, and so takes the inference path.
+
+        The blocks of a patched model would each make contiguous images channels-last, and their results contiguous:
+        that is done here once.
         """
-        return through([self.decoder.project_out], self.trunk(x, channels))
+        if not ops.has_kernels(x) or is_channels_last(x) or not is_indifferent(self):
+            return through([self.decoder.project_out], self.trunk(x, channels))
+        return layout_of(through([self.decoder.project_out], self.trunk(to_channels_last(x), channels)), x)
 
     def trunk(self, x: torch.Tensor, channels: tuple[int, ...]) -> torch.Tensor:
         """The input of decoder.project_out."""

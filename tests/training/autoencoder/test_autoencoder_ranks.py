@@ -45,19 +45,34 @@ def trainings(rank: int, folder: Path) -> None:
     os._exit(0)  # destroying the gloo group of DDP may wait forever for a thread that needs the GIL
 
 
+def on_four_ranks(rank: int, folder: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/of-four", rank=rank, world_size=4)
+    torch.set_num_threads(1)
+    train(chosen(folder, "decoder"), run_in(folder / "decoder-four"), CPU)
+    dist.barrier()
+    os._exit(0)
+
+
 @pytest.fixture(scope="module")
 def folder(shared) -> Path:
     """The folder `shared` with the trainings of two processes, and of one process."""
     train_until(2, chosen(shared, "decoder"), run_in(shared / "decoder-one-then-two"))
     train_until(3, chosen(shared, "decoder"), run_in(shared / "decoder-whole"))
     torch.multiprocessing.start_processes(trainings, (shared,), RANKS, start_method="fork")
+    torch.multiprocessing.start_processes(on_four_ranks, (shared,), 4, start_method="fork")
     for name in RECIPES:
-        training = Training(AutoencoderTask(chosen(shared, name), run_in(shared / f"{name}-one"), CPU))
-        training.shards = RANKS
-        training.run_all()
-        training.log.close()
-        torch.save(everything(training.state), shared / f"{name}-one.pt")
+        in_one_process(shared, name, name, shards=RANKS)
+    in_one_process(shared, "decoder", "decoder-by-four", shards=4)
     return shared
+
+
+def in_one_process(folder: Path, name: str, out: str, shards: int) -> None:
+    """Trains on the batches that so many ranks have, and saves everything as <out>-one.pt."""
+    training = Training(AutoencoderTask(chosen(folder, name), run_in(folder / f"{out}-one"), CPU))
+    training.shards = shards
+    training.run_all()
+    training.log.close()
+    torch.save(everything(training.state), folder / f"{out}-one.pt")
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
@@ -68,6 +83,11 @@ def test_as_one_process(folder, compare, name, parallel):
 
 def test_accumulated_on_two_ranks(folder, compare):
     check(folder, compare, "decoder-accumulated", "decoder")
+
+
+def test_four_ranks(folder, compare):
+    """With a picture each."""
+    check(folder, compare, "decoder-four", "decoder-by-four")
 
 
 def test_resuming_with_another_number_of_ranks(folder, compare):

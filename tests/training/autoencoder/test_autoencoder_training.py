@@ -6,14 +6,16 @@ from functools import partial
 
 import pytest
 import torch
-from small_autoencoders import ADAPTIVE, CPU, GAN, PICTURES, recipe, run_in, train_until
+from small_autoencoders import ADAPTIVE, CONFIG, CPU, GAN, PICTURES, recipe, run_in, train_until
 from trainings import assert_equal, everything, log, weights
 
+import dcae_fast
 from dcae_fast.evaluation import networks
+from dcae_fast.fast import layout
 from dcae_fast.images import demo_photograph
 from dcae_fast.models.autoencoder import DCAE
 from dcae_fast.training.autoencoder.config import RECIPES, Adversarial
-from dcae_fast.training.autoencoder.network import begins_with
+from dcae_fast.training.autoencoder.network import PartlyTrained, begins_with
 from dcae_fast.training.autoencoder.step import CRITIC, NAME
 from dcae_fast.training.autoencoder.task import train
 from dcae_fast.training.engine.config import TrainingError
@@ -47,6 +49,25 @@ def test_what_lies_before_the_trained_modules_keeps_nothing(shared, name):
     blocks = len(network.encoder.stages[1].op_list)
     assert set(seen[:blocks]) == {(False, False)}
     assert set(seen[blocks:]) == {(name != "local-refinement",) * 2}
+
+
+@pytest.mark.parametrize("channels", [(), (4, 8)], ids=["fixed", "adaptive"])
+def test_memory_formats_change_once(monkeypatch, channels):
+    """With contiguous weights and pictures; results and gradients are those of an unpatched network, contiguous."""
+    torch.manual_seed(0)
+    network, x = PartlyTrained(ADAPTIVE if channels else CONFIG), torch.randn(1, 3, 16, 16)
+    network.choose(("decoder",))
+    expected = network(x, channels)
+    gradients = torch.autograd.grad(expected.square().sum(), list(network.decoder.parameters()))
+    dcae_fast.patch(network, cuda_graphs=False)
+    changes, change = [], layout.layout_of
+    monkeypatch.setattr(layout, "layout_of", lambda *args: changes.append(args) or change(*args))
+    y = network(x, channels)
+    assert y.is_contiguous() and not changes
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    found = torch.autograd.grad(y.square().sum(), list(network.decoder.parameters()))
+    for gradient, wanted in zip(found, gradients, strict=True):
+        assert (gradient - wanted).norm() <= 1e-3 * wanted.norm() + 1e-6
 
 
 def test_training_reconstructs_better(shared):
