@@ -1,4 +1,4 @@
-"""Benchmarks cache-latents and train-diffusion as a user runs them: images/s, and how long the GPU waited.
+"""Benchmarks cache-latents, train-diffusion and train-autoencoder as a user runs them: images/s, and the GPU's waiting.
 
 Pictures, latents and weights are random. A row is a command with its options, on one GPU or, under torchrun, on all
 GPUs of the machine. The batch is per GPU.
@@ -60,7 +60,7 @@ class Pipeline:
             yield f"{contender}, {gpus} GPUs", gpus, (*self.options, *options)
 
 
-TRAIN, CACHE = "train-diffusion", "cache-latents"
+TRAIN, TRAIN_AUTOENCODER, CACHE = "train-diffusion", "train-autoencoder", "cache-latents"
 EAGER, GRAPHS = ("--no-patch",), ("--compile", "--cuda-graphs")
 PATCHED: dict[str, Options] = {"patched": ()}
 PAIR = {"eager": EAGER} | PATCHED
@@ -71,15 +71,19 @@ COMPILED = PAIR | {
 }
 SPREAD = PAIR | {"patched, FSDP2": ("--parallel", "fsdp")}
 SMALL = ("--depth", "12", "--hidden-size", "512", "--num-heads", "8")
+STEP_GRAPHS = PAIR | {"patched + CUDA graphs": ("--cuda-graphs",)}
 TINY = ("--depth", "2", "--hidden-size", "32", "--num-heads", "2")
 PIPELINES = [
     Pipeline("uvit-s-f64", TRAIN, 256, SMALL, COMPILED, PATCHED),
     Pipeline("uvit-h-f64", TRAIN, 512, (), PAIR, SPREAD),
     Pipeline(F32, CACHE, 32, (), PAIR, PATCHED),
+    Pipeline(F32, TRAIN_AUTOENCODER, 16, ("--model", F32), PAIR, PATCHED),
+    Pipeline("dc-ae-tiny", TRAIN_AUTOENCODER, 32, ("--model", "dc-ae-tiny"), STEP_GRAPHS, PATCHED),
 ]
 REHEARSAL = [
     Pipeline("uvit-tiny-f64", TRAIN, 4, TINY, PAIR, PATCHED),
     Pipeline("dc-ae-tiny", CACHE, 2, (), PAIR, PATCHED),
+    Pipeline("dc-ae-tiny", TRAIN_AUTOENCODER, 2, ("--model", "dc-ae-tiny"), PAIR, PATCHED),
 ]
 
 
@@ -92,7 +96,7 @@ def benchmark(pipeline: Pipeline) -> Iterator[dict]:
 
     The record is yielded again after each contender, which may take minutes, so that an interrupted run loses little.
     """
-    measure = {TRAIN: training, CACHE: caching}[pipeline.command]
+    measure = {TRAIN: training, TRAIN_AUTOENCODER: autoencoder_training, CACHE: caching}[pipeline.command]
     rows = {}
     with tempfile.TemporaryDirectory() as folder:
         run = measure(pipeline.batch, Path(folder))
@@ -120,19 +124,31 @@ def dcae_fast(gpus: int, *words: object) -> str:
 
 
 def training(batch: int, folder: Path) -> Callable[[int, Options], dict]:
+    """train-diffusion on cached latents."""
+    make_latents(folder / "latents", 20_000 if torch.cuda.is_available() else 64)
+    return late_steps(folder, batch, (TRAIN, "uvit-h-f64", "--data", folder / "latents"))
+
+
+def autoencoder_training(batch: int, folder: Path) -> Callable[[int, Options], dict]:
+    """train-autoencoder, all weights, without the perceptual loss, whose weights may be missing."""
+    size, pictures = (256, 2000) if torch.cuda.is_available() else (32, 4)
+    make_pictures(folder / "pictures", size, pictures)
+    words = TRAIN_AUTOENCODER, "full", "--data", folder / "pictures", "--resolution", size, "--perceptual", "none"
+    return late_steps(folder, batch, (*words, "--workers", 8 if torch.cuda.is_available() else 0))
+
+
+def late_steps(folder: Path, batch: int, words: tuple) -> Callable[[int, Options], dict]:
     """Measures the second half of a training run; the first half compiles and times kernels."""
     steps, every = (100, 10) if torch.cuda.is_available() else (8, 2)
-    make_latents(folder / "latents", 20_000 if torch.cuda.is_available() else 64)
 
     def run(gpus: int, options: Options) -> dict:
         with tempfile.TemporaryDirectory(dir=folder) as out:
             dcae_fast(
-                gpus, "train-diffusion", "uvit-h-f64", "--data", folder / "latents", "--out", out, "--steps", steps,
-                "--batch", batch * gpus, "--log-steps", every, "--save-steps", steps, "--sample-steps", 0,
-                *options,
+                gpus, *words, "--out", out, "--steps", steps, "--batch", batch * gpus, "--log-steps", every,
+                "--save-steps", steps, "--sample-steps", 0, *options,
             )  # fmt: skip
             lines = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
-        late = [line for line in lines if line["step"] > steps // 2]
+        late = [line for line in lines if line["step"] > steps // 2 and "images_per_second" in line]
         rate = statistics.median(line["images_per_second"] for line in late)
         return {"images_per_s": rate, "waited": statistics.mean(line["waited"] for line in late)}
 
@@ -143,8 +159,7 @@ def caching(batch: int, folder: Path) -> Callable[[int, Options], dict]:
     """Measures the second of two runs; the first run compiles and times kernels."""
     on_gpu = torch.cuda.is_available()
     size, pictures = (512, 3000) if on_gpu else (32, 6)
-    with ProcessPoolExecutor() as pool:
-        list(pool.map(partial(make_picture, folder / "pictures", size), range(pictures), chunksize=16))
+    make_pictures(folder / "pictures", size, pictures)
     model = folder / "autoencoder" if on_gpu else BUNDLED["dc-ae-tiny"]
     if on_gpu:
         torch.manual_seed(0)
@@ -172,6 +187,11 @@ def make_latents(folder: Path, items: int) -> None:
     settings = Settings("dc-ae-f64c128-in-1.0", "float32", 512, 0.2889, "safetensors", "", LATENT_SHAPE)
     classes = tuple(f"{number:03d}" for number in range(CLASSES))
     Manifest(settings, classes, items, items).save(folder)
+
+
+def make_pictures(folder: Path, size: int, count: int) -> None:
+    with ProcessPoolExecutor() as pool:
+        list(pool.map(partial(make_picture, folder, size), range(count), chunksize=16))
 
 
 def make_picture(folder: Path, size: int, number: int) -> None:
