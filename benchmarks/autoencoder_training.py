@@ -1,9 +1,10 @@
 """One training step of an autoencoder: forward under autocast to bf16, loss, backward, fused AdamW.
 
 The model is the one of `dcae-fast train-autoencoder`: frozen modules are in evaluation mode, and whatever lies before
-all trained modules computes without gradients, for all contenders. On a GPU each contender runs in a process of its
-own: it has the memory to itself, and its errors do not end the others. Eager is timed again at the end. An adversarial
-step adds LPIPS and the step of a discriminator.
+all trained modules computes without gradients, for all contenders. On a GPU the contenders of a workload run one after
+another in another process, where cuDNN's algorithms are timed once for all of them; a failed contender costs only this
+process. Each contender has the memory to itself. Eager is timed again at the end. An adversarial step adds LPIPS and
+the step of a discriminator.
 """
 
 import math
@@ -79,31 +80,49 @@ def records(workload: TrainingWorkload, device: torch.device, ceilings: Ceilings
         "size": workload.size, "adversarial": workload.adversarial, "flops": flops, "floor_ms": ceilings.floor(flops),
     }  # fmt: skip
     rows, limit = {}, math.inf
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, Isolated() as isolated:
         exact = Path(folder) / "exact.pt"
         torch.save(exact_gradients(workload, images_of(workload, device)), exact)
+        release()  # the other process needs the memory
         for name in workload.contenders:
             rows[name] = isolated(trial, name, workload, device, exact, limit)
             if name == "eager":
                 limit = max(2 * rows[name].get("error", math.inf), FP32_ERROR)
             add_rates(rows, workload.batch, flops, ceilings)
             yield record | {"contenders": rows}
-    if "ms" in rows["eager"]:
-        again = isolated(trial, "eager", workload, device, None, math.inf)
-        drift = {"drift": again["ms"] / rows["eager"]["ms"]} if "ms" in again else {}
-        yield record | {"contenders": rows} | drift
+        if "ms" in rows["eager"]:
+            again = isolated(trial, "eager", workload, device, None, math.inf)
+            drift = {"drift": again["ms"] / rows["eager"]["ms"]} if "ms" in again else {}
+            yield record | {"contenders": rows} | drift
 
 
-def isolated(function: Callable[..., dict], *args) -> dict[str, float | str]:
-    """function(*args), on a machine with a GPU in a new process. If the process fails or ends, a row says so."""
-    if not torch.cuda.is_available():
-        return function(*args)
-    release()  # the other process needs the memory
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+class Isolated:
+    """Calls functions that return a row. On a machine with a GPU, they run in another process.
+
+    If the function or the process fails, the row has a "failure", and the next function gets a new process: after an
+    illegal access to memory, for example, a process cannot use the GPU any more.
+    """
+
+    def __enter__(self) -> "Isolated":
+        self._pool = None
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+
+    def __call__(self, function: Callable[..., dict], *args) -> dict[str, float | str]:
+        if not torch.cuda.is_available():
+            return function(*args)
+        self._pool = self._pool or ProcessPoolExecutor(1, get_context("spawn"))
         try:
-            return pool.submit(function, *args).result()
+            row = self._pool.submit(function, *args).result()
         except Exception as failure:
-            return {"failure": reason(failure)}
+            row = {"failure": reason(failure)}
+        if "failure" in row:
+            self.__exit__()
+        return row
 
 
 def images_of(workload: TrainingWorkload, device: torch.device) -> torch.Tensor:
@@ -163,6 +182,8 @@ def trial(
 
     exact: file with the exact loss and gradients; None: the contender is not checked.
     """
+    release()
+    before = reserved_gib()
     row, images = {}, images_of(workload, device)
     try:
         in_training = prepared(name, workload, device)
@@ -170,7 +191,7 @@ def trial(
             row |= checked(name, in_training, images, torch.load(exact))
             if not row["error"] <= limit:
                 return row | {"failure": "wrong"}
-        row |= timed(stepper(name, in_training, images))
+        row |= timed(stepper(name, in_training, images), before)
     except Exception as failure:
         row = {"failure": reason(failure)}
     finally:
@@ -194,18 +215,22 @@ def checked(name: str, in_training: InTraining, images: torch.Tensor, exact: Exa
     return {"first_s": first_s, "error": error, "loss_error": abs(loss - exact[0]) / exact[0]}
 
 
-def timed(step: Run) -> dict[str, float]:
+def timed(step: Run, before: float) -> dict[str, float]:
     """Times and peak memory of a step. The memory that captured graphs keep counts, although a replay allocates none.
 
-    Such memory stays reserved when all unused memory is returned to the device.
+    Such memory stays reserved when all unused memory is returned to the device. before: GiB that were reserved before.
     """
     for _ in range(WARM_UP):
         step()
     release()
-    kept = torch.cuda.memory_reserved() / 2**30 if torch.cuda.is_available() else 0.0
+    kept = reserved_gib() - before
     resident = torch.cuda.memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
     _, peak = with_peak_memory(step)
     return times_of(alone(step, STEPS)) | {"peak_gib": max(kept, resident + peak)}
+
+
+def reserved_gib() -> float:
+    return torch.cuda.memory_reserved() / 2**30 if torch.cuda.is_available() else 0.0
 
 
 def passes(in_training: InTraining, images: torch.Tensor) -> Run:

@@ -98,12 +98,20 @@ def test_out_of_memory_does_not_stop_the_others(rival):
     assert rival(fail) == {"failure": "out of memory"}
 
 
+def process_id(row: dict) -> dict:
+    return row | {"process": os.getpid()}
+
+
 def test_the_end_of_a_process_does_not_stop_the_others(monkeypatch):
     """On a GPU an illegal access to memory, for example, makes a process useless."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    row = benchmark.isolated(os._exit, 1)
-    assert row["failure"].startswith("BrokenProcessPool")
-    assert benchmark.isolated(dict, {"ms": 1.0}) == {"ms": 1.0}
+    with benchmark.Isolated() as isolated:
+        first, again = isolated(process_id, {"ms": 1.0}), isolated(process_id, {"ms": 1.0})
+        assert first["process"] == again["process"] != os.getpid(), "contenders share a process"
+        assert isolated(os._exit, 1)["failure"].startswith("BrokenProcessPool")
+        assert isolated(process_id, {"failure": "wrong"})["process"] != first["process"]
+        last = isolated(process_id, {"ms": 1.0})
+    assert last["ms"] == 1.0 and last["process"] not in (first["process"], os.getpid())
 
 
 def test_contenders_take_the_same_step():
