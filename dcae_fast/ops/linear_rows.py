@@ -6,9 +6,10 @@ x: [..., K] and x_scale: [..., 1]; weight: [M, K] and weight_scale: [M, 1]; bias
 weight are both int8, or both float8 of which at most one is float8_e5m2. The residual has the type of y.
 
 Sums are in fp32, of int8 exact. On Hopper, with K and M multiples of 16, cuBLASLt computes float8, with scales, bias
-and residual within the product. `fast` lets the matrix units add products of float8 with fewer bits than fp32, as is
-usual in inference. Without the CUDA extension PyTorch computes the product, rounds it to half precision, and adds the
-residual afterwards. In all other cases, PyTorch computes in fp32, which is exact and slow. There is no gradient.
+and residual within the product. Hopper's matrix units add products of float8 with about 14 bits, relative to the
+largest of them; unless `fast`, such sums are added in fp32 every few products. Without the CUDA extension PyTorch
+computes the product, rounds it to half precision, and adds the residual afterwards. In all other cases, PyTorch
+computes in fp32, which is exact and slow. There is no gradient.
 """
 
 import torch

@@ -31,7 +31,7 @@ from .quantize import MOST, check_no_gradient
 LARGEST_EXPONENTS = {torch.float8_e4m3fn: 8, torch.float8_e5m2: 15}  # the largest number is 1.75 · 2^exponent
 ROW_DTYPES = (*LARGEST_EXPONENTS, torch.int8)
 MOST_COLUMNS = 16384
-_INFINITY, _LARGEST_MANTISSA = 0x7F800000, 0x600000  # the bits of fp32
+_LARGEST_MANTISSA = 0x600000  # of the largest numbers, 1.75, as bits of fp32
 
 
 def _rounded(y, dtype):
@@ -39,7 +39,7 @@ def _rounded(y, dtype):
     largest = y.abs().amax(-1, keepdim=True)
     is_finite = largest.isfinite()
     if dtype == torch.int8:
-        scale = largest / MOST
+        scale = largest * (1 / MOST)  # as the kernel; PyTorch divides in another way on a GPU than on a CPU
         scale = torch.where(scale > 0, scale, 1.0).where(is_finite, torch.nan)
         return (y * (1 / scale)).nan_to_num(0).clamp(-MOST, MOST).round().to(torch.int8), scale
     bits = largest.view(torch.int32)
@@ -128,9 +128,8 @@ def quantize_rows(
     check_no_gradient(x)
     if x.dim() <= 3:
         return quantize_rows_op(x, act, dtype)
-    q, scale = quantize_rows_op(
-        x.reshape(-1, x.shape[-1]), act, dtype
-    )  # an operator takes four dimensions for an image
+    rows = x.reshape(-1, x.shape[-1])  # an operator would take four dimensions for an image
+    q, scale = quantize_rows_op(rows, act, dtype)
     return q.view(x.shape), scale.view(*x.shape[:-1], 1)
 
 

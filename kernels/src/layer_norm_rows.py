@@ -7,9 +7,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import cdiv, promoted
+from .common import INTERPRETED, cdiv, next_power_of_2, promoted
 from .launch import Kernel
-from .quantize_rows import empty_rows, magnitude, row_blocks, scale_and_inverse, to_8_bit
+from .quantize_rows import empty_rows, magnitude, parts_of, scale_and_inverse, to_8_bit
+
+WIDTH_OF_A_WARP = 1536  # a warp computes a token of up to this width, so that its sums need no other warp
 
 
 @triton.jit
@@ -76,7 +78,7 @@ def _layer_norm_rows_kernel(
 
 
 def launch_layer_norm_rows(x, scale, shift, eps, branch, gate, dtype):
-    total, _, *rows = _launch(x, scale, shift, eps, branch, gate, x.new_empty(0), dtype)
+    total, _, *rows = _launch(x, scale, shift, eps, branch, gate, None, dtype)
     return total, *rows
 
 
@@ -85,16 +87,18 @@ def launch_layer_norm_and_rows(x, scale, shift, eps, branch, gate, dtype, rows_d
 
 
 def _launch(x, scale, shift, eps, branch, gate, y, dtype):
-    """y: where to write the results in another type, empty for nowhere."""
+    """y: where to write the results in another type, None for nowhere."""
     images, tokens, width = x.shape
     if branch is None:
         total = x.new_empty(0)
     else:
         total = torch.empty_like(x, dtype=torch.promote_types(promoted(x, branch), gate.dtype))
     q, q_scale = empty_rows(x, width, dtype)
-    block_rows, blocks = row_blocks(width)
-    _layer_norm_rows_kernel[(cdiv(images * tokens, block_rows),)](
-        x, scale, shift, branch, gate, total, y, q, q_scale, images * tokens, tokens, width, eps,
-        OF_IMAGE=scale.dim() == 2, HAS_BRANCH=branch is not None, WRITES_Y=y.numel() > 0, **blocks,
+    (main, rest), rows = parts_of(width), images * tokens
+    block_rows = 16 if INTERPRETED else 1  # the interpreter takes the same time for any tile
+    _layer_norm_rows_kernel[(cdiv(rows, block_rows),)](
+        x, scale, shift, branch, gate, total, y, q, q_scale, rows, tokens, width, eps,
+        OF_IMAGE=scale.dim() == 2, HAS_BRANCH=branch is not None, WRITES_Y=y is not None,
+        BLOCK_ROWS=block_rows, MAIN=main, REST=rest, num_warps=min(16, next_power_of_2(cdiv(width, WIDTH_OF_A_WARP))),
     )  # fmt: skip
     return total, y, q, q_scale

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import cdiv, next_power_of_2, sigmoid
+from .common import INTERPRETED, cdiv, next_power_of_2, sigmoid
 from .launch import Kernel
 from .quantize import to_int8
 
@@ -26,7 +26,7 @@ def scale_and_inverse(largest, TYPE: tl.constexpr):
     """The scale of rows and 1 / scale, from the largest `magnitude` of each row; see ops/quantize_rows.py."""
     is_finite = largest < 0x7F800000
     if TYPE == tl.int8:
-        scale = tl.div_rn(largest.to(tl.float32, bitcast=True), 127.0)
+        scale = largest.to(tl.float32, bitcast=True) * (1 / 127)
         scale = tl.where(scale > 0.0, scale, 1.0)
         inverse = tl.div_rn(1.0, scale)
     else:
@@ -48,12 +48,22 @@ def to_8_bit(x, inverse, TYPE: tl.constexpr):
 
 
 @triton.jit
+def _tanh(x):
+    """With an error of about 2⁻¹¹, far below the rounding to 8 bit, in one instruction."""
+    if INTERPRETED:
+        return 2.0 * sigmoid(2.0 * x) - 1.0
+    else:
+        return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def _activate(x, ACT: tl.constexpr):
-    """GELU in its tanh form, x · sigmoid(2 √(2/π) (x + 0.044715 x³)), or x."""
+    """GELU in its tanh form, x / 2 · (1 + tanh(√(2/π) (x + 0.044715 x³))), or x."""
     if ACT == "none":
         return x
     else:
-        return x * sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        half = 0.5 * x
+        return half + half * _tanh(x * (0.7978845608028654 + 0.035677408136300125 * x * x))
 
 
 @Kernel

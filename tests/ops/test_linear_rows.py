@@ -13,6 +13,7 @@ module = importlib.import_module("dcae_fast.ops.linear_rows")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+SUMS = 2**-10  # error of sums of float8 in the matrix units, which keep about 14 bits of the largest product
 
 
 def normal(*shape, dtype=torch.float32, seed=0):
@@ -35,7 +36,8 @@ def exact(x, x_scale, weight, weight_scale):
 def test_bias_and_residual(rows, depth, columns, types):
     args = operands(rows, depth, columns, *types)
     bias, residual = normal(columns, seed=2), normal(*rows, columns, seed=3)
-    for dtype, limit in ((torch.bfloat16, 4e-3), (torch.float16, 1e-3), (torch.float32, 1e-5)):
+    of_float32 = SUMS if DEVICE == "cuda" and types[0] != torch.int8 else 1e-5
+    for dtype, limit in ((torch.bfloat16, 4e-3), (torch.float16, 1e-3), (torch.float32, of_float32)):
         plain = ops.linear_rows(*args, dtype=dtype, fast=False)
         assert plain.dtype == dtype and plain.shape == residual.shape and plain.is_contiguous()
         assert (plain.double() - exact(*args)).norm() <= limit * exact(*args).norm()
