@@ -21,6 +21,7 @@ from dcae_fast.ops.quantize_rows import quantize_rows_op
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 EPS, HEADS = 1e-5, 2
+FAST_SUMS = 2e-3 if DEVICE == "cuda" else 0  # error of matrix units, which sum float8 products in about 13 bits
 HALVES = (torch.bfloat16, torch.float16)
 modes = pytest.mark.parametrize("everything", [False, True], ids=["fp8", "fp8-all"])
 
@@ -164,7 +165,7 @@ def test_linear_is_the_formula(case, dtype, everything):
     results = [got, *gradients([got], tensors)], [want, *gradients([want], tensors)]
     for mine, theirs in zip(*results, strict=True):
         assert mine.dtype == theirs.dtype
-        assert error(mine, theirs) <= 2 * torch.finfo(dtype).eps
+        assert error(mine, theirs) <= max(2 * torch.finfo(dtype).eps, FAST_SUMS)
 
 
 HALF = {  # half, x's shape, adaLN with a branch, biases, residual
@@ -189,14 +190,14 @@ def run_half(function, case, dtype, everything, tensors):
 @every_half
 def test_a_half_is_the_formula(case, dtype, everything):
     """Where both round the same numbers, they agree; a number that rounds up in one and down in the other is an error
-    of one step of the 8-bit type, but rare.
+    of one step of the 8-bit type, but rare. Fast sums make it less rare.
     """
     tensors = make_half(*case[:4], dtype)
     got = run_half(our_half, case, dtype, everything, tensors)
     want = run_half(plain_half, case, dtype, everything, tensors)
     for mine, theirs in zip(got, want, strict=True):
         assert mine.dtype == theirs.dtype and mine.shape == theirs.shape
-        assert error(mine, theirs) <= (1.5e-2 if dtype == torch.float32 else 4e-2)
+        assert error(mine, theirs) <= (1.5e-2 if dtype == torch.float32 else 4e-2) + 10 * FAST_SUMS
 
 
 @modes
