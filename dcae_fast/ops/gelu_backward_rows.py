@@ -5,7 +5,7 @@
 dg, h: [..., H]; dtype: of the rows of dh. Without everything: dh and g in h's type, for products in half precision, and
 the 8-bit rows of dh. With everything: only the 8-bit rows of dh and g. Results that are not wanted are empty. Always
 the sum of dh over all rows, [H] in fp32. Everything is computed in fp32 and rounded once; rows are rounded as in
-quantize_rows.py.
+quantize_rows.py. "gelu" and "gelu_tanh" are the same tanh form, as where g is rounded in the forward pass.
 """
 
 import torch
@@ -13,7 +13,6 @@ import torch.nn.functional as F
 
 from ._library import KERNEL_DTYPES, define
 from ._products import as_rows
-from .linear import ACTIVATIONS
 from .quantize_rows import LARGEST_EXPONENTS, quantize_rows_reference
 
 MOST_COLUMNS = 8192
@@ -21,9 +20,9 @@ FORMAT = torch.float8_e4m3fn  # of the rows of g
 
 
 def gelu_backward_rows_reference(dg, h, act, dtype, everything, wants_g):
-    wide, approximate, empty = h.float(), ACTIVATIONS[act], h.new_empty(0)
-    dh = torch.ops.aten.gelu_backward(dg.float(), wide, approximate=approximate)
-    g = F.gelu(wide, approximate=approximate)
+    wide, empty = h.float(), h.new_empty(0)
+    dh = torch.ops.aten.gelu_backward(dg.float(), wide, approximate="tanh")
+    g = F.gelu(wide, approximate="tanh")
     rows = quantize_rows_reference(dh, "none", dtype)
     total = as_rows(dh).sum(0)
     no_rows = empty.to(FORMAT), empty.float()

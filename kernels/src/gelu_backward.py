@@ -30,17 +30,6 @@ def _normal(x):
     return tl.where(x < 0.0, tail, 1.0 - tail), density
 
 
-@triton.jit
-def factor_and_slope(h, TANH: tl.constexpr):
-    """gelu(h) / h and gelu'(h)."""
-    if TANH:  # (1 + tanh(z)) / 2 = sigmoid(2 z)
-        factor = sigmoid(h * TWICE_SLOPE * (1.0 + h * h * CUBIC))
-        return factor, factor + h * factor * (1.0 - factor) * TWICE_SLOPE * (1.0 + h * h * CUBIC_SLOPE)
-    else:
-        factor, density = _normal(h)
-        return factor, factor + h * density
-
-
 @Kernel
 def _gelu_backward_kernel(
     dg_ptr, h_ptr, dh_ptr, g_ptr, partial_ptr, rows, columns,
@@ -56,11 +45,16 @@ def _gelu_backward_kernel(
         offset = row[:, None] * columns + column[None, :]
         h = tl.load(h_ptr + offset, mask, 0.0).to(tl.float32)
         dg = tl.load(dg_ptr + offset, mask, 0.0).to(tl.float32)
-        factor, slope = factor_and_slope(h, TANH)
+        if TANH:  # (1 + tanh(z)) / 2 = sigmoid(2 z)
+            cdf = sigmoid(h * TWICE_SLOPE * (1.0 + h * h * CUBIC))
+            slope = cdf + h * cdf * (1.0 - cdf) * TWICE_SLOPE * (1.0 + h * h * CUBIC_SLOPE)
+        else:
+            cdf, density = _normal(h)
+            slope = cdf + h * density
         dh = (dg * slope).to(dh_ptr.dtype.element_ty)
         tl.store(dh_ptr + offset, dh, mask)
         if WANTS_G:
-            tl.store(g_ptr + offset, (h * factor).to(g_ptr.dtype.element_ty), mask)
+            tl.store(g_ptr + offset, (h * cdf).to(g_ptr.dtype.element_ty), mask)
         total += tl.sum(dh.to(tl.float32), 0)
     tl.store(partial_ptr + tl.program_id(1) * columns + column, total, column_mask)
 

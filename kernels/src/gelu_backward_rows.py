@@ -8,17 +8,20 @@ import triton
 import triton.language as tl
 
 from .common import persistent_splits
-from .gelu_backward import factor_and_slope
 from .launch import Kernel
-from .quantize_rows import empty_rows, magnitude, parts_of, scale_and_inverse, to_8_bit
+from .quantize_rows import approximate_tanh, empty_rows, magnitude, parts_of, scale_and_inverse, to_8_bit
 
 RESIDENT = 3 * 4096  # main columns of the programs that a multiprocessor has registers for
 
 
 @triton.jit
-def _dh_and_g(dg_ptr, h_ptr, place, mask, TANH: tl.constexpr):
+def _dh_and_g(dg_ptr, h_ptr, place, mask):
+    """With t = tanh(√(2/π) (h + 0.044715 h³)): g = h (1 + t) / 2 and dh = dg · gelu'(h)."""
     h = tl.load(h_ptr + place, mask, 0.0).to(tl.float32)
-    factor, slope = factor_and_slope(h, TANH)
+    square = h * h
+    t = approximate_tanh(h * (0.7978845608028654 + 0.035677408136300125 * square))
+    factor = 0.5 + 0.5 * t
+    slope = factor + h * (0.7978845608028654 + 0.10703222440890037 * square) * (0.5 - 0.5 * t * t)
     return tl.load(dg_ptr + place, mask, 0.0).to(tl.float32) * slope, h * factor
 
 
@@ -33,7 +36,7 @@ def _store(ptr, q_ptr, x, place, mask, inverse, IN_HALF: tl.constexpr, IN_8_BIT:
 @Kernel
 def _gelu_backward_rows_kernel(
     dg_ptr, h_ptr, dh_ptr, dh_q_ptr, dh_scale_ptr, g_ptr, g_q_ptr, g_scale_ptr, partial_ptr, rows, width,
-    TANH: tl.constexpr, EVERYTHING: tl.constexpr, WANTS_G: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
+    EVERYTHING: tl.constexpr, WANTS_G: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """Each program computes every n-th row for n programs. partial: [programs, width], partial sums of dh over rows."""
     column, rest_column = tl.arange(0, MAIN), MAIN + tl.arange(0, REST if REST else 1)
@@ -45,11 +48,11 @@ def _gelu_backward_rows_kernel(
         rest_total = tl.zeros((REST,), tl.float32)
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         start = tl.cast(row, tl.int64) * width
-        dh, g = _dh_and_g(dg_ptr, h_ptr, start + column, everywhere, TANH)
+        dh, g = _dh_and_g(dg_ptr, h_ptr, start + column, everywhere)
         largest, g_largest = tl.max(magnitude(dh), 0), tl.max(magnitude(g), 0)
         total += dh
         if REST:
-            rest_dh, rest_g = _dh_and_g(dg_ptr, h_ptr, start + rest_column, rest_mask, TANH)
+            rest_dh, rest_g = _dh_and_g(dg_ptr, h_ptr, start + rest_column, rest_mask)
             largest = tl.maximum(largest, tl.max(magnitude(rest_dh), 0))
             g_largest = tl.maximum(g_largest, tl.max(magnitude(rest_g), 0))
             rest_total += rest_dh
@@ -80,7 +83,7 @@ def launch_gelu_backward_rows(dg, h, act, dtype, everything, wants_g):
     partial = torch.empty(programs, width, dtype=torch.float32, device=h.device)
     _gelu_backward_rows_kernel[(programs,)](
         dg, h, dh, *dh_rows, g, *g_rows, partial, rows, width,
-        TANH=act == "gelu_tanh", EVERYTHING=everything, WANTS_G=wants_g, MAIN=main, REST=rest,
+        EVERYTHING=everything, WANTS_G=wants_g, MAIN=main, REST=rest,
         num_warps=min(16, max(4, main // 512)),
     )  # fmt: skip
     return dh, *dh_rows, g, *g_rows, partial.sum(0)

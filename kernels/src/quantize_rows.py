@@ -48,7 +48,7 @@ def to_8_bit(x, inverse, TYPE: tl.constexpr):
 
 
 @triton.jit
-def _tanh(x):
+def approximate_tanh(x):
     """With an error of about 2⁻¹¹, far below the rounding to 8 bit, in one instruction."""
     if INTERPRETED:
         return 2.0 * sigmoid(2.0 * x) - 1.0
@@ -63,7 +63,7 @@ def _activate(x, ACT: tl.constexpr):
         return x
     else:
         half = 0.5 * x
-        return half + half * _tanh(x * (0.7978845608028654 + 0.035677408136300125 * x * x))
+        return half + half * approximate_tanh(x * (0.7978845608028654 + 0.035677408136300125 * x * x))
 
 
 @Kernel

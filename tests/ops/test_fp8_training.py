@@ -346,11 +346,11 @@ def test_gelu_backward_rows(everything, shape, wants_g, act):
         results = gelu_backward_rows_op(*args), gelu_backward_rows_reference(*args)
         for got, want in zip(*results, strict=True):
             assert got.dtype == want.dtype and got.shape == want.shape
-            assert error(got.float(), want.float()) <= 1e-2
+            assert error(got.float(), want.float()) <= 2e-2
         exact = torch.ops.aten.gelu_backward(dg.float(), h.float(), approximate="tanh" if "tanh" in act else "none")
         dh, dh_q, dh_scale, g, g_q, g_scale, total = results[0]
         assert error(dh_q.float() * dh_scale, exact) < 0.04
-        assert error(total, exact.flatten(0, -2).sum(0)) < 1e-5
+        assert error(total, exact.flatten(0, -2).sum(0)) < 4e-3
         assert (dh.numel() > 0) != everything and (g.numel() > 0) == (wants_g and not everything)
         assert (g_q.numel() > 0) == (wants_g and everything)
 
