@@ -11,7 +11,7 @@ from .common import persistent_splits
 from .launch import Kernel
 from .quantize_rows import approximate_tanh, empty_rows, magnitude, parts_of, scale_and_inverse, to_8_bit
 
-RESIDENT = 3 * 4096  # main columns of the programs that a multiprocessor has registers for
+RESIDENT = 2 * 4096  # main columns of the programs that a multiprocessor has registers for
 
 
 @triton.jit
@@ -84,6 +84,6 @@ def launch_gelu_backward_rows(dg, h, act, dtype, everything, wants_g):
     _gelu_backward_rows_kernel[(programs,)](
         dg, h, dh, *dh_rows, g, *g_rows, partial, rows, width,
         EVERYTHING=everything, WANTS_G=wants_g, MAIN=main, REST=rest,
-        num_warps=min(16, max(4, main // 512)),
+        num_warps=min(16, max(4, main // 256)),
     )  # fmt: skip
     return dh, *dh_rows, g, *g_rows, partial.sum(0)
