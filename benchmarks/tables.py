@@ -268,8 +268,9 @@ def loss_table(records: list[dict]) -> str:
         for index, losses in enumerate(zip(*(row["losses"] for row in record["contenders"].values()), strict=True)):
             rows.append([str((index + 1) * record["window"]), *(f"{loss:.4f}" for loss in losses)])
         rows.append(["largest difference", *(f"{row['difference']:.2%}" for row in record["contenders"].values())])
-        if all("end" in row for row in record["contenders"].values()):
-            rows.append(["last fifth", *(f"{row['end']:+.2%}" for row in record["contenders"].values())])
+        for name, label in (("end", "last fifth"), ("evaluated", "trained weights, evaluated in bf16")):
+            if all(name in row for row in record["contenders"].values()):
+                rows.append([label, *(f"{row[name]:+.2%}" for row in record["contenders"].values())])
     return table(rows)
 
 
@@ -315,7 +316,9 @@ def line(part: str, record: dict) -> str:
         return f"{record['operator']} {shape}: {ms}"
     if part in LOSS_CURVES:
         differences = {name: f"{row['difference']:.2%}" for name, row in record["contenders"].items()}
-        return f"{record['workload']}: largest difference of the loss {differences}"
+        evaluated = {n: f"{row['evaluated']:+.2%}" for n, row in record["contenders"].items() if "evaluated" in row}
+        text = f"{record['workload']}: largest difference of the loss {differences}"
+        return f"{text}; of trained weights in bf16 {evaluated}" if evaluated else text
     cells, rows = [], list(record["contenders"].items())
     for name, row in rows[-1:] if part == "autoencoder-training" else rows:  # such a record grows row by row
         figures = [f"{row[key]:.2f} {unit}" for key, unit in UNITS.items() if row.get(key) is not None]

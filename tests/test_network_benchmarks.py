@@ -189,6 +189,7 @@ def test_losses_are_compared(records):
     assert rows["patched, fp8"]["losses"] != rows["patched, fp8-all"]["losses"] != rows["patched"]["losses"]
     table = tables.loss_table([record])
     assert "| largest difference | 0.00% |" in table and "| last fifth | +0.00% |" in table
+    assert "| trained weights, evaluated in bf16 | +0.00% |" in table
 
 
 def headline_results() -> dict[str, list[dict]]:
