@@ -100,6 +100,25 @@ def linear(
     return ops.linear_rows(*rows, weight, weight_scale, bias, residual, dtype)
 
 
+def knows_bounds(fc1: nn.Linear, fc2: nn.Linear, x: torch.Tensor, scale: torch.Tensor, branch, dtype) -> bool:
+    """Whether `bounded_mlp` computes an MLP: both layers infer, and the norm's weights are those of all images.
+
+    The bounds of ops/bounded_mlp.py take some small kernels, so they must be kept.
+    """
+    ours = scale.dim() == 1 and branch is None and operands.is_kept(fc1)
+    return ours and infers(fc1, x, dtype) and infers(fc2, x, dtype)
+
+
+def bounded_mlp(
+    fc1: nn.Linear, fc2: nn.Linear, x, weight, bias, eps: float, dtype: torch.dtype, residual: torch.Tensor | None
+) -> torch.Tensor:
+    """fc2(gelu(fc1(norm(x)))) + residual with the scales of ops/bounded_mlp.py. weight, bias: of the norm."""
+    y_scale, q_weight, weight_scale, g_scale, fc1_bias = operands.of_bounded_mlp(fc1, weight, bias)
+    q = ops.bounded_layer_norm(x, weight, bias, eps, y_scale)
+    g = ops.bounded_linear_gelu(q, y_scale, q_weight, weight_scale, fc1_bias, g_scale)
+    return linear(fc2, (g, g_scale.expand(*g.shape[:-1], 1).contiguous()), dtype, residual)
+
+
 def norm(layer: nn.Linear, x, scale, shift, eps: float, branch, gate, dtype: torch.dtype):
     """(s, y) as `ops.layer_norm` gives them; y as 8-bit rows if the layer behind the norm `infers`."""
     if not infers(layer, x, dtype):

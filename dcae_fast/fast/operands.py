@@ -266,6 +266,24 @@ def of_float8(layer: nn.Linear, bias_dtype: torch.dtype) -> tuple[torch.Tensor, 
     return _operand(layer, ("float8", bias_dtype), (weight, bias), make)
 
 
+def of_bounded_mlp(
+    layer: nn.Linear, norm_weight: torch.Tensor, norm_bias: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """What `ops.mlp_bounds` returns for the first layer of an MLP and the norm in front of it, and the bias."""
+    weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+
+    def make() -> Operand:
+        bounds = ops.mlp_bounds(norm_weight, norm_bias, weight, bias)
+        return *bounds, None if bias is None else cast(bias, torch.bfloat16)
+
+    return _operand(layer, "bounded", (weight, bias, norm_weight, norm_bias), make)
+
+
+def is_kept(layer: nn.Linear) -> bool:
+    """Whether a layer keeps its operands in this call."""
+    return ATTRIBUTE in layer.__dict__ and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+
+
 def _is_channels_last(weight: torch.Tensor) -> bool:
     return torch.compiler.is_compiling() or weight.is_contiguous(memory_format=torch.channels_last)
 

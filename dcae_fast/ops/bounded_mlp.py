@@ -1,0 +1,157 @@
+"""The first layer of an MLP in float8, with scales that follow from the weights rather than from each token.
+
+    y = norm(x) · norm_weight + norm_bias;                       bounded_layer_norm:   q = y / y_scale
+    h = (q · weightᵀ) · y_scale · weight_scale + bias;           bounded_linear_gelu:  g = gelu(h) / g_scale
+
+x, y: [B, N, D]; h: [B, N, H]; q, g: float8_e4m3fn; scales: [1] fp32, powers of two, from `mlp_bounds`. A norm of D
+numbers has the length √D at most, so
+
+    |y_i| ≤ √D |norm_weight_i| + |norm_bias_i|,    |h_j| ≤ √D ‖weight_j · norm_weight‖ + |weight_j · norm_bias + bias_j|
+
+and nothing exceeds the largest number of float8, whatever x is. So cuBLASLt applies GELU and rounds within the product:
+it cannot scale each token by its largest number, which is known only after the product. The bounds are larger than the
+numbers by some powers of two. Of the 15 that e4m3 spans, that many less remain, which no table of docs/fp8.md shows.
+
+GELU is computed in its tanh form. x that is not finite gives NaN. No operator has a gradient.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from . import _library, _plans, _scaled_products
+from ._library import KERNEL_DTYPES, capability, define, is_hopper, launcher, without_autocast
+from ._private import scaled_product
+from ._products import as_rows, epilogue
+from .layer_norm import check_norm, layer_norm_reference
+from .quantize import check_no_gradient
+from .quantize_rows import MOST_COLUMNS, scale_of
+
+FORMAT, LARGEST = torch.float8_e4m3fn, 448.0
+ROUNDING = 2**-4  # the largest relative error of a number in e4m3
+
+
+def _rounded(y, scale):
+    return (y / scale).clamp(-LARGEST, LARGEST).to(FORMAT)
+
+
+def bounded_layer_norm_reference(x, weight, bias, eps, scale):
+    return _rounded(layer_norm_reference(x, weight, bias, eps, None, None, torch.float32)[1], scale)
+
+
+@without_autocast
+def bounded_linear_gelu_reference(x, x_scale, weight, weight_scale, bias, out_scale):
+    h = (x.float() @ weight.float().T) * (x_scale * weight_scale)
+    return _rounded(F.gelu(h if bias is None else h + bias.float(), approximate="tanh"), out_scale)
+
+
+def _accepts_norm(x, weight, bias, eps, scale):
+    return (
+        x.numel() > 0
+        and x.shape[-1] <= MOST_COLUMNS
+        and all(tensor.dtype in KERNEL_DTYPES for tensor in (x, weight, bias))
+        and (_library.INTERPRETED or capability(x.device) >= (8, 9))
+    )
+
+
+def _accepts_linear(x, x_scale, weight, weight_scale, bias, out_scale):
+    return (
+        is_hopper(x.device)
+        and x.numel() > 0
+        and weight.shape[0] > 0
+        and weight.shape[0] % 16 == weight.shape[1] % 16 == 0
+        and all(t.data_ptr() % 16 == 0 for t in (x, x_scale, weight, weight_scale, out_scale))
+    )
+
+
+def _launch(x, x_scale, weight, weight_scale, bias, out_scale):
+    bias = None if bias is None else bias.to(torch.bfloat16)
+
+    def fallback():
+        h = scaled_product(
+            as_rows(x), weight.T, x_scale, weight_scale, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+        return launcher("quantize_rows", "launch_quantize_by")(h.view(*x.shape[:-1], -1), "gelu", out_scale, FORMAT)
+
+    if not _scaled_products.available():
+        return fallback()
+    factor, (columns, depth) = 1 / out_scale, weight.shape
+    rows, name = x.numel() // depth, epilogue("gelu", bias)
+    operands = x, x_scale, weight, weight_scale, bias, None, factor
+    plan = _plans.find(
+        _scaled_products.CUBLASLT,
+        (FORMAT, FORMAT, rows, columns, depth, FORMAT, name),
+        x.device,
+        rows * columns * depth >= _scaled_products.WORTH_A_SEARCH,
+        lambda: _scaled_products.cuda_extension().ScaledProduct(x, weight, FORMAT, name, True),
+        lambda plan: plan(*operands),
+        fallback,
+    )
+    return fallback() if plan is None else plan(*operands)
+
+
+bounded_layer_norm_op = define(
+    "bounded_layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, Tensor scale) -> Tensor",
+    bounded_layer_norm_reference,
+    _accepts_norm,
+    "layer_norm_rows",
+)
+bounded_linear_gelu_op = define(
+    "bounded_linear_gelu(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor out_scale)"
+    " -> Tensor",
+    bounded_linear_gelu_reference,
+    _accepts_linear,
+    _launch,
+)
+
+
+@torch.no_grad()
+def mlp_bounds(
+    norm_weight: torch.Tensor, norm_bias: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(y_scale, q_weight, weight_scale, g_scale), see the head of this file.
+
+    norm_weight, norm_bias: [D]; weight: [H, D]; bias: [H]. The weight has one scale. The bound of h includes that both
+    factors of each product are rounded.
+    """
+    weight, gain, shift = weight.float(), norm_weight.float(), norm_bias.float()
+    root = weight.shape[1] ** 0.5
+    reach, centre = root * (weight * gain).norm(dim=1), weight @ shift
+    centre = centre if bias is None else centre + bias.float()
+    rounding = (1 + ROUNDING) ** 2 - 1
+    most = centre.abs() + reach + rounding * (reach + weight.abs() @ shift.abs())
+    y_scale, weight_scale, g_scale = (
+        scale_of(largest.amax().view(1), FORMAT) for largest in (root * gain.abs() + shift.abs(), weight.abs(), most)
+    )
+    return y_scale, _rounded(weight, weight_scale), weight_scale, g_scale
+
+
+def bounded_layer_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, scale: torch.Tensor
+) -> torch.Tensor:
+    """q, see the head of this file. x: [B, N, D]; weight, bias: [D]; scale: [1]."""
+    check_norm(x, weight, bias, None, None)
+    check_no_gradient(x, weight, bias)
+    return bounded_layer_norm_op(x, weight, bias, eps, scale)
+
+
+def bounded_linear_gelu(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_scale: torch.Tensor,
+) -> torch.Tensor:
+    """g, see the head of this file. x: [B, N, D]; weight: [H, D], both e4m3; bias: [H]; scales: [1].
+
+    Raises ValueError on other shapes and types.
+    """
+    if x.dim() != 3 or weight.dim() != 2 or x.shape[2] != weight.shape[1] or {x.dtype, weight.dtype} != {FORMAT}:
+        raise ValueError(
+            f"x is {x.dtype} {list(x.shape)}, weight {weight.dtype} {list(weight.shape)}: expected [B, N, D] and [H, D]"
+            f" of {FORMAT}"
+        )
+    if any(scale.shape != (1,) or scale.dtype != torch.float32 for scale in (x_scale, weight_scale, out_scale)):
+        raise ValueError("x_scale, weight_scale, out_scale: expected float32 [1] each")
+    check_no_gradient(bias)
+    return bounded_linear_gelu_op(x, x_scale, weight, weight_scale, bias, out_scale)
