@@ -112,7 +112,7 @@ class Compute:
             raise UsageError("--int8 --no-patch: only a patched model can compute in 8 bit; remove one of the options")
         if self.int8 and not self.scales:
             for path in self.int8:
-                if path.suffix == ".safetensors":
+                if path.suffix.lower() == ".safetensors":
                     raise UsageError(f"--int8: {path} is a file of scales; expected one such file, or pictures")
                 if not path.exists():
                     raise UsageError(f"--int8: {path} does not exist; expected a file of `calibrate`, or pictures")
@@ -125,7 +125,11 @@ class Compute:
     @property
     def scales(self) -> Path | None:
         """The file of scales that --int8 names, if it names one."""
-        return self.int8[0] if self.int8 and len(self.int8) == 1 and self.int8[0].suffix == ".safetensors" else None
+        return (
+            self.int8[0]
+            if self.int8 and len(self.int8) == 1 and self.int8[0].suffix.lower() == ".safetensors"
+            else None
+        )
 
     @property
     def options(self) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from torch import nn
 from . import int8
 
 BINS = 2**13
+LEAST_SCALE = 2.0**-100  # 1 / scale must be a number in fp32; smaller inputs count as zeros
 CONTRAST, WEIGHT = 3.0, 0.1
 CLIPS = 2.0 ** -(torch.arange(33, dtype=torch.float64) / 8)  # clipping values, in units of the largest input
 Pictures = list[torch.Tensor]  # batches [B, 3, H, W]
@@ -248,7 +249,7 @@ def _histogram(x: torch.Tensor, largest: float) -> torch.Tensor:
 
 def scale_of_least_error(counts: torch.Tensor, largest: float) -> float:
     """The scale that loses least; see the head of this file. counts: of `_histogram`, float64. 1 for zeros only."""
-    if not largest:
+    if largest / 127 * CLIPS[-1] < LEAST_SCALE:
         return 1.0
     scales = CLIPS[:, None] * largest / 127
     values = (torch.arange(BINS, dtype=torch.float64) + 0.5) * largest / BINS

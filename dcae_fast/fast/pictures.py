@@ -41,6 +41,10 @@ def _load(source: torch.Tensor | str | Path, ratio: int) -> list[torch.Tensor]:
     if not isinstance(source, (str, Path)):
         raise TypeError(f"calibration is of type {type(source).__name__}; expected pictures, paths or a file of scales")
     paths = [Path(source)]
+    if paths[0].suffix.lower() == ".safetensors":
+        raise ValueError(
+            f"{source}: a file of scales stands for the whole calibration, not beside pictures or in a list"
+        )
     if paths[0].is_dir():
         folder = paths[0]
         paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in picture_suffixes())

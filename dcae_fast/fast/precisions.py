@@ -53,7 +53,7 @@ def calibration_of(autoencoder: nn.Module, source: Any, budget: ErrorBudget) -> 
     if isinstance(source, Calibration):
         scales.check_weights(source, autoencoder)
         return source
-    if isinstance(source, (str, Path)) and Path(source).suffix == scales.SUFFIX:
+    if isinstance(source, (str, Path)) and Path(source).suffix.lower() == scales.SUFFIX:
         return scales.load(source, autoencoder)
     if not int8.runs_on(weight.device):
         return None

@@ -14,7 +14,7 @@ from torch import nn
 from dcae_fast.errors import CheckpointError
 from dcae_fast.files import written_atomically
 
-from .calibration import CalibratedLayer, Calibration, Quality
+from .calibration import LEAST_SCALE, CalibratedLayer, Calibration, Quality
 
 SUFFIX = ".safetensors"
 KEY = "dcae_fast.calibration"  # in the file's metadata
@@ -61,12 +61,24 @@ def load(path: str | Path, autoencoder: nn.Module) -> Calibration:
         layers = {name: CalibratedLayer(**layer) for name, layer in content.pop("layers").items()}
         qualities = {name: Quality(**content.pop(name)) for name in ("decoding", "encoding")}
         calibration = Calibration(layers=layers, **qualities, **content)
-        if not all(0 < layer.scale < math.inf and isinstance(layer.in_int8, bool) for layer in layers.values()):
-            raise ValueError("a scale is not a positive number")
+        _check(calibration)
     except Exception as error:  # a broken or hostile file may raise anything
         raise CheckpointError(f"{path}: cannot be read as scales of 8-bit layers: {error!r}") from error
     check_weights(calibration, autoencoder, path)
     return calibration
+
+
+def _check(calibration: Calibration) -> None:
+    """Raises ValueError for values that a calibration does not write, with which `str` or a call would fail."""
+    layers, qualities = calibration.layers.values(), (calibration.decoding, calibration.encoding)
+    numbers = [value for quality in qualities for value in vars(quality).values()]
+    numbers += [value for layer in layers for value in (layer.scale, layer.psnr, layer.share)]
+    if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in numbers):
+        raise ValueError("a figure is not a number")
+    if not all(LEAST_SCALE <= layer.scale < math.inf for layer in layers):
+        raise ValueError("a scale is not a positive number")
+    if not all(isinstance(layer.in_int8, bool) for layer in layers) or type(calibration.pictures) is not int:
+        raise ValueError("in_int8 is neither true nor false, or pictures is not an integer")
 
 
 def check_weights(calibration: Calibration, autoencoder: nn.Module, name: str | Path = "calibration") -> None:

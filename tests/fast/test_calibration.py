@@ -49,8 +49,11 @@ def test_the_scale_that_loses_least(outlier):
     assert squared_error(x, scale) <= 1.1 * best < 1.1 * squared_error(x, largest / 127)
 
 
-def test_the_scale_of_zeros():
-    assert calibration.scale_of_least_error(calibration._histogram(torch.zeros(3), 0.0).double(), 0.0) == 1.0
+@pytest.mark.parametrize("largest", [0.0, 1e-44, 1e-30])
+def test_the_scale_of_zeros(largest):
+    """Also of numbers so small that 1 / scale would overflow."""
+    x = torch.full((3,), largest)
+    assert calibration.scale_of_least_error(calibration._histogram(x, largest).double(), largest) == 1.0
 
 
 def budget_of(errors: list[float], least: float, loss: float = math.inf) -> tuple[list[str], calibration.Quality]:
@@ -175,19 +178,25 @@ def test_scales_that_are_refused(model, tmp_path):
     calibrated(model).save_scales(path)
     with safe_open(path, "pt") as file:
         content = json.loads(file.metadata()[scales.KEY])
-    next(iter(content["layers"].values()))["scale"] = -1.0
+    layer = next(iter(content["layers"].values()))
+    wrong = {"scale": (-1.0, 0.0, 1e-320, math.nan, "1", True), "psnr": ("40", None), "share": ([],), "in_int8": (1,)}
     with torch.no_grad():
         next(model.parameters())[0] += 0.1
     with pytest.raises(CheckpointError, match="calibrated for other weights"):
         dcae_fast.patch(model, precision="int8", calibration=str(path))
     path.write_bytes(path.read_bytes()[:100])
-    missing, others, negative = (tmp_path / f"{name}.safetensors" for name in ("missing", "others", "negative"))
+    missing, others, altered = (tmp_path / f"{name}.safetensors" for name in ("missing", "others", "altered"))
     save_file({"weight": torch.zeros(1)}, others)
-    save_file({}, negative, {scales.KEY: json.dumps(content)})
-    reasons = {path: "", missing: "No such file", others: "expected a file that", negative: "not a positive number"}
+    reasons = {path: "", missing: "No such file", others: "expected a file that"}
     for broken, reason in reasons.items():
         with pytest.raises(CheckpointError, match=f"cannot be read as scales .*{reason}"):
             dcae_fast.patch(model, precision="int8", calibration=broken)
+    for name, values in wrong.items():
+        for value in values:
+            changed = content | {"layers": {"some": layer | {name: value}}}
+            save_file({}, altered, {scales.KEY: json.dumps(changed)})
+            with pytest.raises(CheckpointError, match="ValueError.* is (not a|neither)"):
+                dcae_fast.patch(model, precision="int8", calibration=altered)
     with pytest.raises(ValueError, match=r"ends in \.safetensors"):
         calibrated(model).save_scales(tmp_path / "scales.bin")
 
@@ -293,3 +302,5 @@ def test_bad_sources(tmp_path):
         pictures.load(tmp_path / "missing.png", 4)
     with pytest.raises(TypeError, match="expected pictures"):
         pictures.load([3], 4)
+    with pytest.raises(ValueError, match="a file of scales stands for the whole calibration"):
+        pictures.load([torch.zeros(1, 3, 4, 4), "scales.safetensors"], 4)
