@@ -125,11 +125,8 @@ class Compute:
     @property
     def scales(self) -> Path | None:
         """The file of scales that --int8 names, if it names one."""
-        return (
-            self.int8[0]
-            if self.int8 and len(self.int8) == 1 and self.int8[0].suffix.lower() == ".safetensors"
-            else None
-        )
+        file = self.int8[0] if self.int8 and len(self.int8) == 1 else None
+        return file if file is not None and file.suffix.lower() == ".safetensors" else None
 
     @property
     def options(self) -> dict[str, Any]:

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import OUTPUT, build, image
+from small_models import DEVICE, OUTPUT, build, image
 from test_transformer import inputs, pair
 from torch import nn
 from torch.export import Dim, ExportedProgram, export
 
 import dcae_fast
+from dcae_fast.fast import int8
 from dcae_fast.ops import _library
 
 PARTS = ["encoder", "decoder"]
@@ -120,6 +121,20 @@ def test_exported_program_calls_the_operators(name, sizes, mode, part):
         results = [program.module()(*each) for each in several]
         assert [y.stride() for y in results] == [model(*each).stride() for each in several]
     assert_right(results, model, several)
+
+
+@torch.no_grad()
+def test_8_bit_stays_in_a_program():
+    if not int8.runs_on(torch.device(DEVICE)):
+        pytest.skip("8-bit convolutions need a Hopper GPU")
+    decoder, z = build("strided").decoder, image(2, 8, 4, 3)
+    dcae_fast.patch(decoder, frozen=True, cuda_graphs=False)
+    for _, layer in int8.candidates(decoder):
+        int8.mark(layer, 0.05)
+    program = exported(decoder, (z,), ({0: Dim("b"), 2: Dim("h"), 3: Dim("w")},))
+    targets = {str(node.target) for node in program.graph.nodes}
+    assert {f"dcae_fast.{name}.default" for name in ("conv2d_int8", "upsample_conv2d_int8")} <= targets
+    assert torch.equal(program.module()(z), decoder(z))
 
 
 @pytest.mark.parametrize("part", [pytest.param("encoder", marks=pytest.mark.gpu), "decoder"])  # slow without a GPU
