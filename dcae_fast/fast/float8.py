@@ -1,4 +1,5 @@
-"""Linear layers of diffusion transformers that compute in 8-bit floating point: which can, which do, and their forward.
+"""Linear layers and 1×1 convolutions of diffusion transformers that compute in 8-bit floating point: which can, which
+do, and their forward.
 
 A layer computes in 8 bit if it has the attribute `operands.FLOAT8`, the name of a precision. `patch` sets it. Copies
 and pickles of the layer keep it, and so does `load_state_dict`, since nothing is calibrated; it is no part of
@@ -25,30 +26,38 @@ EVERYTHING = "fp8-all"  # in training, the gradients of weights are 8-bit produc
 PRECISIONS = ("fp8", EVERYTHING)
 MULTIPLE = 16  # of the channels
 Rows = tuple[torch.Tensor, torch.Tensor]  # 8-bit rows and their scales
+Product = nn.Linear | nn.Conv2d  # see `is_product`
 
 
 def runs_on(device: torch.device) -> bool:
     return INTERPRETED or (HAS_TRITON and is_hopper(device))
 
 
-def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+def candidates(model: nn.Module) -> Iterator[tuple[str, Product]]:
     """(name, layer) of the layers of a patched model that a fast forward can compute in 8 bit, whatever their shape."""
     names = {id(module): name for name, module in model.named_modules()}
     for module in model.modules():
         if isinstance(module, FastModule):
-            yield from ((names[id(layer)], layer) for layer in module.float8_layers() if type(layer) is nn.Linear)
+            yield from ((names[id(layer)], layer) for layer in module.float8_layers() if is_product(layer))
 
 
-def mark(layers: dict[str, nn.Linear], precision: str, keep: Collection[str]) -> dict[str, str]:
+def is_product(layer: nn.Module | None) -> bool:
+    """Whether this is a linear layer, of tokens or of the channels of an image."""
+    if type(layer) is nn.Conv2d:
+        return layer.kernel_size == layer.stride == (1, 1) and layer.padding == (0, 0) and layer.groups == 1
+    return type(layer) is nn.Linear
+
+
+def mark(layers: dict[str, Product], precision: str, keep: Collection[str]) -> dict[str, str]:
     """Let these `candidates` compute in 8 bit. Returns name → reason of the layers that stay exact.
 
-    keep: names of layers that stay exact, in full, or their last part, such as "fc2".
+    keep: names of layers that stay exact, in full, or their `last_part`, such as "fc2".
     """
     exact = {}
     for name, layer in layers.items():
         if any(is_named(name, kept) for kept in keep):
             exact[name] = "asked for"
-        elif layer.in_features % MULTIPLE or layer.out_features % MULTIPLE:
+        elif any(channels % MULTIPLE for channels in layer.weight.shape[:2]):
             exact[name] = f"their channels are no multiples of {MULTIPLE}"
         else:
             layer.__dict__[operands.FLOAT8] = precision
@@ -56,7 +65,13 @@ def mark(layers: dict[str, nn.Linear], precision: str, keep: Collection[str]) ->
 
 
 def is_named(name: str, asked: str) -> bool:
-    return name == asked or name.rpartition(".")[2] == asked
+    return asked in (name, last_part(name))
+
+
+def last_part(name: str) -> str:
+    """The last part of a layer's name, such as "fc2"; two parts if the last is a number, as in "to_out.0"."""
+    *_, parent, last = "", *name.split(".")
+    return f"{parent}.{last}".lstrip(".") if last.isdigit() else last
 
 
 def precision_of(layer: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> str | None:
@@ -84,7 +99,7 @@ def both_train(first: nn.Module, second: nn.Module, x: torch.Tensor, dtype: torc
 
 
 def linear(
-    layer: nn.Linear,
+    layer: Product,
     x: torch.Tensor | Rows,
     dtype: torch.dtype,
     residual: torch.Tensor | None = None,
@@ -119,7 +134,13 @@ def bounded_mlp(
     return linear(fc2, (g, g_scale.expand(*g.shape[:-1], 1).contiguous()), dtype, residual)
 
 
-def norm(layer: nn.Linear, x, scale, shift, eps: float, branch, gate, dtype: torch.dtype):
+def joined(layers: tuple[nn.Linear, ...], rows: Rows, dtype: torch.dtype, heads: int) -> torch.Tensor:
+    """The results of several linear layers that all `infer`, in the order of `operands.of_joined_layers`."""
+    weight, weight_scale, bias = operands.of_joined_float8(layers, dtype, heads)
+    return ops.linear_rows(*rows, weight, weight_scale, bias, None, dtype)
+
+
+def norm(layer: Product, x, scale, shift, eps: float, branch, gate, dtype: torch.dtype):
     """(s, y) as `ops.layer_norm` gives them; y as 8-bit rows if the layer behind the norm `infers`."""
     if not infers(layer, x, dtype):
         return ops.layer_norm(x, scale, shift, eps, branch, gate, dtype)

@@ -205,11 +205,16 @@ def of_joined_layers(
     if torch.is_grad_enabled() and all(weight.dtype == torch.float32 for weight in weights):
         dtype = torch.float32
 
-    def join(tensors: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
-        parts = [cast(tensor, dtype).unflatten(0, (heads, -1)) for tensor in tensors]
-        return torch.cat(parts, dim=1).flatten(0, 1) if parts else None
+    def make() -> Operand:
+        return _by_heads(weights, heads, dtype), _by_heads(biases, heads, dtype)
 
-    return _operand(layers[0], ("joined", dtype, heads), (*weights, *biases), lambda: (join(weights), join(biases)))
+    return _operand(layers[0], ("joined", dtype, heads), (*weights, *biases), make)
+
+
+def _by_heads(tensors: tuple[torch.Tensor, ...], heads: int, dtype: torch.dtype) -> torch.Tensor | None:
+    """Weights or biases of joined layers, those of the first head first; None if there are none."""
+    parts = [cast(tensor, dtype).unflatten(0, (heads, -1)) for tensor in tensors]
+    return torch.cat(parts, dim=1).flatten(0, 1) if parts else None
 
 
 def of_packed_layer(
@@ -256,12 +261,14 @@ def of_int8(
     return _operand(first, ("int8", scale, upsamples), (*weights, *of_norm, first.bias), make)
 
 
-def of_float8(layer: nn.Linear, bias_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def of_float8(
+    layer: nn.Linear | nn.Conv2d, bias_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Weight, scales and bias as `ops.linear_rows` reads them. The weight is rounded once, from its own dtype."""
     weight, bias = layer._parameters["weight"], layer._parameters["bias"]
 
     def make() -> Operand:
-        return *ops.quantize_rows(weight), None if bias is None else cast(bias, bias_dtype)
+        return *ops.quantize_rows(weight.flatten(1)), None if bias is None else cast(bias, bias_dtype)
 
     return _operand(layer, ("float8", bias_dtype), (weight, bias), make)
 
@@ -282,6 +289,19 @@ def of_bounded_mlp(
 def is_kept(layer: nn.Linear) -> bool:
     """Whether a layer keeps its operands in this call."""
     return ATTRIBUTE in layer.__dict__ and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+
+
+def of_joined_float8(
+    layers: tuple[nn.Linear, ...], dtype: torch.dtype, heads: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """`of_float8` of layers that are joined as by `of_joined_layers`. dtype: of the bias."""
+    weights, biases = tuple(layer.weight for layer in layers), tuple(layer.bias for layer in layers)
+    biases = () if biases[0] is None else biases
+
+    def make() -> Operand:
+        return *ops.quantize_rows(_by_heads(weights, heads, weights[0].dtype)), _by_heads(biases, heads, dtype)
+
+    return _operand(layers[0], ("joined float8", dtype, heads), (*weights, *biases), make)
 
 
 def _is_channels_last(weight: torch.Tensor) -> bool:

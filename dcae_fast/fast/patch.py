@@ -106,12 +106,11 @@ def patch(
     calibration, and so does `report.calibration` of a model with the same weights.
     error_budget: the largest error by 8 bit. Layers that would exceed it stay exact; the report names them.
 
-    precision: "fp8" lets linear layers in the blocks of UViT, USiT, DiT and SiT compute in 8-bit floating point, in
-    half precision or under autocast, on a Hopper GPU: the projections of attention, the MLP and the long skips. Nothing
-    is calibrated. `load_state_dict` keeps this precision. On other devices, and for layers with other channels than
-    multiples of 16, the model computes as without it, and the report says so. `frozen` also keeps the 8-bit weights.
-    With gradients on, the products for the gradients of these layers' inputs are in 8 bit too, and with "fp8-all" also
-    the products for the gradients of their weights. There are no second derivatives.
+    precision: "fp8" lets linear layers in the blocks of UViT, USiT, DiT, SiT and SANA compute in 8-bit floating point,
+    in half precision or under autocast, on a Hopper GPU: the projections of attention, the MLP and the long skips, of
+    SANA also the 1×1 convolutions. Nothing is calibrated. `load_state_dict` keeps this precision. On other devices, and
+    for layers with other channels than multiples of 16, the model computes as without it, and the report says so.
+    `frozen` also keeps the 8-bit weights.
     keep: names of layers that stay exact with "fp8", in full, or their last part, such as "fc2".
 
     Returns a report that prints as a table. Raises TypeError for a model or an option of another type. Raises

@@ -89,10 +89,12 @@ def check_float8(modules: Iterable[nn.Module], precision: str, keep: Collection[
     """Raises ValueError if patched modules have no layer for 8-bit floating point, or a name in `keep` none."""
     names = [name for module in modules for name, _ in float8.candidates(module)]
     if not names:
-        raise ValueError(f"precision={precision!r}: the model has no block of UViT, USiT, DiT or SiT that is patched")
+        raise ValueError(
+            f"precision={precision!r}: the model has no block of UViT, USiT, DiT, SiT or SANA that is patched"
+        )
     unknown = [kept for kept in keep if not any(float8.is_named(name, kept) for name in names)]
     if unknown:
-        kinds = sorted({name.rpartition(".")[2] for name in names})
+        kinds = sorted({float8.last_part(name) for name in names})
         raise ValueError(f"keep: there is no layer {', '.join(unknown)}; expected full names, or some of {kinds}")
 
 
@@ -108,9 +110,9 @@ def set_float8(model: nn.Module, precision: str, keep: Collection[str]) -> tuple
     exact = float8.mark(layers, precision, keep)
     if not float8.runs_on(next(iter(layers.values())).weight.device):
         return f"{precision} needs a Hopper GPU and Triton: on this device no layer computes in 8 bit.", False
-    kinds = Counter(name.rpartition(".")[2] for name in layers.keys() - exact.keys())
+    kinds = Counter(float8.last_part(name) for name in layers.keys() - exact.keys())
     listed = ", ".join(f"{count} {name}" for name, count in sorted(kinds.items())) or "none"
     lines = [f"{precision}: {kinds.total()} of {len(layers)} linear layers compute in 8 bit ({listed})."]
-    reasons = Counter((name.rpartition(".")[2], why) for name, why in exact.items())
+    reasons = Counter((float8.last_part(name), why) for name, why in exact.items())
     lines += [f"{count} {name} stay exact: {why}." for (name, why), count in sorted(reasons.items())]
     return "\n".join(lines), len(exact) < len(layers)

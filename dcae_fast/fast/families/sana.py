@@ -15,9 +15,9 @@ from torch import nn
 from dcae_fast import ops
 from dcae_fast.ops._private import unobserved
 
-from .. import operands
+from .. import float8, operands
 from ..call import Network
-from ..fusion import autocasts, compute_dtype
+from ..fusion import activation_name, autocasts, compute_dtype, is_depthwise3x3
 from ..module import FastModule, kind, plain
 from ..registry import register
 from . import uvit_dit
@@ -90,15 +90,17 @@ class SanaTransformerBlock(FastModule):
             return self.eager(x, mask, text, text_mask, timestep, height, width)
         norm1, attn1, norm2, attn2, ff = map(self._modules.get, ("norm1", "attn1", "norm2", "attn2", "ff"))
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation(self.scale_shift_table, timestep)
-        x, y = ops.layer_norm(
-            x.contiguous(), scale1, shift1, norm1.eps, dtype=dtype_of_queries((attn1.to_q, attn1.to_k, attn1.to_v), x)
-        )
-        x = ops.gated_sum(x, gate1, linear_attention(attn1, y, height, width))
+        x = x.contiguous()
+        x = ops.gated_sum(x, gate1, linear_attention(attn1, x, scale1, shift1, norm1.eps, height, width))
         x = text_attention(attn2, x, text, text_mask)
         if norm2.elementwise_affine:
             scale2, shift2 = with_affine(norm2, scale2, shift2)
-        x, y = ops.layer_norm(x, scale2, shift2, norm2.eps, dtype=dtype_of_branch(ff, x))
-        return ops.gated_sum(x, gate2, tokens(ff(image(y, height, width))))
+        return ops.gated_sum(x, gate2, feed_forward(ff, x, scale2, shift2, norm2.eps, height, width))
+
+    def float8_layers(self) -> tuple[nn.Module | None, ...]:
+        attn1, attn2, ff = map(self._modules.get, ("attn1", "attn2", "ff"))
+        projections = [layer for attn in (attn1, attn2) for layer in (*queries_of(attn), attn.to_out[0])]
+        return *projections, *((ff.conv_inverted, ff.conv_point) if computes_tokens(ff) else ())
 
     def fuses(self, x, text, text_mask, timestep) -> bool:
         """Whether the block may compute its submodules without calling them, and these inputs have the usual form."""
@@ -155,10 +157,18 @@ def tokens(x: torch.Tensor) -> torch.Tensor:
     return x.movedim(1, -1).flatten(1, 2)
 
 
-def linear_attention(attn: nn.Module, x: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """What the self-attention adds to the tokens, before its gate."""
+def linear_attention(
+    attn: nn.Module, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float, height: int, width: int
+) -> torch.Tensor:
+    """What the self-attention adds to the tokens, before its gate. It reads the modulated norm of x."""
     to_out, dropout = attn.to_out
-    qkv = packed_by_heads(attn, x)
+    layers = queries_of(attn)
+    dtype = dtype_of_queries(layers, x)
+    if all(float8.infers(layer, x, dtype) for layer in layers) and have_like_biases(layers):
+        y = float8.norm(layers[0], x, scale, shift, eps, None, None, dtype)[1]
+    else:
+        y = ops.layer_norm(x, scale, shift, eps, dtype=dtype)[1]
+    qkv = packed_by_heads(attn, y, dtype)
     y = ops.relu_linear_attention([image(qkv, height, width)], qkv.shape[2] // (3 * attn.heads), EPS)
     return clipped(dropout(linear(to_out, tokens(y))), x)
 
@@ -168,14 +178,33 @@ def clipped(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return y.clip(-LARGEST_HALF, LARGEST_HALF) if x.dtype == torch.float16 else y
 
 
-def packed_by_heads(attn: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Queries, keys and values [B, N, heads * 3 * D], from one product if the three layers allow it."""
-    layers, norms = (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k)
+def packed_by_heads(attn: nn.Module, x: torch.Tensor | float8.Rows, dtype: torch.dtype) -> torch.Tensor:
+    """Queries, keys and values [B, N, heads * 3 * D], from one product if the three layers allow it.
+
+    x: tokens, or 8-bit rows if the layers compute in 8 bit; dtype: of the result of such layers.
+    """
+    layers, norms, in_8_bit = queries_of(attn), (attn.norm_q, attn.norm_k), isinstance(x, tuple)
+    if norms == (None, None) and in_8_bit:
+        return float8.joined(layers, x, dtype, attn.heads)
     if norms == (None, None) and can_be_joined(layers, x):
         dtype = compute_dtype(x)
-        return ops.linear(x.to(dtype), *operands.of_joined_layers(layers, dtype, attn.heads))
-    q, k, v = (linear(layer, x) for layer in layers)
+        weight, bias = operands.of_joined_layers(layers, dtype, attn.heads)
+        precisions = {float8.trains(layer, x, dtype) for layer in layers}
+        return product_of(x.to(dtype), weight, bias, precisions.pop() if len(precisions) == 1 else None)
+    q, k, v = (float8.linear(layer, x, dtype) if in_8_bit else linear(layer, x) for layer in layers)
     return packed_heads(normalised(attn.norm_q, q, v.dtype), normalised(attn.norm_k, k, v.dtype), v, attn.heads)
+
+
+def product_of(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, precision: str | None) -> torch.Tensor:
+    """x weightᵀ + bias. precision: of training in 8 bit, None for that of x."""
+    if precision is None:
+        return ops.linear(x, weight, bias)
+    return ops.linear_fp8(x, weight, bias, None, precision == float8.EVERYTHING)
+
+
+def queries_of(attn: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """The layers of queries, keys and values."""
+    return attn.to_q, attn.to_k, attn.to_v
 
 
 def packed_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> torch.Tensor:
@@ -186,7 +215,14 @@ def packed_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) 
 def text_attention(attn: nn.Module, x: torch.Tensor, text: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """x + attn(x, text). text: [B, T, C]; mask: [B, 1, T], added to the scores."""
     to_out, dropout = attn.to_out
-    q, k, v = linear(attn.to_q, x), linear(attn.to_k, text), linear(attn.to_v, text)
+    to_q, *of_text = queries_of(attn)
+    dtype = compute_dtype(text)
+    if all(float8.infers(layer, text, dtype) for layer in of_text):
+        rows = ops.quantize_rows(text)
+        k, v = (float8.linear(layer, rows, dtype) for layer in of_text)
+    else:
+        k, v = (linear(layer, text) for layer in of_text)
+    q = linear(to_q, x)
     q, k = normalised(attn.norm_q, q, v.dtype), normalised(attn.norm_k, k, v.dtype)
     y = attend(q, k, v, attn.heads, None if mask is None else mask[:, None])
     if dropout.training and dropout.p:
@@ -198,6 +234,44 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, mask: 
     """Softmax attention of q [B, N, heads * D] to k, v [B, T, heads * D]; mask: [B, 1, 1, T], added to the scores."""
     q, k, v = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+
+
+def feed_forward(
+    ff: nn.Module, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float, height: int, width: int
+) -> torch.Tensor:
+    """What the GLUMBConv adds to the tokens, before its gate. It reads the modulated norm of x."""
+    dtype = dtype_of_branch(ff, x)
+    layers = (ff.conv_inverted, ff.conv_point) if computes_tokens(ff) else ()
+    if not any(float8.precision_of(layer, x, dtype) for layer in layers):
+        y = ops.layer_norm(x, scale, shift, eps, dtype=dtype)[1]
+        return tokens(ff(image(y, height, width)))
+    inverted, point = layers
+    y = float8.norm(inverted, x, scale, shift, eps, None, None, dtype)[1]
+    y = F.silu(pointwise(inverted, y, dtype), inplace=not torch.is_grad_enabled())
+    depth = ff.conv_depth._parameters
+    return pointwise(point, tokens(ops.depthwise_glu(image(y, height, width), depth["weight"], depth["bias"])), dtype)
+
+
+def computes_tokens(ff: nn.Module) -> bool:
+    """Whether this is a fast GLUMBConv without norm and residual, whose layers may be computed without calling it."""
+    return (
+        isinstance(ff, GLUMBConv)
+        and plain(ff, ff.conv_inverted, ff.conv_point)
+        and float8.is_product(ff.conv_inverted)
+        and float8.is_product(ff.conv_point)
+        and ff.norm is None
+        and not ff.residual_connection
+        and is_depthwise3x3(ff.conv_depth)
+        and activation_name(ff.nonlinearity) == "silu"
+    )
+
+
+def pointwise(conv: nn.Conv2d, x: torch.Tensor | float8.Rows, dtype: torch.dtype) -> torch.Tensor:
+    """A 1×1 convolution of tokens [B, N, C] of this dtype, in 8 bit if it computes so."""
+    if isinstance(x, tuple) or float8.infers(conv, x, dtype):
+        return float8.linear(conv, x, dtype)
+    weight, bias = operands.of_layer(conv, dtype)
+    return product_of(x.to(dtype), weight.flatten(1), bias, float8.trains(conv, x, dtype))
 
 
 def normalised(norm: nn.Module | None, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -218,14 +292,19 @@ def is_linear(layer: nn.Module, x: torch.Tensor) -> bool:
 def linear(layer: nn.Module, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
     """layer(x) + residual. A layer with hooks, or one that is not a plain linear layer, such as LoRA's, is called."""
     if is_linear(layer, x):
-        return uvit_dit.linear(layer, x, residual)
+        return uvit_dit.linear_of(layer, x, compute_dtype(x), residual)
     y = layer(x)
     return y if residual is None else y + residual
 
 
 def can_be_joined(layers: tuple[nn.Module, ...], x: torch.Tensor) -> bool:
     """Whether one product computes these layers of x."""
-    return all(is_linear(layer, x) for layer in layers) and len({layer.bias is None for layer in layers}) == 1
+    return all(is_linear(layer, x) for layer in layers) and have_like_biases(layers)
+
+
+def have_like_biases(layers: tuple[nn.Module, ...]) -> bool:
+    """Whether all of these linear layers have biases, or none of them."""
+    return len({layer.bias is None for layer in layers}) == 1
 
 
 def dtype_of_queries(layers: tuple[nn.Module, ...], x: torch.Tensor) -> torch.dtype:
