@@ -171,6 +171,8 @@ TARGETS = [
     faster("sana-1600m-forward-b2-1024px", "patched", REDUCED, 1.15, part="sana"),
     faster("sana-1600m-forward-b8-1024px", "patched", BY_BLOCK, 1.22, part="sana"),
     faster("sana-1600m-forward-b2-4096px", "patched", BY_BLOCK, 1.25, part="sana"),
+    faster("sana-1600m-forward-b8-1024px", FP8, BY_BLOCK, 1.65, part="sana"),
+    faster("sana-1600m-forward-b2-4096px", FP8, BY_BLOCK, 1.7, part="sana"),
     faster("sana-1600m-training-b8-1024px", "patched", BY_BLOCK, 1.25, part="sana"),
     Target("sana", "sana-1600m-training-b8-1024px", "patched", "peak_gib", BY_BLOCK, 1.0),
     faster("sana-1600m-pipeline-b1-1024px", FROZEN, BY_BLOCK, 1.5, part="sana"),

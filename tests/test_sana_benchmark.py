@@ -26,6 +26,14 @@ def test_contenders_are_checked_and_timed(monkeypatch, workload):
         assert record["drift"] > 0 and record["contenders"]["patched"]["loss_error"] < 1e-2
 
 
+def test_contenders_of_its_own(monkeypatch):
+    """Names that no other benchmark has."""
+    monkeypatch.setattr(sana, "PREPARE", dict.fromkeys(sana.PREPARE, lambda model: None))
+    workload = SanaWorkload("tiny", "forward", 1, 64, tuple(sana.PREPARE))
+    rows = sana.benchmark(workload, CPU, CEILINGS)["contenders"]
+    assert all("ms" in rows[name] for name in sana.PREPARE)
+
+
 def test_a_wrong_contender_is_not_timed(monkeypatch):
     def spoil(model):
         model.register_forward_hook(lambda module, args, out: 1.2 * out)
