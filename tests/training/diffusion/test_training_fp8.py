@@ -134,6 +134,15 @@ def test_two_processes_are_as_one(folder, parallel, precision):
 
 
 @every_precision
+def test_evaluations_in_8_bit_change_nothing(folder, precision):
+    """Samples and the loss on held-out latents; a moving average takes the place of the weights meanwhile."""
+    run = in_8_bit(folder / f"evaluated-{precision}", sample_steps=2, eval_steps=2, eval_data=folder / "latents")
+    assert_equal(trained(replace(UVIT, precision=precision), run), weights(folder / precision))
+    assert [0 < line["held_out_loss"] < 2 for line in log(run.out) if "held_out_loss" in line] == [True, True]
+    assert (run.out / "samples" / "000000004.png").is_file()
+
+
+@every_precision
 def test_precisions_do_not_mix(folder, monkeypatch, precision):
     run = in_8_bit(folder / precision)
     other = {"fp8": "fp8-all", "fp8-all": "fp8"}[precision]
