@@ -133,7 +133,17 @@ def producer_runs(images: int, tokens: int, device: torch.device) -> Runs:
             f"gelu and rounding, {named}": lambda dtype=dtype: ops.quantize_rows(hidden, "gelu", dtype),
             f"rounding of a weight, {named}": lambda dtype=dtype: ops.quantize_rows(weight, dtype=dtype),
         }
+    wide, bias = random(4 * WIDTH, WIDTH) / WIDTH**0.5, random(4 * WIDTH)
+    y_scale, q_weight, weight_scale, g_scale = ops.mlp_bounds(*affine, wide, bias)
+    q = ops.bounded_layer_norm(x, *affine, 1e-5, y_scale)
+    runs |= {
+        "layer norm by bounds, float8_e4m3fn": lambda: ops.bounded_layer_norm(x, *affine, 1e-5, y_scale),
+        "fc1, gelu and rounding by bounds": lambda: ops.bounded_linear_gelu(
+            q, y_scale, q_weight, weight_scale, bias, g_scale
+        ),
+    }
     read = {"layer": [x], "gated": [x, branch], "concatenation": [x, branch], "rounding": [x], "gelu": [hidden]}
+    read["fc1"] = [q]
     return {name: (run, weight.nbytes if "weight" in name else _bytes(read, name)) for name, run in runs.items()}
 
 

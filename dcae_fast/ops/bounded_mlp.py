@@ -105,6 +105,7 @@ bounded_linear_gelu_op = define(
 
 
 @torch.no_grad()
+@without_autocast
 def mlp_bounds(
     norm_weight: torch.Tensor, norm_bias: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
