@@ -135,11 +135,12 @@ def producer_runs(images: int, tokens: int, device: torch.device) -> Runs:
         }
     wide, bias = random(4 * WIDTH, WIDTH) / WIDTH**0.5, random(4 * WIDTH)
     y_scale, q_weight, weight_scale, g_scale = ops.mlp_bounds(*affine, wide, bias)
-    q = ops.bounded_layer_norm(x, *affine, 1e-5, y_scale)
+    y_factor, g_factor = 1 / y_scale, 1 / g_scale
+    q = ops.bounded_layer_norm(x, *affine, 1e-5, y_factor)
     runs |= {
-        "layer norm by bounds, float8_e4m3fn": lambda: ops.bounded_layer_norm(x, *affine, 1e-5, y_scale),
+        "layer norm by bounds, float8_e4m3fn": lambda: ops.bounded_layer_norm(x, *affine, 1e-5, y_factor),
         "fc1, gelu and rounding by bounds": lambda: ops.bounded_linear_gelu(
-            q, y_scale, q_weight, weight_scale, bias, g_scale
+            q, y_scale, q_weight, weight_scale, bias, g_factor
         ),
     }
     read = {"layer": [x], "gated": [x, branch], "concatenation": [x, branch], "rounding": [x], "gelu": [hidden]}

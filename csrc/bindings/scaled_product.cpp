@@ -34,7 +34,7 @@ struct ScaledProductPlan {
   at::ScalarType dtype, weight_dtype, out_dtype;
 
   // x: [..., depth], x_scale: [..., 1]; weight: [columns, depth], weight_scale: [columns, 1]; residual: [..., columns].
-  // out_factor: [1], of a result in float8, for which both scales are [1] as well.
+  // Both scales are [1] unless rows have scales of their own. out_factor: [1], of a result in float8.
   at::Tensor operator()(const at::Tensor& x, const at::Tensor& x_scale, const at::Tensor& weight,
                         const at::Tensor& weight_scale, const MaybeTensor& bias, const MaybeTensor& residual,
                         const MaybeTensor& out_factor) const {
@@ -78,7 +78,7 @@ struct ScaledProduct {
   at::ScalarType dtype, weight_dtype, out_dtype;
 
   static ScaledProduct make(const at::Tensor& x, const at::Tensor& weight, at::ScalarType out_dtype,
-                            const std::string& epilogue, bool is_fast) {
+                            const std::string& epilogue, bool is_fast, bool by_row) {
     on_cuda("x", x);
     require_value(x.dim() > 0 && weight.dim() == 2 && x.numel() > 0 && weight.size(0) > 0 &&
                       x.size(-1) == weight.size(1),
@@ -93,7 +93,7 @@ struct ScaledProduct {
                              Epilogue(epilogue),
                              type_of("weight", weight.scalar_type()),
                              type_of("bias", bias_type(out_dtype)),
-                             out_dtype == at::kFloat8_e4m3fn ? Scaling::kWhole : Scaling::kRows,
+                             by_row ? Scaling::kRows : Scaling::kWhole,
                              is_fast};
     const c10::cuda::CUDAGuard guard(x.device());
     return {find_product_plans(cublaslt_handle(x.get_device()), shape), x.scalar_type(), weight.scalar_type(),
@@ -115,10 +115,10 @@ void bind_scaled_product(pybind11::module_& module) {
            py::arg("weight_scale"), py::arg("bias"), py::arg("residual"), py::arg("out_factor") = std::nullopt, no_gil);
   py::class_<ScaledProduct>(module, "ScaledProduct",
                             "epilogue((x · weightᵀ) · x_scale · weight_scaleᵀ + residual) for tensors of these shapes "
-                            "and dtypes; x and weight in float8. A result in float8 is multiplied by out_factor, and "
-                            "the scales are of the whole tensors; else each row has a scale.")
+                            "and dtypes; x and weight in float8. by_row: each row has a scale; else the whole tensor. "
+                            "A result in float8 is multiplied by out_factor.")
       .def(py::init(&ScaledProduct::make), py::arg("x"), py::arg("weight"), py::arg("dtype"), py::arg("epilogue"),
-           py::arg("is_fast"), no_gil)
+           py::arg("is_fast"), py::arg("by_row"), no_gil)
       .def("__len__", [](const ScaledProduct& self) { return self.plans.size(); })
       .def("build", &ScaledProduct::build, py::arg("candidate"), no_gil);
 }

@@ -128,10 +128,12 @@ def bounded_mlp(
     fc1: nn.Linear, fc2: nn.Linear, x, weight, bias, eps: float, dtype: torch.dtype, residual: torch.Tensor | None
 ) -> torch.Tensor:
     """fc2(gelu(fc1(norm(x)))) + residual with the scales of ops/bounded_mlp.py. weight, bias: of the norm."""
-    y_scale, q_weight, weight_scale, g_scale, fc1_bias = operands.of_bounded_mlp(fc1, weight, bias)
-    q = ops.bounded_layer_norm(x, weight, bias, eps, y_scale)
-    g = ops.bounded_linear_gelu(q, y_scale, q_weight, weight_scale, fc1_bias, g_scale)
-    return linear(fc2, (g, g_scale.expand(*g.shape[:-1], 1).contiguous()), dtype, residual)
+    y_scale, w1, w1_scale, g_scale, y_factor, g_factor, b1 = operands.of_bounded_mlp(fc1, weight, bias)
+    y = ops.bounded_layer_norm(x, weight, bias, eps, y_factor)
+    g = ops.bounded_linear_gelu(y, y_scale, w1, w1_scale, b1, g_factor)
+    dtype = dtype if residual is None else residual.dtype
+    w2, w2_scale, b2 = operands.of_float8(fc2, dtype if dtype in HALVES else torch.bfloat16, by_row=False)
+    return ops.linear_rows(g, g_scale, w2, w2_scale, b2, residual, dtype)
 
 
 def joined(layers: tuple[nn.Linear, ...], rows: Rows, dtype: torch.dtype, heads: int) -> torch.Tensor:

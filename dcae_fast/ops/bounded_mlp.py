@@ -1,7 +1,7 @@
 """The first layer of an MLP in float8, with scales that follow from the weights rather than from each token.
 
-    y = norm(x) · norm_weight + norm_bias;                       bounded_layer_norm:   q = y / y_scale
-    h = (q · weightᵀ) · y_scale · weight_scale + bias;           bounded_linear_gelu:  g = gelu(h) / g_scale
+    y = norm(x) · norm_weight + norm_bias;                       bounded_layer_norm:   q = y · (1 / y_scale)
+    h = (q · weightᵀ) · y_scale · weight_scale + bias;           bounded_linear_gelu:  g = gelu(h) · (1 / g_scale)
 
 x, y: [B, N, D]; h: [B, N, H]; q, g: float8_e4m3fn; scales: [1] fp32, powers of two, from `mlp_bounds`. A norm of D
 numbers has the length √D at most, so
@@ -30,21 +30,21 @@ FORMAT, LARGEST = torch.float8_e4m3fn, 448.0
 ROUNDING = 2**-4  # the largest relative error of a number in e4m3
 
 
-def _rounded(y, scale):
-    return (y / scale).clamp(-LARGEST, LARGEST).to(FORMAT)
+def _rounded(y, factor):
+    return (y * factor).clamp(-LARGEST, LARGEST).to(FORMAT)
 
 
-def bounded_layer_norm_reference(x, weight, bias, eps, scale):
-    return _rounded(layer_norm_reference(x, weight, bias, eps, None, None, torch.float32)[1], scale)
+def bounded_layer_norm_reference(x, weight, bias, eps, factor):
+    return _rounded(layer_norm_reference(x, weight, bias, eps, None, None, torch.float32)[1], factor)
 
 
 @without_autocast
-def bounded_linear_gelu_reference(x, x_scale, weight, weight_scale, bias, out_scale):
+def bounded_linear_gelu_reference(x, x_scale, weight, weight_scale, bias, factor):
     h = (x.float() @ weight.float().T) * (x_scale * weight_scale)
-    return _rounded(F.gelu(h if bias is None else h + bias.float(), approximate="tanh"), out_scale)
+    return _rounded(F.gelu(h if bias is None else h + bias.float(), approximate="tanh"), factor)
 
 
-def _accepts_norm(x, weight, bias, eps, scale):
+def _accepts_norm(x, weight, bias, eps, factor):
     return (
         x.numel() > 0
         and x.shape[-1] <= MOST_COLUMNS
@@ -53,28 +53,28 @@ def _accepts_norm(x, weight, bias, eps, scale):
     )
 
 
-def _accepts_linear(x, x_scale, weight, weight_scale, bias, out_scale):
+def _accepts_linear(x, x_scale, weight, weight_scale, bias, factor):
     return (
         is_hopper(x.device)
         and x.numel() > 0
         and weight.shape[0] > 0
         and weight.shape[0] % 16 == weight.shape[1] % 16 == 0
-        and all(t.data_ptr() % 16 == 0 for t in (x, x_scale, weight, weight_scale, out_scale))
+        and all(t.data_ptr() % 16 == 0 for t in (x, x_scale, weight, weight_scale, factor))
     )
 
 
-def _launch(x, x_scale, weight, weight_scale, bias, out_scale):
+def _launch(x, x_scale, weight, weight_scale, bias, factor):
     bias = None if bias is None else bias.to(torch.bfloat16)
 
     def fallback():
         h = scaled_product(
             as_rows(x), weight.T, x_scale, weight_scale, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True
         )
-        return launcher("quantize_rows", "launch_quantize_by")(h.view(*x.shape[:-1], -1), "gelu", out_scale, FORMAT)
+        return launcher("quantize_rows", "launch_quantize_by")(h.view(*x.shape[:-1], -1), "gelu", factor, FORMAT)
 
     if not _scaled_products.available():
         return fallback()
-    factor, (columns, depth) = 1 / out_scale, weight.shape
+    columns, depth = weight.shape
     rows, name = x.numel() // depth, epilogue("gelu", bias)
     operands = x, x_scale, weight, weight_scale, bias, None, factor
     plan = _plans.find(
@@ -82,7 +82,7 @@ def _launch(x, x_scale, weight, weight_scale, bias, out_scale):
         (FORMAT, FORMAT, rows, columns, depth, FORMAT, name),
         x.device,
         rows * columns * depth >= _scaled_products.WORTH_A_SEARCH,
-        lambda: _scaled_products.cuda_extension().ScaledProduct(x, weight, FORMAT, name, True),
+        lambda: _scaled_products.cuda_extension().ScaledProduct(x, weight, FORMAT, name, True, False),
         lambda plan: plan(*operands),
         fallback,
     )
@@ -90,13 +90,13 @@ def _launch(x, x_scale, weight, weight_scale, bias, out_scale):
 
 
 bounded_layer_norm_op = define(
-    "bounded_layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, Tensor scale) -> Tensor",
+    "bounded_layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, Tensor factor) -> Tensor",
     bounded_layer_norm_reference,
     _accepts_norm,
     "layer_norm_rows",
 )
 bounded_linear_gelu_op = define(
-    "bounded_linear_gelu(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor out_scale)"
+    "bounded_linear_gelu(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor factor)"
     " -> Tensor",
     bounded_linear_gelu_reference,
     _accepts_linear,
@@ -123,16 +123,16 @@ def mlp_bounds(
     y_scale, weight_scale, g_scale = (
         scale_of(largest.amax().view(1), FORMAT) for largest in (root * gain.abs() + shift.abs(), weight.abs(), most)
     )
-    return y_scale, _rounded(weight, weight_scale), weight_scale, g_scale
+    return y_scale, _rounded(weight, 1 / weight_scale), weight_scale, g_scale
 
 
 def bounded_layer_norm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, scale: torch.Tensor
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, factor: torch.Tensor
 ) -> torch.Tensor:
-    """q, see the head of this file. x: [B, N, D]; weight, bias: [D]; scale: [1]."""
+    """q, see the head of this file. x: [B, N, D]; weight, bias: [D]; factor: 1 / y_scale, [1]."""
     check_norm(x, weight, bias, None, None)
     check_no_gradient(x, weight, bias)
-    return bounded_layer_norm_op(x, weight, bias, eps, scale)
+    return bounded_layer_norm_op(x, weight, bias, eps, factor)
 
 
 def bounded_linear_gelu(
@@ -141,9 +141,10 @@ def bounded_linear_gelu(
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None,
-    out_scale: torch.Tensor,
+    factor: torch.Tensor,
 ) -> torch.Tensor:
-    """g, see the head of this file. x: [B, N, D]; weight: [H, D], both e4m3; bias: [H]; scales: [1].
+    """g, see the head of this file. x: [B, N, D]; weight: [H, D], both e4m3; bias: [H]; scales and factor, 1 / g_scale:
+    [1].
 
     Raises ValueError on other shapes and types.
     """
@@ -152,7 +153,7 @@ def bounded_linear_gelu(
             f"x is {x.dtype} {list(x.shape)}, weight {weight.dtype} {list(weight.shape)}: expected [B, N, D] and [H, D]"
             f" of {FORMAT}"
         )
-    if any(scale.shape != (1,) or scale.dtype != torch.float32 for scale in (x_scale, weight_scale, out_scale)):
-        raise ValueError("x_scale, weight_scale, out_scale: expected float32 [1] each")
+    if any(scale.shape != (1,) or scale.dtype != torch.float32 for scale in (x_scale, weight_scale, factor)):
+        raise ValueError("x_scale, weight_scale, factor: expected float32 [1] each")
     check_no_gradient(bias)
-    return bounded_linear_gelu_op(x, x_scale, weight, weight_scale, bias, out_scale)
+    return bounded_linear_gelu_op(x, x_scale, weight, weight_scale, bias, factor)

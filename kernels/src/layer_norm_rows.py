@@ -37,12 +37,12 @@ def _modulated(x, scale_ptr, shift_ptr, of_image, mask, OF_IMAGE: tl.constexpr):
 
 @Kernel
 def _layer_norm_rows_kernel(
-    x_ptr, scale_ptr, shift_ptr, branch_ptr, gate_ptr, sum_ptr, y_ptr, q_ptr, q_scale_ptr, given_ptr,
+    x_ptr, scale_ptr, shift_ptr, branch_ptr, gate_ptr, sum_ptr, y_ptr, q_ptr, q_scale_ptr, factor_ptr,
     rows, tokens, width, eps,
     OF_IMAGE: tl.constexpr, HAS_BRANCH: tl.constexpr, WRITES_Y: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """given, MAIN, REST: as in quantize_rows.py."""
+    """factor, MAIN, REST: as in quantize_rows.py."""
     TYPE: tl.constexpr = q_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     start, mask = row[:, None] * width, (row < rows)[:, None]
@@ -65,14 +65,14 @@ def _layer_norm_rows_kernel(
     y = _modulated(x * rstd, scale_ptr, shift_ptr, image + d, mask, OF_IMAGE)
     if REST:
         rest_y = _modulated(rest * rstd, scale_ptr, shift_ptr, image + rest_d, rest_mask, OF_IMAGE)
-    if given_ptr is None:
+    if factor_ptr is None:
         largest = tl.max(magnitude(y), 1)
         if REST:
             largest = tl.maximum(largest, tl.max(magnitude(rest_y), 1))
         q_scale, inverse = scale_and_inverse(largest, TYPE)
         tl.store(q_scale_ptr + row, q_scale, row < rows)
     else:
-        inverse = inverse_of(given_ptr, BLOCK_ROWS)
+        inverse = inverse_of(factor_ptr, BLOCK_ROWS)
     tl.store(q_ptr + start + d, to_8_bit(y, inverse[:, None], TYPE), mask)
     if WRITES_Y:
         tl.store(y_ptr + start + d, y.to(y_ptr.dtype.element_ty), mask)
@@ -91,9 +91,9 @@ def launch_layer_norm_and_rows(x, scale, shift, eps, branch, gate, dtype, rows_d
     return _launch(x, scale, shift, eps, branch, gate, torch.empty_like(x, dtype=dtype), rows_dtype)
 
 
-def launch_bounded_layer_norm(x, scale, shift, eps, given):
+def launch_bounded_layer_norm(x, scale, shift, eps, factor):
     q = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
-    _norm(x, scale, shift, eps, None, None, None, None, q, None, given)
+    _norm(x, scale, shift, eps, None, None, None, None, q, None, factor)
     return q
 
 
@@ -108,12 +108,12 @@ def _launch(x, scale, shift, eps, branch, gate, y, dtype):
     return total, y, q, q_scale
 
 
-def _norm(x, scale, shift, eps, branch, gate, total, y, q, q_scale, given):
+def _norm(x, scale, shift, eps, branch, gate, total, y, q, q_scale, factor):
     images, tokens, width = x.shape
     (main, rest), rows = parts_of(width), images * tokens
     block_rows = 16 if INTERPRETED else 1  # the interpreter takes the same time for any tile
     _layer_norm_rows_kernel[(cdiv(rows, block_rows),)](
-        x, scale, shift, branch, gate, total, y, q, q_scale, given, rows, tokens, width, eps,
+        x, scale, shift, branch, gate, total, y, q, q_scale, factor, rows, tokens, width, eps,
         OF_IMAGE=scale.dim() == 2, HAS_BRANCH=branch is not None, WRITES_Y=y is not None,
         BLOCK_ROWS=block_rows, MAIN=main, REST=rest, num_warps=min(16, next_power_of_2(cdiv(width, WIDTH_OF_A_WARP))),
     )  # fmt: skip

@@ -39,9 +39,9 @@ def scale_and_inverse(largest, TYPE: tl.constexpr):
 
 
 @triton.jit
-def inverse_of(given_ptr, ROWS: tl.constexpr):
-    """1 / scale for each of ROWS rows, of one scale, a power of two."""
-    return tl.zeros((ROWS,), tl.float32) + 1.0 / tl.load(given_ptr)
+def inverse_of(factor_ptr, ROWS: tl.constexpr):
+    """The same 1 / scale for each of ROWS rows."""
+    return tl.zeros((ROWS,), tl.float32) + tl.load(factor_ptr)
 
 
 @triton.jit
@@ -74,12 +74,12 @@ def _activate(x, ACT: tl.constexpr):
 
 @Kernel
 def _quantize_rows_kernel(
-    x_ptr, q_ptr, scale_ptr, given_ptr, rows, width,
+    x_ptr, q_ptr, scale_ptr, factor_ptr, rows, width,
     ACT: tl.constexpr, BLOCK_ROWS: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """MAIN: the width of the first part of a row, at most `width`; REST: of the second part, 0 if there is none.
 
-    given: the scale of all rows, None if each row has its own, which is then written.
+    factor: 1 / scale of all rows, None if each row has its own scale, which is then written.
     """
     TYPE: tl.constexpr = q_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -90,14 +90,14 @@ def _quantize_rows_kernel(
         column = MAIN + tl.arange(0, REST)
         rest_place, rest_mask = start + column[None, :], row_mask & (column < width)[None, :]
         rest = _activate(tl.load(x_ptr + rest_place, rest_mask, 0.0).to(tl.float32), ACT)
-    if given_ptr is None:
+    if factor_ptr is None:
         largest = tl.max(magnitude(x), 1)
         if REST:
             largest = tl.maximum(largest, tl.max(magnitude(rest), 1))
         scale, inverse = scale_and_inverse(largest, TYPE)
         tl.store(scale_ptr + row, scale, row < rows)
     else:
-        inverse = inverse_of(given_ptr, BLOCK_ROWS)
+        inverse = inverse_of(factor_ptr, BLOCK_ROWS)
     tl.store(q_ptr + place, to_8_bit(x, inverse[:, None], TYPE), row_mask)
     if REST:
         tl.store(q_ptr + rest_place, to_8_bit(rest, inverse[:, None], TYPE), rest_mask)
@@ -161,18 +161,18 @@ def launch_quantize_rows(x, act, dtype):
     return q, scale
 
 
-def launch_quantize_by(x, act, scale, dtype):
-    """act(x) in units of a scale, [1], of a float8 type."""
+def launch_quantize_by(x, act, factor, dtype):
+    """act(x) · factor, [1], in a float8 type."""
     q = torch.empty(x.shape, dtype=dtype, device=x.device)
-    _quantize(x, q, None, scale, act)
+    _quantize(x, q, None, factor, act)
     return q
 
 
-def _quantize(x, q, scale, given, act):
+def _quantize(x, q, scale, factor, act):
     width = x.shape[-1]
     block_rows, blocks = row_blocks(width)
     rows = x.numel() // width
-    _quantize_rows_kernel[(cdiv(rows, block_rows),)](x, q, scale, given, rows, width, ACT=act, **blocks)
+    _quantize_rows_kernel[(cdiv(rows, block_rows),)](x, q, scale, factor, rows, width, ACT=act, **blocks)
 
 
 def launch_concatenate_rows(left, right, dtype):

@@ -37,8 +37,8 @@ def exact(x, norm_weight, norm_bias, weight, bias):
 
 def computed(x, norm_weight, norm_bias, weight, bias):
     y_scale, q_weight, weight_scale, g_scale = ops.mlp_bounds(norm_weight, norm_bias, weight, bias)
-    q = ops.bounded_layer_norm(x, norm_weight, norm_bias, 1e-5, y_scale)
-    g = ops.bounded_linear_gelu(q, y_scale, q_weight, weight_scale, bias, g_scale)
+    q = ops.bounded_layer_norm(x, norm_weight, norm_bias, 1e-5, 1 / y_scale)
+    g = ops.bounded_linear_gelu(q, y_scale, q_weight, weight_scale, bias, 1 / g_scale)
     return q.double() * y_scale, g.double() * g_scale
 
 
@@ -98,10 +98,10 @@ def test_empty(shape):
 def test_registration():
     x, norm_weight, norm_bias, weight, bias = inputs(3, 32, 16)
     y_scale, q_weight, weight_scale, g_scale = ops.mlp_bounds(norm_weight, norm_bias, weight, bias)
-    norm = x, norm_weight, norm_bias, 1e-5, y_scale
+    norm = x, norm_weight, norm_bias, 1e-5, 1 / y_scale
     q = bounded_layer_norm_reference(*norm)
     torch.library.opcheck(bounded_layer_norm_op.overload, norm)
-    args = q, y_scale, q_weight, weight_scale, bias, g_scale
+    args = q, y_scale, q_weight, weight_scale, bias, 1 / g_scale
     torch.library.opcheck(bounded_linear_gelu_op.overload, args, test_utils="test_faketensor")
     compiled = torch.compile(lambda *args: ops.bounded_linear_gelu(*args), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*args).float(), ops.bounded_linear_gelu(*args).float())
@@ -115,20 +115,20 @@ def test_what_is_asked_for(monkeypatch):
     """The extension's plan, and without the extension PyTorch's product with a pass behind it."""
     x, norm_weight, norm_bias, weight, bias = inputs(5, 64, 32)
     y_scale, q_weight, weight_scale, g_scale = ops.mlp_bounds(norm_weight, norm_bias, weight, bias)
-    args = bounded_layer_norm_reference(x, norm_weight, norm_bias, 1e-5, y_scale), y_scale, q_weight, weight_scale
-    want = bounded_linear_gelu_reference(*args, bias, g_scale).float()
+    args = bounded_layer_norm_reference(x, norm_weight, norm_bias, 1e-5, 1 / y_scale), y_scale, q_weight, weight_scale
+    want = bounded_linear_gelu_reference(*args, bias, 1 / g_scale).float()
 
     class Extension:
         class ScaledProduct:
-            def __init__(self, x, weight, dtype, epilogue, is_fast):
-                assert (dtype, epilogue, is_fast) == (E4M3, "gelu_bias", True)
+            def __init__(self, x, weight, dtype, epilogue, is_fast, by_row):
+                assert (dtype, epilogue, is_fast, by_row) == (E4M3, "gelu_bias", True, False)
 
             def build(self, place):
                 return self
 
             def __call__(self, x, x_scale, weight, weight_scale, bias, residual, factor):
                 assert bias.dtype == torch.bfloat16 and residual is None
-                return bounded_linear_gelu_reference(x, x_scale, weight, weight_scale, bias, 1 / factor)
+                return bounded_linear_gelu_reference(x, x_scale, weight, weight_scale, bias, factor)
 
     def product(a, b, scale_a, scale_b, bias, out_dtype, use_fast_accum):
         assert a.dim() == 2 and scale_a.shape == scale_b.shape == (1,) and bias.dtype == out_dtype
@@ -138,7 +138,7 @@ def test_what_is_asked_for(monkeypatch):
     monkeypatch.setattr(module, "scaled_product", product)
     for extension in (Extension, None):
         monkeypatch.setattr(_scaled_products, "cuda_extension", lambda extension=extension: extension)
-        got = module._launch(*args, bias, g_scale).float()
+        got = module._launch(*args, bias, 1 / g_scale).float()
         assert (got - want).norm() <= 0.03 * want.norm()
 
 
@@ -148,10 +148,10 @@ def test_cublaslt():
         pytest.skip("needs Hopper and the CUDA extension")
     x, norm_weight, norm_bias, weight, bias = inputs(66, 1152, 4608)
     y_scale, q_weight, weight_scale, g_scale = ops.mlp_bounds(norm_weight, norm_bias, weight, bias)
-    q = ops.bounded_layer_norm(x, norm_weight, norm_bias, 1e-5, y_scale)
-    products = _scaled_products.cuda_extension().ScaledProduct(q, q_weight, E4M3, "gelu_bias", True)
+    q = ops.bounded_layer_norm(x, norm_weight, norm_bias, 1e-5, 1 / y_scale)
+    products = _scaled_products.cuda_extension().ScaledProduct(q, q_weight, E4M3, "gelu_bias", True, False)
     assert len(products) > 0, "cuBLASLt offers no product with GELU and a result in float8"
-    want = bounded_linear_gelu_reference(q, y_scale, q_weight, weight_scale, bias, g_scale).float()
+    want = bounded_linear_gelu_reference(q, y_scale, q_weight, weight_scale, bias, 1 / g_scale).float()
     half = bias.to(torch.bfloat16)
     for place in range(len(products)):
         got = products.build(place)(q, y_scale, q_weight, weight_scale, half, None, 1 / g_scale).float()
