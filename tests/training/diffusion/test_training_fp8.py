@@ -79,7 +79,7 @@ def trainings(rank: int, folder: Path) -> None:
 @pytest.mark.parametrize("recipe", [UVIT, DIT], ids=["uvit", "dit"])
 def test_the_loss_decreases(folder, recipe, precision):
     out = folder / f"{recipe.network.kind}-learns-{precision}"
-    train(replace(recipe, precision=precision, steps=15, warmup_steps=1, lr=3e-3), in_8_bit(out), CPU)
+    train(replace(recipe, precision=precision, steps=25, warmup_steps=1, lr=3e-3), in_8_bit(out), CPU)
     losses = [line["loss"] for line in log(out)]
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
@@ -109,7 +109,7 @@ def test_activation_checkpointing_changes_nothing(folder, precision):
 def test_accumulated(folder, precision):
     recipe, one = replace(UVIT, precision=precision), weights(folder / precision)
     got = trained(recipe, in_8_bit(folder / f"accumulated-{precision}", accumulate=2))
-    assert distance(got, one) < 0.5 * distance(weights(folder / "float32"), one)
+    assert distance(got, one) < 0.8 * distance(weights(folder / "float32"), one)
 
 
 @every_precision
