@@ -140,6 +140,12 @@ def test_what_is_asked_for(monkeypatch):
         monkeypatch.setattr(_scaled_products, "cuda_extension", lambda extension=extension: extension)
         got = module._launch(*args, bias, 1 / g_scale).float()
         assert (got - want).norm() <= 0.03 * want.norm()
+        plan = None if extension is None else extension.ScaledProduct(None, None, E4M3, "gelu_bias", True, False)
+        monkeypatch.setattr(_plans, "found", lambda key, plan=plan: plan)
+        prepared = module._prepare(*args, bias.to(torch.bfloat16), 1 / g_scale)
+        assert (prepared is None) == (extension is None) and module._prepare(*args, bias, 1 / g_scale) is None
+        if prepared is not None:
+            assert torch.equal(prepared(*args, bias.to(torch.bfloat16), 1 / g_scale).float(), got)
 
 
 @pytest.mark.gpu
