@@ -7,8 +7,8 @@ The scale of a layer's input is the clipping value / 127 that loses least:
 over the inputs x in all pictures, by a histogram of |x|. Pictures with more contrast than those given would be clipped,
 which costs more than rounding; therefore the sum includes each picture with CONTRAST times its contrast, and the
 negative of that, with the weight WEIGHT. Then each layer runs in 8 bit with all others exact. The
-layers of the decoder, and those of the encoder, are taken to 8 bit in the order of the error that this causes, as many
-as the error budget allows.
+layers of the decoder, and those of the encoder, are taken to 8 bit in the order of the squared error that this causes
+per multiplication, as many as the error budget allows.
 
 Errors are PSNR = 10 log10(4 / mean squared error) of pictures in [-1, 1], of the worst picture.
 """
@@ -128,7 +128,7 @@ def calibrate(autoencoder: nn.Module, pictures: Pictures, budget: ErrorBudget, w
     }
     found, qualities = {}, []
     for prefix, (run, least) in runs.items():
-        part = {name: (layer, scales[name]) for name, layer in layers.items() if name.startswith(prefix)}
+        part = {name: (layer, scales[name], shares[name]) for name, layer in layers.items() if name.startswith(prefix)}
         psnrs, taken, quality = _choose(part, run, exact, pictures, least, budget.loss)
         qualities.append(quality)
         for name, psnr in psnrs.items():
@@ -137,7 +137,7 @@ def calibrate(autoencoder: nn.Module, pictures: Pictures, budget: ErrorBudget, w
 
 
 def _choose(
-    layers: dict[str, tuple[nn.Module, float]],
+    layers: dict[str, tuple[nn.Module, float, float]],
     run: Callable[[], Pictures],
     exact: Pictures,
     originals: Pictures,
@@ -146,19 +146,20 @@ def _choose(
 ) -> tuple[dict[str, float], set[str], Quality]:
     """The PSNR with each layer of an encoder or decoder in 8 bit, the layers that the budget allows, and their quality.
 
-    layers: name → (layer, scale).
+    layers: name → (layer, scale, share of the multiplications).
     """
     psnr_of_exact = _psnrs(exact, originals)
 
     def quality(names: list[str]) -> Quality:
-        with _in_int8(layers[name] for name in names):
+        with _in_int8(layers[name][:2] for name in names):
             y = run()
         pairs = zip(psnr_of_exact, _psnrs(y, originals), strict=True)
         losses = [0.0 if before == after else before - after for before, after in pairs]  # both may be infinite
         return Quality(min(_psnrs(y, exact)), max(losses))
 
     alone = {name: quality([name]).psnr for name in layers}
-    order = sorted(layers, key=lambda name: (-alone[name], name))
+    harm = {name: 10 ** (-alone[name] / 10) / share for name, (_, _, share) in layers.items()}
+    order = sorted(layers, key=lambda name: (harm[name], name))
     known = {0: Quality(math.inf, 0.0)}
 
     def fits(count: int) -> bool:

@@ -56,19 +56,21 @@ def test_the_scale_of_zeros(largest):
     assert calibration.scale_of_least_error(calibration._histogram(x, largest).double(), largest) == 1.0
 
 
-def budget_of(errors: list[float], least: float, loss: float = math.inf) -> tuple[list[str], calibration.Quality]:
+def budget_of(
+    errors: list[float], least: float, loss: float = math.inf, shares: list[float] | None = None
+) -> tuple[list[str], calibration.Quality]:
     """The layers that are taken, and their quality, if layer i adds errors[i] to a white picture's black exact one."""
-    layers = {f"layer{i}": (nn.Linear(1, 1), 1.0) for i in range(len(errors))}
+    layers = {f"layer{i}": (nn.Linear(1, 1), 1.0, 1.0 if shares is None else shares[i]) for i in range(len(errors))}
 
     def run() -> list[torch.Tensor]:
-        total = sum(e for e, (layer, _) in zip(errors, layers.values(), strict=True) if int8.is_marked(layer))
+        total = sum(e for e, (layer, *_) in zip(errors, layers.values(), strict=True) if int8.is_marked(layer))
         return [torch.full((1, 3, 2, 2), total - 1)]
 
     exact, originals = [torch.full((1, 3, 2, 2), -1.0)], [torch.full((1, 3, 2, 2), -1.1)]
     psnrs, taken, quality = calibration._choose(layers, run, exact, originals, least, loss)
     for name, error in zip(layers, errors, strict=True):
         assert psnrs[name] == pytest.approx(20 * math.log10(2 / error), abs=1e-3)
-    assert not int8.is_marked(*(layer for layer, _ in layers.values()))
+    assert not int8.is_marked(*(layer for layer, *_ in layers.values()))
     return sorted(taken), quality
 
 
@@ -80,6 +82,13 @@ def test_the_error_budget():
     assert quality.psnr == pytest.approx(20 * math.log10(2 / 0.007), abs=1e-3)
     assert budget_of(errors, least=55)[0] == ["layer2", "layer3"]
     assert budget_of(errors, least=math.inf) == ([], calibration.Quality(math.inf, 0.0))
+
+
+def test_layers_with_many_multiplications_come_first():
+    """The squared error counts for each of them."""
+    errors = [0.02, 0.004, 0.001, 0.002]
+    assert budget_of(errors, least=39, shares=[500, 1, 1, 1])[0] == ["layer0", "layer2"]
+    assert budget_of(errors, least=39, shares=[50, 1, 1, 1])[0] == ["layer2", "layer3"]
 
 
 def test_the_loss_against_the_originals():
@@ -101,14 +110,15 @@ def test_what_stays_exact_is_reported(model):
 
 
 def test_budgets_are_kept(model):
-    """Layers of the decoder stay exact until its error fits, and no more of them than needed."""
+    """Layers of the decoder stay exact until its error fits, first those with the most error per multiplication."""
     everything = calibrated(model).calibration
     least = everything.decoding.psnr + 3
     found = calibrated(model, dcae_fast.ErrorBudget(decoding=least, encoding=0, loss=math.inf)).calibration
     of_decoder = {name: layer for name, layer in found.layers.items() if name.startswith("decoder.")}
-    taken = [layer.psnr for layer in of_decoder.values() if layer.in_int8]
-    rest = [layer.psnr for layer in of_decoder.values() if not layer.in_int8]
-    assert found.decoding.psnr >= least and rest and max(rest) <= min(taken)
+    harm = {name: 10 ** (-layer.psnr / 10) / layer.share for name, layer in of_decoder.items()}
+    taken = [harm[name] for name, layer in of_decoder.items() if layer.in_int8]
+    rest = [harm[name] for name, layer in of_decoder.items() if not layer.in_int8]
+    assert found.decoding.psnr >= least and rest and min(rest) >= max(taken)
     assert found.encoding == everything.encoding
     with torch.no_grad():
         x = some_pictures().to(DEVICE)
@@ -227,7 +237,7 @@ def test_nan_fits_no_budget():
 
 def test_pictures_that_the_exact_model_reproduces():
     layer, picture = nn.Linear(1, 1), torch.zeros(1, 3, 2, 2)
-    quality = calibration._choose({"layer": (layer, 1.0)}, lambda: [picture], [picture], [picture], 45, 0.05)[2]
+    quality = calibration._choose({"layer": (layer, 1.0, 1.0)}, lambda: [picture], [picture], [picture], 45, 0.05)[2]
     assert quality == calibration.Quality(math.inf, 0.0)
 
 
