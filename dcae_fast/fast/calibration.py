@@ -148,14 +148,14 @@ def _choose(
 
     layers: name → (layer, scale, share of the multiplications).
     """
-    psnr_of_exact = _psnrs(exact, originals)
+    psnr_of_exact = psnrs(exact, originals)
 
     def quality(names: list[str]) -> Quality:
         with _in_int8(layers[name][:2] for name in names):
             y = run()
-        pairs = zip(psnr_of_exact, _psnrs(y, originals), strict=True)
+        pairs = zip(psnr_of_exact, psnrs(y, originals), strict=True)
         losses = [0.0 if before == after else before - after for before, after in pairs]  # both may be infinite
-        return Quality(min(_psnrs(y, exact)), max(losses))
+        return Quality(min(psnrs(y, exact)), max(losses))
 
     alone = {name: quality([name]).psnr for name in layers}
     harm = {name: 10 ** (-alone[name] / 10) / share for name, (_, _, share) in layers.items()}
@@ -186,7 +186,7 @@ def _in_int8(layers: Iterator[tuple[nn.Module, float]]) -> Iterator[None]:
             int8.unmark(layer)
 
 
-def _psnrs(pictures: Pictures, references: Pictures) -> list[float]:
+def psnrs(pictures: Pictures, references: Pictures) -> list[float]:
     """PSNR of each picture in dB; infinite for equal pictures, -infinite for a picture with NaN."""
     pairs = zip(pictures, references, strict=True)
     errors = [(a.double().clamp(-1, 1) - b.double().clamp(-1, 1)).square().mean((1, 2, 3)) for a, b in pairs]

@@ -36,7 +36,7 @@ TRITON = _plans.Library("Triton", "int8-convolutions", lambda: launcher("conv2d_
 _building = threading.Lock()
 
 
-def _epilogue(total, scale, bias, act, residual, dtype, out_scale):
+def epilogue(total, scale, bias, act, residual, dtype, out_scale):
     """total: the sums, [B, K, H, W] float64; scale: [K, 1, 1], or one for each image, [B, K, 1, 1]."""
     y = total.float() * scale
     y = activate(y if bias is None else y + bias.float().view(-1, 1, 1), act)
@@ -45,15 +45,15 @@ def _epilogue(total, scale, bias, act, residual, dtype, out_scale):
     return results if out_scale is None else [*results, quantize_reference(y, out_scale)]
 
 
-def conv2d_int8_reference(x, weight, scale, *epilogue):
+def conv2d_int8_reference(x, weight, scale, *rest):
     total = F.conv2d(x.double(), weight.double(), padding=weight.shape[2] // 2)
-    return _epilogue(total, scale.view(-1, 1, 1), *epilogue)
+    return epilogue(total, scale.view(-1, 1, 1), *rest)
 
 
-def upsample_conv2d_int8_reference(x, weight, scale, *epilogue):
+def upsample_conv2d_int8_reference(x, weight, scale, *rest):
     total = upsample_conv2d_reference(x.double(), weight.double())
     scales = scale.view(4, 1, -1).expand(-1, x.shape[0], -1).reshape(*total.shape[:2], 1, 1)
-    return _epilogue(total, scales, *epilogue)
+    return epilogue(total, scales, *rest)
 
 
 def _accepts(x, weight, scale, bias, act, residual, dtype, out_scale):

@@ -124,7 +124,7 @@ def test_budgets_are_kept(model):
         x = some_pictures().to(DEVICE)
         got = model.decoder(build("strided").encoder(x))
     exact = build("strided")(x).detach()
-    assert min(calibration._psnrs([got], [exact])) == pytest.approx(found.decoding.psnr, abs=0.05)
+    assert min(calibration.psnrs([got], [exact])) == pytest.approx(found.decoding.psnr, abs=0.05)
 
 
 def test_models_without_wide_layers(int8_calls):
@@ -232,7 +232,7 @@ def test_activations_and_results_that_are_not_finite(model, path, value):
 
 def test_nan_fits_no_budget():
     picture = torch.zeros(1, 3, 2, 2)
-    assert calibration._psnrs([picture * math.nan, picture], [picture] * 2) == [-math.inf, math.inf]
+    assert calibration.psnrs([picture * math.nan, picture], [picture] * 2) == [-math.inf, math.inf]
 
 
 def test_pictures_that_the_exact_model_reproduces():
