@@ -9,8 +9,8 @@ numbers has the length √D at most, so
     |y_i| ≤ √D |norm_weight_i| + |norm_bias_i|,    |h_j| ≤ √D ‖weight_j · norm_weight‖ + |weight_j · norm_bias + bias_j|
 
 and nothing exceeds the largest number of float8, whatever x is. So cuBLASLt applies GELU and rounds within the product:
-it cannot scale each token by its largest number, which is known only after the product. The bounds are larger than the
-numbers by some powers of two. Of the 15 that e4m3 spans, that many less remain, which no table of docs/fp8.md shows.
+it cannot scale each token by its largest number, which is known only after the product. A bound is some powers of two
+larger than the numbers. e4m3 spans 15 powers of two with full precision, and a few of them are enough.
 
 GELU is computed in its tanh form. x that is not finite gives NaN. No operator has a gradient.
 """
