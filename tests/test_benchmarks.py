@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import torch
 
-from benchmarks import autoencoder, contenders, first_call, operators, profile, results, tables, targets
+from benchmarks import autoencoder, contenders, first_call, operators, profile, results, tables, targets, timing
 from benchmarks.autoencoder_workloads import TrainingWorkload
 from benchmarks.ceilings import Ceilings, measure_ceilings
 from benchmarks.workloads import COMPILED, WORKLOADS, Workload, parse
@@ -305,3 +305,17 @@ def test_caches_of_torch_compile_are_filled_first(monkeypatch):
     training = TrainingWorkload("small", "full", 1, 8, ("eager", "patched + torch.compile"))
     first_call.fill_caches([TINY, workload, training], 1)
     assert compiled == [(workload, "torch.compile"), (training, "patched + torch.compile")]
+
+
+def test_a_slow_first_call_does_not_shorten_the_rounds(monkeypatch):
+    """`patch` may capture a CUDA graph in the call that is timed first."""
+    taken = []
+
+    def times(run, calls):
+        taken.append(calls)
+        return [400.0, *[5.0] * (calls - 1)] if len(taken) == 1 else [5.0] * calls
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(timing, "_times", times)
+    assert timing.measure({"patched": lambda: None}, rounds=2, seconds=0.1)["patched"].median == 5.0
+    assert taken == [timing.FIRST, 20, 20]
