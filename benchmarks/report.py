@@ -53,7 +53,7 @@ SETTING = """Measured on one {gpu} in bf16 with random weights: torch {torch}, c
 Times are median milliseconds of a call. For eager and torch.compile, the tables show the fastest memory format and
 compile mode that was measured, with torch.backends.cudnn.benchmark switched on. The floor is the time of the plain
 model's arithmetic at the speed of a large matrix product in the same run. patched is `patch(model)` without options;
-the last two columns give its speedup. A dash means that the contender was not measured."""
+the last two columns give its speedup. A dash stands for a contender without a measurement."""
 NETWORKS = """Transformers run under autocast to bf16. A training step is forward, backward and AdamW. A step of
 sampling is one call of the network with guidance, and the solver's update."""
 AUTOENCODER_TRAINING = """A training step of an autoencoder is forward under autocast to bf16, L1 loss, backward and
