@@ -133,18 +133,7 @@ def producer_runs(images: int, tokens: int, device: torch.device) -> Runs:
             f"gelu and rounding, {named}": lambda dtype=dtype: ops.quantize_rows(hidden, "gelu", dtype),
             f"rounding of a weight, {named}": lambda dtype=dtype: ops.quantize_rows(weight, dtype=dtype),
         }
-    wide, bias = random(4 * WIDTH, WIDTH) / WIDTH**0.5, random(4 * WIDTH)
-    y_scale, q_weight, weight_scale, g_scale = ops.mlp_bounds(*affine, wide, bias)
-    y_factor, g_factor = 1 / y_scale, 1 / g_scale
-    q = ops.bounded_layer_norm(x, *affine, 1e-5, y_factor)
-    runs |= {
-        "layer norm by bounds, float8_e4m3fn": lambda: ops.bounded_layer_norm(x, *affine, 1e-5, y_factor),
-        "fc1, gelu and rounding by bounds": lambda: ops.bounded_linear_gelu(
-            q, y_scale, q_weight, weight_scale, bias, g_factor
-        ),
-    }
     read = {"layer": [x], "gated": [x, branch], "concatenation": [x, branch], "rounding": [x], "gelu": [hidden]}
-    read["fc1"] = [q]
     return {name: (run, weight.nbytes if "weight" in name else _bytes(read, name)) for name, run in runs.items()}
 
 

@@ -115,27 +115,6 @@ def linear(
     return ops.linear_rows(*rows, weight, weight_scale, bias, residual, dtype)
 
 
-def knows_bounds(fc1: nn.Linear, fc2: nn.Linear, x: torch.Tensor, scale: torch.Tensor, branch, dtype) -> bool:
-    """Whether `bounded_mlp` computes an MLP: both layers infer, and the norm's weights are those of all images.
-
-    The bounds of ops/bounded_mlp.py take some small kernels, so they must be kept.
-    """
-    ours = scale.dim() == 1 and branch is None and operands.is_kept(fc1)
-    return ours and infers(fc1, x, dtype) and infers(fc2, x, dtype)
-
-
-def bounded_mlp(
-    fc1: nn.Linear, fc2: nn.Linear, x, weight, bias, eps: float, dtype: torch.dtype, residual: torch.Tensor | None
-) -> torch.Tensor:
-    """fc2(gelu(fc1(norm(x)))) + residual with the scales of ops/bounded_mlp.py. weight, bias: of the norm."""
-    y_scale, w1, w1_scale, g_scale, y_factor, g_factor, b1 = operands.of_bounded_mlp(fc1, weight, bias)
-    y = ops.bounded_layer_norm(x, weight, bias, eps, y_factor)
-    g = ops.bounded_linear_gelu(y, y_scale, w1, w1_scale, b1, g_factor)
-    dtype = dtype if residual is None else residual.dtype
-    w2, w2_scale, b2 = operands.of_float8(fc2, dtype if dtype in HALVES else torch.bfloat16, by_row=False)
-    return ops.linear_rows(g, g_scale, w2, w2_scale, b2, residual, dtype)
-
-
 def joined(layers: tuple[nn.Linear, ...], rows: Rows, dtype: torch.dtype, heads: int) -> torch.Tensor:
     """The results of several linear layers that all `infer`, in the order of `operands.of_joined_layers`."""
     weight, weight_scale, bias = operands.of_joined_float8(layers, dtype, heads)

@@ -262,42 +262,15 @@ def of_int8(
 
 
 def of_float8(
-    layer: nn.Linear | nn.Conv2d, bias_dtype: torch.dtype, by_row: bool = True
+    layer: nn.Linear | nn.Conv2d, bias_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Weight, scales and bias as `ops.linear_rows` reads them. The weight is rounded once, from its own dtype.
-
-    by_row: each output channel has a scale; else the whole weight has one.
-    """
+    """Weight, scales and bias as `ops.linear_rows` reads them. The weight is rounded once, from its own dtype."""
     weight, bias = layer._parameters["weight"], layer._parameters["bias"]
 
     def make() -> Operand:
-        rows = weight.flatten(1)
-        q, scale = ops.quantize_rows(rows if by_row else rows.flatten()[None])
-        scale = scale if by_row else scale.flatten()
-        return q.view(rows.shape), scale, None if bias is None else cast(bias, bias_dtype)
+        return *ops.quantize_rows(weight.flatten(1)), None if bias is None else cast(bias, bias_dtype)
 
-    return _operand(layer, ("float8", bias_dtype, by_row), (weight, bias), make)
-
-
-def of_bounded_mlp(
-    layer: nn.Linear, norm_weight: torch.Tensor, norm_bias: torch.Tensor
-) -> tuple[torch.Tensor | None, ...]:
-    """What `ops.mlp_bounds` returns for the first layer of an MLP and the norm in front of it, 1 / y_scale, 1 / g_scale
-    and the bias.
-    """
-    weight, bias = layer._parameters["weight"], layer._parameters["bias"]
-
-    def make() -> Operand:
-        y_scale, q_weight, weight_scale, g_scale = ops.mlp_bounds(norm_weight, norm_bias, weight, bias)
-        factors = 1 / y_scale, 1 / g_scale
-        return y_scale, q_weight, weight_scale, g_scale, *factors, None if bias is None else cast(bias, torch.bfloat16)
-
-    return _operand(layer, "bounded", (weight, bias, norm_weight, norm_bias), make)
-
-
-def is_kept(layer: nn.Linear) -> bool:
-    """Whether a layer keeps its operands in this call."""
-    return ATTRIBUTE in layer.__dict__ and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    return _operand(layer, ("float8", bias_dtype), (weight, bias), make)
 
 
 def of_joined_float8(

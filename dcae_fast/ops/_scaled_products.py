@@ -6,7 +6,7 @@ import torch
 
 from . import _plans
 from ._library import cuda_extension
-from ._products import RULES, WORTH_A_SEARCH, epilogue
+from ._products import RULES, WORTH_A_SEARCH
 
 CUBLASLT = _plans.Library(
     "cuBLASLt",
@@ -22,14 +22,14 @@ def available() -> bool:
     return hasattr(cuda_extension(), "ScaledProduct")
 
 
-def _shape_of(x, weight, weight_scale, bias, residual, dtype, fast) -> tuple:
+def _shape_of(x, weight, bias, residual, dtype, fast) -> tuple:
     """Everything that a plan depends on."""
-    rows, (columns, depth), by_row = x.numel() // x.shape[-1], weight.shape, weight_scale.dim() == 2
-    return x.dtype, weight.dtype, rows, columns, depth, dtype, bias is not None, residual is not None, fast, by_row
+    rows, (columns, depth) = x.numel() // x.shape[-1], weight.shape
+    return x.dtype, weight.dtype, rows, columns, depth, dtype, bias is not None, residual is not None, fast
 
 
-def key_of(*operands) -> tuple:
-    return _plans.key_of(CUBLASLT, _shape_of(*operands), operands[0].device)
+def key_of(x, weight, bias, residual, dtype, fast) -> tuple:
+    return _plans.key_of(CUBLASLT, _shape_of(x, weight, bias, residual, dtype, fast), x.device)
 
 
 def product(
@@ -49,7 +49,7 @@ def product(
     """
     if not available():
         return fallback()
-    shape = _shape_of(x, weight, weight_scale, bias, residual, dtype, fast)
+    shape = _shape_of(x, weight, bias, residual, dtype, fast)
     rows, columns, depth = shape[2:5]
     operands = x, x_scale, weight, weight_scale, bias, residual
     plan = _plans.find(
@@ -57,7 +57,7 @@ def product(
         shape,
         x.device,
         rows * columns * depth >= WORTH_A_SEARCH,
-        lambda: cuda_extension().ScaledProduct(x, weight, dtype, epilogue("", bias), fast, shape[-1]),
+        lambda: cuda_extension().ScaledProduct(x, weight, dtype, bias is not None, fast),
         lambda plan: plan(*operands),
         fallback,
     )

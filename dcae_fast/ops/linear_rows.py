@@ -3,8 +3,7 @@
     y = (x · weightᵀ) · x_scale · weight_scaleᵀ + bias + residual
 
 x: [..., K] and x_scale: [..., 1]; weight: [M, K] and weight_scale: [M, 1]; bias: [M]; residual, y: [..., M]. x and
-weight are both int8, or both float8 of which at most one is float8_e5m2. The residual has the type of y. Both scales
-may also be [1], of the whole tensors.
+weight are both int8, or both float8 of which at most one is float8_e5m2. The residual has the type of y.
 
 Sums are in fp32, of int8 exact. On Hopper, with K and M multiples of 16, cuBLASLt computes float8, with scales, bias
 and residual within the product. Hopper's matrix units add products of float8 with about 14 bits, relative to the
@@ -28,7 +27,7 @@ MULTIPLE = 16  # of K and M
 @without_autocast
 def linear_rows_reference(x, x_scale, weight, weight_scale, bias, residual, dtype, fast):
     wide = torch.float64 if x.dtype == torch.int8 else torch.float32
-    y = (x.to(wide) @ weight.to(wide).T).float() * x_scale * weight_scale.view(-1)
+    y = (x.to(wide) @ weight.to(wide).T).float() * x_scale * weight_scale.T
     y = y if bias is None else y + bias.float()
     return (y if residual is None else y + residual.float()).to(dtype)
 
@@ -50,8 +49,9 @@ def _launch(x, x_scale, weight, weight_scale, bias, residual, dtype, fast):
     bias = None if bias is None else bias.to(half)
 
     def fallback():
-        scales = (as_rows(x_scale), weight_scale.T) if weight_scale.dim() == 2 else (x_scale, weight_scale)
-        y = scaled_product(as_rows(x), weight.T, *scales, bias=bias, out_dtype=half, use_fast_accum=fast)
+        y = scaled_product(
+            as_rows(x), weight.T, as_rows(x_scale), weight_scale.T, bias=bias, out_dtype=half, use_fast_accum=fast
+        )
         y = y.view(*x.shape[:-1], -1)
         return y.to(dtype) if residual is None else y + residual
 
@@ -63,7 +63,7 @@ def _prepare(x, x_scale, weight, weight_scale, bias, residual, dtype, fast):
     half = dtype if dtype in HALVES else torch.bfloat16
     if not _scaled_products.available() or (bias is not None and bias.dtype != half):
         return None
-    key = _scaled_products.key_of(x, weight, weight_scale, bias, residual, dtype, fast)
+    key = _scaled_products.key_of(x, weight, bias, residual, dtype, fast)
 
     def run(*args):
         plan = _plans.found(key)
@@ -94,8 +94,7 @@ def linear_rows(
 ) -> torch.Tensor:
     """y; see the head of this file.
 
-    x: [..., K], x_scale: [..., 1]; weight: [M, K], weight_scale: [M, 1]: results of `quantize_rows`, or scales [1] of
-    the whole tensors. bias: [M];
+    x: [..., K], x_scale: [..., 1]; weight: [M, K], weight_scale: [M, 1]: results of `quantize_rows`. bias: [M];
     residual: [..., M] of type `dtype`, the type of y. Returns [..., M], contiguous. Raises ValueError on other shapes
     and types; RuntimeError if a tensor requires a gradient.
     """
@@ -111,7 +110,7 @@ def linear_rows(
     if x.dim() <= 3:
         return linear_rows_op(x, x_scale, weight, weight_scale, bias, residual, dtype, fast)
     residual = None if residual is None else as_rows(residual)  # an operator takes four dimensions for an image
-    rows = as_rows(x), x_scale if weight_scale.dim() == 1 else x_scale.reshape(-1, 1)
+    rows = as_rows(x), x_scale.reshape(-1, 1)
     return linear_rows_op(*rows, weight, weight_scale, bias, residual, dtype, fast).view(shape)
 
 
@@ -125,6 +124,6 @@ def _check_operands(x, x_scale, weight, weight_scale):
     if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x is {list(x.shape)}, weight {list(weight.shape)}: expected [..., K] and [M, K]")
     for name, scale, rows in (("x_scale", x_scale, x), ("weight_scale", weight_scale, weight)):
-        expected = (*rows.shape[:-1], 1) if weight_scale.dim() == 2 else (1,)
+        expected = (*rows.shape[:-1], 1)
         if scale.shape != expected or scale.dtype != torch.float32:
             raise ValueError(f"{name} is {scale.dtype} {list(scale.shape)}; expected float32 {list(expected)}")

@@ -39,12 +39,6 @@ def scale_and_inverse(largest, TYPE: tl.constexpr):
 
 
 @triton.jit
-def inverse_of(factor_ptr, ROWS: tl.constexpr):
-    """The same 1 / scale for each of ROWS rows."""
-    return tl.zeros((ROWS,), tl.float32) + tl.load(factor_ptr)
-
-
-@triton.jit
 def to_8_bit(x, inverse, TYPE: tl.constexpr):
     """x · inverse, rounded. x: fp32."""
     if TYPE == tl.int8:
@@ -74,30 +68,23 @@ def _activate(x, ACT: tl.constexpr):
 
 @Kernel
 def _quantize_rows_kernel(
-    x_ptr, q_ptr, scale_ptr, factor_ptr, rows, width,
+    x_ptr, q_ptr, scale_ptr, rows, width,
     ACT: tl.constexpr, BLOCK_ROWS: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """MAIN: the width of the first part of a row, at most `width`; REST: of the second part, 0 if there is none.
-
-    factor: 1 / scale of all rows, None if each row has its own scale, which is then written.
-    """
+    """MAIN: the width of the first part of a row, at most `width`; REST: of the second part, 0 if there is none."""
     TYPE: tl.constexpr = q_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     start, row_mask = row[:, None] * width, (row < rows)[:, None]
     place = start + tl.arange(0, MAIN)[None, :]
     x = _activate(tl.load(x_ptr + place, row_mask, 0.0).to(tl.float32), ACT)
+    largest = tl.max(magnitude(x), 1)
     if REST:
         column = MAIN + tl.arange(0, REST)
         rest_place, rest_mask = start + column[None, :], row_mask & (column < width)[None, :]
         rest = _activate(tl.load(x_ptr + rest_place, rest_mask, 0.0).to(tl.float32), ACT)
-    if factor_ptr is None:
-        largest = tl.max(magnitude(x), 1)
-        if REST:
-            largest = tl.maximum(largest, tl.max(magnitude(rest), 1))
-        scale, inverse = scale_and_inverse(largest, TYPE)
-        tl.store(scale_ptr + row, scale, row < rows)
-    else:
-        inverse = inverse_of(factor_ptr, BLOCK_ROWS)
+        largest = tl.maximum(largest, tl.max(magnitude(rest), 1))
+    scale, inverse = scale_and_inverse(largest, TYPE)
+    tl.store(scale_ptr + row, scale, row < rows)
     tl.store(q_ptr + place, to_8_bit(x, inverse[:, None], TYPE), row_mask)
     if REST:
         tl.store(q_ptr + rest_place, to_8_bit(rest, inverse[:, None], TYPE), rest_mask)
@@ -156,23 +143,12 @@ def empty_rows(x: torch.Tensor, width: int, dtype: torch.dtype) -> tuple[torch.T
 
 
 def launch_quantize_rows(x, act, dtype):
-    q, scale = empty_rows(x, x.shape[-1], dtype)
-    _quantize(x, q, scale, None, act)
-    return q, scale
-
-
-def launch_quantize_by(x, act, factor, dtype):
-    """act(x) · factor, [1], in a float8 type."""
-    q = torch.empty(x.shape, dtype=dtype, device=x.device)
-    _quantize(x, q, None, factor, act)
-    return q
-
-
-def _quantize(x, q, scale, factor, act):
     width = x.shape[-1]
+    q, scale = empty_rows(x, width, dtype)
     block_rows, blocks = row_blocks(width)
     rows = x.numel() // width
-    _quantize_rows_kernel[(cdiv(rows, block_rows),)](x, q, scale, factor, rows, width, ACT=act, **blocks)
+    _quantize_rows_kernel[(cdiv(rows, block_rows),)](x, q, scale, rows, width, ACT=act, **blocks)
+    return q, scale
 
 
 def launch_concatenate_rows(left, right, dtype):
