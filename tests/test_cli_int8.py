@@ -2,21 +2,26 @@
 
 import functools
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import dcae_fast
 from dcae_fast import cli
-from dcae_fast.fast import int8
+from dcae_fast.commands.common import Compute, UsageError
+from dcae_fast.fast import int8, precisions
 from dcae_fast.fast.scales import KEY
 from dcae_fast.models.autoencoder import DCAE, CoderConfig, DCAEConfig
 from dcae_fast.ops import _library
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EVERYTHING = dcae_fast.ErrorBudget(decoding=0, encoding=0, loss=100)
 CODER = CoderConfig((16, 16), (1, 1), ("ResBlock",) * 2, ("rms",) * 2, ("silu",) * 2)
 
 
@@ -158,8 +163,7 @@ def test_files_behind_int8_are_not_the_pictures(command, photos, capsys):
 
 def test_int8_calibrates_on_pictures(kernels, model, photos, tmp_path, capsys, monkeypatch):
     """With the same result as a file of the same calibration; without pictures, on the bundled photograph."""
-    budget = dcae_fast.ErrorBudget(decoding=0, encoding=0, loss=100)
-    monkeypatch.setattr(dcae_fast, "patch", functools.partial(dcae_fast.patch, error_budget=budget))
+    monkeypatch.setattr(dcae_fast, "patch", functools.partial(dcae_fast.patch, error_budget=EVERYTHING))
     exactly = "--model", model, "--device", DEVICE, "--dtype", "float32"
     scales = tmp_path / "scales.safetensors"
     limits = "--decoding", 0, "--encoding", 0, "--loss", 100
@@ -175,6 +179,30 @@ def test_int8_calibrates_on_pictures(kernels, model, photos, tmp_path, capsys, m
         load_file(tmp_path / name / "0.safetensors")["latent"] for name in ("file", "pictures", "bundled")
     )
     assert torch.equal(file, pictures) and not torch.equal(file, bundled)
+
+
+def on_two_ranks(rank: int, folder: Path) -> None:
+    """Writes the precision, and the error for a folder with a broken picture, of this rank."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    model = DCAE.from_pretrained(str(folder / "model"))
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(dcae_fast, "patch", functools.partial(dcae_fast.patch, error_budget=EVERYTHING))
+    if rank == 1:
+        monkey.setattr(precisions, "calibrate", None)  # only the main rank calibrates
+    precision = Compute(device="cpu", int8=(folder / "photos",)).patch_model(model)
+    try:
+        Compute(device="cpu", int8=(folder / "model",)).patch_model(model)
+    except UsageError as error:
+        (folder / f"{rank}.txt").write_text(f"{precision}\n{error}")
+    dist.barrier()
+    os._exit(0)
+
+
+@pytest.mark.skipif(DEVICE == "cuda" or not dist.is_available(), reason="forks processes that compute on a CPU")
+def test_the_main_rank_calibrates_for_all(kernels, model, photos, tmp_path):
+    torch.multiprocessing.start_processes(on_two_ranks, (tmp_path,), 2, start_method="fork")
+    first, second = ((tmp_path / f"{rank}.txt").read_text() for rank in range(2))
+    assert first == second and first.startswith("int8 ") and "holds no picture" in first
 
 
 def test_pictures_that_cannot_be_used(kernels, model, photos, tmp_path, capsys):
