@@ -20,10 +20,7 @@ def test_the_error_of_a_photograph(tmp_path):
         pixels = torch.randint(256, (32, 32, 3), generator=generator, dtype=torch.uint8)
         Image.fromarray(pixels.numpy()).save(tmp_path / f"{name}.png")
     command = [sys.executable, "-m", "benchmarks.error_int8", tmp_path / "one.png", "--calibrate", tmp_path / "two.png"]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    missing = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert missing.returncode == 1 and "needs a Hopper GPU" in missing.stderr
-    environment["TRITON_INTERPRET"] = "1"
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
     text = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
     assert "Measured on 1 picture" in text
     from_exact = float(text.partition("one: ")[2].split()[0])

@@ -15,7 +15,7 @@ on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a rehearsal for m
 @pytest.mark.parametrize("workload", REHEARSAL, ids=lambda w: w.name)
 def test_rehearsal(workload, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # set for the tests; the commands run without it
-    wrong_option = ("--data" if workload.command.startswith("train") else "--model", "absent")
+    wrong_option = ("--data" if workload.command == "train-diffusion" else "--model", "absent")
     first, record = pipeline.benchmark(replace(workload, one_gpu={"patched": (), "wrong": wrong_option}))
     assert first["workload"] == record["workload"] == workload.name
     assert list(first["contenders"]) == ["patched"] and list(record["contenders"]) == ["patched", "wrong"]

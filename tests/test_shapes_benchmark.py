@@ -19,6 +19,7 @@ def small_model(monkeypatch):
     monkeypatch.setattr(DCAE, "from_name", classmethod(lambda cls, name: cls(config)))
     monkeypatch.setattr(shapes, "ROUNDS", 2)
     monkeypatch.setattr(shapes, "PASSES", 2)
+    monkeypatch.setattr(shapes, "release", lambda: None)  # slow beside a small model
     contenders.random_model.cache_clear()
     yield
     contenders.random_model.cache_clear()
