@@ -151,10 +151,11 @@ def patch(
         with patched(model, disable, cuda_graphs=False):
             precisions.check_float8(modules.values(), precision, keep)
     keeps_classes = cuda_graphs is False if components is None else cuda_graphs is not True
-    reports = {
-        name: _patch(each, *options, *found.get(name, ()), keeps_classes=keeps_classes)
-        for name, each in modules.items()
-    }
+    made = {}  # two components may be the same module
+    for name, each in modules.items():
+        if each not in made:
+            made[each] = _patch(each, *options, *found.get(name, ()), keeps_classes=keeps_classes)
+    reports = {name: made[each] for name, each in modules.items()}
     if precision in float8.PRECISIONS:
         for name, report in reports.items():
             report.precision, report.in_float8 = precisions.set_float8(modules[name], precision, keep)

@@ -34,7 +34,8 @@ class Report:
 
     @classmethod
     def of_components(cls, reports: dict[str, "Report"]) -> "Report":
-        replaced = sum((report.replaced for report in reports.values()), Counter())
+        distinct = {id(report): report for report in reports.values()}.values()
+        replaced = sum((report.replaced for report in distinct), Counter())
         skipped = [
             (f"{name}.{path}".rstrip("."), *rest) for name, report in reports.items() for path, *rest in report.skipped
         ]
