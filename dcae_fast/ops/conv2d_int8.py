@@ -15,7 +15,6 @@ The kernel needs Hopper, channels and filters in multiples of 16. Elsewhere PyTo
 is exact and slow.
 """
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -33,7 +32,7 @@ WORTH_A_SEARCH = 5e7  # multiplications
 MOST_PRODUCTS = 2**17  # in a sum: 128² times as much still fits in int32
 MOST_POSITIONS = 2**31 - 2**10  # coordinates have 32 bits, and boxes may leave the image
 TRITON = _plans.Library("Triton", "int8-convolutions", lambda: launcher("conv2d_int8", "tiles_version")())
-_building = threading.Lock()
+PLAIN = None, "none", None, torch.bfloat16, None  # the epilogue with which tiles are timed: bias, act, ..., out_scale
 
 
 def epilogue(total, scale, bias, act, residual, dtype, out_scale):
@@ -78,7 +77,10 @@ class _Plan:
 
 
 class _Candidates:
-    """The tiles as candidates of `_plans`. run: computes the convolution with a tile on the device of x."""
+    """The tiles as candidates of `_plans`. run: computes a small convolution with a tile, which compiles the kernel.
+
+    Several threads build candidates at the same time, so that most of the compilation runs in parallel.
+    """
 
     def __init__(self, tiles: list[tuple], run: Callable[[tuple], object], device: torch.device):
         self._tiles, self._run, self._device = tiles, run, device
@@ -87,31 +89,38 @@ class _Candidates:
         return len(self._tiles)
 
     def build(self, place: int) -> _Plan:
-        with _building, torch.cuda.device(self._device):  # Triton compiles in the first run
+        with torch.cuda.device(self._device):
             self._run(self._tiles[place])
         return _Plan(self._tiles[place])
 
 
-def _launch(x, weight, scale, bias, act, residual, dtype, out_scale):
-    def run(tile):
-        return launcher("conv2d_int8", "launch_conv2d_int8")(
-            x, weight, scale, bias, act, residual, dtype, out_scale, tile
-        )
+def few_rows(x: torch.Tensor) -> torch.Tensor:
+    """The first rows of images, for which Triton compiles the same kernel as for x: it distinguishes 1 and multiples
+    of 16.
+    """
+    return x[:, :, : 16 + x.shape[2] % 16].contiguous(memory_format=torch.channels_last)
 
+
+def _tile_of(x, weight, scale):
+    """The fastest tile for these shapes, whatever the epilogue."""
+    launch = launcher("conv2d_int8", "launch_conv2d_int8")
     tiles = launcher("conv2d_int8", "tiles_of")(weight)
     if not x.is_cuda:
-        return run(tiles[0])
-    residual_dtype = None if residual is None else residual.dtype
+        return tiles[0]
     plan = _plans.find(
         TRITON,
-        (tuple(x.shape), tuple(weight.shape), act, bias is not None, residual_dtype, dtype, out_scale is not None),
+        (tuple(x.shape), tuple(weight.shape)),
         x.device,
         x.numel() // x.shape[1] * weight.numel() >= WORTH_A_SEARCH,
-        lambda: _Candidates(tiles, run, x.device),
-        lambda plan: run(plan.tile),
-        lambda: run(tiles[0]),
+        lambda: _Candidates(tiles, lambda tile: launch(few_rows(x), weight, scale, *PLAIN, tile), x.device),
+        lambda plan: launch(x, weight, scale, *PLAIN, plan.tile),
+        lambda: launch(x, weight, scale, *PLAIN, tiles[0]),
     )
-    return run(tiles[0] if plan is None else plan.tile)
+    return tiles[0] if plan is None else plan.tile
+
+
+def _launch(x, weight, scale, *epilogue):
+    return launcher("conv2d_int8", "launch_conv2d_int8")(x, weight, scale, *epilogue, _tile_of(x, weight, scale))
 
 
 _SCHEMA = (

@@ -1,7 +1,10 @@
 """8-bit convolutions: exact sums in every shape and tile, the epilogue, registration, plans, refusals."""
 
+import contextlib
 import importlib
 import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -9,8 +12,10 @@ import torch
 from dcae_fast import ops
 from dcae_fast.ops import _library, _plans
 from dcae_fast.ops.conv2d_int8 import (
+    _Candidates,
     conv2d_int8_op,
     conv2d_int8_reference,
+    few_rows,
     upsample_conv2d_int8_op,
     upsample_conv2d_int8_reference,
 )
@@ -193,6 +198,27 @@ def test_refusals():
         ops.conv2d_int8(x, weight, scale, residual=residual)
 
 
+def test_few_rows_have_the_same_kernel():
+    """Triton compiles a kernel for integers that are 1 or multiples of 16, and for others: here heights and, in a 1×1
+    convolution, numbers of positions.
+    """
+    for height in range(1, 70):
+        x = torch.arange(3 * 2 * height * 5, dtype=torch.float32).view(3, 2, height, 5)
+        few = few_rows(x)
+        rows = few.shape[2]
+        assert torch.equal(few, x[:, :, :rows]) and few.is_contiguous(memory_format=torch.channels_last)
+        assert rows < 32 and rows % 16 == height % 16 and (rows == 1) == (height == 1)
+
+
+def test_candidates_are_built_in_several_threads(monkeypatch):
+    """As `_plans` builds them, so that Triton compiles tiles at the same time."""
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    together = threading.Barrier(3, timeout=60)
+    candidates = _Candidates(["a", "b", "c"], lambda tile: together.wait(), torch.device("cuda", 0))
+    with ThreadPoolExecutor(3) as pool:
+        assert [plan.tile for plan in pool.map(candidates.build, range(len(candidates)))] == ["a", "b", "c"]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "shape", [(2, 256, 512, 65, 67, 3), (2, 512, 256, 33, 65, 2), (2, 256, 512, 63, 65, 1)], ids=str
@@ -204,6 +230,7 @@ def test_a_search_finds_a_tile_once(shape, empty_cache):
     for _ in range(2):
         for got, want in zip(run(), exact, strict=True):
             assert torch.equal(got, want)
+    function_of(weight)(x, weight, scale, None, "none", None, None, 1.0)  # another epilogue has the same tile
     assert len(_plans._plans) == 1 and [path.name[:16] for path in empty_cache.iterdir()] == ["int8-convolution"]
 
 
