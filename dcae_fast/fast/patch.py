@@ -110,7 +110,8 @@ def patch(
     in half precision or under autocast, on a Hopper GPU: the projections of attention, the MLP and the long skips, of
     SANA also the 1×1 convolutions. Nothing is calibrated. `load_state_dict` keeps this precision. On other devices, and
     for layers with other channels than multiples of 16, the model computes as without it, and the report says so.
-    `frozen` also keeps the 8-bit weights.
+    `frozen` also keeps the 8-bit weights. In training, the gradients of the layers' inputs are 8-bit products too, and
+    with "fp8-all" also the gradients of the weights.
     keep: names of layers that stay exact with "fp8", in full, or their last part, such as "fc2".
 
     Returns a report that prints as a table. Raises TypeError for a model or an option of another type. Raises
