@@ -45,6 +45,7 @@ SECTIONS = {  # heading → part, table
     "Training steps": ("training", tables.network_table),
     "Sampling": ("sampling", tables.network_table),
     "SANA's transformer": ("sana", tables.network_table),
+    "Softmax attention": ("attention", tables.attention_table),
     "Loss of a transformer in training": ("loss-curve", tables.loss_table),
     "Loss of an autoencoder in training": ("autoencoder-loss-curve", tables.loss_table),
     "Commands": ("pipeline", tables.pipeline_table),

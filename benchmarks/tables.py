@@ -165,6 +165,16 @@ def shapes_table(records: list[dict]) -> str:
     return table(rows)
 
 
+def attention_table(records: list[dict]) -> str:
+    """A row for each workload: ms of every implementation that was measured in some workload, and the floor."""
+    names = list(dict.fromkeys(name for record in records for name in record["contenders"]))
+    rows = [["attention", *names, "floor"]]
+    for record in records:
+        times = [cell(record["contenders"].get(name), digits=3) for name in names]
+        rows.append([record["workload"], *times, number(record["floor_ms"], 3)])
+    return table(rows)
+
+
 def operator_table(records: list[dict]) -> str:
     rows = [["operator", "shape", "ms", "rate", "of ceiling", "faster than eager"]]
     for record in records:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import attention
+from benchmarks import attention, tables
 from benchmarks.ceilings import Ceilings
 
 CPU, CEILINGS = torch.device("cpu"), Ceilings(tflops=1.0, copy=1.0)
@@ -42,3 +42,14 @@ def test_a_wrong_implementation_is_not_timed(monkeypatch):
     monkeypatch.setattr(attention, "contenders", lambda *_: wrong)
     rows = attention.benchmark(attention.REHEARSAL[0], CPU, CEILINGS, ["flash-attn"])["contenders"]
     assert list(rows) == ["eager", "flash-attn"] and rows["flash-attn"]["failure"] == "wrong"
+
+
+def test_the_table_has_a_column_for_each_implementation():
+    records = [
+        {"workload": "padded", "floor_ms": 0.01, "contenders": {"eager": {"ms": 0.25}, "flash-attn": {"ms": 0.125}}},
+        {"workload": "long", "floor_ms": 1.0, "contenders": {"eager": {"ms": 2.0}, "SDPA cudnn": {"failure": "wrong"}}},
+    ]
+    assert tables.attention_table(records).splitlines()[2:] == [
+        "| padded | 0.250 | 0.125 | – | 0.010 |",
+        "| long | 2.000 | – | wrong | 1.000 |",
+    ]
