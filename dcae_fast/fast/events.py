@@ -45,5 +45,8 @@ def _during_captures() -> Iterator[None]:
 
 @functools.cache
 def _exchange_mode() -> Callable:
-    """cuThreadExchangeStreamCaptureMode of the CUDA driver."""
-    return ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode
+    """cuThreadExchangeStreamCaptureMode of the CUDA driver; without this library a function that does nothing."""
+    try:
+        return ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode
+    except OSError:  # on AMD's GPUs, for example
+        return lambda mode: None

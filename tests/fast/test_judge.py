@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 
-from dcae_fast.fast import judge
+from dcae_fast.fast import events, judge
 from dcae_fast.fast.judge import KINDS, PATIENCE, Budget, Judge, Step, Timing
 
 
@@ -169,3 +169,35 @@ def test_copies_of_a_budget_hold_nothing(duplicate):
     budget.hold(holder, 30)
     a, b = duplicate((budget, budget))
     assert a is b is not budget and a.limit == 100 and a.held() == 0
+
+
+class Driver:
+    """A CUDA driver that has only the mode of captures of one thread."""
+
+    def __init__(self, name: str):
+        self.name, self.mode, self.modes = name, 0, []
+
+    def cuThreadExchangeStreamCaptureMode(self, mode) -> int:  # noqa: N802
+        self.mode, mode._obj.value = mode._obj.value, self.mode
+        self.modes.append(self.mode)
+        return 0
+
+
+def test_queries_are_allowed_during_captures_of_other_threads(monkeypatch):
+    driver = Driver("libcuda.so.1")
+    monkeypatch.setattr(events.ctypes, "CDLL", lambda name: driver)
+    monkeypatch.setattr(events, "_exchange_mode", events._exchange_mode.__wrapped__)
+    with pytest.raises(KeyError), events._during_captures():
+        assert driver.mode == events.RELAXED
+        raise KeyError
+    assert driver.modes == [events.RELAXED, 0], "the thread has its former mode again"
+
+
+def test_without_the_driver_of_nvidia(monkeypatch):
+    def missing(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(events.ctypes, "CDLL", missing)
+    monkeypatch.setattr(events, "_exchange_mode", events._exchange_mode.__wrapped__)
+    with events._during_captures():
+        pass
