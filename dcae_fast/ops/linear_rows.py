@@ -27,7 +27,7 @@ MULTIPLE = 16  # of K and M
 @without_autocast
 def linear_rows_reference(x, x_scale, weight, weight_scale, bias, residual, dtype, fast):
     wide = torch.float64 if x.dtype == torch.int8 else torch.float32
-    y = (x.to(wide) @ weight.to(wide).T).float() * x_scale * weight_scale.T
+    y = (x.to(wide) @ weight.to(wide).T).float() * x_scale * weight_scale[:, 0]
     y = y if bias is None else y + bias.float()
     return (y if residual is None else y + residual.float()).to(dtype)
 

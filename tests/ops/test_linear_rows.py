@@ -75,6 +75,12 @@ def test_empty(rows, columns):
     assert y.shape == (*rows, columns)
 
 
+def test_one_row_without_dimensions():
+    x, x_scale, *weight = operands((), 32, 16)
+    y = ops.linear_rows(x, x_scale, *weight)
+    assert y.shape == (16,) and torch.equal(y, ops.linear_rows(x[None], x_scale[None], *weight)[0])
+
+
 def test_registration():
     args = (*operands((2, 3), 32, 16), normal(16), normal(2, 3, 16), torch.float32, True)
     in_int8 = (*operands((2, 3), 32, 16, torch.int8, torch.int8), *args[4:])  # opcheck cannot compare float8
