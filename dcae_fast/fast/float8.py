@@ -76,7 +76,7 @@ def last_part(name: str) -> str:
 
 def precision_of(layer: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> str | None:
     """The precision in which a layer computes for tokens like x, None for that of the model. dtype: of the result."""
-    precision = layer.__dict__.get(operands.FLOAT8)
+    precision = operands.mark_of(layer, operands.FLOAT8)
     if precision is None or dtype not in HALVES or not runs_on(x.device) or x.numel() == 0 or not plain(layer):
         return None
     return precision if layer.weight.dtype == x.dtype or autocasts(x) else None

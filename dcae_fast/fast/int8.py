@@ -125,7 +125,7 @@ def scale_of(layer: nn.Module | None, x: torch.Tensor) -> float | None:
 
     x: an image of the model's dtype, or in 8 bit. Raises RuntimeError in training mode and where gradients are on.
     """
-    found = None if layer is None else layer.__dict__.get(operands.INT8)
+    found = None if layer is None else operands.mark_of(layer, operands.INT8)
     if found is None:
         return None
     if torch.is_grad_enabled() or layer.training:

@@ -31,6 +31,14 @@ FLOAT8 = "fast_float8"  # attribute of a layer that computes in 8-bit floating p
 Operand = Any  # a tensor, or a tuple of tensors and None
 
 
+def mark_of(layer: nn.Module, name: str) -> Any:
+    """The value of INT8 or FLOAT8 of a layer; None if the layer has no such attribute.
+
+    Compiled code is compiled again after `patch` has changed the attribute: Dynamo guards getattr, but no `__dict__`.
+    """
+    return getattr(layer, name, None) if torch.compiler.is_compiling() else layer.__dict__.get(name)
+
+
 class Operands:
     """The operands that one frozen layer keeps. Copies and pickles of the layer are frozen and start with none."""
 

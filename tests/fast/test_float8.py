@@ -194,6 +194,18 @@ def test_a_block_compiles_as_one_graph(name, block):
         assert error(compiled(*args), fast.get_submodule(block)(*args)) < 1e-2
 
 
+def test_compiled_code_follows_patch():
+    """What was compiled before is compiled again for another precision, and for other layers that stay exact."""
+    fast = network("dit")
+    block, compiled = fast.blocks[0], torch.compile(fast.blocks[0], backend="eager")
+    tokens = torch.randn(2, 18, 128, device=DEVICE)
+    for options in {}, {"precision": "fp8"}, {"precision": "fp8", "keep": ["fc2"]}, {}:
+        dcae_fast.patch(fast, **options)
+        for with_gradients in False, True:
+            with torch.set_grad_enabled(with_gradients), torch.autocast(DEVICE, torch.bfloat16):
+                assert error(compiled(tokens, tokens[:, 0]), block(tokens, tokens[:, 0])) < 1e-3
+
+
 def test_blocks_of_the_original(monkeypatch):
     original, ours = network(), network()
     for module in original.modules():
