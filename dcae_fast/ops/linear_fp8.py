@@ -13,7 +13,8 @@ Without everything, the gradient of the weight is a product of x and dy in half 
 With everything, its 8-bit rows are kept, which take half the memory, and both operands are transposed from 8-bit rows;
 see quantize_columns.py. float32 weights are rounded once, to 8 bit; their gradients are not rounded.
 
-There are no second derivatives.
+There are no second derivatives, and no derivatives in torch.func and in forward-mode AD, where PyTorch would round them
+to float8: there the operators raise RuntimeError.
 """
 
 from functools import partial
@@ -24,6 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from ._library import KERNEL_DTYPES, define, differentiable
 from ._parts import as_kernel, as_operator, as_reference
+from ._private import in_transform
 from ._products import as_rows
 from .gradient_rows import gradient_rows_op
 from .linear import check_layer, linear_backward_weight_op
@@ -102,6 +104,12 @@ def linear_fp8_backward(via, gradient, x, x_rows, weight, bias, wants, dtype):
     return dx, *parameter_gradients(via, gradient, x, x_rows, weight, bias, *of_parameters)
 
 
+def check_no_transform(name: str) -> None:
+    """Raises RuntimeError in torch.func and forward-mode AD."""
+    if in_transform():
+        raise RuntimeError(f"{name}_fp8 has no derivatives in torch.func and in forward-mode AD: call {name} there")
+
+
 def _forward(via, x, weight, bias, residual, everything):
     rows = quantized(via, x)
     y = product(via, rows, weight, bias, residual, (x if residual is None else residual).dtype)
@@ -156,8 +164,10 @@ def linear_fp8(
 
     x: [..., K]; weight: [M, K]; bias: [M]; residual: [..., M]. everything: whether the gradient of the weight is an
     8-bit product too. Returns [..., M] in the type of the residual, without one in the type of x. Raises ValueError on
-    shapes that do not fit, and unless the weight has the type of x, or is float32 beside half-precision x.
+    shapes that do not fit, and unless the weight has the type of x, or is float32 beside half-precision x; RuntimeError
+    in torch.func and forward-mode AD.
     """
+    check_no_transform("linear")
     check_layer(x.shape, x.dtype, weight, bias, residual)
     if x.dim() <= 3:
         return linear_fp8_op(x, weight, bias, residual, everything)[0]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ._block_half import INPUTS, define_half
 from ._block_half_fp8 import HalfFp8
-from .linear_fp8 import linear_fp8_backward, product, quantized, rounded_gradient
+from .linear_fp8 import check_no_transform, linear_fp8_backward, product, quantized, rounded_gradient
 from .norm_attention import check_attention
 from .packed_attention import packed_attention_backward_op, packed_attention_op
 
@@ -82,8 +82,10 @@ def norm_attention_fp8(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(s, out); see the head of this file, and `norm_attention` for arguments and errors.
 
-    everything: whether the gradients of the weights are 8-bit products too.
+    everything: whether the gradients of the weights are 8-bit products too. Raises RuntimeError in torch.func and
+    forward-mode AD.
     """
+    check_no_transform("norm_attention")
     dtype = dtype or x.dtype
     layers = w_qkv, b_qkv, w_proj, b_proj
     check_attention(x, scale, shift, *layers, num_heads, branch, gate, dtype, residual)

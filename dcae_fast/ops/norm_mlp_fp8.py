@@ -18,6 +18,7 @@ from .gelu_backward_rows import gelu_backward_rows_op
 from .linear_fp8 import (
     GRADIENT,
     Gradient,
+    check_no_transform,
     input_gradient,
     linear_fp8_backward,
     parameter_gradients,
@@ -90,8 +91,10 @@ def norm_mlp_fp8(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(s, out); see the head of this file, and `norm_mlp` for arguments and errors.
 
-    everything: whether the gradients of the weights are 8-bit products too.
+    everything: whether the gradients of the weights are 8-bit products too. Raises RuntimeError in torch.func and
+    forward-mode AD.
     """
+    check_no_transform("norm_mlp")
     dtype = dtype or x.dtype
     layers = w1, b1, w2, b2
     check_mlp(x, scale, shift, *layers, branch, gate, dtype, residual, act)

@@ -1,5 +1,7 @@
 """Layers and halves of blocks that train in 8 bit: against plain PyTorch with the same rounding, and against fp32."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -304,6 +306,20 @@ def test_there_are_no_second_derivatives(everything):
     (dx,) = torch.autograd.grad(out.square().sum(), tensors[0], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
+
+
+def test_there_are_no_derivatives_in_transforms():
+    """Autograd would round them to float8, and small ones to zero."""
+    x, weight = (tensor.detach() for tensor in make((4, 16), (16, 16), dtypes=[torch.float32] * 2))
+    with pytest.raises(RuntimeError, match="linear_fp8 has no derivatives in torch.func"):
+        torch.func.grad(lambda x: ops.linear_fp8(x, weight).sum())(x)
+    with pytest.raises(RuntimeError, match="linear_fp8 has no derivatives"):
+        torch.func.jvp(lambda x: ops.linear_fp8(x, weight), (x,), (x,))
+    for name in ("attention", "mlp"):
+        first, *others = (tensor.detach() for tensor in make_half(*HALF[name][:4], torch.float32))
+        call = partial(our_half, name, True, True, torch.float32)
+        with pytest.raises(RuntimeError, match=f"norm_{name}_fp8 has no derivatives"):
+            torch.func.vjp(lambda x, call=call, others=others: call(x, *others), first)
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (130, 70), (32, 16), (1, 100), (0, 16)], ids=str)
