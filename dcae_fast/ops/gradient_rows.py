@@ -7,9 +7,7 @@ these are rounded from dy itself, in one pass. Results that are not wanted are e
 
 from ._library import KERNEL_DTYPES, define
 from ._products import as_rows
-from .quantize_rows import LARGEST_EXPONENTS, quantize_rows_reference
-
-MOST_COLUMNS = 8192
+from .quantize_rows import LARGEST_EXPONENTS, MOST_COLUMNS, quantize_rows_reference
 
 
 def gradient_rows_reference(dy, dtype, rows_dtype, wants_half, wants_sum):

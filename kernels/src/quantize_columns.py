@@ -62,9 +62,12 @@ def _transpose_rows_kernel(
     q_ptr, scale_ptr, common_ptr, out_ptr, rows, columns, out_columns,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """common: one number, the largest scale. The grid is (columns, rows)."""
-    column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    row = tl.program_id(1).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    """common: one number, the largest scale. The grid has one dimension, since the others have at most 65535 programs,
+    and tokens may be more than these compute.
+    """
+    column_blocks = tl.cdiv(columns, BLOCK_COLUMNS)
+    column = tl.program_id(0) % column_blocks * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    row = (tl.program_id(0) // column_blocks).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     mask = (row < rows)[:, None] & (column < columns)[None, :]
     factor = tl.div_rn(tl.load(scale_ptr + row, row < rows, 0.0), tl.load(common_ptr))
     q = tl.load(q_ptr + row[:, None] * columns + column[None, :], mask, 0.0)
@@ -89,8 +92,8 @@ def launch_transpose_rows(q, scale):
     columns = q.shape[-1]
     rows, common = q.numel() // columns, scale.amax()
     out = torch.empty(columns, cdiv(rows, MULTIPLE) * MULTIPLE, dtype=q.dtype, device=q.device)
-    grid = cdiv(columns, BLOCK_BYTES), cdiv(out.shape[1], BLOCK_ROWS)
-    _transpose_rows_kernel[grid](
+    programs = cdiv(columns, BLOCK_BYTES) * cdiv(out.shape[1], BLOCK_ROWS)
+    _transpose_rows_kernel[(programs,)](
         q, scale, common, out, rows, columns, out.shape[1],
         BLOCK_ROWS=BLOCK_ROWS, BLOCK_COLUMNS=BLOCK_BYTES, num_warps=8,
     )  # fmt: skip

@@ -168,6 +168,7 @@ def main():
             launch_gelu_backward_rows(h, h, act, torch.float8_e4m3fn, everything, True)
         launch_gradient_rows(x, half, torch.float8_e4m3fn, True, False)
         launch_gradient_rows(h, half, torch.float8_e4m3fn, False, True)
+        launch_gradient_rows(tensor(66, 11200, dtype=dtype), half, torch.float8_e4m3fn, True, True)
         launch_layer_norm_and_rows(x, d, d, 1e-5, None, None, half, torch.float8_e4m3fn)
         launch_layer_norm_and_rows(x, of_image, of_image, 1e-6, y, of_image, half, torch.float8_e4m3fn)
         launch_quantize_columns(tensor(4 * width, width, dtype=dtype), torch.float8_e4m3fn)

@@ -1,5 +1,7 @@
 """Layers and halves of blocks that train in 8 bit: against plain PyTorch with the same rounding, and against fp32."""
 
+import importlib
+import math
 from functools import partial
 
 import pytest
@@ -349,6 +351,31 @@ def test_transposed_copies(shape, format):
             )
             smallest = scale.T * 2 ** (-10 if format == E4M3 else -17)  # half the smallest number
             assert ((restored - exact).abs() <= rounding * exact.abs() + smallest).all()
+
+
+def test_the_grid_of_transposed_copies_fits_any_number_of_tokens(monkeypatch):
+    """CUDA allows 65535 programs in all dimensions of a grid but the first."""
+    grids = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *args, **options: None
+
+    module = importlib.import_module("dcae_fast.kernels.quantize_columns")
+    monkeypatch.setattr(module, "_transpose_rows_kernel", Recorder())
+    rows = 65536 * 128
+    q = torch.empty(rows, 16, dtype=E4M3, device="meta")
+    out, _ = module.launch_transpose_rows(q, torch.empty(rows, 1, device="meta"))
+    assert out.shape == (16, rows) and math.prod(grids[0]) == 65536 and max(grids[0][1:], default=1) <= 65535
+
+
+def test_wide_gradients_have_a_kernel():
+    """11200: the inverted channels of SANA-1.6B."""
+    args = torch.randn(2, 11200, device=DEVICE), torch.bfloat16, E4M3, True, True
+    assert gradient_rows_op.kernel._choose(args) == gradient_rows_op.kernel._run
+    for got, want in zip(gradient_rows_op(*args), gradient_rows_reference(*args), strict=True):
+        assert error(got.float(), want.float()) < 1e-2
 
 
 def restored(results):
