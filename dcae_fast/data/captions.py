@@ -1,6 +1,7 @@
 """captions.json of a folder of latents: the texts found beside the pictures, by key of the picture."""
 
 import json
+import stat
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -44,11 +45,14 @@ def _read(pictures: Pictures, candidates: tuple[Caption, ...], shard: str) -> tu
     unusable = []
     for each in candidates:
         try:
-            with open(pictures.root / (shard or each.name), "rb") as file:
+            path = pictures.root / (shard or each.name)
+            if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait
+                raise ValueError("not a regular file")
+            with open(path, "rb") as file:
                 file.seek(each.offset)
                 content = file.read(each.size if shard else -1).decode("utf-8-sig")
             return _text_of(each.name, content), unusable
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:  # RecursionError: JSON with thousands of levels
             unusable.append((each.name, f"no caption: {getattr(error, 'strerror', None) or error}"))
     return None, unusable
 
@@ -63,6 +67,7 @@ def _text_of(name: str, content: str) -> str:
             raise ValueError('expected an object with a text "caption"')
     if not text.strip():
         raise ValueError("empty")
+    text.encode()  # JSON may contain half a surrogate pair, which is no text and which tokenizers refuse
     return text.strip()
 
 

@@ -1,6 +1,7 @@
 """Captions beside the pictures, in folders and in shards, and captions.json."""
 
 import json
+import os
 import re
 
 import pytest
@@ -22,14 +23,17 @@ TEXTS = {
     "e.txt": b"\xff\xfe\xfa",
     "f.txt": "\ufeffwith a mark".encode(),
     "g.json": b"[1",
+    "h.json": b'{"caption": "\\ud800 half a pair"}',
+    "i.json": b"[" * 100_000,
 }
 EXPECTED = {"a": "a red cat, größer", "b": "two dogs", "c": "from the second file", "f": "with a mark"}
 UNUSABLE = {"c.txt": "empty", "d.json": 'a text "caption"', "e.txt": "can't decode", "g.json": "Expecting"}
+UNUSABLE |= {"h.json": "surrogates not allowed", "i.json": "recursion"}
 
 
 @pytest.mark.parametrize("kind", ["folder", "shard"])
 def test_found(tmp_path, kind):
-    members = TEXTS | {f"{key}.png": png() for key in "abcdefgh"} | {"a.b.txt": b"of no picture", "x.txt": b"none"}
+    members = TEXTS | {f"{key}.png": png() for key in "abcdefghij"} | {"a.b.txt": b"of no picture", "x.txt": b"none"}
     if kind == "shard":
         save_shard(tmp_path / "s.tar", members)
     else:
@@ -61,6 +65,15 @@ def test_recorded_and_read_again(tmp_path, capsys, format):
     assert load_captions(tmp_path / "out") == {"y/c": "two"}
     (tmp_path / "p" / "y" / "c.json").unlink()
     assert run(*command) == 0 and not (tmp_path / "out" / CAPTIONS).exists()
+
+
+def test_a_pipe_is_no_caption(tmp_path):
+    save_noise(tmp_path / "a.png", 8, 8, 0)
+    os.mkfifo(tmp_path / "a.txt")
+    (tmp_path / "a.json").write_text('{"caption": "from the file"}')
+    found = read_captions(find_pictures(tmp_path))
+    assert found.captions == {"a": "from the file"}
+    assert found.unusable == [("a.txt", "no caption: not a regular file")]
 
 
 @pytest.mark.parametrize("content", ["{", json.dumps({"a": 1}), "[]"])
