@@ -141,10 +141,14 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ceilings = measure_ceilings(device)
     print(f"matrix product {ceilings.tflops:.0f} TFLOP/s in bf16, copy {ceilings.copy:.2f} TB/s", flush=True)
+    found = False
     for part in options.part:
         for record in records_of(part, only, options.contenders, device, ceilings):
+            found = True
             results.merge(options.out, part, record | {"ceilings": vars(ceilings)})
             print(tables.line(part, record), flush=True)
+    if not found:
+        parser.error(f"--only {' '.join(options.only)}: no workload or operator of these parts has such a name")
     print(f"results are in {options.out}")
 
 

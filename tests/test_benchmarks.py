@@ -3,10 +3,12 @@
 import json
 import re
 import subprocess
+import sys
 
 import pytest
 import torch
 
+import benchmarks.__main__ as command_line
 from benchmarks import autoencoder, contenders, first_call, operators, profile, results, tables, targets, timing
 from benchmarks.autoencoder_workloads import TrainingWorkload
 from benchmarks.ceilings import Ceilings, measure_ceilings
@@ -319,3 +321,14 @@ def test_a_slow_first_call_does_not_shorten_the_rounds(monkeypatch):
     monkeypatch.setattr(timing, "_times", times)
     assert timing.measure({"patched": lambda: None}, rounds=2, seconds=0.1)["patched"].median == 5.0
     assert taken == [timing.FIRST, 20, 20]
+
+
+@pytest.mark.parametrize("options", ["--only nothing --part shapes", "--part shapess", "--contenders patchd"])
+def test_a_misspelt_name_is_an_error(options, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(command_line, "measure_ceilings", lambda device: CEILINGS)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--out", str(tmp_path / "results.json"), *options.split()])
+    with pytest.raises(SystemExit) as caught:
+        command_line.main()
+    text = capsys.readouterr().err
+    assert caught.value.code == 2 and f"error: {'' if 'only' in options else 'argument '}--" in text
+    assert not (tmp_path / "results.json").exists()
