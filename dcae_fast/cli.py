@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Union
 
 import tyro
 from tqdm import tqdm
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 import dcae_fast
 
@@ -466,14 +467,17 @@ def _parse(arguments: Sequence[str]) -> Callable[[], int]:
         return options
 
     expanded = with_files(arguments)
+    rules = ConstructorRegistry()
+    rules.primitive_rule(_path_rule)
     try:
-        return tyro.cli(
-            choose,
-            prog="dcae-fast",
-            description="Deep compression autoencoders, fast.",
-            args=expanded,
-            config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs),
-        )
+        with rules:
+            return tyro.cli(
+                choose,
+                prog="dcae-fast",
+                description="Deep compression autoencoders, fast.",
+                args=expanded,
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs),
+            )
     except SystemExit as error:
         files = [argument for argument in arguments if argument.startswith("@")]
         if error.code and files:
@@ -481,6 +485,19 @@ def _parse(arguments: Sequence[str]) -> Callable[[], int]:
         if error.code:
             report_failure("dcae-fast: invalid options; each rank printed the reason above")
         raise
+
+
+def _path_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """Refuses the empty text where a path is expected: pathlib reads it as the current folder."""
+
+    def path_of(texts: list[str]) -> Path:
+        if not texts[0]:
+            raise ValueError("expected a file or folder, found an empty text; `.` is the current folder")
+        return Path(texts[0])
+
+    if info.type is not Path:
+        return None
+    return PrimitiveConstructorSpec(1, "PATH", path_of, lambda value: isinstance(value, Path), lambda path: [str(path)])
 
 
 def _failed(reason: object, status: int) -> int:

@@ -279,3 +279,10 @@ def test_run_as_a_module(monkeypatch, capsys):
     assert not caught.value.code
     commands, text = ("reconstruct", "encode", "decode", "sample", "convert", "models", "info"), capsys.readouterr().out
     assert all(command in text for command in commands)
+
+
+@pytest.mark.parametrize("argv", ["reconstruct", "encode a.png --out", "calibrate x --out", "encode a.png --int8"])
+def test_an_empty_text_is_not_the_current_folder(argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run(*argv.split(), "")
+    assert caught.value.code == 2 and "Error parsing" in capsys.readouterr().err

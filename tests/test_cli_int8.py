@@ -133,6 +133,7 @@ def test_missing_scales_are_reported_once(model, photos, tmp_path, capsys, comma
     "options, message",
     [
         (["calibrate", "dc-ae-tiny", "--out", "scales"], "ends in .safetensors"),
+        (["calibrate", "dc-ae-tiny", "--out", "."], "ends in .safetensors"),
         (["eval-autoencoder", "photos", "--model", "dc-ae-tiny", "--compare"], "give --int8"),
     ],
 )

@@ -53,9 +53,9 @@ def calibrate(
     from dcae_fast.images import save_png
     from dcae_fast.reconstruction import load_model
 
-    picture = out.with_name(f"{out.stem}-compared.png")
     if out.suffix != ".safetensors":
         raise UsageError(f"--out {out}: expected a file name that ends in .safetensors")
+    picture = out.with_name(f"{out.stem}-compared.png")
     make_parent_folder(out, "--out")
     network = load_model(model, device, dtype)
     weight = next(network.parameters())

@@ -8,12 +8,15 @@ import yaml
 
 from .common import UsageError
 
+OPTIONAL_VALUES = {"int8"}  # options that take values or none: true stands for none, false for the option's absence
+
 
 def with_files(arguments: Sequence[str]) -> list[str]:
     """The arguments, with each @file.yaml, .toml or .json replaced by the options in the file. Raises UsageError.
 
     {"lr": 1e-4, "betas": [0.9, 0.99], "patch": false, "network": {"depth": 12}} becomes --lr 1e-4 --betas 0.9 0.99
-    --no-patch --depth 12. Inner mappings only group options; their names are ignored.
+    --no-patch --depth 12. Inner mappings only group options; their names are ignored. For
+    `OPTIONAL_VALUES`, such as "int8", false becomes --int8 None.
     """
     expanded = []
     for argument in arguments:
@@ -57,7 +60,8 @@ def _options(content: dict[str, Any], depth: int = 0) -> list[str]:
         if isinstance(value, dict):
             options += _options(value, depth + 1)
         elif isinstance(value, bool):
-            options.append(f"--{flag}" if value else f"--no-{flag}")
+            off = [f"--{flag}", "None"] if flag in OPTIONAL_VALUES else [f"--no-{flag}"]
+            options += [f"--{flag}"] if value else off
         elif not isinstance(value, list):
             options += [f"--{flag}", str(value)]
         elif any(isinstance(each, dict | list) for each in value):

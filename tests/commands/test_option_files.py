@@ -18,6 +18,12 @@ def test_files_of_options(tmp_path):
         assert with_files([f"@{toml}"]) == ["--hidden-size", "64", "--compile"]
 
 
+@pytest.mark.parametrize("value, expected", [("false", "--int8 None"), ("null", "--int8 None"), ("true", "--int8")])
+def test_an_option_with_or_without_a_value(tmp_path, value, expected):
+    (tmp_path / "a.yaml").write_text(f"int8: {value}\n")
+    assert with_files([f"@{tmp_path}/a.yaml"]) == expected.split()
+
+
 @pytest.mark.parametrize(
     "name, text, words",
     [
