@@ -65,6 +65,13 @@ class WholeCall(FastModule):
         """How to stay within the memory; None to compute everything at once."""
         return None
 
+    def _apply(self, *args, **kwargs):
+        """`to` and the like also drop the graphs if they move weights: a model on a CPU holds no memory of a GPU."""
+        result = super()._apply(*args, **kwargs)
+        if self.fast_options.graphs is not None:
+            self.fast_options.graphs.clear_if_moved(self)
+        return result
+
 
 class Network(WholeCall):
     """A diffusion transformer (x, t, y) → x."""

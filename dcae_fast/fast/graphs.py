@@ -109,6 +109,14 @@ class Graphs:
         if _dropped and not torch.cuda.is_current_stream_capturing():
             _free_dropped(wait)
 
+    def clear_if_moved(self, module: nn.Module) -> None:
+        """Drop all graphs if tensors of the module have moved or were replaced."""
+        with self._lock:
+            if self._watch is not None and not self._watch.same_addresses(module):
+                self.clear(wait=False)
+                if self._judge is not None:
+                    self._judge.start_over()
+
     def key(self, args: tuple, kwargs: dict[str, Any], name: Hashable = ()) -> Hashable | None:
         key = call_key(args, kwargs, self.of_network, self.under_autocast)
         return None if key is None else (name, *key)
@@ -370,9 +378,11 @@ class Captured:
             self._casts.refresh()
         for own, given in zip(self._inputs, tensors(args), strict=True):
             own.copy_(given)
-        self._graph.replay()
-        results = [self._copy(out, x) for out in self._results]
-        self._pool.replayed.record(stream)
+        try:
+            self._graph.replay()
+            results = [self._copy(out, x) for out in self._results]
+        finally:  # also if there is no memory for the results: the GPU computes
+            self._pool.replayed.record(stream)
         return tree_unflatten(results, self._structure)
 
     def _copy(self, out: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import small_diffusion
@@ -66,6 +67,21 @@ def test_captured_the_third_time(gpu, encoder):
     assert counts(encoder, x) == CAPTURED
     assert counts(encoder, x) == REPLAYED and gpu.events == 2
     assert torch.equal(encoder(x), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["auto", True])
+def test_a_move_frees_graphs_without_another_call(gpu, mode):
+    model = build("adaptive")
+    dcae_fast.patch(model, cuda_graphs=mode)
+    x = image(1, 3, 8, 8)
+    assert several(model.encoder, x, 3) == 1
+    model.to(x.device), model.float()
+    assert len(model.encoder.fast_options.graphs) == 1, "nothing has moved"
+    model.double()
+    assert len(model.encoder.fast_options.graphs) == 0 and model.encoder.fast_options.graphs._watch is None
+    model.float()
+    assert counts(model.encoder, x) == SEEN and several(model.encoder, x, 6) == 1
 
 
 @torch.no_grad()
@@ -398,3 +414,22 @@ def test_the_numbers_are_stated():
     words = " ".join(dcae_fast.patch.__doc__.split())
     assert f"at most {judge.SHORT} times" in words
     assert f"after {judge.PATIENCE} more calls" in words and f"to {judge.LONGEST}." in words
+
+
+def test_a_replay_without_memory_for_its_results_is_waited_for(monkeypatch):
+    """The GPU computes, although the call fails: the memory of the graph is in use until then."""
+    recorded = []
+    captured = object.__new__(graphs.Captured)
+    captured._pool = SimpleNamespace(replayed=SimpleNamespace(record=recorded.append))
+    captured._inputs, captured._graph = [torch.ones(1)], SimpleNamespace(replay=lambda: None)
+    captured._results = [None]
+    stream = SimpleNamespace(wait_event=lambda event: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+
+    def no_memory(self, out, like):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(graphs.Captured, "_copy", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        captured.replay((torch.zeros(1),), cast=False)
+    assert recorded == [stream]
