@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Union
 
 import tyro
 from tqdm import tqdm
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+from tyro.constructors import ConstructorRegistry
 
 import dcae_fast
 
@@ -33,6 +33,7 @@ from .commands.common import (
 from .commands.eval_autoencoder import eval_autoencoder
 from .commands.eval_diffusion import eval_diffusion
 from .commands.option_files import with_files
+from .commands.path_rule import path_rule
 from .commands.reference_stats import reference_stats
 from .commands.train_autoencoder import train_autoencoder
 from .commands.train_diffusion import train_diffusion
@@ -468,7 +469,7 @@ def _parse(arguments: Sequence[str]) -> Callable[[], int]:
 
     expanded = with_files(arguments)
     rules = ConstructorRegistry()
-    rules.primitive_rule(_path_rule)
+    rules.primitive_rule(path_rule)
     try:
         with rules:
             return tyro.cli(
@@ -485,19 +486,6 @@ def _parse(arguments: Sequence[str]) -> Callable[[], int]:
         if error.code:
             report_failure("dcae-fast: invalid options; each rank printed the reason above")
         raise
-
-
-def _path_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    """Refuses the empty text where a path is expected: pathlib reads it as the current folder."""
-
-    def path_of(texts: list[str]) -> Path:
-        if not texts[0]:
-            raise ValueError("expected a file or folder, found an empty text; `.` is the current folder")
-        return Path(texts[0])
-
-    if info.type is not Path:
-        return None
-    return PrimitiveConstructorSpec(1, "PATH", path_of, lambda value: isinstance(value, Path), lambda path: [str(path)])
 
 
 def _failed(reason: object, status: int) -> int:

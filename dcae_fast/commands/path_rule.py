@@ -1,0 +1,18 @@
+"""How options and arguments that are paths are read."""
+
+from pathlib import Path
+
+from tyro.constructors import PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+
+def path_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """Refuses the empty text where a path is expected: pathlib reads it as the current folder."""
+
+    def path_of(texts: list[str]) -> Path:
+        if not texts[0]:
+            raise ValueError("expected a file or folder, found an empty text; `.` is the current folder")
+        return Path(texts[0])
+
+    if info.type is not Path:
+        return None
+    return PrimitiveConstructorSpec(1, "PATH", path_of, lambda value: isinstance(value, Path), lambda path: [str(path)])
