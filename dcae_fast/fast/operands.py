@@ -208,8 +208,7 @@ def of_joined_layers(
     Either all layers have biases, or none of them. With heads, the outputs for the first head of each layer come first,
     then the outputs for the second head. Where gradients are on, float32 parameters stay float32, as in `of_layer`.
     """
-    weights, biases = tuple(layer.weight for layer in layers), tuple(layer.bias for layer in layers)
-    biases = () if biases[0] is None else biases
+    weights, biases = _parameters_of(layers)
     if torch.is_grad_enabled() and all(weight.dtype == torch.float32 for weight in weights):
         dtype = torch.float32
 
@@ -219,8 +218,14 @@ def of_joined_layers(
     return _operand(layers[0], ("joined", dtype, heads), (*weights, *biases), make)
 
 
+def _parameters_of(layers: tuple[nn.Linear, ...]) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """The weights and the biases of layers; no biases if the first layer has none."""
+    biases = tuple(layer.bias for layer in layers)
+    return tuple(layer.weight for layer in layers), () if biases[0] is None else biases
+
+
 def _by_heads(tensors: tuple[torch.Tensor, ...], heads: int, dtype: torch.dtype) -> torch.Tensor | None:
-    """Weights or biases of joined layers, those of the first head first; None if there are none."""
+    """The weights or the biases of joined layers: first all rows of the first head. None if there are no tensors."""
     parts = [cast(tensor, dtype).unflatten(0, (heads, -1)) for tensor in tensors]
     return torch.cat(parts, dim=1).flatten(0, 1) if parts else None
 
@@ -285,8 +290,7 @@ def of_joined_float8(
     layers: tuple[nn.Linear, ...], dtype: torch.dtype, heads: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """`of_float8` of layers that are joined as by `of_joined_layers`. dtype: of the bias."""
-    weights, biases = tuple(layer.weight for layer in layers), tuple(layer.bias for layer in layers)
-    biases = () if biases[0] is None else biases
+    weights, biases = _parameters_of(layers)
 
     def make() -> Operand:
         return *ops.quantize_rows(_by_heads(weights, heads, weights[0].dtype)), _by_heads(biases, heads, dtype)

@@ -53,7 +53,7 @@ def test_what_lies_before_the_trained_modules_keeps_nothing(shared, name):
 
 @pytest.mark.parametrize("channels", [(), (4, 8)], ids=["fixed", "adaptive"])
 def test_memory_formats_change_once(monkeypatch, channels):
-    """With contiguous weights and pictures; results and gradients are those of an unpatched network, contiguous."""
+    """Contiguous weights and pictures give the same results and gradients as without `patch`, also contiguous."""
     torch.manual_seed(0)
     network, x = PartlyTrained(ADAPTIVE if channels else CONFIG), torch.randn(1, 3, 16, 16)
     network.choose(("decoder",))
