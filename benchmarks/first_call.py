@@ -47,13 +47,14 @@ def benchmark(workload: Workload) -> dict:
 def fill_caches(workloads: Sequence[AnyWorkload], processes: int) -> None:
     """Fills the disk cache of torch.compile for these workloads, with so many processes at a time.
 
-    Only compiled code is cached. The choices that torch.compile makes by timing kernels are not: a process that has the
-    GPU for itself repeats them later. Failures are ignored here; they occur again when the contender is called.
+    Only compiled code is cached. The choices that torch.compile and `patch` make by timing kernels are not: a process
+    that has the GPU for itself repeats them later. Failures are ignored here; they occur again when the contender is
+    called.
     """
     pairs = [(workload, name) for workload in workloads for name in workload.contenders if "torch.compile" in name]
     threads = len(os.sched_getaffinity(0)) // max(1, min(len(pairs), processes))
-    environment = {"TORCHINDUCTOR_COMPILE_THREADS": str(max(1, threads))}
-    with ThreadPoolExecutor(processes) as pool:
+    with tempfile.TemporaryDirectory() as choices, ThreadPoolExecutor(processes) as pool:
+        environment = {"TORCHINDUCTOR_COMPILE_THREADS": str(max(1, threads)), "DCAE_FAST_CACHE": choices}
         for workload, name in pairs:
             pool.submit(in_fresh_process, workload, name, environment, "--compile-only")
 
