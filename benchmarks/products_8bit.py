@@ -4,9 +4,8 @@ Each contender runs back to back for about a second, so that the power limit hol
 for each: time, TFLOP/s or TB/s, the time relative to bf16, and the relative error of the result against fp32. The
 records go into the same file as those of `python -m benchmarks`, as the part "products-8bit".
 
-float8 is `ops.linear_rows`; "float8, PyTorch" is torch._scaled_mm with a separate sum for the residual; int8 is the
-kernel in linear_int8.py with its fastest tile. Operands are rounded before; the rounding is timed by itself, for both
-types by the same kernels.
+float8 and int8 are `ops.linear_rows`; "float8, PyTorch" is torch._scaled_mm with a separate sum for the residual.
+Operands are rounded before; the rounding is timed by itself, for both types by the same kernels.
 """
 
 import argparse
@@ -22,10 +21,11 @@ from dcae_fast.ops._private import scaled_product
 from . import results
 from .autoencoder import relative_error
 from .ceilings import Ceilings, measure_ceilings
-from .linear_int8 import TILES, linear_int8
 from .timing import graphed
 
-ROWS = {"b2048 f64": 2048 * 66, "b512 f32": 512 * 258, "16 images, guided, f64": 32 * 66}  # tokens of a batch
+ROWS = {  # tokens of a batch
+    "b2048 f64": 2048 * 66, "b512 f32": 512 * 258, "16 images, guided, f64": 32 * 66, "1 image, guided, f64": 2 * 66,
+}  # fmt: skip
 LAYERS = {  # name → input and output channels, whether a residual is added
     "qkv": (1152, 3456, False),
     "projection": (1152, 1152, True),
@@ -83,12 +83,10 @@ def layer_runs(rows: int, depth: int, columns: int, has_residual: bool, device: 
         "bf16": lambda: ops.linear(x, weight, bias, residual),
         "float8": lambda: ops.linear_rows(*float8, bias, residual),
         "float8, exact sums": lambda: ops.linear_rows(*float8, bias, residual, fast=False),
+        "int8": lambda: ops.linear_rows(*int8, bias, residual),
     }
     if device.type == "cuda":
-        tile = min(TILES, key=lambda tile: sustained(lambda: linear_int8(*int8, bias, residual, tile), 0.05))
-        runs |= {"float8, PyTorch": by_torch, f"int8 {tuple(tile)}": lambda: linear_int8(*int8, bias, residual, tile)}
-    else:
-        runs["int8"] = lambda: linear_int8(*int8, bias, residual)
+        runs["float8, PyTorch"] = by_torch
     exact = residual if residual is None else residual.float()
     return runs, lambda: ops.linear(x.float(), weight.float(), bias.float(), exact)
 

@@ -5,21 +5,26 @@
 x: [..., K] and x_scale: [..., 1]; weight: [M, K] and weight_scale: [M, 1]; bias: [M]; residual, y: [..., M]. x and
 weight are both int8, or both float8 of which at most one is float8_e5m2. The residual has the type of y.
 
-Sums are in fp32, of int8 exact. On Hopper, with K and M multiples of 16, cuBLASLt computes float8, with scales, bias
-and residual within the product. Hopper's matrix units add products of float8 with about 14 bits, relative to the
-largest of them; unless `fast`, such sums are added in fp32 every few products. Without the CUDA extension PyTorch
-computes the product, rounds it to half precision, and adds the residual afterwards. In all other cases, PyTorch
-computes in fp32, which is exact and slow. There is no gradient.
+Sums of int8 are exact integers, sums of float8 are in fp32. Scales, bias and residual are applied in fp32. On Hopper,
+with K and M multiples of 16:
+
+float8: cuBLASLt computes, with scales, bias and residual within the product. Hopper's matrix units add products of
+    float8 with about 14 bits, relative to the largest of them; unless `fast`, such sums are added in fp32 every few
+    products. Without the CUDA extension PyTorch computes the product, rounds it to half precision, and adds the
+    residual afterwards.
+int8: a Triton kernel computes, whose tiles are timed once for each shape.
+
+In all other cases PyTorch computes in fp32, int8 in fp64, which is exact and slow. There is no gradient.
 """
 
 import torch
 
-from . import _plans, _scaled_products
+from . import _int8_products, _plans, _scaled_products
 from ._library import HALVES, KERNEL_DTYPES, define, is_hopper, without_autocast
 from ._private import scaled_product
 from ._products import as_rows
 from .quantize import check_no_gradient
-from .quantize_rows import LARGEST_EXPONENTS, ROW_DTYPES
+from .quantize_rows import ROW_DTYPES
 
 MULTIPLE = 16  # of K and M
 
@@ -34,8 +39,7 @@ def linear_rows_reference(x, x_scale, weight, weight_scale, bias, residual, dtyp
 
 def _accepts(x, x_scale, weight, weight_scale, bias, residual, dtype, fast):
     return (
-        is_hopper(x.device)
-        and x.dtype in LARGEST_EXPONENTS
+        (_int8_products.accepts(x, weight) if x.dtype == torch.int8 else is_hopper(x.device))
         and x.numel() > 0
         and weight.shape[0] > 0
         and weight.shape[0] % MULTIPLE == weight.shape[1] % MULTIPLE == 0
@@ -45,6 +49,8 @@ def _accepts(x, x_scale, weight, weight_scale, bias, residual, dtype, fast):
 
 
 def _launch(x, x_scale, weight, weight_scale, bias, residual, dtype, fast):
+    if x.dtype == torch.int8:
+        return _int8_products.product(x, x_scale, weight, weight_scale, bias, residual, dtype)
     half = dtype if dtype in HALVES else torch.bfloat16
     bias = None if bias is None else bias.to(half)
 
@@ -60,6 +66,8 @@ def _launch(x, x_scale, weight, weight_scale, bias, residual, dtype, fast):
 
 def _prepare(x, x_scale, weight, weight_scale, bias, residual, dtype, fast):
     """Runs the plan that is known by then for this shape, without looking at the arguments again."""
+    if x.dtype == torch.int8:
+        return _int8_products.prepared(x, weight, bias, residual, dtype)
     half = dtype if dtype in HALVES else torch.bfloat16
     if not _scaled_products.available() or (bias is not None and bias.dtype != half):
         return None

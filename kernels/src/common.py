@@ -64,6 +64,29 @@ def dot(a, b, acc):
         return tl.dot(a.to(b.dtype), b, acc, input_precision="tf32x3")
 
 
+@triton.jit
+def halves(x):
+    """The left and the right half of the columns of a matrix."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def parts(x, COUNT: tl.constexpr):
+    """The columns of a matrix in COUNT parts: 1, 2, 4 or 8."""
+    if COUNT == 1:
+        return (x,)
+    elif COUNT == 2:
+        return halves(x)
+    elif COUNT == 4:
+        left, right = halves(x)
+        return halves(left) + halves(right)
+    else:
+        left, right = halves(x)
+        first, second = halves(left)
+        third, fourth = halves(right)
+        return halves(first) + halves(second) + halves(third) + halves(fourth)
+
+
 def like_channels_last(
     x: torch.Tensor, shape: tuple[int, ...] | None = None, dtype: torch.dtype | None = None
 ) -> torch.Tensor:

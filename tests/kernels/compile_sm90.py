@@ -73,6 +73,7 @@ def main():
     from dcae_fast.kernels.gradient_rows import launch_gradient_rows
     from dcae_fast.kernels.layer_norm import launch_layer_norm, launch_layer_norm_backward
     from dcae_fast.kernels.layer_norm_rows import launch_layer_norm_and_rows, launch_layer_norm_rows
+    from dcae_fast.kernels.linear_rows import TILES, launch_linear_rows
     from dcae_fast.kernels.multiscale_qkv import launch_multiscale_qkv, launch_multiscale_qkv_backward
     from dcae_fast.kernels.quantize import launch_quantize
     from dcae_fast.kernels.quantize_columns import launch_quantize_columns, launch_transpose_rows
@@ -173,6 +174,13 @@ def main():
         launch_layer_norm_and_rows(x, of_image, of_image, 1e-6, y, of_image, half, torch.float8_e4m3fn)
         launch_quantize_columns(tensor(4 * width, width, dtype=dtype), torch.float8_e4m3fn)
         launch_transpose_rows(tensor(66, width, dtype=torch.float8_e5m2), tensor(66, 1, dtype=torch.float32))
+    launch_layer_norm_rows(x, of_image, of_image, 1e-6, y, of_image, torch.int8)
+    launch_concatenate_rows(x, x, torch.int8)
+    launch_quantize_rows(tensor(2, 66, 4 * width, dtype=dtype), "gelu", torch.int8)
+    x, weight, scale = tensor(2, 66, 1152, dtype=torch.int8), tensor(512, 1152, dtype=torch.int8), torch.empty(512, 1)
+    for tile in TILES:  # with the epilogue that takes the most registers
+        launch_linear_rows(x, scale[:132], weight, scale, scale, tensor(2, 66, 512), torch.bfloat16, tile)
+    launch_linear_rows(x, scale[:132], weight, scale, None, None, torch.float32, TILES[0])
     launch_unshuffle_average_add_int8(tensor(2, 256, 64, 64), tensor(2, 128, 64, 64), tensor(128), 512, 2, 0.5, 1.0)
     launch_duplicate_shuffle_add(tensor(2, 512, 32, 32), tensor(2, 1024, 32, 32), tensor(1024), 256, 2, 1.0)
     launch_duplicate_shuffle_add_int8(tensor(2, 512, 32, 32), tensor(8, 256, 32, 32), tensor(256), 256, 2, 1.0, 1.0)
