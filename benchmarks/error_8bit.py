@@ -1,4 +1,6 @@
-"""python -m benchmarks.error_8bit: how much 8 bit changes transformers; prints the tables of docs/fp8.md. Needs no GPU.
+"""python -m benchmarks.error_8bit: how much 8 bit changes transformers. Needs no GPU.
+
+Prints the tables of docs/transformers_8bit.md.
 
 Everything is computed in fp32, except that the operands of the named linear layers are rounded: to bf16, to 8 bit by
 the references of the operators, or to float8 with other scales. So the tables show the error of the rounding only.

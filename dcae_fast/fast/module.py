@@ -46,7 +46,7 @@ class FastModule:
         """The module's own layers that its fast forward can compute in 8 bit, if they have the shapes for it."""
         return ()
 
-    def float8_layers(self) -> tuple[nn.Module | None, ...]:
+    def rows8_layers(self) -> tuple[nn.Module | None, ...]:
         """The module's own layers that its fast forward can compute in 8-bit floating point; None for an absent one."""
         return ()
 

@@ -26,13 +26,13 @@ LAYERS = (nn.Conv2d, nn.Linear)  # that can keep operands
 ATTRIBUTE = "fast_operands"  # of such a layer; it is there if the layer is frozen
 FROZEN = "fast_frozen"  # attribute of a fast module with such layers
 INT8 = "fast_int8"  # attribute of a layer that computes in 8 bit; see int8.py
-FLOAT8 = "fast_float8"  # attribute of a layer that computes in 8-bit floating point; see float8.py
+ROWS8 = "fast_rows8"  # attribute of a layer of a transformer that computes in 8 bit; see rows8.py
 
 Operand = Any  # a tensor, or a tuple of tensors and None
 
 
 def mark_of(layer: nn.Module, name: str) -> Any:
-    """The value of INT8 or FLOAT8 of a layer; None if the layer has no such attribute.
+    """The value of INT8 or ROWS8 of a layer; None if the layer has no such attribute.
 
     Compiled code is compiled again after `patch` has changed the attribute: Dynamo guards getattr, but no `__dict__`.
     """
@@ -107,7 +107,7 @@ def freeze(module: nn.Module) -> None:
 def unfreeze(module: nn.Module) -> None:
     """Drop the operands of all layers in a module. From now on every call derives its operands; no layer is 8-bit."""
     for submodule in module.modules():
-        for name in (FROZEN, ATTRIBUTE, INT8, FLOAT8):
+        for name in (FROZEN, ATTRIBUTE, INT8, ROWS8):
             submodule.__dict__.pop(name, None)
 
 
@@ -274,7 +274,7 @@ def of_int8(
     return _operand(first, ("int8", scale, upsamples), (*weights, *of_norm, first.bias), make)
 
 
-def of_float8(
+def of_rows8(
     layer: nn.Linear | nn.Conv2d, bias_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Weight, scales and bias as `ops.linear_rows` reads them. The weight is rounded once, from its own dtype."""
@@ -283,19 +283,19 @@ def of_float8(
     def make() -> Operand:
         return *ops.quantize_rows(weight.flatten(1)), None if bias is None else cast(bias, bias_dtype)
 
-    return _operand(layer, ("float8", bias_dtype), (weight, bias), make)
+    return _operand(layer, ("rows8", bias_dtype), (weight, bias), make)
 
 
-def of_joined_float8(
+def of_joined_rows8(
     layers: tuple[nn.Linear, ...], dtype: torch.dtype, heads: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """`of_float8` of layers that are joined as by `of_joined_layers`. dtype: of the bias."""
+    """`of_rows8` of layers that are joined as by `of_joined_layers`. dtype: of the bias."""
     weights, biases = _parameters_of(layers)
 
     def make() -> Operand:
         return *ops.quantize_rows(_by_heads(weights, heads, weights[0].dtype)), _by_heads(biases, heads, dtype)
 
-    return _operand(layers[0], ("joined float8", dtype, heads), (*weights, *biases), make)
+    return _operand(layers[0], ("joined rows8", dtype, heads), (*weights, *biases), make)
 
 
 def _is_channels_last(weight: torch.Tensor) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from . import families, float8, operands, precisions  # noqa: F401, families register their classes
+from . import families, operands, precisions, rows8  # noqa: F401, families register their classes
 from .calibration import DEFAULT_BUDGET, Calibration, ErrorBudget
 from .call import WholeCall, configure, release
 from .judge import Budget
@@ -148,24 +148,24 @@ def patch(
     if components is not None and not components:
         return Report(note=f"{type(model).__name__} has no component that is a module: nothing was patched.")
     modules = {"": model} if components is None else components
-    if precision in float8.PRECISIONS:
+    if precision in rows8.PRECISIONS:
         with patched(model, disable, cuda_graphs=False):
-            precisions.check_float8(modules.values(), precision, keep)
+            precisions.check_rows8(modules.values(), precision, keep)
     keeps_classes = cuda_graphs is False if components is None else cuda_graphs is not True
     made = {}  # two components may be the same module
     for name, each in modules.items():
         if each not in made:
             made[each] = _patch(each, *options, *found.get(name, ()), keeps_classes=keeps_classes)
     reports = {name: made[each] for name, each in modules.items()}
-    if precision in float8.PRECISIONS:
+    if precision in rows8.PRECISIONS:
         for name, report in reports.items():
-            report.precision, report.in_float8 = precisions.set_float8(modules[name], precision, keep)
+            report.precision, report.in_float8 = precisions.set_rows8(modules[name], precision, keep)
     return reports[""] if components is None else Report.of_components(reports)
 
 
 def _check_precision(precision: Any, calibration: Any, error_budget: Any, keep: Any) -> tuple[str, ...]:
     """Raises ValueError or TypeError unless the arguments of `patch` fit together. Returns keep."""
-    known = "exact", "int8", *float8.PRECISIONS
+    known = "exact", "int8", *rows8.PRECISIONS
     if precision not in known:
         raise ValueError(f"precision={precision!r}; expected one of {known}")
     if not isinstance(error_budget, ErrorBudget):
@@ -175,7 +175,7 @@ def _check_precision(precision: Any, calibration: Any, error_budget: Any, keep: 
     names = tuple(keep) if isinstance(keep, Iterable) and not isinstance(keep, str) else (None,)
     if not all(isinstance(name, str) for name in names):
         raise TypeError(f"keep={keep!r}; expected names of layers")
-    if names and precision not in float8.PRECISIONS:
+    if names and precision not in rows8.PRECISIONS:
         raise ValueError(f"keep is for precision='fp8', and precision is {precision!r}")
     return names
 
@@ -286,7 +286,7 @@ def patched(
 
 def _take_state(module: nn.Module) -> dict[str, Any]:
     """Remove from a module what `patch` has added, and return it."""
-    added = vars(module).keys() & {"fast_options", operands.FROZEN, operands.ATTRIBUTE, operands.INT8, operands.FLOAT8}
+    added = vars(module).keys() & {"fast_options", operands.FROZEN, operands.ATTRIBUTE, operands.INT8, operands.ROWS8}
     return {name: vars(module).pop(name) for name in added}
 
 

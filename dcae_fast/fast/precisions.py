@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import float8, int8, scales
+from . import int8, rows8, scales
 from .calibration import Calibration, ErrorBudget, calibrate
 from .call import Coder
 from .module import original_class
@@ -85,34 +85,34 @@ def set_int8(autoencoder: nn.Module, calibration: Calibration | None) -> tuple[s
     return "\n".join(lines), in_int8
 
 
-def check_float8(modules: Iterable[nn.Module], precision: str, keep: Collection[str]) -> None:
+def check_rows8(modules: Iterable[nn.Module], precision: str, keep: Collection[str]) -> None:
     """Raises ValueError if patched modules have no layer for 8-bit floating point, or a name in `keep` none."""
-    names = [name for module in modules for name, _ in float8.candidates(module)]
+    names = [name for module in modules for name, _ in rows8.candidates(module)]
     if not names:
         raise ValueError(
             f"precision={precision!r}: the model has no block of UViT, USiT, DiT, SiT or SANA that is patched"
         )
-    unknown = [kept for kept in keep if not any(float8.is_named(name, kept) for name in names)]
+    unknown = [kept for kept in keep if not any(rows8.is_named(name, kept) for name in names)]
     if unknown:
-        kinds = sorted({float8.last_part(name) for name in names})
+        kinds = sorted({rows8.last_part(name) for name in names})
         raise ValueError(f"keep: there is no layer {', '.join(unknown)}; expected full names, or some of {kinds}")
 
 
-def set_float8(model: nn.Module, precision: str, keep: Collection[str]) -> tuple[str, bool]:
+def set_rows8(model: nn.Module, precision: str, keep: Collection[str]) -> tuple[str, bool]:
     """Let the linear layers of a patched model compute in 8-bit floating point. Returns what the report says about it,
     empty if there are none, and whether layers compute in 8 bit on the present device.
 
-    keep: names of layers that stay exact, see `float8.mark`.
+    keep: names of layers that stay exact, see `rows8.mark`.
     """
-    layers = dict(float8.candidates(model))
+    layers = dict(rows8.candidates(model))
     if not layers:
         return "", False
-    exact = float8.mark(layers, precision, keep)
-    if not float8.runs_on(next(iter(layers.values())).weight.device):
+    exact = rows8.mark(layers, precision, keep)
+    if not rows8.runs_on(next(iter(layers.values())).weight.device):
         return f"{precision} needs a Hopper GPU and Triton: on this device no layer computes in 8 bit.", False
-    kinds = Counter(float8.last_part(name) for name in layers.keys() - exact.keys())
+    kinds = Counter(rows8.last_part(name) for name in layers.keys() - exact.keys())
     listed = ", ".join(f"{count} {name}" for name, count in sorted(kinds.items())) or "none"
     lines = [f"{precision}: {kinds.total()} of {len(layers)} linear layers compute in 8 bit ({listed})."]
-    reasons = Counter((float8.last_part(name), why) for name, why in exact.items())
+    reasons = Counter((rows8.last_part(name), why) for name, why in exact.items())
     lines += [f"{count} {name} stay exact: {why}." for (name, why), count in sorted(reasons.items())]
     return "\n".join(lines), len(exact) < len(layers)

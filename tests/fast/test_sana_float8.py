@@ -9,13 +9,13 @@ from torch import nn
 
 import dcae_fast
 from dcae_fast import ops
-from dcae_fast.fast import float8
+from dcae_fast.fast import rows8
 
 pytest.importorskip("diffusers")
 from peft import LoraConfig
 from test_sana import build, error, predict, results
 
-pytestmark = pytest.mark.skipif(not float8.runs_on(torch.device(DEVICE)), reason="needs Hopper, or the interpreter")
+pytestmark = pytest.mark.skipif(not rows8.runs_on(torch.device(DEVICE)), reason="needs Hopper, or the interpreter")
 OPERATORS = ("linear_rows", "layer_norm_rows", "quantize_rows", "linear", "linear_fp8")
 
 

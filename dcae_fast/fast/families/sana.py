@@ -15,7 +15,7 @@ from torch import nn
 from dcae_fast import ops
 from dcae_fast.ops._private import unobserved
 
-from .. import float8, operands
+from .. import operands, rows8
 from ..call import Network
 from ..fusion import activation_name, autocasts, compute_dtype, is_depthwise3x3
 from ..module import FastModule, kind, plain
@@ -97,7 +97,7 @@ class SanaTransformerBlock(FastModule):
             scale2, shift2 = with_affine(norm2, scale2, shift2)
         return ops.gated_sum(x, gate2, feed_forward(ff, x, scale2, shift2, norm2.eps, height, width))
 
-    def float8_layers(self) -> tuple[nn.Module | None, ...]:
+    def rows8_layers(self) -> tuple[nn.Module | None, ...]:
         attn1, attn2, ff = map(self._modules.get, ("attn1", "attn2", "ff"))
         projections = [layer for attn in (attn1, attn2) for layer in (*queries_of(attn), attn.to_out[0])]
         return *projections, *((ff.conv_inverted, ff.conv_point) if computes_tokens(ff) else ())
@@ -164,8 +164,8 @@ def linear_attention(
     to_out, dropout = attn.to_out
     layers = queries_of(attn)
     dtype = dtype_of_queries(layers, x)
-    if all(float8.infers(layer, x, dtype) for layer in layers) and have_like_biases(layers):
-        y = float8.norm(layers[0], x, scale, shift, eps, None, None, dtype)[1]
+    if all(rows8.infers(layer, x, dtype) for layer in layers) and have_like_biases(layers):
+        y = rows8.norm(layers[0], x, scale, shift, eps, None, None, dtype)[1]
     else:
         y = ops.layer_norm(x, scale, shift, eps, dtype=dtype)[1]
     qkv = packed_by_heads(attn, y, dtype)
@@ -178,20 +178,20 @@ def clipped(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return y.clip(-LARGEST_HALF, LARGEST_HALF) if x.dtype == torch.float16 else y
 
 
-def packed_by_heads(attn: nn.Module, x: torch.Tensor | float8.Rows, dtype: torch.dtype) -> torch.Tensor:
+def packed_by_heads(attn: nn.Module, x: torch.Tensor | rows8.Rows, dtype: torch.dtype) -> torch.Tensor:
     """Queries, keys and values [B, N, heads * 3 * D], from one product if the three layers allow it.
 
     x: tokens, or 8-bit rows if the layers compute in 8 bit; dtype: of the result of such layers.
     """
     layers, norms, in_8_bit = queries_of(attn), (attn.norm_q, attn.norm_k), isinstance(x, tuple)
     if norms == (None, None) and in_8_bit:
-        return float8.joined(layers, x, dtype, attn.heads)
+        return rows8.joined(layers, x, dtype, attn.heads)
     if norms == (None, None) and can_be_joined(layers, x):
         dtype = compute_dtype(x)
         weight, bias = operands.of_joined_layers(layers, dtype, attn.heads)
-        precisions = {float8.trains(layer, x, dtype) for layer in layers}
+        precisions = {rows8.trains(layer, x, dtype) for layer in layers}
         return product_of(x.to(dtype), weight, bias, precisions.pop() if len(precisions) == 1 else None)
-    q, k, v = (float8.linear(layer, x, dtype) if in_8_bit else linear(layer, x) for layer in layers)
+    q, k, v = (rows8.linear(layer, x, dtype) if in_8_bit else linear(layer, x) for layer in layers)
     return packed_heads(normalised(attn.norm_q, q, v.dtype), normalised(attn.norm_k, k, v.dtype), v, attn.heads)
 
 
@@ -199,7 +199,7 @@ def product_of(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
     """x weightᵀ + bias. precision: of training in 8 bit, None for that of x."""
     if precision is None:
         return ops.linear(x, weight, bias)
-    return ops.linear_fp8(x, weight, bias, None, precision == float8.EVERYTHING)
+    return ops.linear_fp8(x, weight, bias, None, precision == rows8.EVERYTHING)
 
 
 def queries_of(attn: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
@@ -217,9 +217,9 @@ def text_attention(attn: nn.Module, x: torch.Tensor, text: torch.Tensor, mask: t
     to_out, dropout = attn.to_out
     to_q, *of_text = queries_of(attn)
     dtype = compute_dtype(text)
-    if all(float8.infers(layer, text, dtype) for layer in of_text):
+    if all(rows8.infers(layer, text, dtype) for layer in of_text):
         rows = ops.quantize_rows(text)
-        k, v = (float8.linear(layer, rows, dtype) for layer in of_text)
+        k, v = (rows8.linear(layer, rows, dtype) for layer in of_text)
     else:
         k, v = (linear(layer, text) for layer in of_text)
     q = linear(to_q, x)
@@ -242,11 +242,11 @@ def feed_forward(
     """What the GLUMBConv adds to the tokens, before its gate. It reads the modulated norm of x."""
     dtype = dtype_of_branch(ff, x)
     layers = (ff.conv_inverted, ff.conv_point) if computes_tokens(ff) else ()
-    if not any(float8.precision_of(layer, x, dtype) for layer in layers):
+    if not any(rows8.precision_of(layer, x, dtype) for layer in layers):
         y = ops.layer_norm(x, scale, shift, eps, dtype=dtype)[1]
         return tokens(ff(image(y, height, width)))
     inverted, point = layers
-    y = float8.norm(inverted, x, scale, shift, eps, None, None, dtype)[1]
+    y = rows8.norm(inverted, x, scale, shift, eps, None, None, dtype)[1]
     y = F.silu(pointwise(inverted, y, dtype), inplace=not torch.is_grad_enabled())
     depth = ff.conv_depth._parameters
     return pointwise(point, tokens(ops.depthwise_glu(image(y, height, width), depth["weight"], depth["bias"])), dtype)
@@ -257,8 +257,8 @@ def computes_tokens(ff: nn.Module) -> bool:
     return (
         isinstance(ff, GLUMBConv)
         and plain(ff, ff.conv_inverted, ff.conv_point)
-        and float8.is_product(ff.conv_inverted)
-        and float8.is_product(ff.conv_point)
+        and rows8.is_product(ff.conv_inverted)
+        and rows8.is_product(ff.conv_point)
         and ff.norm is None
         and not ff.residual_connection
         and is_depthwise3x3(ff.conv_depth)
@@ -266,12 +266,12 @@ def computes_tokens(ff: nn.Module) -> bool:
     )
 
 
-def pointwise(conv: nn.Conv2d, x: torch.Tensor | float8.Rows, dtype: torch.dtype) -> torch.Tensor:
+def pointwise(conv: nn.Conv2d, x: torch.Tensor | rows8.Rows, dtype: torch.dtype) -> torch.Tensor:
     """A 1×1 convolution of tokens [B, N, C] of this dtype, in 8 bit if it computes so."""
-    if isinstance(x, tuple) or float8.infers(conv, x, dtype):
-        return float8.linear(conv, x, dtype)
+    if isinstance(x, tuple) or rows8.infers(conv, x, dtype):
+        return rows8.linear(conv, x, dtype)
     weight, bias = operands.of_layer(conv, dtype)
-    return product_of(x.to(dtype), weight.flatten(1), bias, float8.trains(conv, x, dtype))
+    return product_of(x.to(dtype), weight.flatten(1), bias, rows8.trains(conv, x, dtype))
 
 
 def normalised(norm: nn.Module | None, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

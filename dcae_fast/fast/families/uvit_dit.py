@@ -15,7 +15,7 @@ from dcae_fast import ops
 from dcae_fast.models.transformer import check_inputs, unpatchify
 from dcae_fast.ops._private import unobserved
 
-from .. import float8, operands
+from .. import operands, rows8
 from ..call import Network
 from ..fusion import autocasts, compute_dtype
 from ..module import FastModule, has_ordinary_weights, kind, plain
@@ -51,7 +51,7 @@ class TransformerBlock(FastModule):
     dims = 3
     operators = ("layer_norm", "linear", "mlp", "packed_attention")  # by themselves or within the halves of a block
 
-    def float8_layers(self) -> tuple[nn.Module | None, ...]:
+    def rows8_layers(self) -> tuple[nn.Module | None, ...]:
         attn, feed, skip_linear = map(self._modules.get, ("attn", "mlp", "skip_linear"))
         return skip_linear, *map(attn._modules.get, ("qkv", "proj")), *map(feed._modules.get, ("fc1", "fc2"))
 
@@ -123,7 +123,7 @@ class FinalLayer(TransformerBlock):
     def fast_forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         return self.run(x, None, None, condition) if self.fuses() else self.eager(x, condition)
 
-    def float8_layers(self) -> tuple[nn.Module | None, ...]:
+    def rows8_layers(self) -> tuple[nn.Module | None, ...]:
         return ()
 
     def fuses(self) -> bool:
@@ -231,8 +231,8 @@ def long_skip(layer: nn.Module, x: torch.Tensor, skip: torch.Tensor) -> torch.Te
     if not is_linear(layer, x):
         return layer(torch.cat([x, skip], dim=-1))
     dtype = compute_dtype(x)
-    if float8.infers(layer, x, dtype):
-        return float8.linear(layer, ops.concatenate_rows(x, skip), dtype)
+    if rows8.infers(layer, x, dtype):
+        return rows8.linear(layer, ops.concatenate_rows(x, skip), dtype)
     return linear(layer, ops.concatenate(x, skip, dtype))
 
 
@@ -254,26 +254,26 @@ def linear(layer: nn.Module, y: torch.Tensor, residual: torch.Tensor | None = No
     if is_linear(layer, y):
         dtype = compute_dtype(y)
         weight, bias = operands.of_layer(layer, dtype, None if residual is None else residual.dtype)
-        if precision := float8.trains(layer, y, dtype):
-            return ops.linear_fp8(y.to(dtype), weight, bias, residual, precision == float8.EVERYTHING)
+        if precision := rows8.trains(layer, y, dtype):
+            return ops.linear_fp8(y.to(dtype), weight, bias, residual, precision == rows8.EVERYTHING)
         return ops.linear(y.to(dtype), weight, bias, residual)
     y = layer(y)
     return y if residual is None else y + residual
 
 
 def linear_of(
-    layer: nn.Module, y: torch.Tensor | float8.Rows, dtype: torch.dtype, residual: torch.Tensor | None = None
+    layer: nn.Module, y: torch.Tensor | rows8.Rows, dtype: torch.dtype, residual: torch.Tensor | None = None
 ) -> torch.Tensor:
     """`linear`, in 8 bit if the layer computes so. y: tokens of this dtype, or 8-bit rows if the layer takes them."""
-    if isinstance(y, tuple) or float8.infers(layer, y, dtype):
-        return float8.linear(layer, y, dtype, residual)
+    if isinstance(y, tuple) or rows8.infers(layer, y, dtype):
+        return rows8.linear(layer, y, dtype, residual)
     return linear(layer, y, residual)
 
 
 def mlp_of(fc2: nn.Module, act: nn.GELU, h: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
     """fc2(act(h)) + residual, in 8 bit if fc2 computes so."""
-    if float8.infers(fc2, h, h.dtype):
-        return float8.linear(fc2, h, h.dtype, residual, GELU[act.approximate])
+    if rows8.infers(fc2, h, h.dtype):
+        return rows8.linear(fc2, h, h.dtype, residual, GELU[act.approximate])
     return linear(fc2, act(h), residual)
 
 
@@ -284,17 +284,17 @@ def attention(
     qkv, proj, num_heads = attn._modules["qkv"], attn._modules["proj"], attn.num_heads
     fuses = are_linear(qkv, proj, x)
     dtype = compute_dtype(x) if fuses else input_dtype(qkv, x)
-    if float8.infers(qkv, x, dtype) or float8.infers(proj, x, dtype):
-        s, y = float8.norm(qkv, x, scale, shift, eps, branch, gate, dtype)
+    if rows8.infers(qkv, x, dtype) or rows8.infers(proj, x, dtype):
+        s, y = rows8.norm(qkv, x, scale, shift, eps, branch, gate, dtype)
         y = ops.packed_attention(linear_of(qkv, y, dtype), num_heads)
         return s, linear_of(proj, y, dtype, s if residual else None)
     few = fuses and ops.is_for_few_tokens(dtype, x.shape[1], qkv.out_features // (3 * num_heads), x.device)
-    precision, same = float8.both_train(qkv, proj, x, dtype)
+    precision, same = rows8.both_train(qkv, proj, x, dtype)
     if few and same:
         layers = *operands.of_layer(qkv, dtype), *operands.of_layer(proj, dtype, x.dtype if residual else None)
         options = num_heads, branch, gate, dtype, residual
         if precision:
-            everything = precision == float8.EVERYTHING
+            everything = precision == rows8.EVERYTHING
             return ops.norm_attention_fp8(x, scale, shift, eps, *layers, *options, everything)
         return ops.norm_attention(x, scale, shift, eps, *layers, *options)
     s, y = ops.layer_norm(x, scale, shift, eps, branch, gate, dtype)
@@ -309,15 +309,15 @@ def mlp(
     fc1, act, fc2 = map(feed._modules.get, ("fc1", "act", "fc2"))
     fuses = are_linear(fc1, fc2, x)
     dtype = compute_dtype(x) if fuses else input_dtype(fc1, x)
-    if float8.infers(fc1, x, dtype) or float8.infers(fc2, x, dtype):
-        s, y = float8.norm(fc1, x, scale, shift, eps, branch, gate, dtype)
+    if rows8.infers(fc1, x, dtype) or rows8.infers(fc2, x, dtype):
+        s, y = rows8.norm(fc1, x, scale, shift, eps, branch, gate, dtype)
         return s, mlp_of(fc2, act, linear_of(fc1, y, dtype), s if residual else None)
-    precision, same = float8.both_train(fc1, fc2, x, dtype)
+    precision, same = rows8.both_train(fc1, fc2, x, dtype)
     if fuses and same:
         layers = *operands.of_layer(fc1, dtype), *operands.of_layer(fc2, dtype, x.dtype if residual else None)
         options = branch, gate, dtype, residual, GELU[act.approximate]
         if precision:
-            return ops.norm_mlp_fp8(x, scale, shift, eps, *layers, *options, precision == float8.EVERYTHING)
+            return ops.norm_mlp_fp8(x, scale, shift, eps, *layers, *options, precision == rows8.EVERYTHING)
         return ops.norm_mlp(x, scale, shift, eps, *layers, *options)
     s, y = ops.layer_norm(x, scale, shift, eps, branch, gate, dtype)
     return s, linear(fc2, act(linear(fc1, y)), s if residual else None)

@@ -12,7 +12,7 @@ from dcae_fast import distributed
 from dcae_fast.data.latents import LatentDataset
 from dcae_fast.diffusion import DCAEDiffusion
 from dcae_fast.errors import NotFiniteError
-from dcae_fast.fast import float8
+from dcae_fast.fast import rows8
 from dcae_fast.training.engine import loop
 from dcae_fast.training.engine.batches import BatchOrder, load_batches
 from dcae_fast.training.engine.state import State
@@ -60,7 +60,7 @@ class DiffusionTask(Task):
             settings = self.data.manifest.settings
             facts |= {"scaling_factor": settings.scaling_factor, "weights": settings.weights}
         if self.recipe.precision in FP8:
-            facts["products"] = "in 8 bit" if float8.runs_on(self.device) else "in bfloat16"
+            facts["products"] = "in 8 bit" if rows8.runs_on(self.device) else "in bfloat16"
         return facts
 
     def build(self) -> State:
@@ -72,7 +72,7 @@ class DiffusionTask(Task):
                 "all classes of the network; see --num-classes",
                 error=True,
             )
-        if self.recipe.precision in FP8 and not float8.runs_on(self.device):
+        if self.recipe.precision in FP8 and not rows8.runs_on(self.device):
             distributed.print_main(
                 f"{recipe.precision} needs a Hopper GPU: on this device the training computes in bfloat16", error=True
             )

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from small_training import CPU, RECIPE, run_in, train_until
 from trainings import assert_equal, log, weights
 
-from dcae_fast.fast import float8
+from dcae_fast.fast import rows8
 from dcae_fast.ops._library import INTERPRETED, Kernels
 from dcae_fast.training.diffusion.config import RECIPES
 from dcae_fast.training.diffusion.task import DiffusionTask, train
@@ -150,13 +150,13 @@ def test_precisions_do_not_mix(folder, monkeypatch, precision):
         train(replace(UVIT, precision=other), run, CPU)
     with pytest.raises(TrainingError, match="products in 8 bit, not None"):
         train(replace(UVIT, precision="bfloat16"), run, CPU)
-    monkeypatch.setattr(float8, "runs_on", lambda device: False)
+    monkeypatch.setattr(rows8, "runs_on", lambda device: False)
     with pytest.raises(TrainingError, match="products in 8 bit, not in bfloat16"):
         train(replace(UVIT, precision=precision), run, CPU)
 
 
 def test_a_device_without_8_bit(folder, monkeypatch, capsys):
-    monkeypatch.setattr(float8, "runs_on", lambda device: False)
+    monkeypatch.setattr(rows8, "runs_on", lambda device: False)
     got = trained(replace(UVIT, precision="fp8"), in_8_bit(folder / "without"))
     assert "fp8 needs a Hopper GPU: on this device the training computes in bfloat16" in capsys.readouterr().err
     assert_equal(got, trained(replace(UVIT, precision="bfloat16"), in_8_bit(folder / "bfloat16")))

@@ -1,7 +1,7 @@
 """Linear layers and 1×1 convolutions of diffusion transformers that compute in 8-bit floating point: which can, which
 do, and their forward.
 
-A layer computes in 8 bit if it has the attribute `operands.FLOAT8`, the name of a precision. `patch` sets it. Copies
+A layer computes in 8 bit if it has the attribute `operands.ROWS8`, the name of a precision. `patch` sets it. Copies
 and pickles of the layer keep it, and so does `load_state_dict`, since nothing is calibrated; it is no part of
 `state_dict`. The layer's input is rounded by the kernel that produces the input, with one scale for each token; its
 weight is rounded with one scale for each output channel. See ops/quantize_rows.py and ops/linear_rows.py.
@@ -38,7 +38,7 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, Product]]:
     names = {id(module): name for name, module in model.named_modules()}
     for module in model.modules():
         if isinstance(module, FastModule):
-            yield from ((names[id(layer)], layer) for layer in module.float8_layers() if is_product(layer))
+            yield from ((names[id(layer)], layer) for layer in module.rows8_layers() if is_product(layer))
 
 
 def is_product(layer: nn.Module | None) -> bool:
@@ -60,7 +60,7 @@ def mark(layers: dict[str, Product], precision: str, keep: Collection[str]) -> d
         elif any(channels % MULTIPLE for channels in layer.weight.shape[:2]):
             exact[name] = f"their channels are no multiples of {MULTIPLE}"
         else:
-            layer.__dict__[operands.FLOAT8] = precision
+            layer.__dict__[operands.ROWS8] = precision
     return exact
 
 
@@ -76,7 +76,7 @@ def last_part(name: str) -> str:
 
 def precision_of(layer: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> str | None:
     """The precision in which a layer computes for tokens like x, None for that of the model. dtype: of the result."""
-    precision = operands.mark_of(layer, operands.FLOAT8)
+    precision = operands.mark_of(layer, operands.ROWS8)
     if precision is None or dtype not in HALVES or not runs_on(x.device) or x.numel() == 0 or not plain(layer):
         return None
     return precision if layer.weight.dtype == x.dtype or autocasts(x) else None
@@ -111,13 +111,13 @@ def linear(
     """
     rows = x if isinstance(x, tuple) else ops.quantize_rows(x, act)
     dtype = dtype if residual is None else residual.dtype
-    weight, weight_scale, bias = operands.of_float8(layer, dtype if dtype in HALVES else torch.bfloat16)
+    weight, weight_scale, bias = operands.of_rows8(layer, dtype if dtype in HALVES else torch.bfloat16)
     return ops.linear_rows(*rows, weight, weight_scale, bias, residual, dtype)
 
 
 def joined(layers: tuple[nn.Linear, ...], rows: Rows, dtype: torch.dtype, heads: int) -> torch.Tensor:
     """The results of several linear layers that all `infer`, in the order of `operands.of_joined_layers`."""
-    weight, weight_scale, bias = operands.of_joined_float8(layers, dtype, heads)
+    weight, weight_scale, bias = operands.of_joined_rows8(layers, dtype, heads)
     return ops.linear_rows(*rows, weight, weight_scale, bias, None, dtype)
 
 

@@ -6,7 +6,7 @@ from small_diffusion import build
 
 from dcae_fast import cli
 from dcae_fast.commands.common import Compute
-from dcae_fast.fast import float8, operands
+from dcae_fast.fast import operands, rows8
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COMMANDS = {"sample": ["--labels", "3", "--steps", "2"], "eval-diffusion": ["--samples", "2", "--steps", "2"]}
@@ -20,17 +20,17 @@ def model(tmp_path_factory) -> str:
 
 
 def test_the_transformer_computes_in_8_bit(model, monkeypatch):
-    monkeypatch.setattr(float8, "runs_on", lambda device: True)
+    monkeypatch.setattr(rows8, "runs_on", lambda device: True)
     network, precision = Compute(device=DEVICE).load_diffusion(model, "fp8")
     assert precision == "exact, transformer fp8"
-    marked = [name for name, module in network.named_modules() if operands.FLOAT8 in vars(module)]
+    marked = [name for name, module in network.named_modules() if operands.ROWS8 in vars(module)]
     assert len(marked) == 13 and all(name.startswith("diffusion_model.") for name in marked)
     assert Compute(device=DEVICE).load_diffusion(model)[1] == "exact"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_device_without_8_bit_says_so(command, model, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(float8, "runs_on", lambda device: False)
+    monkeypatch.setattr(rows8, "runs_on", lambda device: False)
     options = ["--model", model, "--device", DEVICE, "--out", str(tmp_path / "out.png"), *COMMANDS[command]]
     if command == "eval-diffusion":
         options += ["--save", "npz"]

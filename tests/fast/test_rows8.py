@@ -10,14 +10,14 @@ from torch import nn
 
 import dcae_fast
 from dcae_fast import ops
-from dcae_fast.fast import float8, operands
+from dcae_fast.fast import operands, rows8
 from dcae_fast.models import DiT, DiTConfig, UViT, UViTConfig
 from dcae_fast.models.autoencoder import DCAE, CoderConfig, DCAEConfig
 
 SIZES = {"in_channels": 8, "input_size": 4, "depth": 2, "hidden_size": 128, "num_heads": 2, "num_classes": 10}
 NETWORKS = {"uvit": (UViT, UViTConfig, 13), "dit": (DiT, DiTConfig, 8)}  # and the number of layers in 8 bit
 
-pytestmark = pytest.mark.skipif(not float8.runs_on(torch.device(DEVICE)), reason="needs Hopper, or the interpreter")
+pytestmark = pytest.mark.skipif(not rows8.runs_on(torch.device(DEVICE)), reason="needs Hopper, or the interpreter")
 
 
 def network(name: str = "uvit", dtype: torch.dtype = torch.float32, **sizes) -> nn.Module:
@@ -96,7 +96,7 @@ def test_layers_that_are_kept(monkeypatch):
     for keep in ((), ("fc2",), ("qkv", "fc1"), ("skip_linear", "proj"), ("mid_block.mlp.fc1",)):
         fast = network()
         report = dcae_fast.patch(fast, precision="fp8", keep=keep)
-        marked = {n for n, layer in fast.named_modules() if operands.FLOAT8 in vars(layer)}
+        marked = {n for n, layer in fast.named_modules() if operands.ROWS8 in vars(layer)}
         assert not any(n.endswith(keep) for n in marked) if keep else len(marked) == 13
         assert ("stay exact: asked for" in str(report)) == bool(keep)
         errors[keep] = error(call(fast), exact)
@@ -117,7 +117,7 @@ def test_where_it_computes_without_8_bit(monkeypatch):
 
 
 def test_other_devices(monkeypatch):
-    monkeypatch.setattr(float8, "runs_on", lambda device: False)
+    monkeypatch.setattr(rows8, "runs_on", lambda device: False)
     fast = network()
     report = dcae_fast.patch(fast, precision="fp8")
     assert "fp8 needs a Hopper GPU" in str(report) and not report.in_float8
