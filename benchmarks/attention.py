@@ -153,7 +153,10 @@ def exact_result(workload: AttentionWorkload, tensors: list[torch.Tensor]) -> to
 
 
 def benchmark(workload: AttentionWorkload, device: torch.device, ceilings: Ceilings, names: Collection[str]) -> dict:
-    """The record of a workload: error, ms and MFU of eager and of the contenders in `names`, or a failure."""
+    """The record of a workload: error, ms and MFU of eager and of the contenders in `names`, or a failure.
+
+    Contenders whose package is not installed have no row.
+    """
     torch.manual_seed(0)
     shape = workload.batch, workload.tokens, workload.heads, workload.dim
     of_keys = workload.batch, workload.text or workload.tokens, *shape[2:]
@@ -169,6 +172,8 @@ def benchmark(workload: AttentionWorkload, device: torch.device, ceilings: Ceili
                 runs[name] = graphed(run, CALLS)
             else:
                 rows[name]["failure"] = "wrong"
+        except ImportError:
+            continue
         except Exception as failure:
             rows[name] = {"failure": reason(failure)}
         if name == "eager":
