@@ -50,6 +50,7 @@ SECTIONS = {  # heading → part, table
     "Loss of an autoencoder in training": ("autoencoder-loss-curve", tables.loss_table),
     "Commands": ("pipeline", tables.pipeline_table),
 }
+PARTS_IN_8_BIT = "autoencoder", "transformer", "training", "sampling", "sana"
 SETTING = """Measured on one {gpu} in bf16 with random weights: torch {torch}, cuDNN {cudnn}, triton {triton}, {date}.
 Times are median milliseconds of a call. For eager and torch.compile, the tables show the fastest memory format and
 compile mode that was measured, with torch.backends.cudnn.benchmark switched on. The floor is the time of the plain
@@ -57,6 +58,9 @@ model's arithmetic at the speed of a large matrix product in the same run. patch
 the last two columns give its speedup. A dash stands for a contender without a measurement."""
 NETWORKS = """Transformers run under autocast to bf16. A training step is forward, backward and AdamW. A step of
 sampling is one call of the network with guidance, and the solver's update."""
+IN_8_BIT = """8 bit is an option with an error. Autoencoders compute in int8, with scales from random pictures; in
+inference, weights are frozen. patched is the fastest form in bf16, and the speedup is over the fastest torch.compile in
+bf16. Errors are relative to fp32: of the result, or of the gradients for a training step."""
 AUTOENCODER_TRAINING = """A training step of an autoencoder is forward under autocast to bf16, L1 loss, backward and
 fused AdamW, with torch.backends.cudnn.benchmark for all contenders. Of eager, torch.compile and patched, the table
 shows the fastest form that was measured: memory format, compile mode, CUDA graphs."""
@@ -154,7 +158,8 @@ def images(results: Results, folder: str) -> list[str]:
 
 def compared(results: Results) -> list[dict]:
     """Records of transformers for which torch.compile was measured."""
-    records = [record for part in NETWORK_WORKLOADS if part != "loss-curve" for record in results.get(part, [])]
+    parts = [part for part in NETWORK_WORKLOADS if part != "loss-curve"] + ["sana"]
+    records = [record for part in parts for record in results.get(part, [])]
     return [record for record in records if tables.best(record["contenders"], "torch.compile")]
 
 
@@ -172,6 +177,12 @@ def autoencoder_training(results: Results) -> list[str]:
     return [paragraph(AUTOENCODER_TRAINING), tables.autoencoder_training_table(records)] if records else []
 
 
+def in_8_bit(results: Results) -> list[str]:
+    """The table of what was timed in 8 bit, with its introduction; empty without such a record."""
+    records = [record for part in PARTS_IN_8_BIT for record in results.get(part, [])]
+    return [paragraph(IN_8_BIT), tables.table_in_8_bit(records)] if tables.with_8_bit(records) else []
+
+
 def summary(results: Results, name: str) -> str:
     """The README's text about one machine."""
     link = f"{PAGES.relative_to(README.parent).as_posix()}/{name}.md"
@@ -180,9 +191,10 @@ def summary(results: Results, name: str) -> str:
     parts += [tables.speed_table(autoencoders)] if autoencoders else []
     parts += autoencoder_training(results)
     parts += [paragraph(NETWORKS), tables.speed_table(networks)] if networks else []
+    parts += in_8_bit(results)
     if records := headline(results):
-        in_8_bit = (FP8,) if any(FP8 in record["contenders"] for record in records) else ()
-        parts += [paragraph(HEADLINE), tables.headline_table(records, ("paper", *tables.MAIN[:3], *in_8_bit))]
+        fp8 = (FP8,) if any(FP8 in record["contenders"] for record in records) else ()
+        parts += [paragraph(HEADLINE), tables.headline_table(records, ("paper", *tables.MAIN[:3], *fp8))]
     parts.append(errors(results))
     parts.append(f"[All results]({link}): every contender, memory, first calls, operators, profiles.")
     return "\n\n".join(filter(None, parts))
@@ -194,7 +206,7 @@ def page(results: Results, name: str) -> str:
     parts += [setting(results), page_setting(results)]
     for records in (results.get("autoencoder"), compared(results)):
         parts += [tables.speed_table(records)] if records else []
-    parts += autoencoder_training(results)
+    parts += autoencoder_training(results) + in_8_bit(results)
     parts += [*images(results, name), paragraph(PAGE_EXPLANATION), errors(results)]
     parts += [paragraph(SHAPES_EXPLANATION)] if results.get("shapes") else []
     parts += with_drift(AUTOENCODER_TRAINING_EXPLANATION, results, ["autoencoder-training"])

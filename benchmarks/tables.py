@@ -20,6 +20,11 @@ from .targets import (
 )
 
 MAIN = ("eager", "torch.compile", "patched", GRAPHS)  # columns of the README's tables, see `best`
+IN_8_BIT = {  # precision → contenders
+    "int8": ("patched, 8 bit", "patched, 8 bit + CUDA graphs", "patched, int8", "patched, int8 + CUDA graphs"),
+    "fp8": ("patched, fp8", "patched, fp8 + CUDA graphs"),
+    "fp8-all": ("patched, fp8-all",),
+}
 
 
 UNITS = {
@@ -66,7 +71,8 @@ def rows_of(records: list[dict], contender: str) -> list[dict]:
 
 def network_label(record: dict) -> str:
     checkpointed = ", checkpointed" if record["checkpointed"] else ""
-    return f"{record['network']} {record['work']}, batch {record['batch']}{checkpointed}"
+    size = f", {record['size']} px" if "size" in record else ""
+    return f"{record['network']} {record['work']}, batch {record['batch']}{size}{checkpointed}"
 
 
 def best(rows: dict[str, dict], column: str) -> dict | None:
@@ -109,6 +115,32 @@ def autoencoder_training_table(records: list[dict]) -> str:
         name = f"{record['model'].removeprefix('dc-ae-')} {record['recipe']}, {record['batch']} × {record['size']} px"
         name += ", adversarial" if record["adversarial"] else ""
         rows.append([name, *map(cell, shown), number(record["floor_ms"]), *ratios])
+    return table(rows)
+
+
+def with_8_bit(records: list[dict]) -> list[tuple[dict, str, dict]]:
+    """(record, precision, row of the fastest contender with this precision) for whatever was timed in 8 bit."""
+    found = []
+    for record in records:
+        timed = {name: row for name, row in record["contenders"].items() if "ms" in row and "failure" not in row}
+        for precision, names in IN_8_BIT.items():
+            if rows := [timed[name] for name in names if name in timed]:
+                found.append((record, precision, min(rows, key=lambda row: row["ms"])))
+    return found
+
+
+def table_in_8_bit(records: list[dict]) -> str:
+    """A row for each workload and precision: ms, the speedup, and the errors against fp32."""
+    rows = [["in 8 bit", "precision", "torch.compile", "patched", "8 bit", "over compile", "error patched", "in 8 bit"]]
+    for record, precision, row in with_8_bit(records):
+        contenders = record["contenders"]
+        compiled = best(contenders, "torch.compile")
+        plain = [each for name in MAIN[2:] if (each := best(contenders, name)) and "ms" in each]
+        plain = min(plain, key=lambda row: row["ms"], default=None)
+        speedup = f"{compiled['ms'] / row['ms']:.2f}×" if compiled and "ms" in compiled else "–"
+        errors = [f"{each['error']:.1e}" if each and each.get("error") else "–" for each in (plain, row)]
+        name = network_label(record) if "network" in record else label(record)
+        rows.append([name, precision, cell(compiled), cell(plain), cell(row), speedup, *errors])
     return table(rows)
 
 

@@ -287,6 +287,16 @@ def test_report(written):
         assert 10_000 < picture.stat().st_size < 150_000
 
 
+def test_the_table_of_8_bit():
+    record = {"model": "dc-ae-x", "direction": "decode", "batch": 1, "size": 8}
+    rows = {"eager": 9.0, "torch.compile": 6.0, "patched + CUDA graphs": 4.0, "patched, 8 bit": 3.0}
+    rows = {name: {"ms": ms, "error": 0.01} for name, ms in rows.items()}
+    rows["patched, 8 bit + CUDA graphs"] = {"failure": "wrong"}
+    assert tables.with_8_bit([record | {"contenders": {"eager": rows["eager"]}}]) == []
+    *_, last = tables.table_in_8_bit([record | {"contenders": rows}]).splitlines()
+    assert last == "| x decode, 1 × 8 px | int8 | 6.00 | 4.00 | 3.00 | 2.00× | 1.0e-02 | 1.0e-02 |"
+
+
 def test_the_committed_report_matches_the_committed_results():
     pytest.importorskip("matplotlib")
     from benchmarks import report
