@@ -40,9 +40,11 @@ class WholeCall(FastModule):
 
     only_for_graphs: without CUDA graphs the module keeps its own class, because only its parts become fast. So does a
     component of a pipeline unless cuda_graphs=True, because diffusers' `from_pipe` compares exact classes.
+    written: names of attributes that forward writes before it reads them. Graphs do not depend on them.
     """
 
     only_for_graphs = False
+    written: tuple[str, ...] = ()
     fast_options = Options()
     graphs_class: type[Graphs]
 

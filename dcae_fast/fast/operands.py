@@ -238,12 +238,17 @@ def of_packed_layer(
     if torch.is_grad_enabled() and weight.dtype == torch.float32:
         dtype = torch.float32
 
-    def by_heads(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        if tensor is None:
-            return None
-        return cast(tensor, dtype).unflatten(0, (parts, heads, -1)).transpose(0, 1).flatten(0, 2)
+    def make() -> Operand:
+        return _parts_by_heads(weight, parts, heads, dtype), _parts_by_heads(bias, parts, heads, dtype)
 
-    return _operand(layer, ("by heads", dtype, heads), (weight, bias), lambda: (by_heads(weight), by_heads(bias)))
+    return _operand(layer, ("by heads", dtype, heads), (weight, bias), make)
+
+
+def _parts_by_heads(tensor: torch.Tensor | None, parts: int, heads: int, dtype: torch.dtype) -> torch.Tensor | None:
+    """`_by_heads` of the parts of one tensor."""
+    if tensor is None:
+        return None
+    return cast(tensor, dtype).unflatten(0, (parts, heads, -1)).transpose(0, 1).flatten(0, 2)
 
 
 def of_int8(
@@ -296,6 +301,19 @@ def of_joined_rows8(
         return *ops.quantize_rows(_by_heads(weights, heads, weights[0].dtype)), _by_heads(biases, heads, dtype)
 
     return _operand(layers[0], ("joined rows8", dtype, heads), (*weights, *biases), make)
+
+
+def of_packed_rows8(
+    layer: nn.Linear, dtype: torch.dtype, parts: int, heads: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """`of_rows8` of a layer that is packed as by `of_packed_layer`. dtype: of the bias."""
+    weight, bias = layer.weight, layer.bias
+
+    def make() -> Operand:
+        rows = ops.quantize_rows(_parts_by_heads(weight, parts, heads, weight.dtype))
+        return *rows, _parts_by_heads(bias, parts, heads, dtype)
+
+    return _operand(layer, ("packed rows8", dtype, heads), (weight, bias), make)
 
 
 def _is_channels_last(weight: torch.Tensor) -> bool:

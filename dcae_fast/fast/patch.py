@@ -61,7 +61,7 @@ def patch(
 
     model: an nn.Module, or a pipeline, which is any object with a dictionary `components`; the modules among these are
     patched. Known are this project's models, diffusers' `AutoencoderDC`, `SanaTransformer2DModel` and
-    `SanaControlNetModel`, the blocks of NVlabs/Sana's transformer, and the original of DC-Gen and efficientvit, also as
+    `SanaControlNetModel`, NVlabs/Sana's transformer, and the original of DC-Gen and efficientvit, also as
     a copy inside another package (`register_root`).
 
     Every module whose exact class is known gets a subclass with a fast forward; parameters, buffers, names and hooks

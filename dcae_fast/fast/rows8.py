@@ -69,9 +69,9 @@ def is_named(name: str, asked: str) -> bool:
 
 
 def last_part(name: str) -> str:
-    """The last part of a layer's name, such as "fc2"; two parts if the last is a number, as in "to_out.0"."""
+    """The last part of a layer's name, such as "fc2"; two parts for a number or "conv", as in "to_out.0"."""
     *_, parent, last = "", *name.split(".")
-    return f"{parent}.{last}".lstrip(".") if last.isdigit() else last
+    return f"{parent}.{last}".lstrip(".") if last.isdigit() or last == "conv" else last
 
 
 def precision_of(layer: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> str | None:

@@ -30,6 +30,7 @@ class Watch:
         modules = list(module.modules())
         dicts = [d for m in modules for d in (m._modules, m._parameters, m._buffers)]
         self._module, self._modules = weakref.ref(module), modules[1:]
+        self._left_out = {"fast_options", *getattr(module, "written", ())}  # `WholeCall.written`
         self._filled, self._empty = [d for d in dicts if d], [d for d in dicts if not d]
         self._contents = self._read_contents()
         self._tensors = [value for value in self._contents if isinstance(value, torch.Tensor)]
@@ -76,8 +77,10 @@ class Watch:
         return [version_of(tensor) for tensor in self._tensors if not tensor.is_inference()]
 
     def _read_rest(self, module: nn.Module) -> list[Any]:
-        """Everything except the options: they hold the graphs and thereby this object, and would keep them alive."""
-        own = [value for name, value in vars(module).items() if name != "fast_options"]
+        """Everything except what forward writes, and the options: they hold the graphs and thereby this object, and
+        would keep them alive.
+        """
+        own = [value for name, value in vars(module).items() if name not in self._left_out]
         attributes = itertools.chain.from_iterable(map(dict.values, map(vars, self._modules)))
         tensors = [] if self._addresses is None else self._tensors
         layouts = zip(map(_LAYOUT, tensors), map(torch.Tensor.stride, tensors), strict=True)

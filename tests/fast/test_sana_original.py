@@ -11,7 +11,7 @@ import dcae_fast
 from dcae_fast.fast.module import is_fast
 
 NETS = "diffusion.model.nets"
-WIDTH, HEADS, HEIGHT, LENGTH, TEXT = 64, 2, 4, 6, 5
+WIDTH, HEADS, HEIGHT, LENGTH, TEXT, TEXT_WIDTH = 64, 2, 4, 6, 5, 32
 
 
 def modulated(x, shift, scale):
@@ -61,6 +61,10 @@ class MultiHeadCrossAttention(nn.Module):
         return self.proj_drop(self.proj(F.scaled_dot_product_attention(q, k, v, hidden).transpose(1, 2).flatten(2)))
 
 
+class MultiHeadCrossVallinaAttention(MultiHeadCrossAttention):
+    pass
+
+
 class ConvLayer(nn.Module):
     def __init__(self, *args, act=None, **kwargs):
         super().__init__()
@@ -88,8 +92,9 @@ class GLUMBConv(nn.Module):
 class SanaMSBlock(nn.Module):
     def __init__(self, with_norms: bool):
         super().__init__()
+        cross_attention = MultiHeadCrossVallinaAttention if with_norms else MultiHeadCrossAttention
         self.norm1, self.norm2, self.attn = norm(), norm(), LiteLA(with_norms)
-        self.cross_attn, self.mlp, self.drop_path = MultiHeadCrossAttention(with_norms), GLUMBConv(), nn.Identity()
+        self.cross_attn, self.mlp, self.drop_path = cross_attention(with_norms), GLUMBConv(), nn.Identity()
         self.scale_shift_table = nn.Parameter(torch.randn(6, WIDTH))
 
     def forward(self, x, y, t, mask=None, HW=None, image_rotary_emb=None, **kwargs):
@@ -106,47 +111,68 @@ class T2IFinalLayer(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(2, WIDTH))
 
     def forward(self, x, t):
+        if t.dim() == 3:  # [B, frames, C], for videos
+            frames, times = self.norm_final(x).unflatten(1, (t.shape[1], -1)), t[:, :, None]
+            y = modulated(frames, *(times + row for row in self.scale_shift_table))
+            return self.linear(y.flatten(1, 2))
         return self.linear(
             modulated(self.norm_final(x), *(self.scale_shift_table[:, None] + t[:, None, None]).unbind(1))
         )
 
 
 class SanaMS(nn.Module):
-    """Two blocks and the last layer. Blocks may be checkpointed, as in the original."""
+    """Two blocks and the last layer, for a picture of 4 channels. Blocks may be checkpointed, as in the original."""
 
-    def __init__(self, with_norms: bool):
+    def __init__(self, with_norms: bool, embeds_scale: bool = False):
         super().__init__()
+        self.x_embedder, self.y_embedder = nn.Conv2d(4, WIDTH, 1), nn.Linear(TEXT_WIDTH, WIDTH)
+        self.t_embedder, self.cfg_embedder = nn.Linear(1, WIDTH), nn.Linear(1, WIDTH) if embeds_scale else None
         self.blocks = nn.ModuleList(SanaMSBlock(with_norms) for _ in range(2))
         self.final_layer, self.t_block = T2IFinalLayer(), nn.Linear(WIDTH, 6 * WIDTH)
-        self.checkpoints = False
+        self.h = self.w = 0
+        self.use_pe = self.checkpoints = False
 
-    def forward(self, x, text, time, mask):
-        given = text, self.t_block(time), mask, (HEIGHT, LENGTH), None
+    def forward(self, x, timestep, y, mask=None, data_info=None, return_logvar=False, **kwargs):
+        self.h, self.w = x.shape[2:]
+        x, time = self.x_embedder(x).flatten(2).transpose(1, 2), self.t_embedder(timestep[:, None])
+        if self.cfg_embedder is not None:
+            time = time + self.cfg_embedder(data_info["cfg_scale"][:, None])
+        given = self.y_embedder(y), self.t_block(time), mask, (self.h, self.w), None
         for block in self.blocks:
             if self.checkpoints:
                 x = checkpoint(block, x, *given, use_reentrant=False)
             else:
                 x = block(x, *given, use_reentrant=False)
-        return self.final_layer(x, time)
+        out = self.final_layer(x, time).transpose(1, 2).unflatten(2, (self.h, self.w))
+        return (out, "variance") if return_logvar else out
+
+    def __call__(self, *args, **kwargs):
+        return self.forward(*args, **kwargs)
+
+
+class SanaMSCM(SanaMS):
+    def forward(self, x, timestep, y, data_info=None, return_logvar=False, **kwargs):
+        return super().forward(x, timestep.sin(), y, data_info=data_info, return_logvar=return_logvar, **kwargs)
 
 
 for module, classes in {
     "basic_modules": (ConvLayer, GLUMBConv),
-    "sana_blocks": (LiteLA, MultiHeadCrossAttention, T2IFinalLayer),
-    "sana_multi_scale": (SanaMSBlock, SanaMS),
+    "sana_blocks": (LiteLA, MultiHeadCrossAttention, MultiHeadCrossVallinaAttention, T2IFinalLayer),
+    "sana_multi_scale": (SanaMSBlock, SanaMS, SanaMSCM),
 }.items():
     for cls in classes:
         cls.__module__ = f"{NETS}.{module}"
 
 
-def build(with_norms: bool = False, dtype: torch.dtype = torch.float32) -> nn.Module:
+def build(with_norms: bool = False, dtype: torch.dtype = torch.float32, network=SanaMS, **options) -> nn.Module:
     torch.manual_seed(0)
-    return SanaMS(with_norms).to(DEVICE, dtype).eval()
+    return network(with_norms, **options).to(DEVICE, dtype).eval()
 
 
-def inputs(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
-    generator = torch.Generator().manual_seed(1)
-    shapes = (2, HEIGHT * LENGTH, WIDTH), (2, 1, TEXT, WIDTH), (2, WIDTH)
+def inputs(dtype: torch.dtype = torch.float32, seed: int = 1, size: tuple[int, int] = (HEIGHT, LENGTH)) -> tuple:
+    """A picture, times, texts and their mask."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (2, 4, *size), (2,), (2, 1, TEXT, TEXT_WIDTH)
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.int16, device=DEVICE)
     return *(torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes), mask
 
@@ -171,7 +197,7 @@ def test_results_and_gradients(with_norms):
     network, given = build(with_norms), inputs()
     expected = results(network, given)
     report = dcae_fast.patch(network)
-    assert report.replaced == {"SanaMSBlock": 2, "T2IFinalLayer": 1} and not report.skipped
+    assert report.replaced == {"SanaMS": 1, "SanaMSBlock": 2, "T2IFinalLayer": 1} and not report.skipped
     check(network, given, expected)
     network.checkpoints = True
     check(network, given, expected)
@@ -181,16 +207,25 @@ def test_results_and_gradients(with_norms):
     assert not operators_called(network, *given)
 
 
+@torch.no_grad()
+def test_a_time_for_each_frame():
+    """The last layer is also the last one of videos."""
+    layer, x, time = T2IFinalLayer().to(DEVICE), torch.randn(2, 6, WIDTH), torch.randn(2, 2, WIDTH)
+    expected = layer(x.to(DEVICE), time.to(DEVICE))
+    assert dcae_fast.patch(layer).replaced == {"T2IFinalLayer": 1}
+    assert torch.equal(layer(x.to(DEVICE), time.to(DEVICE)), expected)
+
+
 @pytest.mark.parametrize("mask", [None, [3, 5]])
 def test_other_masks(mask):
     """Packed texts, as with xformers, take the cross-attention's own forward."""
-    network, (x, text, time, _) = build(), inputs()
+    network, (x, time, text, _) = build(), inputs()
     if mask:
         text = torch.cat([each[0, :length] for each, length in zip(text, mask, strict=True)])[None]
-    expected = results(network, (x, text, time, mask))
+    expected = results(network, (x, time, text, mask))
     dcae_fast.patch(network)
-    check(network, (x, text, time, mask), expected)
-    assert operators_called(network, x, text, time, mask)["layer_norm"] == 5
+    check(network, (x, time, text, mask), expected)
+    assert operators_called(network, x, time, text, mask)["layer_norm"] == 5
 
 
 @torch.no_grad()
@@ -210,6 +245,7 @@ def test_half_precision_and_frozen_weights():
         ("", "drop_path", nn.Dropout(0.1), "it drops paths"),
         ("", "norm1", nn.LayerNorm(WIDTH), "a norm is not a LayerNorm without weights"),
         ("", "attn", nn.Identity(), "attn is Identity"),
+        ("", "mlp", None, "mlp is NoneType"),
         ("mlp", "glu_act", nn.ReLU(), "mlp has other activations"),
         ("mlp.point_conv", "norm", nn.BatchNorm2d(WIDTH), "mlp has norms or dropout"),
         (

@@ -245,11 +245,26 @@ def feed_forward(
     if not any(rows8.precision_of(layer, x, dtype) for layer in layers):
         y = ops.layer_norm(x, scale, shift, eps, dtype=dtype)[1]
         return tokens(ff(image(y, height, width)))
-    inverted, point = layers
+    return feed_forward_in_8_bit(ff.conv_inverted, ff.conv_depth, ff.conv_point, x, scale, shift, eps, height, width)
+
+
+def feed_forward_in_8_bit(
+    inverted: nn.Conv2d,
+    depth: nn.Conv2d,
+    point: nn.Conv2d,
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    eps: float,
+    height: int,
+    width: int,
+) -> torch.Tensor:
+    """`feed_forward` by the three convolutions of a GLUMBConv, of which at least one 1×1 convolution is in 8 bit."""
+    dtype, of_depth = compute_dtype(x), depth._parameters
     y = rows8.norm(inverted, x, scale, shift, eps, None, None, dtype)[1]
     y = F.silu(pointwise(inverted, y, dtype), inplace=not torch.is_grad_enabled())
-    depth = ff.conv_depth._parameters
-    return pointwise(point, tokens(ops.depthwise_glu(image(y, height, width), depth["weight"], depth["bias"])), dtype)
+    y = ops.depthwise_glu(image(y, height, width), of_depth["weight"], of_depth["bias"])
+    return pointwise(point, tokens(y), dtype)
 
 
 def computes_tokens(ff: nn.Module) -> bool:
