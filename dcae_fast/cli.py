@@ -219,7 +219,7 @@ def sample(
         steps: number of sampling steps; None means the number in the model's configuration
         out: PNG file for the grid of pictures
         latents: .safetensors file for the latents; None saves no latents
-        precision: fp8 lets the transformer compute in 8 bit, on a Hopper GPU
+        precision: fp8 or int8 lets the transformer compute in 8 bit, on a Hopper GPU
     """
     from . import images
     from . import sample as sampling

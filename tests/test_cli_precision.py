@@ -1,4 +1,4 @@
-"""The option --precision fp8 of the commands that run a transformer."""
+"""The option --precision of the commands that run a transformer."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from small_diffusion import build
 
 from dcae_fast import cli
 from dcae_fast.commands.common import Compute
-from dcae_fast.fast import operands, rows8
+from dcae_fast.fast import operands, precisions, rows8
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COMMANDS = {"sample": ["--labels", "3", "--steps", "2"], "eval-diffusion": ["--samples", "2", "--steps", "2"]}
@@ -19,23 +19,33 @@ def model(tmp_path_factory) -> str:
     return str(folder)
 
 
-def test_the_transformer_computes_in_8_bit(model, monkeypatch):
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
+def test_the_transformer_computes_in_8_bit(precision, model, monkeypatch):
     monkeypatch.setattr(rows8, "runs_on", lambda device: True)
-    network, precision = Compute(device=DEVICE).load_diffusion(model, "fp8")
-    assert precision == "exact, transformer fp8"
+    network, computed = Compute(device=DEVICE).load_diffusion(model, precision)
+    assert computed == f"exact, transformer {precision}"
     marked = [name for name, module in network.named_modules() if operands.ROWS8 in vars(module)]
     assert len(marked) == 13 and all(name.startswith("diffusion_model.") for name in marked)
     assert Compute(device=DEVICE).load_diffusion(model)[1] == "exact"
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_device_without_8_bit_says_so(command, model, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("command, precision", [("sample", "fp8"), ("eval-diffusion", "int8")])
+def test_a_device_without_8_bit_says_so(command, precision, model, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(rows8, "runs_on", lambda device: False)
     options = ["--model", model, "--device", DEVICE, "--out", str(tmp_path / "out.png"), *COMMANDS[command]]
-    if command == "eval-diffusion":
+    if command == "eval-diffusion":  # whose status is 1, since a metric is missing
         options += ["--save", "npz"]
-    assert cli.main([command, *options, "--precision", "fp8"]) == (command == "eval-diffusion")  # a metric is missing
-    assert "--precision: fp8 needs a Hopper GPU" in capsys.readouterr().err
+    assert cli.main([command, *options, "--precision", precision]) == (command == "eval-diffusion")
+    assert f"--precision: {precision} needs a Hopper GPU" in capsys.readouterr().err
+
+
+def test_int8_of_the_autoencoder_leaves_the_transformer_exact(model, monkeypatch):
+    """--int8 and --precision are independent of each other."""
+    calibrated = []
+    monkeypatch.setattr(precisions, "calibration_of", lambda autoencoder, *args: calibrated.append(autoencoder))
+    network, _ = Compute(device=DEVICE, int8=()).load_diffusion(model)
+    assert set(calibrated) == {network.autoencoder}
+    assert not any(operands.ROWS8 in vars(module) for module in network.modules())
 
 
 @pytest.mark.parametrize("command", COMMANDS)

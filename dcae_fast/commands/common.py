@@ -84,7 +84,7 @@ def parse_bytes(option: str, text: str) -> int:
     return int(amount)
 
 
-Precision = Literal["exact", "fp8"]  # of a transformer
+Precision = Literal["exact", "fp8", "int8"]  # of a transformer
 
 
 @dataclass(frozen=True)
@@ -144,9 +144,9 @@ class Compute:
         self.patch_model(network)
         return network
 
-    def patch_model(self, network: "DCAE | DCAEDiffusion", cuda_graphs: bool | str = "auto") -> str:
-        """Patches a model if `patch` is set. Returns the precision of its autoencoder: "exact", or "int8" and the
-        beginning of the hash of the scales. Called by all ranks; the main rank calibrates for all.
+    def patch_model(self, network: "DCAE", cuda_graphs: bool | str = "auto") -> str:
+        """Patches an autoencoder if `patch` is set. Returns its precision: "exact", or "int8" and the beginning of the
+        hash of the scales. Called by all ranks; the main rank calibrates for all.
 
         Says so if 8 bit is asked for and the device has none. Raises CheckpointError for scales of other weights,
         UsageError if the model cannot be calibrated.
@@ -187,11 +187,12 @@ class Compute:
         from dcae_fast import distributed, sample
 
         network = sample.load(model, self.device, self.dtype)
-        of_autoencoder = self.patch_model(network, cuda_graphs=True)
+        of_autoencoder = self.patch_model(network.autoencoder, cuda_graphs=True)
+        if self.patch:
+            report = dcae_fast.patch(network.diffusion_model, cuda_graphs=True, frozen=True, precision=precision)
         if precision == "exact":
             return network, of_autoencoder
-        report = dcae_fast.patch(network.diffusion_model, cuda_graphs=True, frozen=True, precision=precision)
-        if not report.in_float8:
+        if not (report.in_float8 or report.in_int8):
             distributed.print_main(f"--precision: {report.precision}", error=True)
             return network, of_autoencoder
         return network, f"{of_autoencoder}, transformer {precision}"

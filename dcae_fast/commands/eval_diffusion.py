@@ -74,7 +74,7 @@ def eval_diffusion(
         precision_recall: .npy file of `reference-stats`, for precision and recall
         cmmd: .npy file of `reference-stats`, for CMMD
         save: also save the generated pictures, as PNG files or in samples.npz
-        precision: fp8 lets the transformer compute in 8 bit, on a Hopper GPU
+        precision: fp8 or int8 lets the transformer compute in 8 bit, on a Hopper GPU
     """
     from dcae_fast import distributed
     from dcae_fast.evaluation import networks

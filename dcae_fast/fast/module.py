@@ -47,7 +47,7 @@ class FastModule:
         return ()
 
     def rows8_layers(self) -> tuple[nn.Module | None, ...]:
-        """The module's own layers that its fast forward can compute in 8-bit floating point; None for an absent one."""
+        """The module's own layers that its fast forward can compute with 8-bit rows; None for an absent one."""
         return ()
 
     def dispatch(self, *args, **kwargs):
@@ -184,6 +184,15 @@ def _derived_anew(cls: type, old: type, new: type) -> type:
     bases = tuple(_derived_anew(base, old, new) if issubclass(base, old) else base for base in cls.__bases__)
     content = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
     return type(cls)(cls.__name__, bases, content)
+
+
+def check_inference(layer: nn.Module) -> None:
+    """Raises RuntimeError in training mode and where gradients are on. layer: one that computes in int8."""
+    if torch.is_grad_enabled() or layer.training:
+        raise RuntimeError(
+            "patch(model, precision='int8') is for inference: call model.eval(), and the model under torch.no_grad();"
+            " patch(model) computes exactly, with gradients"
+        )
 
 
 def kind(module: nn.Module) -> str:

@@ -280,40 +280,41 @@ def of_int8(
 
 
 def of_rows8(
-    layer: nn.Linear | nn.Conv2d, bias_dtype: torch.dtype
+    layer: nn.Linear | nn.Conv2d, rows_dtype: torch.dtype, bias_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Weight, scales and bias as `ops.linear_rows` reads them. The weight is rounded once, from its own dtype."""
     weight, bias = layer._parameters["weight"], layer._parameters["bias"]
 
     def make() -> Operand:
-        return *ops.quantize_rows(weight.flatten(1)), None if bias is None else cast(bias, bias_dtype)
+        return *ops.quantize_rows(weight.flatten(1), dtype=rows_dtype), None if bias is None else cast(bias, bias_dtype)
 
-    return _operand(layer, ("rows8", bias_dtype), (weight, bias), make)
+    return _operand(layer, ("rows8", rows_dtype, bias_dtype), (weight, bias), make)
 
 
 def of_joined_rows8(
-    layers: tuple[nn.Linear, ...], dtype: torch.dtype, heads: int
+    layers: tuple[nn.Linear, ...], rows_dtype: torch.dtype, bias_dtype: torch.dtype, heads: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """`of_rows8` of layers that are joined as by `of_joined_layers`. dtype: of the bias."""
+    """`of_rows8` of layers that are joined as by `of_joined_layers`."""
     weights, biases = _parameters_of(layers)
 
     def make() -> Operand:
-        return *ops.quantize_rows(_by_heads(weights, heads, weights[0].dtype)), _by_heads(biases, heads, dtype)
+        weight = _by_heads(weights, heads, weights[0].dtype)
+        return *ops.quantize_rows(weight, dtype=rows_dtype), _by_heads(biases, heads, bias_dtype)
 
-    return _operand(layers[0], ("joined rows8", dtype, heads), (*weights, *biases), make)
+    return _operand(layers[0], ("joined rows8", rows_dtype, bias_dtype, heads), (*weights, *biases), make)
 
 
 def of_packed_rows8(
-    layer: nn.Linear, dtype: torch.dtype, parts: int, heads: int
+    layer: nn.Linear, rows_dtype: torch.dtype, bias_dtype: torch.dtype, parts: int, heads: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """`of_rows8` of a layer that is packed as by `of_packed_layer`. dtype: of the bias."""
+    """`of_rows8` of a layer that is packed as by `of_packed_layer`."""
     weight, bias = layer.weight, layer.bias
 
     def make() -> Operand:
-        rows = ops.quantize_rows(_parts_by_heads(weight, parts, heads, weight.dtype))
-        return *rows, _parts_by_heads(bias, parts, heads, dtype)
+        rows = ops.quantize_rows(_parts_by_heads(weight, parts, heads, weight.dtype), dtype=rows_dtype)
+        return *rows, _parts_by_heads(bias, parts, heads, bias_dtype)
 
-    return _operand(layer, ("packed rows8", dtype, heads), (weight, bias), make)
+    return _operand(layer, ("packed rows8", rows_dtype, bias_dtype, heads), (weight, bias), make)
 
 
 def _is_channels_last(weight: torch.Tensor) -> bool:

@@ -97,30 +97,32 @@ def patch(
     with get_ema_multi_avg_fn). Under torch.compile nothing is kept.
 
     precision: "int8" lets convolutions and linear layers of encoders and decoders compute in 8 bit, for inference on a
-    Hopper GPU; the first and the last layer stay exact. Implies frozen. Results differ from exact ones within
-    `error_budget`, on the pictures of the calibration. A call with gradients on or in training mode raises
-    RuntimeError. `load_state_dict` makes the model exact again, and so does a change of its dtype; `deepcopy` and
-    pickle keep 8 bit. On other devices the model computes exactly.
+    Hopper GPU; the first and the last layer stay exact. Results differ from exact ones within `error_budget`, on the
+    pictures of the calibration. `load_state_dict` makes an autoencoder exact again, and so does a change of its dtype.
     calibration: pictures to calibrate 8-bit layers on: a tensor [B, 3, H, W] in [-1, 1], a picture file, a folder, or a
     list of these; None for the bundled photograph. A .safetensors file that `report.save_scales` wrote replaces the
     calibration, and so does `report.calibration` of a model with the same weights.
     error_budget: the largest error by 8 bit. Layers that would exceed it stay exact; the report names them.
 
-    precision: "fp8" lets linear layers in the blocks of UViT, USiT, DiT, SiT and SANA compute in 8-bit floating point,
-    in half precision or under autocast, on a Hopper GPU: the projections of attention, the MLP and the long skips, of
-    SANA also the 1×1 convolutions. Nothing is calibrated. `load_state_dict` keeps this precision. On other devices, and
-    for layers with other channels than multiples of 16, the model computes as without it, and the report says so.
-    `frozen` also keeps the 8-bit weights. In training, the gradients of the layers' inputs are 8-bit products too, and
-    with "fp8-all" also the gradients of the weights.
-    keep: names of layers that stay exact with "fp8", in full, or their last part, such as "fc2".
+    precision: "int8" and "fp8" let linear layers in the blocks of UViT, USiT, DiT, SiT and SANA compute in 8 bit, in
+    half precision or under autocast, on a Hopper GPU: the projections of attention, the MLP and the long skips, of
+    SANA also the 1×1 convolutions. "fp8" rounds to 8-bit floating point; "int8" rounds less. Nothing is calibrated.
+    `load_state_dict` keeps this precision. For layers with other channels than multiples of 16, the model computes as
+    without it, and the report says so. `frozen` also keeps the 8-bit weights. In training, "fp8" computes the gradients
+    of the layers' inputs as 8-bit products too, and "fp8-all" also the gradients of the weights.
+    keep: names of layers of a transformer that stay exact, in full, or their last part, such as "fc2".
+
+    "int8" is for inference and implies frozen: a call with gradients on or in training mode raises RuntimeError. A
+    model or pipeline with an autoencoder and a transformer computes both in int8; to change only one, patch it by
+    itself. `deepcopy` and pickle keep 8 bit. On other devices the model computes exactly, and the report says so.
 
     Returns a report that prints as a table. Raises TypeError for a model or an option of another type. Raises
     ValueError for an unknown operator or precision, for a number of bytes that is not positive, and for frozen=True
-    with weights that FSDP shards; for precision="int8" with pictures that cannot be read, in training mode, with
-    weights on the meta device, with an encoder or decoder that cannot be patched, and without exactly one autoencoder
-    in the model, or in a component of the pipeline at most; for `calibration` or `error_budget` without
-    precision="int8"; for precision="fp8" without a transformer, for a name in `keep` without a layer, and for `keep`
-    without precision="fp8". Raises CheckpointError for scales of other weights.
+    with weights that FSDP shards; for precision="int8" in training mode, without an autoencoder and a transformer, with
+    pictures that cannot be read, and with an autoencoder whose weights are on the meta device, whose encoder or decoder
+    cannot be patched, or that is one of several in the model or a component; for `calibration` or `error_budget`
+    without precision="int8" and an autoencoder; for precision="fp8" without a transformer, for a name in `keep` without
+    a layer, and for `keep` without 8 bit. Raises CheckpointError for scales of other weights.
     """
     components, disabled = _components(model), _disabled(disable)
     if not isinstance(cuda_graphs, bool) and cuda_graphs != "auto":
@@ -131,52 +133,61 @@ def patch(
         _check_bytes("max_memory", max_memory, " or None")
     _check_bytes("graph_memory", graph_memory)
     keep = _check_precision(precision, calibration, error_budget, keep)
-    frozen = frozen or precision == "int8"
+    frozen = frozen or precision == rows8.INT8
     if frozen and any(map(_is_sharded, _modules(model))):
-        option = "precision='int8'" if precision == "int8" else "frozen=True"
+        option = "precision='int8'" if precision == rows8.INT8 else "frozen=True"
         raise ValueError(f"{option}: FSDP shards the weights of this model, and gathers them again in every call")
-    found = {}
-    if precision == "int8":
-        found = precisions.autoencoders({"": model} if components is None else components)
-        with patched(model, disable, cuda_graphs=False, max_memory=max_memory, frozen=True):
-            calibrations = {
-                each: precisions.calibration_of(each, calibration, error_budget)
-                for each in dict.fromkeys(found.values())
-            }
-        found = {name: (each, calibrations[each]) for name, each in found.items()}
-    options = disabled, cuda_graphs, max_memory, frozen, Budget(graph_memory)
     if components is not None and not components:
         return Report(note=f"{type(model).__name__} has no component that is a module: nothing was patched.")
     modules = {"": model} if components is None else components
-    if precision in rows8.PRECISIONS:
-        with patched(model, disable, cuda_graphs=False):
-            precisions.check_rows8(modules.values(), precision, keep)
+    found, calibrations = {}, {}
+    if precision == rows8.INT8:
+        found = precisions.autoencoders(modules)
+        if not found and (calibration is not None or error_budget != DEFAULT_BUDGET):
+            raise ValueError("calibration and error_budget are for a DC-AE with encoder and decoder: found none")
+    if precision != "exact":
+        with patched(model, disable, cuda_graphs=False, max_memory=max_memory, frozen=frozen):
+            precisions.check_rows8(modules.values(), precision, keep, bool(found))
+            for each in found.values():
+                if each not in calibrations:
+                    calibrations[each] = precisions.calibration_of(each, calibration, error_budget)
+    options = disabled, cuda_graphs, max_memory, frozen, Budget(graph_memory)
     keeps_classes = cuda_graphs is False if components is None else cuda_graphs is not True
     made = {}  # two components may be the same module
     for name, each in modules.items():
         if each not in made:
-            made[each] = _patch(each, *options, *found.get(name, ()), keeps_classes=keeps_classes)
+            autoencoder = found.get(name)
+            made[each] = _patch(each, *options, autoencoder, calibrations.get(autoencoder), keeps_classes=keeps_classes)
+            if precision != "exact":
+                _set_rows8(each, made[each], precision, keep)
     reports = {name: made[each] for name, each in modules.items()}
-    if precision in rows8.PRECISIONS:
-        for name, report in reports.items():
-            report.precision, report.in_float8 = precisions.set_rows8(modules[name], precision, keep)
     return reports[""] if components is None else Report.of_components(reports)
+
+
+def _set_rows8(model: nn.Module, report: Report, precision: str, keep: tuple[str, ...]) -> None:
+    """Let the linear layers of transformers in a patched model compute in 8 bit, and report it."""
+    text, in_8_bit = precisions.set_rows8(model, precision, keep)
+    report.precision = "\n".join(filter(None, (report.precision, text)))
+    if precision == rows8.INT8:
+        report.in_int8 |= in_8_bit
+    else:
+        report.in_float8 |= in_8_bit
 
 
 def _check_precision(precision: Any, calibration: Any, error_budget: Any, keep: Any) -> tuple[str, ...]:
     """Raises ValueError or TypeError unless the arguments of `patch` fit together. Returns keep."""
-    known = "exact", "int8", *rows8.PRECISIONS
+    known = "exact", *rows8.TYPES
     if precision not in known:
         raise ValueError(f"precision={precision!r}; expected one of {known}")
     if not isinstance(error_budget, ErrorBudget):
         raise TypeError(f"error_budget={error_budget!r}; expected a dcae_fast.ErrorBudget")
-    if precision != "int8" and (calibration is not None or error_budget != DEFAULT_BUDGET):
+    if precision != rows8.INT8 and (calibration is not None or error_budget != DEFAULT_BUDGET):
         raise ValueError(f"calibration and error_budget are for precision='int8', and precision is {precision!r}")
     names = tuple(keep) if isinstance(keep, Iterable) and not isinstance(keep, str) else (None,)
     if not all(isinstance(name, str) for name in names):
         raise TypeError(f"keep={keep!r}; expected names of layers")
-    if names and precision not in rows8.PRECISIONS:
-        raise ValueError(f"keep is for precision='fp8', and precision is {precision!r}")
+    if names and precision == "exact":
+        raise ValueError("keep is for a precision of 8 bit, and precision is 'exact'")
     return names
 
 

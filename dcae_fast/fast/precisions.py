@@ -1,5 +1,5 @@
 """`patch(model, precision=...)`. "int8": finds autoencoders, calibrates them, and lets their layers compute in 8 bit.
-"fp8": lets the linear layers of transformers compute in 8-bit floating point.
+"int8", "fp8", "fp8-all": lets the linear layers of transformers compute with 8-bit rows.
 """
 
 from collections import Counter
@@ -20,7 +20,7 @@ CODERS = "encoder", "decoder"  # modules of an autoencoder
 
 
 def autoencoders(components: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """The autoencoder in each component that has one. Raises ValueError if none has one, or a component several."""
+    """The autoencoder in each component that has one. Raises ValueError if a component has several."""
     found = {}
     for name, component in components.items():
         inside = [module for module in component.modules() if _is_autoencoder(module)]
@@ -28,8 +28,6 @@ def autoencoders(components: dict[str, nn.Module]) -> dict[str, nn.Module]:
             raise ValueError(f"precision='int8': {name or 'the model'} has several autoencoders; patch each by itself")
         if inside:
             found[name] = inside[0]
-    if not found:
-        raise ValueError("precision='int8': the model has no DC-AE with encoder and decoder")
     return found
 
 
@@ -38,13 +36,17 @@ def _is_autoencoder(module: nn.Module) -> bool:
     return len(mixins) == len(CODERS) and all(mixin is not None and issubclass(mixin, Coder) for mixin in mixins)
 
 
+def _check_eval(modules: Iterable[nn.Module]) -> None:
+    if any(module.training for module in modules):
+        raise ValueError("precision='int8' is for inference, and the model is in training mode: call model.eval()")
+
+
 def calibration_of(autoencoder: nn.Module, source: Any, budget: ErrorBudget) -> Calibration | None:
     """The calibration of a patched autoencoder; None on a device without 8-bit kernels, unless it was made elsewhere.
 
     source: the argument `calibration` of `patch`. Raises ValueError for a model that cannot be calibrated.
     """
-    if any(module.training for module in autoencoder.modules()):
-        raise ValueError("precision='int8' is for inference, and the model is in training mode: call model.eval()")
+    _check_eval(autoencoder.modules())
     weight = next(autoencoder.parameters())
     if weight.is_meta:
         raise ValueError("precision='int8': the weights are on the meta device: patch the model, then offload it")
@@ -85,22 +87,28 @@ def set_int8(autoencoder: nn.Module, calibration: Calibration | None) -> tuple[s
     return "\n".join(lines), in_int8
 
 
-def check_rows8(modules: Iterable[nn.Module], precision: str, keep: Collection[str]) -> None:
-    """Raises ValueError if patched modules have no layer for 8-bit floating point, or a name in `keep` none."""
-    names = [name for module in modules for name, _ in rows8.candidates(module)]
-    if not names:
+def check_rows8(modules: Iterable[nn.Module], precision: str, keep: Collection[str], has_autoencoder: bool) -> None:
+    """Raises ValueError if patched modules cannot compute in this precision, or if a name in `keep` has no layer.
+
+    has_autoencoder: whether an autoencoder computes in this precision, so that the model needs no transformer.
+    """
+    layers = [candidate for module in modules for candidate in rows8.candidates(module)]
+    if not layers and not has_autoencoder:
+        in_int8 = "no DC-AE with encoder and decoder, and " if precision == rows8.INT8 else ""
         raise ValueError(
-            f"precision={precision!r}: the model has no block of UViT, USiT, DiT, SiT or SANA that is patched"
+            f"precision={precision!r}: the model has {in_int8}no block of UViT, USiT, DiT, SiT or SANA that is patched"
         )
-    unknown = [kept for kept in keep if not any(rows8.is_named(name, kept) for name in names)]
+    unknown = [kept for kept in keep if not any(rows8.is_named(name, kept) for name, _ in layers)]
     if unknown:
-        kinds = sorted({rows8.last_part(name) for name in names})
+        kinds = sorted({rows8.last_part(name) for name, _ in layers})
         raise ValueError(f"keep: there is no layer {', '.join(unknown)}; expected full names, or some of {kinds}")
+    if precision == rows8.INT8:
+        _check_eval(layer for _, layer in layers)
 
 
 def set_rows8(model: nn.Module, precision: str, keep: Collection[str]) -> tuple[str, bool]:
-    """Let the linear layers of a patched model compute in 8-bit floating point. Returns what the report says about it,
-    empty if there are none, and whether layers compute in 8 bit on the present device.
+    """Let the linear layers of a patched model compute with 8-bit rows. Returns what the report says about it, empty if
+    there are none, and whether layers compute in 8 bit on the present device.
 
     keep: names of layers that stay exact, see `rows8.mark`.
     """

@@ -1,13 +1,14 @@
-"""Linear layers and 1×1 convolutions of diffusion transformers that compute in 8-bit floating point: which can, which
-do, and their forward.
+"""Linear layers and 1×1 convolutions of diffusion transformers that compute in 8 bit: which can, which do, and their
+forward.
 
 A layer computes in 8 bit if it has the attribute `operands.ROWS8`, the name of a precision. `patch` sets it. Copies
 and pickles of the layer keep it, and so does `load_state_dict`, since nothing is calibrated; it is no part of
 `state_dict`. The layer's input is rounded by the kernel that produces the input, with one scale for each token; its
-weight is rounded with one scale for each output channel. See ops/quantize_rows.py and ops/linear_rows.py.
+weight is rounded with one scale for each output channel. See ops/quantize_rows.py and ops/linear_rows.py. int8.py has
+the layers of autoencoders, which compute with the scales of a calibration.
 
 8 bit needs a Hopper GPU, half precision or autocast, channels in multiples of 16, and a layer without hooks. Elsewhere
-the layer computes as `patch(model)` lets it.
+the layer computes as `patch(model)` lets it. int8 is for inference only.
 """
 
 from collections.abc import Collection, Iterator
@@ -20,10 +21,11 @@ from dcae_fast.ops._library import HALVES, HAS_TRITON, INTERPRETED, is_hopper
 
 from . import operands
 from .fusion import autocasts
-from .module import FastModule, plain
+from .module import FastModule, check_inference, plain
 
+INT8 = "int8"
 EVERYTHING = "fp8-all"  # in training, the gradients of weights are 8-bit products too
-PRECISIONS = ("fp8", EVERYTHING)
+TYPES = {INT8: torch.int8, "fp8": torch.float8_e4m3fn, EVERYTHING: torch.float8_e4m3fn}  # precision → of the rows
 MULTIPLE = 16  # of the channels
 Rows = tuple[torch.Tensor, torch.Tensor]  # 8-bit rows and their scales
 Product = nn.Linear | nn.Conv2d  # see `is_product`
@@ -75,11 +77,21 @@ def last_part(name: str) -> str:
 
 
 def precision_of(layer: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> str | None:
-    """The precision in which a layer computes for tokens like x, None for that of the model. dtype: of the result."""
+    """The precision in which a layer computes for tokens like x, None for that of the model. dtype: of the result.
+
+    Raises RuntimeError for int8 in training mode and where gradients are on.
+    """
     precision = operands.mark_of(layer, operands.ROWS8)
+    if precision == INT8:
+        check_inference(layer)
     if precision is None or dtype not in HALVES or not runs_on(x.device) or x.numel() == 0 or not plain(layer):
         return None
     return precision if layer.weight.dtype == x.dtype or autocasts(x) else None
+
+
+def type_of(layer: nn.Module) -> torch.dtype:
+    """The type of the rows of a layer that computes in 8 bit."""
+    return TYPES[operands.mark_of(layer, operands.ROWS8)]
 
 
 def infers(layer: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> bool:
@@ -109,15 +121,16 @@ def linear(
 
     dtype: of the result without a residual; with one the result has the type of the residual.
     """
-    rows = x if isinstance(x, tuple) else ops.quantize_rows(x, act)
+    rows = x if isinstance(x, tuple) else ops.quantize_rows(x, act, type_of(layer))
     dtype = dtype if residual is None else residual.dtype
-    weight, weight_scale, bias = operands.of_rows8(layer, dtype if dtype in HALVES else torch.bfloat16)
+    of_bias = dtype if dtype in HALVES else torch.bfloat16
+    weight, weight_scale, bias = operands.of_rows8(layer, rows[0].dtype, of_bias)
     return ops.linear_rows(*rows, weight, weight_scale, bias, residual, dtype)
 
 
 def joined(layers: tuple[nn.Linear, ...], rows: Rows, dtype: torch.dtype, heads: int) -> torch.Tensor:
     """The results of several linear layers that all `infer`, in the order of `operands.of_joined_layers`."""
-    weight, weight_scale, bias = operands.of_joined_rows8(layers, dtype, heads)
+    weight, weight_scale, bias = operands.of_joined_rows8(layers, rows[0].dtype, dtype, heads)
     return ops.linear_rows(*rows, weight, weight_scale, bias, None, dtype)
 
 
@@ -125,5 +138,5 @@ def norm(layer: Product, x, scale, shift, eps: float, branch, gate, dtype: torch
     """(s, y) as `ops.layer_norm` gives them; y as 8-bit rows if the layer behind the norm `infers`."""
     if not infers(layer, x, dtype):
         return ops.layer_norm(x, scale, shift, eps, branch, gate, dtype)
-    s, *rows = ops.layer_norm_rows(x, scale, shift, eps, branch, gate)
+    s, *rows = ops.layer_norm_rows(x, scale, shift, eps, branch, gate, type_of(layer))
     return s, tuple(rows)

@@ -1,4 +1,4 @@
-"""`patch(model, precision="fp8")`: transformers whose linear layers compute in 8-bit floating point."""
+"""`patch(model, precision="fp8")` and "int8": transformers whose linear layers compute in 8 bit."""
 
 import copy
 import pickle
@@ -15,6 +15,7 @@ from dcae_fast.models import DiT, DiTConfig, UViT, UViTConfig
 from dcae_fast.models.autoencoder import DCAE, CoderConfig, DCAEConfig
 
 SIZES = {"in_channels": 8, "input_size": 4, "depth": 2, "hidden_size": 128, "num_heads": 2, "num_classes": 10}
+INFERENCE = ["fp8", "int8"]
 NETWORKS = {"uvit": (UViT, UViTConfig, 13), "dit": (DiT, DiTConfig, 8)}  # and the number of layers in 8 bit
 
 pytestmark = pytest.mark.skipif(not rows8.runs_on(torch.device(DEVICE)), reason="needs Hopper, or the interpreter")
@@ -65,22 +66,25 @@ def calls_of(model: nn.Module, monkeypatch, **options) -> list[str]:
     return called
 
 
+@pytest.mark.parametrize("precision, limit", [("fp8", 0.1), ("int8", 0.03)])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_the_error_is_that_of_8_bit(name):
+def test_the_error_is_that_of_8_bit(name, precision, limit):
     plain, layers = network(name), NETWORKS[name][2]
     fast = copy.deepcopy(plain)
-    report = dcae_fast.patch(fast, precision="fp8")
-    assert report.in_float8 and f"fp8: {layers} of {layers} linear layers compute in 8 bit" in str(report)
+    report = dcae_fast.patch(fast, precision=precision)
+    assert (report.in_int8, report.in_float8) == (precision == "int8", precision == "fp8")
+    assert f"{precision}: {layers} of {layers} linear layers compute in 8 bit" in str(report)
     exact, in_bf16 = plain(*inputs()).detach(), error(call(plain), plain(*inputs()).detach())
-    assert in_bf16 < error(call(fast), exact) < 0.1
-    assert error(call(fast.to(torch.bfloat16), autocast=False), exact) < 0.1
-    assert in_bf16 / 2 < error(call(fast.to(torch.float16), autocast=False), exact) < 0.1
+    assert in_bf16 < error(call(fast), exact) < limit
+    assert error(call(fast.to(torch.bfloat16), autocast=False), exact) < limit
+    assert in_bf16 / 2 < error(call(fast.to(torch.float16), autocast=False), exact) < limit
 
 
+@pytest.mark.parametrize("precision", INFERENCE)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_product_of_a_block_is_in_8_bit(name, monkeypatch):
+def test_every_product_of_a_block_is_in_8_bit(name, precision, monkeypatch):
     fast, layers = network(name), NETWORKS[name][2]
-    dcae_fast.patch(fast, precision="fp8")
+    dcae_fast.patch(fast, precision=precision)
     called = calls_of(fast, monkeypatch)
     assert called.count("linear_rows") == layers
     assert called.count("linear") == (name == "dit") and not {"norm_attention", "norm_mlp"} & {
@@ -116,11 +120,12 @@ def test_where_it_computes_without_8_bit(monkeypatch):
     assert in_8_bit in calls_of(fast, monkeypatch)
 
 
-def test_other_devices(monkeypatch):
+@pytest.mark.parametrize("precision", INFERENCE)
+def test_other_devices(precision, monkeypatch):
     monkeypatch.setattr(rows8, "runs_on", lambda device: False)
     fast = network()
-    report = dcae_fast.patch(fast, precision="fp8")
-    assert "fp8 needs a Hopper GPU" in str(report) and not report.in_float8
+    report = dcae_fast.patch(fast, precision=precision)
+    assert f"{precision} needs a Hopper GPU" in str(report) and not (report.in_float8 or report.in_int8)
     assert "linear_rows" not in calls_of(fast, monkeypatch)
 
 
@@ -129,9 +134,10 @@ def test_other_widths():
     assert "0 of 13 linear layers" in str(report) and "their channels are no multiples of 16" in str(report)
 
 
-def test_numbers_that_are_not_finite():
+@pytest.mark.parametrize("precision", INFERENCE)
+def test_numbers_that_are_not_finite(precision):
     fast = network()
-    dcae_fast.patch(fast, precision="fp8")
+    dcae_fast.patch(fast, precision=precision)
     x, t, y = inputs()
     x[1, 0, 0, 0] = torch.inf
     with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
@@ -139,9 +145,10 @@ def test_numbers_that_are_not_finite():
     assert out.isfinite().flatten(1).all(1).tolist() == [True, False, True]
 
 
-def test_copies_pickles_and_loading_keep_it():
+@pytest.mark.parametrize("precision", INFERENCE)
+def test_copies_pickles_and_loading_keep_it(precision):
     fast = network()
-    dcae_fast.patch(fast, precision="fp8")
+    dcae_fast.patch(fast, precision=precision)
     expected, state = call(fast), fast.state_dict()
     assert not any("fast" in name for name in state)
     for other in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
@@ -153,21 +160,22 @@ def test_copies_pickles_and_loading_keep_it():
     assert torch.equal(call(fast), expected)
 
 
-def test_unpatching_and_patching_again():
+@pytest.mark.parametrize("precision", INFERENCE)
+def test_unpatching_and_patching_again(precision):
     fast, plain = network(), network()
     in_bf16 = copy.deepcopy(plain)
     dcae_fast.patch(in_bf16)
-    dcae_fast.patch(fast, precision="fp8")
+    dcae_fast.patch(fast, precision=precision)
     in_8_bit = call(fast)
     with dcae_fast.patched(fast):
         assert torch.equal(call(fast), call(in_bf16))
     assert torch.equal(call(fast), in_8_bit)
     dcae_fast.patch(fast)
     assert torch.equal(call(fast), call(in_bf16))
-    with dcae_fast.patched(fast, precision="fp8", keep=["fc2"]):
+    with dcae_fast.patched(fast, precision=precision, keep=["fc2"]):
         assert not torch.equal(call(fast), call(in_bf16))
     assert torch.equal(call(fast), call(in_bf16))
-    dcae_fast.patch(fast, precision="fp8")
+    dcae_fast.patch(fast, precision=precision)
     dcae_fast.unpatch(fast)
     assert torch.equal(call(fast), call(plain))
     assert not any("fast" in key for module in fast.modules() for key in vars(module))
@@ -183,10 +191,13 @@ def test_frozen_weights_are_rounded_once(monkeypatch):
     assert not torch.equal(call(fast), expected)
 
 
-@pytest.mark.parametrize("name, block", [("uvit", "out_blocks.0"), ("dit", "blocks.0")])
-def test_a_block_compiles_as_one_graph(name, block):
+@pytest.mark.parametrize(
+    "name, block, precision",
+    [("uvit", "out_blocks.0", "fp8"), ("uvit", "out_blocks.0", "int8"), ("dit", "blocks.0", "fp8")],
+)
+def test_a_block_compiles_as_one_graph(name, block, precision):
     fast = network(name)
-    dcae_fast.patch(fast, precision="fp8")
+    dcae_fast.patch(fast, precision=precision)
     tokens = torch.randn(2, 18, 128, device=DEVICE)
     args = tokens, tokens.flip(0) if name == "uvit" else tokens[:, 0]
     compiled = torch.compile(fast.get_submodule(block), fullgraph=True, backend="aot_eager")
@@ -199,9 +210,9 @@ def test_compiled_code_follows_patch():
     fast = network("dit")
     block, compiled = fast.blocks[0], torch.compile(fast.blocks[0], backend="eager")
     tokens = torch.randn(2, 18, 128, device=DEVICE)
-    for options in {}, {"precision": "fp8"}, {"precision": "fp8", "keep": ["fc2"]}, {}:
+    for options in {}, {"precision": "fp8"}, {"precision": "int8"}, {"precision": "fp8", "keep": ["fc2"]}, {}:
         dcae_fast.patch(fast, **options)
-        for with_gradients in False, True:
+        for with_gradients in (False,) if "int8" in options.values() else (False, True):
             with torch.set_grad_enabled(with_gradients), torch.autocast(DEVICE, torch.bfloat16):
                 assert error(compiled(tokens, tokens[:, 0]), block(tokens, tokens[:, 0])) < 1e-3
 
@@ -238,7 +249,7 @@ def test_refusals():
     with pytest.raises(ValueError, match="there is no layer fc3; expected full names, or some of \\['fc1', 'fc2'"):
         dcae_fast.patch(model, precision="fp8", keep=["fc2", "fc3"])
     assert not any("fast" in key for module in model.modules() for key in vars(module))
-    with pytest.raises(ValueError, match="keep is for precision='fp8', and precision is 'exact'"):
+    with pytest.raises(ValueError, match="keep is for a precision of 8 bit, and precision is 'exact'"):
         dcae_fast.patch(model, keep=["fc2"])
     with pytest.raises(TypeError, match="keep='fc2'; expected names of layers"):
         dcae_fast.patch(model, precision="fp8", keep="fc2")

@@ -1,4 +1,4 @@
-"""`patch(model, precision="fp8")` of diffusers' SANA transformer."""
+"""`patch(model, precision="fp8")` and "int8" of diffusers' SANA transformer."""
 
 import copy
 
@@ -36,15 +36,16 @@ def called(monkeypatch):
     return count
 
 
-@pytest.mark.parametrize("name", ["sana", "sprint", "other"])
-def test_every_product_of_a_block_is_in_8_bit(name, called):
+@pytest.mark.parametrize(
+    "name, precision", [("sana", "fp8"), ("sprint", "fp8"), ("other", "fp8"), ("sana", "int8"), ("sprint", "int8")]
+)
+def test_every_product_of_a_block_is_in_8_bit(name, precision, called):
     """Queries, keys and values of the self-attention are one product, unless they have norms."""
     plain, fast = build(name)
-    report = dcae_fast.patch(fast, precision="fp8")
-    listed = (
-        "2 to_q, 2 to_v" if DEVICE == "none" else "1 conv_inverted, 1 conv_point, 2 to_k, 2 to_out.0, 2 to_q, 2 to_v"
-    )
-    assert report.in_float8 and f"fp8: 10 of 10 linear layers compute in 8 bit ({listed})" in str(report)
+    report = dcae_fast.patch(fast.eval(), precision=precision)
+    listed = "1 conv_inverted, 1 conv_point, 2 to_k, 2 to_out.0, 2 to_q, 2 to_v"
+    assert report.in_int8 if precision == "int8" else report.in_float8
+    assert f"{precision}: 10 of 10 linear layers compute in 8 bit ({listed})" in str(report)
     with torch.no_grad():
         exact = predict(plain)
         with torch.autocast(DEVICE, torch.bfloat16):
@@ -53,8 +54,8 @@ def test_every_product_of_a_block_is_in_8_bit(name, called):
         assert error(predict(fast.to(torch.bfloat16)), exact) < 0.1
     counts, products = called(fast), 10 if name == "sprint" else 8
     assert counts["linear_rows"] == products and counts["layer_norm_rows"] == 2 and "linear" not in counts
-    # each weight; results of both attentions and of the gated convolution, the input of the queries, the text
-    assert counts["quantize_rows"] == products + 5
+    # results of both attentions and of the gated convolution, the input of the queries, the text; and each weight
+    assert counts["quantize_rows"] == 5 + (products if precision == "fp8" else 0)
 
 
 def test_layers_that_are_kept(called):

@@ -1,4 +1,4 @@
-"""NVlabs/Sana's network: CUDA graphs of whole calls (simulated), and 8-bit floating point."""
+"""NVlabs/Sana's network: CUDA graphs of whole calls (simulated), and 8 bit."""
 
 import copy
 import sys
@@ -92,13 +92,14 @@ def error(got: torch.Tensor, exact: torch.Tensor) -> float:
 
 @in_8_bit
 @pytest.mark.parametrize("with_norms", [False, True])
-@pytest.mark.parametrize("frozen", [False, True])
-def test_every_product_of_a_block_is_in_8_bit(with_norms, frozen, monkeypatch):
-    plain, given, called = build(with_norms), inputs(), []
+@pytest.mark.parametrize("precision, frozen", [("fp8", False), ("fp8", True), ("int8", True)])
+def test_every_product_of_a_block_is_in_8_bit(with_norms, precision, frozen, monkeypatch):
+    plain, given, called = build(with_norms).eval(), inputs(), []
     fast = copy.deepcopy(plain)
-    report = dcae_fast.patch(fast, precision="fp8", frozen=frozen)
+    report = dcae_fast.patch(fast, precision=precision, frozen=frozen)
     listed = "2 inverted_conv.conv, 2 kv_linear, 2 point_conv.conv, 4 proj, 2 q_linear, 2 qkv"
-    assert report.in_float8 and f"fp8: 14 of 14 linear layers compute in 8 bit ({listed})" in str(report)
+    assert report.in_int8 if precision == "int8" else report.in_float8
+    assert f"{precision}: 14 of 14 linear layers compute in 8 bit ({listed})" in str(report)
     for name in ("linear_rows", "linear"):
         run = getattr(ops, name)
         monkeypatch.setattr(ops, name, lambda *args, run=run, name=name: called.append(name) or run(*args))

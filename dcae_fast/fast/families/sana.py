@@ -218,7 +218,7 @@ def text_attention(attn: nn.Module, x: torch.Tensor, text: torch.Tensor, mask: t
     to_q, *of_text = queries_of(attn)
     dtype = compute_dtype(text)
     if all(rows8.infers(layer, text, dtype) for layer in of_text):
-        rows = ops.quantize_rows(text)
+        rows = ops.quantize_rows(text, dtype=rows8.type_of(of_text[0]))
         k, v = (rows8.linear(layer, rows, dtype) for layer in of_text)
     else:
         k, v = (linear(layer, text) for layer in of_text)

@@ -181,7 +181,7 @@ def packed_by_heads(attn: nn.Module, x: torch.Tensor | rows8.Rows, dtype: torch.
     layer, norms, in_8_bit = attn.qkv, (attn.q_norm, attn.k_norm), isinstance(x, tuple)
     if all(type(norm) is nn.Identity for norm in norms) and unobserved(*norms):
         if in_8_bit:
-            weight, scales, bias = operands.of_packed_rows8(layer, dtype, 3, attn.heads)
+            weight, scales, bias = operands.of_packed_rows8(layer, x[0].dtype, dtype, 3, attn.heads)
             return ops.linear_rows(*x, weight, scales, bias, None, dtype)
         if is_linear(layer, x):
             packed = operands.of_packed_layer(layer, compute_dtype(x), 3, attn.heads)

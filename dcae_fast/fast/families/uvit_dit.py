@@ -232,7 +232,7 @@ def long_skip(layer: nn.Module, x: torch.Tensor, skip: torch.Tensor) -> torch.Te
         return layer(torch.cat([x, skip], dim=-1))
     dtype = compute_dtype(x)
     if rows8.infers(layer, x, dtype):
-        return rows8.linear(layer, ops.concatenate_rows(x, skip), dtype)
+        return rows8.linear(layer, ops.concatenate_rows(x, skip, rows8.type_of(layer)), dtype)
     return linear(layer, ops.concatenate(x, skip, dtype))
 
 

@@ -76,12 +76,14 @@ class DiffusionRecipe(Recipe):
     precision: Literal["float32", "bfloat16", "float16", "fp8", "fp8-all"] = "bfloat16"
     """precision of matrix products, by autocast; weights are float32. float16 uses loss scaling. fp8: on a Hopper GPU,
     the blocks compute linear layers and the gradients of their inputs in 8 bit, all else in bfloat16; fp8-all: also the
-    gradients of their weights"""
+    gradients of their weights. int8 is for inference only"""
     ema_decay: float | None = 0.9999
     """decay of the moving average of the weights, smaller in the first steps; None: no average"""
 
     def __post_init__(self):
         super().__post_init__()
+        if self.precision == "int8":
+            raise ValueError(f"precision='int8' is for inference only; expected one of {FP8} to train in 8 bit")
         names = "num_inference_steps", "lr", "weight_decay", "warmup_steps", "warmup_lr"
         check_least(self, dict.fromkeys(names, 0) | {"num_inference_steps": 1})
         check_update(self)

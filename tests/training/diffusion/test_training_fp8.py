@@ -155,6 +155,13 @@ def test_precisions_do_not_mix(folder, monkeypatch, precision):
         train(replace(UVIT, precision=precision), run, CPU)
 
 
+def test_int8_is_refused():
+    with pytest.raises(
+        ValueError, match="precision='int8' is for inference only; expected one of \\('fp8', 'fp8-all'\\)"
+    ):
+        replace(UVIT, precision="int8")
+
+
 def test_a_device_without_8_bit(folder, monkeypatch, capsys):
     monkeypatch.setattr(rows8, "runs_on", lambda device: False)
     got = trained(replace(UVIT, precision="fp8"), in_8_bit(folder / "without"))
