@@ -10,8 +10,8 @@ AUTOTUNED = (*COMPILED, "plain + torch.compile, max-autotune")
 TRAINED = (*COMPILED, "patched + torch.compile")
 SAMPLED = ("eager", "patched", "patched + CUDA graphs")
 ALL = (*TRAINED, "patched + CUDA graphs")
-FP8_SAMPLED = ("patched, fp8 + CUDA graphs", "torchao fp8, by row")
-FP8 = ("patched, fp8", "torchao fp8, by row", "torchao fp8, by tensor")
+SAMPLED_IN_8_BIT = ("patched, fp8 + CUDA graphs", "patched, int8 + CUDA graphs")
+INFERRED_IN_8_BIT = ("patched, fp8", "patched, int8", "torchao fp8, by row", "torchao fp8, by tensor")
 TRAINED_IN_8_BIT = (
     "patched, fp8", "patched, fp8-all", "torchao tensorwise", "torchao rowwise", "torchao rowwise_with_gw_hp",
 )  # fmt: skip
@@ -44,10 +44,10 @@ def _each(names: str, work: str, batch: int, contenders: tuple[str, ...], **opti
 NETWORK_WORKLOADS: dict[str, list[NetworkWorkload]] = {  # by part
     "transformer": [
         NetworkWorkload("uvit-h-f8p2", "forward", 128, SAMPLED),
-        NetworkWorkload("uvit-h-f32", "forward", 512, (*AUTOTUNED, *FP8)),
-        NetworkWorkload("uvit-h-f64", "forward", 2048, (*ALL, AUTOTUNED[-1], *FP8)),
+        NetworkWorkload("uvit-h-f32", "forward", 512, (*AUTOTUNED, *INFERRED_IN_8_BIT)),
+        NetworkWorkload("uvit-h-f64", "forward", 2048, (*ALL, AUTOTUNED[-1], *INFERRED_IN_8_BIT)),
         NetworkWorkload("dit-xl-f8p2", "forward", 128),
-        NetworkWorkload("dit-xl-f32", "forward", 512, (*ALL, AUTOTUNED[-1], *FP8)),
+        NetworkWorkload("dit-xl-f32", "forward", 512, (*ALL, AUTOTUNED[-1], *INFERRED_IN_8_BIT)),
         NetworkWorkload("dit-xl-f64", "forward", 2048),
         NetworkWorkload("uvit-2b-f8p2", "forward", 32),
         NetworkWorkload("uvit-2b-f32", "forward", 128),
@@ -64,16 +64,18 @@ NETWORK_WORKLOADS: dict[str, list[NetworkWorkload]] = {  # by part
         NetworkWorkload("uvit-2b-f64", "training", 512, checkpointed=True),
     ],
     "sampling": [
-        NetworkWorkload("uvit-h-f64", "step", 16, (*ALL, "patched, without graphs", *FP8_SAMPLED)),
+        NetworkWorkload(
+            "uvit-h-f64", "step", 16, (*ALL, "patched, without graphs", *SAMPLED_IN_8_BIT, INFERRED_IN_8_BIT[2])
+        ),
         *_each("uvit-h-f8p2 uvit-h-f32 uvit-2b-f64 dit-xl-f8p2 dit-xl-f32 dit-xl-f64", "step", 16, SAMPLED),
-        NetworkWorkload("uvit-h-f64", "samples", 16, (*SAMPLED, "patched, fp8 + CUDA graphs")),
+        NetworkWorkload("uvit-h-f64", "samples", 16, (*SAMPLED, *SAMPLED_IN_8_BIT)),
         *_each("uvit-h-f32 uvit-2b-f64 dit-xl-f32", "samples", 16, SAMPLED),
     ],
     "loss-curve": [NetworkWorkload("uvit-s-f32c64", "loss", 256, CURVES)],
 }
 
 NETWORK_REHEARSAL: dict[str, list[NetworkWorkload]] = {  # for machines without a GPU
-    "transformer": _each("uvit-tiny-f64 dit-tiny-f32", "forward", 2, (*SAMPLED, "patched, fp8")),
+    "transformer": _each("uvit-tiny-f64 dit-tiny-f32", "forward", 2, (*SAMPLED, *INFERRED_IN_8_BIT[:2])),
     "training": [
         *_each("uvit-tiny-f64 dit-tiny-f64", "training", 2, (*PAIR, *TRAINED_IN_8_BIT[:2])),
         *_each("uvit-tiny-f64 dit-tiny-f64", "training", 2, PAIR, checkpointed=True),

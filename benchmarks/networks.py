@@ -81,14 +81,12 @@ def patched_and_compiled(model: UViT | DiT, workload: NetworkWorkload) -> None:
     compiled(model, workload)
 
 
-def patched_in_fp8(model: UViT | DiT, workload: NetworkWorkload, cuda_graphs: bool | str = "auto") -> None:
+def patched_in_8_bit(
+    model: UViT | DiT, workload: NetworkWorkload, precision: str = "fp8", cuda_graphs: bool | str = "auto"
+) -> None:
     """In inference, with 8-bit weights that are rounded once, as torchao's are."""
     frozen = workload.work not in ("training", "loss")
-    dcae_fast.patch(model, precision="fp8", frozen=frozen, cuda_graphs=cuda_graphs)
-
-
-def patched_in_fp8_with_graphs(model: UViT | DiT, workload: NetworkWorkload) -> None:
-    patched_in_fp8(model, workload, cuda_graphs=True)
+    dcae_fast.patch(model, precision=precision, frozen=frozen, cuda_graphs=cuda_graphs)
 
 
 def torchao(model: UViT | DiT, workload: NetworkWorkload, granularity: str) -> None:
@@ -122,6 +120,11 @@ class Contender:
     seed: int = 0
 
 
+def patched_in(precision: str, cuda_graphs: bool | str = "auto") -> Contender:
+    prepare = functools.partial(patched_in_8_bit, precision=precision, cuda_graphs=cuda_graphs)
+    return Contender(prepare, in_8_bit=True)
+
+
 CONTENDERS = {
     "eager": Contender(contenders.leave, original=True),
     "torch.compile": Contender(compiled, original=True),
@@ -131,8 +134,10 @@ CONTENDERS = {
     "patched + torch.compile": Contender(patched_and_compiled),
     "patched, without graphs": Contender(contenders.patched_without_graphs),
     "patched + CUDA graphs": Contender(contenders.patched_with_graphs),
-    "patched, fp8": Contender(patched_in_fp8, in_8_bit=True),
-    "patched, fp8 + CUDA graphs": Contender(patched_in_fp8_with_graphs, in_8_bit=True),
+    "patched, fp8": patched_in("fp8"),
+    "patched, fp8 + CUDA graphs": patched_in("fp8", cuda_graphs=True),
+    "patched, int8": patched_in("int8"),
+    "patched, int8 + CUDA graphs": patched_in("int8", cuda_graphs=True),
     "torchao fp8, by row": Contender(functools.partial(torchao, granularity="PerRow"), in_8_bit=True),
     "torchao fp8, by tensor": Contender(functools.partial(torchao, granularity="PerTensor"), in_8_bit=True),
     "patched, fp8-all": Contender(float8.patched_everything, in_8_bit=True),

@@ -27,6 +27,7 @@ COLOURS = {
     "patched + torch.compile": "#e6c35c",
     "patched, fp8": "#6a9f58",
     "patched, fp8-all": "#3f7a4a",
+    "patched, int8": "#8b6bb1",
 }
 GREY = "#444444"
 STYLE = {

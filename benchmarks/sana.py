@@ -19,7 +19,7 @@ from dcae_fast.training.engine.parallel import apply_compile
 from . import contenders, networks, training
 from .autoencoder import FP32_ERROR
 from .ceilings import Ceilings
-from .sana_workloads import BY_BLOCK, FP8, FROZEN, GRAPHS, REDUCED, SanaWorkload
+from .sana_workloads import BY_BLOCK, FP8, FROZEN, GRAPHS, INT8, REDUCED, SanaWorkload
 from .transformer import add_rates, interleaved
 
 TOKENS, STEPS = 300, 20  # of a text; of a pipeline's sampler
@@ -60,6 +60,7 @@ PREPARE: dict[str, Callable[[nn.Module], object]] = {
     GRAPHS: lambda model: dcae_fast.patch(model, cuda_graphs=True),
     FROZEN: lambda model: dcae_fast.patch(model, cuda_graphs=True, frozen=True),
     FP8: lambda model: dcae_fast.patch(model, precision="fp8", frozen=True),
+    INT8: lambda model: dcae_fast.patch(model, precision="int8"),
 }
 
 

@@ -6,7 +6,7 @@ import torch
 
 BY_BLOCK, REDUCED = "torch.compile, by block", "torch.compile, reduce-overhead"
 GRAPHS, FROZEN = "patched + CUDA graphs", "patched, frozen + CUDA graphs"
-FP8 = "patched, fp8"  # and frozen
+FP8, INT8 = "patched, fp8", "patched, int8"  # and frozen
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class SanaWorkload:
 
 
 SANA_WORKLOADS = [
-    SanaWorkload("1600m", "forward", 2, 1024, ("eager", BY_BLOCK, REDUCED, "patched", GRAPHS, FROZEN, FP8)),
-    SanaWorkload("1600m", "forward", 8, 1024, ("eager", BY_BLOCK, "patched", FROZEN, FP8)),
-    SanaWorkload("1600m", "forward", 2, 4096, ("eager", BY_BLOCK, "patched", FROZEN, FP8)),
+    SanaWorkload("1600m", "forward", 2, 1024, ("eager", BY_BLOCK, REDUCED, "patched", GRAPHS, FROZEN, FP8, INT8)),
+    SanaWorkload("1600m", "forward", 8, 1024, ("eager", BY_BLOCK, "patched", FROZEN, FP8, INT8)),
+    SanaWorkload("1600m", "forward", 2, 4096, ("eager", BY_BLOCK, "patched", FROZEN, FP8, INT8)),
     SanaWorkload("1600m", "training", 8, 1024, ("eager", BY_BLOCK, "patched", "patched + torch.compile")),
     SanaWorkload("1600m", "pipeline", 1, 1024, ("eager", BY_BLOCK, "patched", GRAPHS, FROZEN)),
 ]
