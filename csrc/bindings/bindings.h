@@ -12,6 +12,7 @@ namespace dcae_fast {
 using MaybeTensor = std::optional<at::Tensor>;
 using FiveTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
+void bind_autocast(pybind11::module_& module);
 void bind_block_halves(pybind11::module_& module);
 void bind_convolution(pybind11::module_& module);
 void bind_image_operators(pybind11::module_& module);
@@ -19,6 +20,9 @@ void bind_product(pybind11::module_& module);
 void bind_scaled_product(pybind11::module_& module);
 void bind_signature(pybind11::module_& module);
 void bind_token_operators(pybind11::module_& module);
+
+// In autocast.cpp; block_halves.cpp calls it too.
+at::Tensor autocast_cast(const at::Tensor& weight, at::ScalarType dtype);
 
 // Operators of token_operators.cpp, which block_halves.cpp calls too.
 std::tuple<at::Tensor, at::Tensor> packed_attention(const at::Tensor& qkv, int64_t num_heads);

@@ -16,10 +16,14 @@ namespace {
 using FourTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using SixTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-// y · weightᵀ with the plan's epilogue. Weight and bias are converted to the types that the plan takes.
+// y · weightᵀ with the plan's epilogue. Weight and bias are converted to the types that the plan takes. Autocast keeps
+// the copies in inference.
 std::vector<at::Tensor> linear(const BoundProductPlan& plan, const at::Tensor& y, const at::Tensor& weight,
-                               const MaybeTensor& bias, const MaybeTensor& residual) {
-  return plan(y, weight.to(plan.dtype), bias ? MaybeTensor(bias->to(plan.out_dtype)) : bias, residual);
+                               const MaybeTensor& bias, const MaybeTensor& residual, bool trains) {
+  const auto cast = [&](const at::Tensor& x, at::ScalarType dtype) {
+    return trains ? x.to(dtype) : autocast_cast(x, dtype);
+  };
+  return plan(y, cast(weight, plan.dtype), bias ? MaybeTensor(cast(*bias, plan.out_dtype)) : bias, residual);
 }
 
 at::Tensor linear_backward_input(const BoundProductPlan& plan, const at::Tensor& dy, const at::Tensor& weight) {
@@ -38,14 +42,14 @@ std::tuple<at::Tensor, at::Tensor> linear_backward_weight(const BoundProductPlan
 SixTensors norm_attention(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& shift, double eps,
                           const MaybeTensor& branch, const MaybeTensor& gate, at::ScalarType dtype,
                           const at::Tensor& w_in, const MaybeTensor& b_in, const at::Tensor& w_out,
-                          const MaybeTensor& b_out, bool residual, int64_t num_heads, const BoundProductPlan& in_plan,
-                          const BoundProductPlan& out_plan) {
+                          const MaybeTensor& b_out, bool residual, int64_t num_heads, bool trains,
+                          const BoundProductPlan& in_plan, const BoundProductPlan& out_plan) {
   const auto [total, y] = layer_norm(x, scale, shift, eps, branch, gate, dtype);
   const MaybeTensor added = residual ? MaybeTensor(branch ? total : x) : std::nullopt;
   const c10::cuda::CUDAGuard guard(x.device());
-  const at::Tensor qkv = linear(in_plan, y, w_in, b_in, std::nullopt)[0];
+  const at::Tensor qkv = linear(in_plan, y, w_in, b_in, std::nullopt, trains)[0];
   const auto [attended, lse] = packed_attention(qkv, num_heads);
-  const at::Tensor out = linear(out_plan, attended, w_out, b_out, added)[0];
+  const at::Tensor out = linear(out_plan, attended, w_out, b_out, added, trains)[0];
   return {out, total, y, qkv, attended, lse};
 }
 
@@ -73,8 +77,9 @@ FourTensors norm_mlp(const at::Tensor& x, const at::Tensor& scale, const at::Ten
   const auto [total, y] = layer_norm(x, scale, shift, eps, branch, gate, dtype);
   const MaybeTensor added = residual ? MaybeTensor(branch ? total : x) : std::nullopt;
   const c10::cuda::CUDAGuard guard(x.device());
-  const std::vector<at::Tensor> hidden = linear(in_plan, y, w_in, b_in, std::nullopt);  // gelu(h); h if it is kept
-  const at::Tensor out = linear(out_plan, hidden[0], w_out, b_out, added)[0];
+  // gelu(h), and h if it is kept
+  const std::vector<at::Tensor> hidden = linear(in_plan, y, w_in, b_in, std::nullopt, trains);
+  const at::Tensor out = linear(out_plan, hidden[0], w_out, b_out, added, trains)[0];
   if (trains) return {out, total, y, hidden.at(1)};
   return {out, total, y.new_empty(0), y.new_empty(0)};
 }

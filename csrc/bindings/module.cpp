@@ -4,6 +4,7 @@
 #include "bindings.h"
 
 PYBIND11_MODULE(_C, module) {
+  dcae_fast::bind_autocast(module);
   dcae_fast::bind_image_operators(module);
   dcae_fast::bind_signature(module);
   dcae_fast::bind_token_operators(module);

@@ -1,6 +1,5 @@
-// Operators of tokens: softmax attention of packed q, k and v, layer norm, GELU's gradient; and casts under autocast.
+// Operators of tokens: softmax attention of packed q, k and v, layer norm, GELU's gradient.
 
-#include <ATen/autocast_mode.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -106,12 +105,6 @@ FiveTensors layer_norm_backward(const at::Tensor& dy, const MaybeTensor& dsum, c
   return {dx, sum_like(scale, 0), sum_like(scale, 1), dbranch, branch ? sum_like(*gate, 2) : none()};
 }
 
-at::Tensor autocast_cast(const at::Tensor& x, at::ScalarType dtype) {
-  const auto device = x.device().type();
-  const bool is_cast = at::autocast::is_autocast_enabled(device) && x.scalar_type() == at::kFloat;
-  return is_cast ? at::autocast::cached_cast(dtype, x, device) : x.to(dtype);
-}
-
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor> packed_attention(const at::Tensor& qkv, int64_t num_heads) {
@@ -186,8 +179,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> gelu_backward(const at::Tensor& d
 void bind_token_operators(pybind11::module_& module) {
   namespace py = pybind11;
   // Releases the GIL: a thread that clears autocast's cache holds the cache's lock while it waits for the GIL.
-  module.def("autocast_cast", &autocast_cast, py::arg("x"), py::arg("dtype"), py::call_guard<py::gil_scoped_release>(),
-             "x in `dtype`. Under autocast a parameter is cast once, and the result kept until autocast ends.");
   module.def("packed_attention", &packed_attention, py::arg("qkv"), py::arg("num_heads"),
              "Softmax attention of packed q, k and v, and the logarithm of the softmax's denominator.");
   module.def("packed_attention_backward", &packed_attention_backward, py::arg("dout"), py::arg("qkv"), py::arg("out"),

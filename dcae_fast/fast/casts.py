@@ -13,11 +13,12 @@ from dcae_fast.ops._private import CAST_OPERATOR, TorchDispatchMode, copy_each
 
 def cast(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """weight in this dtype. Autocast keeps the cast of a float32 parameter that requires a gradient until autocast
-    ends, as it does for PyTorch's own layers. During the capture of a graph, which may live longer, nothing is kept.
+    ends, as it does for PyTorch's own layers, or the parameter changes. During the capture of a graph, which may live
+    longer, and on streams other than the default one nothing is kept.
     """
     if weight.dtype == dtype:
         return weight
-    if torch.compiler.is_compiling() or not weight.is_cuda or torch.cuda.is_current_stream_capturing():
+    if torch.compiler.is_compiling() or not weight.is_cuda:
         return weight.to(dtype)
     extension = cuda_extension()
     return weight.to(dtype) if extension is None else extension.autocast_cast(weight, dtype)

@@ -183,11 +183,12 @@ def of_layer(
     """Weight and bias of a product in this dtype.
 
     sum_dtype: of the residual that is added within the product; the bias has it then. Where gradients are on, float32
-    parameters stay float32: the product rounds them, and their gradients are not rounded.
+    parameters stay float32: the product rounds them, and their gradients are not rounded. They stay float32 in compiled
+    code too, because that would cast them in each call, while the product lets autocast keep the casts.
     """
     parameters = layer._parameters
     weight, bias = parameters["weight"], parameters["bias"]
-    if weight.dtype == torch.float32 and torch.is_grad_enabled():
+    if weight.dtype == torch.float32 and (torch.is_grad_enabled() or torch.compiler.is_compiling()):
         return _aligned(weight), bias
     bias_dtype = sum_dtype or dtype
     if weight.dtype == dtype and (bias is None or bias.dtype == bias_dtype) and _is_aligned(weight):

@@ -10,9 +10,10 @@ Calls of all these operators from Python take longer than a small batch takes to
 extension therefore computes the forward of a half, and another one the backward from out to y. These fused calls give
 the same bits as the description over kernels. They are used as soon as the products have plans, see _products.py.
 
-A float32 weight beside half-precision activations is allowed for training: it is rounded for the products, and its
-gradient is float32. In inference the weights should have type `dtype` and be aligned to 16 bytes. If a weight or bias
-is not aligned, the operators compute the half one after the other, and PyTorch computes the product with that weight.
+A float32 weight beside half-precision activations is rounded for the products, and its gradient is float32. In
+inference, inside autocast, the rounded weights are kept, see linear.py. Weights and biases should be aligned to 16
+bytes. If one is not aligned, the operators compute the half one after the other, and PyTorch computes the product with
+that weight.
 """
 
 from functools import partial

@@ -9,8 +9,9 @@ or applies the activation within the product, and only y is rounded. In all othe
 residual may be more precise than x; y then has the residual's type. A bias of another type is converted to the type of
 x, or to the type of y where cuBLASLt adds it.
 
-A float32 weight beside half-precision x is allowed for training: it is rounded to the type of x for the product, in the
-forward and again in the backward pass, and its gradient is float32.
+A float32 weight beside half-precision x is rounded to the type of x for the product, in the forward and again in the
+backward pass, and its gradient is float32. In inference, inside autocast, the rounded weight and bias are kept until
+autocast ends or the weight changes, as far as autograd counts changes.
 
 "gelu" is the exact GELU, with erf. cuBLASLt computes "gelu" and "gelu_tanh" by the tanh approximation. On normal
 preactivations its relative L2 error is 2e-4; rounding preactivation and result causes an error of 3e-3 in bf16 and 3e-4
@@ -24,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from . import _plans, _products
-from ._library import HALVES, define, differentiable, differentiable_as, without_autocast
+from ._library import HALVES, cuda_extension, define, differentiable, differentiable_as, without_autocast
 from ._parts import as_operator
 from ._private import addmm_activation
 from ._products import as_rows
@@ -33,7 +34,7 @@ ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}  # PyTorch's names of the ap
 
 
 @without_autocast
-def linear_reference(x, weight, bias, residual):
+def linear_reference(x, weight, bias, residual, trains=True):
     y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     return y if residual is None else y + residual
 
@@ -54,12 +55,20 @@ def linear_backward_weight_reference(dy, x, bias, dtype):
     return dy.T @ x, dy.sum(0) if bias else dy.new_empty(0)
 
 
-def accepts_layer(x, weight, bias, residual):
+def accepts_layer(x, weight, bias, residual, trains=True):
     return _products.accepts(x, weight, bias, residual) and weight.shape[0] % 8 == 0
 
 
-def launch_linear(x, weight, bias, residual):
-    weight = weight.to(x.dtype)
+def _rounded(weight, dtype, trains):
+    """weight, or a bias, in this dtype. Not trains: autocast keeps the result, see the head of this file."""
+    if weight is None or weight.dtype == dtype:
+        return weight
+    extension = None if trains else cuda_extension()
+    return weight.to(dtype) if extension is None else extension.autocast_cast(weight, dtype)
+
+
+def launch_linear(x, weight, bias, residual, trains=True):
+    weight = _rounded(weight, x.dtype, trains)
 
     def fallback():
         return (linear_reference(x, weight, bias, residual),)
@@ -68,23 +77,28 @@ def launch_linear(x, weight, bias, residual):
     return _products.product(fallback, x, weight, epilogue, right_transposed=True, bias=bias, residual=residual)[0]
 
 
-def _prepare_linear(x, weight, bias, residual):
+def _prepare_linear(x, weight, bias, residual, trains):
     """Runs the plan that is known by then for this shape, without looking at the arguments again."""
-    out_dtype = (x if residual is None else residual).dtype
-    if not _products.available() or weight.dtype != x.dtype or (bias is not None and bias.dtype != out_dtype):
+    if not _products.available():
         return None
+    out_dtype = (x if residual is None else residual).dtype
+    rounds = weight.dtype != x.dtype or (bias is not None and bias.dtype != out_dtype)
     rows, epilogue = x.numel() // x.shape[-1], _products.epilogue("", bias)
     key = _products.key_of_layer(x.dtype, rows, weight, epilogue, None if residual is None else out_dtype)
 
-    def run(x, weight, bias, residual):
+    def run(x, weight, bias, residual, trains):
         plan = _plans.found(key)
-        return launch_linear(x, weight, bias, residual) if plan is None else plan(x, weight, bias, residual)[0]
+        if plan is None:
+            return launch_linear(x, weight, bias, residual, trains)
+        if rounds:
+            weight, bias = _rounded(weight, x.dtype, trains), _rounded(bias, out_dtype, trains)
+        return plan(x, weight, bias, residual)[0]
 
     return run
 
 
 def _launch_linear_gelu(x, weight, bias, act):
-    weight = weight.to(x.dtype)
+    weight = _rounded(weight, x.dtype, trains=False)
 
     @without_autocast
     def fallback():
@@ -115,7 +129,7 @@ def _launch_linear_backward_weight(dy, x, bias, dtype):
 
 
 linear_op = define(
-    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual) -> Tensor",
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, bool trains) -> Tensor",
     linear_reference,
     accepts_layer,
     launch_linear,
@@ -157,15 +171,15 @@ def linear_backward(via, dy, x, weight, bias, wants):
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, residual = inputs
+    x, weight, bias, residual, _ = inputs
     ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, bias)
     ctx.x_dtype, ctx.residual_dtype = x.dtype, None if residual is None else residual.dtype
 
 
 def _backward(ctx, dy):
-    *wants, wants_residual = ctx.needs_input_grad
+    *wants, wants_residual = ctx.needs_input_grad[:4]
     dresidual = dy.to(ctx.residual_dtype) if wants_residual else None
-    return *linear_backward(as_operator, dy.to(ctx.x_dtype), *ctx.saved_tensors, wants), dresidual
+    return *linear_backward(as_operator, dy.to(ctx.x_dtype), *ctx.saved_tensors, wants), dresidual, None
 
 
 differentiable(linear_op, _backward, _setup_context)
@@ -217,9 +231,9 @@ def linear(
     if x.dim() > 3:
         return with_rows(linear, x, weight, bias, residual=residual, act=act)
     if act == "none":
-        return linear_op(x, weight, bias, residual)
+        return linear_op(x, weight, bias, residual, torch.is_grad_enabled())
     if wants_gradient(x, weight, bias):
-        y = F.gelu(linear_op(x, weight, bias, None), approximate=ACTIVATIONS[act])
+        y = F.gelu(linear_op(x, weight, bias, None, True), approximate=ACTIVATIONS[act])
     else:
         y = linear_gelu_op(x, weight, bias, act)
     return y if residual is None else y + residual

@@ -16,7 +16,7 @@ from torch import Tensor
 from ._block_half import INPUTS, Half, define_half
 from ._library import cuda_extension
 from .layer_norm import check_norm
-from .linear import check_layer, linear_backward, linear_op
+from .linear import check_layer, linear_backward, linear_op, wants_gradient
 from .packed_attention import fits, packed_attention_backward_op, packed_attention_op
 
 
@@ -28,17 +28,22 @@ class AttentionKept(NamedTuple):
     lse: Tensor
 
 
-class NormAttention(Half, NamedTuple("NormAttentionInputs", [*INPUTS.items(), ("num_heads", int)])):
-    """w_in, b_in: w_qkv, b_qkv; w_out, b_out: w_proj, b_proj. attended: the result of the attention."""
+FIELDS = [*INPUTS.items(), ("num_heads", int), ("trains", bool)]
+
+
+class NormAttention(Half, NamedTuple("NormAttentionInputs", FIELDS)):
+    """w_in, b_in: w_qkv, b_qkv; w_out, b_out: w_proj, b_proj. attended: the result of the attention. trains: whether
+    gradients are wanted.
+    """
 
     __slots__ = ()
     name, Kept = "norm_attention", AttentionKept
 
     def forward(self, via):
         s, total, y = self.norm(via)
-        qkv = via(linear_op)(y, self.w_in, self.b_in, None)
+        qkv = via(linear_op)(y, self.w_in, self.b_in, None, self.trains)
         attended, lse = via(packed_attention_op)(qkv, self.num_heads)
-        out = via(linear_op)(attended, self.w_out, self.b_out, s if self.residual else None)
+        out = via(linear_op)(attended, self.w_out, self.b_out, s if self.residual else None, self.trains)
         return out, total, y, qkv, attended, lse
 
     def backward(self, via, dout, kept, wants):
@@ -105,5 +110,6 @@ def norm_attention(
     dtype = dtype or x.dtype
     layers = w_qkv, b_qkv, w_proj, b_proj
     check_attention(x, scale, shift, *layers, num_heads, branch, gate, dtype, residual)
-    out, total, *_ = norm_attention_op(x, scale, shift, eps, branch, gate, dtype, *layers, residual, num_heads)
+    trains = wants_gradient(x, scale, shift, branch, gate, *layers)
+    out, total, *_ = norm_attention_op(x, scale, shift, eps, branch, gate, dtype, *layers, residual, num_heads, trains)
     return x if branch is None else total, out

@@ -39,7 +39,7 @@ class NormMlp(Half, NamedTuple("NormMlpInputs", [*INPUTS.items(), ("act", str), 
             out, h = via(mlp_op)(y, self.w_in, self.b_in, self.w_out, self.b_out, added, self.act)
             return out, total, y, h
         g = via(linear_gelu_op)(y, self.w_in, self.b_in, self.act)
-        return via(linear_op)(g, self.w_out, self.b_out, added), total, y.new_empty(0), y.new_empty(0)
+        return via(linear_op)(g, self.w_out, self.b_out, added, False), total, y.new_empty(0), y.new_empty(0)
 
     def backward(self, via, dout, kept, wants):
         _, y, h = kept

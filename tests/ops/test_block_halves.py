@@ -267,7 +267,7 @@ def test_fused_calls(case, monkeypatch):
 def test_prepared_halves_fuse_as_soon_as_there_are_plans(op, case, monkeypatch):
     tensors, extension, plans = make(CASES[case], torch.float32), Extension(), {}
     x, scale, shift, *layers, branch, gate = (tensor.detach() for tensor in tensors)
-    options = (HEADS,) if op is norm_attention_op else ("gelu", False)
+    options = (HEADS, False) if op is norm_attention_op else ("gelu", False)
     args = x, scale, shift, EPS, branch, gate, torch.float32, *layers, False, *options
     assert op.kernel._prepare(*args) is None, "the extension does not take float32"
     monkeypatch.setattr(Half, "forward_keys", lambda _: ("in", "out"))

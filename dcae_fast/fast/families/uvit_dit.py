@@ -237,8 +237,22 @@ def long_skip(layer: nn.Module, x: torch.Tensor, skip: torch.Tensor) -> torch.Te
 
 
 def modulation(module: nn.Module, condition: torch.Tensor, parts: int) -> tuple[torch.Tensor, ...]:
-    """The `parts` tensors [B, D] that adaLN computes from the condition [B, D]."""
-    return module.adaLN_modulation(condition).unflatten(1, (parts, -1)).transpose(0, 1).contiguous().unbind(0)
+    """The `parts` tensors [B, D] that adaLN computes from the condition [B, D].
+
+    Compiled code calls the operator of the linear layer in inference, so that autocast keeps the casts of its weight.
+    """
+    layers = module._modules["adaLN_modulation"]
+    if torch.compiler.is_compiling() and not torch.is_grad_enabled() and is_silu_and_linear(layers):
+        y = linear(layers[1], F.silu(condition))
+    else:
+        y = layers(condition)
+    return y.unflatten(1, (parts, -1)).transpose(0, 1).contiguous().unbind(0)
+
+
+def is_silu_and_linear(layers: nn.Module) -> bool:
+    """Whether these are SiLU and a linear layer, one after the other, which may be computed without calling them."""
+    parts = tuple(layers._modules.values())
+    return type(layers) is nn.Sequential and [*map(type, parts)] == [nn.SiLU, nn.Linear] and unobserved(layers, *parts)
 
 
 def parameters_of(layer: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
