@@ -38,6 +38,7 @@ TILES = (  # from many rows to few
     Tile(128, 128, 128, 3, 4, programs=2),
     Tile(64, 256, 128, 4, 4),
     Tile(64, 128, 128, 3, 4, programs=2),
+    Tile(64, 128, 128, 4, 4, programs=2),
     Tile(128, 64, 128, 3, 4, programs=2),
     Tile(64, 64, 128, 3, 4, programs=3),
     Tile(64, 32, 128, 6, 4, programs=2),

@@ -82,9 +82,9 @@ def test_what_has_no_kernel():
     """Other channels than multiples of 16, sums that may not fit in int32, and more rows than 32 bits count."""
 
     def accepted(rows, depth, columns):
-        x, weight = torch.empty(1, dtype=torch.int8), torch.empty(1, dtype=torch.int8)
-        x, weight = x.expand(rows, depth), weight.expand(columns, depth)
-        scales = torch.ones(1, 1).expand(rows, 1), torch.ones(1, 1).expand(columns, 1)
+        number, scale = torch.empty(16, dtype=torch.int8, device=DEVICE)[:1], torch.ones(1, 1, device=DEVICE)
+        x, weight = number.expand(rows, depth), number.expand(columns, depth)
+        scales = scale.expand(rows, 1), scale.expand(columns, 1)
         return _accepts(x, scales[0], weight, scales[1], None, None, torch.bfloat16, True)
 
     assert accepted(5, 32, 16) and accepted(2**31 - 2**11, 32, 16) and accepted(5, 2**17 - 16, 16)
