@@ -41,7 +41,7 @@ TILES = (  # from many rows to few
     Tile(64, 128, 128, 4, 4, programs=2),
     Tile(128, 64, 128, 3, 4, programs=2),
     Tile(64, 64, 128, 3, 4, programs=3),
-    Tile(64, 32, 128, 6, 4, programs=2),
+    Tile(64, 32, 128, 8, 4, programs=2),
 )
 
 
