@@ -79,14 +79,15 @@ std::vector<at::Tensor> BoundProductPlan::operator()(const at::Tensor& left, con
   std::vector<at::Tensor> results{at::empty(out_sizes, options)};
   if (epilogue.gives_preactivation()) results.push_back(at::empty(out_sizes, options));
   if (epilogue.sums_left()) results.push_back(at::empty(shape.rows, options));
-  const at::Tensor workspace = at::empty(plan.workspace_size(), options.dtype(at::kByte));
+  at::Tensor workspace;  // many plans need none
+  if (plan.workspace_size() > 0) workspace = at::empty(plan.workspace_size(), options.dtype(at::kByte));
 
   ProductPointers pointers{left.data_ptr(), right.data_ptr(), nullptr, results[0].data_ptr(), nullptr, nullptr};
   if (residual) pointers.residual = residual->data_ptr();
   if (epilogue.gives_preactivation()) pointers.preactivation = results[1].data_ptr();
   if (bias) pointers.vector = bias->data_ptr();
   if (epilogue.sums_left()) pointers.vector = results[1].data_ptr();
-  plan.run(cublaslt_handle(left.get_device()), pointers, workspace.data_ptr(),
+  plan.run(cublaslt_handle(left.get_device()), pointers, workspace.defined() ? workspace.data_ptr() : nullptr,
            c10::cuda::getCurrentCUDAStream(left.get_device()));
   return results;
 }

@@ -128,3 +128,14 @@ def test_results_follow_the_weights_after_an_autocast(name):
         for network in (plain, fast):
             for weight in network.parameters():
                 weight.data.mul_(0.9)
+
+
+@every_network
+def test_a_whole_network(name):
+    plain, fast = pair(name)
+    counter = CompileCounter()
+    fast.compile(fullgraph=True, dynamic=False, backend=counter)
+    for _ in range(2):
+        with autocast():
+            assert_close(predict(fast), predict(plain))
+    assert counter.frame_count == 1

@@ -401,3 +401,41 @@ def test_in_several_threads(empty_cache):
         first, *others = pool.map(call, range(8))
     for other in others:
         assert all(map(torch.equal, first, other))
+
+
+class Extension:
+    """A stand-in for dcae_fast._C, which counts casts that autocast would keep."""
+
+    Product = object
+
+    def __init__(self):
+        self.casts = []
+
+    def autocast_cast(self, weight, dtype):
+        self.casts.append(weight)
+        return weight.to(dtype)
+
+
+@pytest.mark.parametrize("residual", [None, torch.float32], ids=["half", "residual"])
+@pytest.mark.parametrize("trains", [False, True], ids=["inference", "training"])
+def test_prepared_products_round_weights(trains, residual, monkeypatch):
+    """Only in inference autocast keeps what they round."""
+    extension, plans = Extension(), []
+    for module in (linear, _products):
+        monkeypatch.setattr(module, "cuda_extension", lambda: extension)
+    monkeypatch.setattr(_plans, "found", lambda key: plans[0] if plans else None)
+    x, weight, bias = torch.randn(3, 8).bfloat16(), torch.randn(16, 8), torch.randn(16)
+    added = None if residual is None else torch.randn(3, 16, dtype=residual)
+    prepared = linear._prepare_linear(x, weight, bias, added, trains)
+
+    def plan(x, weight, bias, residual):
+        assert (weight.dtype, bias.dtype) == (x.dtype, x.dtype if residual is None else residual.dtype)
+        return (linear.linear_reference(x, weight, bias, residual),)
+
+    plans.append(plan)
+    expected = linear.linear_reference(x, weight, bias, added)
+    assert torch.equal(prepared(x, weight, bias, added, trains), expected)
+    rounded = [weight, bias] if residual is None else [weight]
+    assert [*map(id, extension.casts)] == ([] if trains else [*map(id, rounded)])
+    prepared(x, weight.bfloat16(), bias.to(expected.dtype), added, trains)
+    assert len(extension.casts) == (0 if trains else len(rounded)), "nothing to round"
