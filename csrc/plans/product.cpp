@@ -25,7 +25,7 @@ void check(cublasStatus_t status) {
 // The descriptors of a product, with the pointers of its epilogue.
 struct Descriptors {
   cublasLtMatmulDescOpaque_t product;
-  cublasLtMatrixLayoutOpaque_t a, b, out;
+  cublasLtMatrixLayoutOpaque_t a, b, residual, out;
 
   // Reads of the pointers only those that the epilogue and the scales need.
   Descriptors(const ProductShape& shape, const ProductPointers& pointers) {
@@ -43,17 +43,21 @@ struct Descriptors {
       set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, shape.columns);
     }
     if (shape.is_fast) set(CUBLASLT_MATMUL_DESC_FAST_ACCUM, int8_t{1});
-#if CUBLAS_VERSION >= 120900
-    if (shape.is_scaled) {
-      const auto by_row = static_cast<int32_t>(CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F);
-      set(CUBLASLT_MATMUL_DESC_A_SCALE_MODE, by_row);
-      set(CUBLASLT_MATMUL_DESC_B_SCALE_MODE, by_row);
+    if (shape.scaling != Scaling::kNone) {
       set(CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, pointers.right_scale);
       set(CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, pointers.left_scale);
     }
+#if CUBLAS_VERSION >= 120900
+    if (shape.scaling == Scaling::kRows) {
+      const auto by_row = static_cast<int32_t>(CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F);
+      set(CUBLASLT_MATMUL_DESC_A_SCALE_MODE, by_row);
+      set(CUBLASLT_MATMUL_DESC_B_SCALE_MODE, by_row);
+    }
 #endif
+    if (shape.is_result_scaled()) set(CUBLASLT_MATMUL_DESC_D_SCALE_POINTER, pointers.out_factor);
     layout(a, shape.right_dtype, shape.columns, shape.depth, shape.right_transposed);
     layout(b, shape.dtype, shape.depth, shape.rows, shape.left_transposed);
+    layout(residual, shape.is_result_scaled() ? CUDA_R_16BF : shape.out_dtype, shape.columns, shape.rows, false);
     layout(out, shape.out_dtype, shape.columns, shape.rows, false);
   }
 
@@ -131,9 +135,10 @@ void ProductPlan::run(cublasLtHandle_t handle, const ProductPointers& pointers, 
                       cudaStream_t stream) const {
   Descriptors descriptors(shape_, pointers);
   const float alpha = 1.0f, beta = pointers.residual != nullptr ? 1.0f : 0.0f;
-  const void* residual = pointers.residual != nullptr ? pointers.residual : pointers.out;
+  const bool has_none = shape_.is_result_scaled();  // a result in float8 is no valid residual, not even with beta = 0
+  const void* residual = pointers.residual != nullptr || has_none ? pointers.residual : pointers.out;
   check(cublasLtMatmul(handle, &descriptors.product, &alpha, pointers.right, &descriptors.a, pointers.left,
-                       &descriptors.b, &beta, residual, &descriptors.out, pointers.out, &descriptors.out,
+                       &descriptors.b, &beta, residual, &descriptors.residual, pointers.out, &descriptors.out,
                        &candidate_.algo, workspace, candidate_.workspaceSize, stream));
 }
 
@@ -142,14 +147,17 @@ std::vector<ProductPlan> find_product_plans(cublasLtHandle_t handle, const Produ
   auto* const anywhere = reinterpret_cast<void*>(uintptr_t{kAlignment});
   const auto& epilogue = shape.epilogue;
   const bool has_vector = epilogue.takes_bias() || epilogue.sums_left();
-  Descriptors descriptors(shape, {anywhere, anywhere, nullptr, anywhere, epilogue.gives_preactivation() ? anywhere : nullptr,
-                                  has_vector ? anywhere : nullptr, anywhere, anywhere});
+  void* const preactivation = epilogue.gives_preactivation() ? anywhere : nullptr;
+  Descriptors descriptors(shape, {anywhere, anywhere, nullptr, anywhere, preactivation, has_vector ? anywhere : nullptr,
+                                  anywhere, anywhere, anywhere});
   Preference preference;
   std::vector<cublasLtMatmulHeuristicResult_t> found(kMostSuggestions);
   int count = 0;
-  check(cublasLtMatmulAlgoGetHeuristic(handle, &descriptors.product, &descriptors.a, &descriptors.b, &descriptors.out,
-                                       &descriptors.out, &preference.preference, kMostSuggestions, found.data(),
-                                       &count));
+  const auto status = cublasLtMatmulAlgoGetHeuristic(
+      handle, &descriptors.product, &descriptors.a, &descriptors.b, &descriptors.residual, &descriptors.out,
+      &preference.preference, kMostSuggestions, found.data(), &count);
+  if (status == CUBLAS_STATUS_NOT_SUPPORTED) return {};
+  check(status);
   std::vector<ProductPlan> plans;
   for (int i = 0; i < count && plans.size() < kMostCandidates; ++i) {
     const bool is_usable = found[i].state == CUBLAS_STATUS_SUCCESS && has_small_clusters(found[i].algo);

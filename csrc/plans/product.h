@@ -32,25 +32,31 @@ class Epilogue {
 // L [rows, depth] times R [depth, columns], summed in fp32. Both are dense in row-major order; left_transposed and
 // right_transposed: whether memory holds the transpose. out_dtype: of result, residual, preactivation and sums.
 //
-// The last four fields are for L and R in float8. is_scaled: each row of L and each column of R has a scale in fp32, by
-// which the product is multiplied before the epilogue; right_transposed must be true and left_transposed false.
-// is_fast: the matrix units may sum with fewer bits than fp32. bias_dtype: bfloat16 if out_dtype is fp32, else
-// out_dtype.
+// The last four fields are for L and R in float8; right_transposed must be true and left_transposed false. scaling: what
+// in L and R has a scale in fp32, by which the product is multiplied before the epilogue: each row of L and each column
+// of R, or the whole matrices. is_fast: the matrix units may sum with fewer bits than fp32. bias_dtype: bfloat16 if
+// out_dtype is fp32 or float8, else out_dtype. A result in float8 is multiplied by a number in fp32 after the epilogue.
+enum class Scaling { kNone, kRows, kWhole };
+
 struct ProductShape {
   cudaDataType_t dtype, out_dtype;
   int64_t rows, columns, depth;
   bool left_transposed, right_transposed;
   Epilogue epilogue;
   cudaDataType_t right_dtype = dtype, bias_dtype = out_dtype;
-  bool is_scaled = false, is_fast = false;
+  Scaling scaling = Scaling::kNone;
+  bool is_fast = false;
+
+  bool is_result_scaled() const { return out_dtype == CUDA_R_8F_E4M3; }
 };
 
 // Device pointers, aligned to 16 bytes. The residual, which is added before the epilogue, may be null. preactivation
-// and vector (the bias or the sums) belong to the epilogue. The scales are null unless the product is scaled.
+// and vector (the bias or the sums) belong to the epilogue. The scales, and the factor of a result in float8, are null
+// unless the product is scaled.
 struct ProductPointers {
   const void *left, *right, *residual;
   void *out, *preactivation, *vector;
-  const void *left_scale = nullptr, *right_scale = nullptr;
+  const void *left_scale = nullptr, *right_scale = nullptr, *out_factor = nullptr;
 };
 
 // One way to compute a product. Several threads may call `run` at once.
@@ -74,7 +80,7 @@ class ProductPlan {
 // fastest comes first. There may be none, for example for a small product.
 std::vector<ProductPlan> find_product_plans(cublasLtHandle_t handle, const ProductShape& shape);
 
-// Whether this version of cuBLASLt has products with is_scaled: from 12.9.
+// Whether this version of cuBLASLt has products with Scaling::kRows: from 12.9.
 bool has_scaled_products();
 
 // cuBLASLt's handle for `device`, which must be the current device. It is created once and lives until the process

@@ -292,6 +292,27 @@ def of_rows8(
     return _operand(layer, ("rows8", rows_dtype, bias_dtype), (weight, bias), make)
 
 
+def of_bounded_mlp(
+    layer: nn.Linear, norm_weight: torch.Tensor, norm_bias: torch.Tensor
+) -> tuple[torch.Tensor | None, ...]:
+    """What `ops.mlp_bounds` returns for the first layer of an MLP and the norm in front of it, 1 / y_scale, 1 / g_scale
+    and the bias.
+    """
+    weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+
+    def make() -> Operand:
+        y_scale, q_weight, weight_scale, g_scale = ops.mlp_bounds(norm_weight, norm_bias, weight, bias)
+        factors = 1 / y_scale, 1 / g_scale
+        return y_scale, q_weight, weight_scale, g_scale, *factors, None if bias is None else cast(bias, torch.bfloat16)
+
+    return _operand(layer, "bounded", (weight, bias, norm_weight, norm_bias), make)
+
+
+def is_kept(layer: nn.Linear) -> bool:
+    """Whether a layer keeps its operands in this call."""
+    return ATTRIBUTE in layer.__dict__ and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+
+
 def of_joined_rows8(
     layers: tuple[nn.Linear, ...], rows_dtype: torch.dtype, bias_dtype: torch.dtype, heads: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

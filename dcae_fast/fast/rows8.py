@@ -128,6 +128,25 @@ def linear(
     return ops.linear_rows(*rows, weight, weight_scale, bias, residual, dtype)
 
 
+def knows_bounds(fc1: nn.Linear, fc2: nn.Linear, x: torch.Tensor, scale: torch.Tensor, branch, dtype) -> bool:
+    """Whether `bounded_mlp` computes an MLP: both layers infer in float8, and the norm's weights are those of all
+    images. The bounds of ops/bounded_mlp.py take some small kernels, so they must be kept.
+    """
+    if scale.dim() != 1 or branch is not None or not (operands.is_kept(fc1) and ops.multiplies_within_bounds()):
+        return False
+    return infers(fc1, x, dtype) and infers(fc2, x, dtype) and {type_of(fc1), type_of(fc2)} == {torch.float8_e4m3fn}
+
+
+def bounded_mlp(
+    fc1: nn.Linear, fc2: nn.Linear, x, weight, bias, eps: float, dtype: torch.dtype, residual: torch.Tensor | None
+) -> torch.Tensor:
+    """fc2(gelu(fc1(norm(x)))) + residual with the scales of ops/bounded_mlp.py. weight, bias: of the norm."""
+    y_scale, w1, w1_scale, g_scale, y_factor, g_factor, b1 = operands.of_bounded_mlp(fc1, weight, bias)
+    y = ops.bounded_layer_norm(x, weight, bias, eps, y_factor)
+    g = ops.bounded_linear_gelu(y, y_scale, w1, w1_scale, b1, g_factor)
+    return linear(fc2, (g, g_scale.expand(*g.shape[:-1], 1).contiguous()), dtype, residual)
+
+
 def joined(layers: tuple[nn.Linear, ...], rows: Rows, dtype: torch.dtype, heads: int) -> torch.Tensor:
     """The results of several linear layers that all `infer`, in the order of `operands.of_joined_layers`."""
     weight, weight_scale, bias = operands.of_joined_rows8(layers, rows[0].dtype, dtype, heads)

@@ -4,6 +4,7 @@ from ._library import has_kernels, is_ordinary
 from ._private import in_transform
 from .batch_norm_act import batch_norm_act
 from .bias_act import bias_act
+from .bounded_mlp import bounded_layer_norm, bounded_linear_gelu, mlp_bounds, multiplies_within_bounds
 from .concatenate import concatenate
 from .conv2d import conv2d
 from .conv2d_int8 import conv2d_int8, upsample_conv2d_int8
@@ -40,6 +41,8 @@ from .upsample_conv2d import upsample_conv2d
 __all__ = [
     "batch_norm_act",
     "bias_act",
+    "bounded_layer_norm",
+    "bounded_linear_gelu",
     "channels_last",
     "concatenate",
     "concatenate_rows",
@@ -63,6 +66,8 @@ __all__ = [
     "linear_rows",
     "linear_fp8",
     "mlp",
+    "mlp_bounds",
+    "multiplies_within_bounds",
     "multiscale_qkv",
     "norm_attention",
     "norm_attention_fp8",

@@ -6,7 +6,7 @@ import torch
 
 from . import _plans
 from ._library import cuda_extension
-from ._products import RULES, WORTH_A_SEARCH
+from ._products import RULES, WORTH_A_SEARCH, epilogue
 
 CUBLASLT = _plans.Library(
     "cuBLASLt",
@@ -57,7 +57,7 @@ def product(
         shape,
         x.device,
         rows * columns * depth >= WORTH_A_SEARCH,
-        lambda: cuda_extension().ScaledProduct(x, weight, dtype, bias is not None, fast),
+        lambda: cuda_extension().ScaledProduct(x, weight, dtype, epilogue("", bias), fast, True),
         lambda plan: plan(*operands),
         fallback,
     )

@@ -34,17 +34,21 @@ MOST_COLUMNS = 16384
 _LARGEST_MANTISSA = 0x600000  # of the largest numbers, 1.75, as bits of fp32
 
 
+def scale_of(largest: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The scale of numbers up to `largest`, in fp32, for a float8 type; NaN unless `largest` is finite."""
+    bits = largest.view(torch.int32)
+    exponent = (bits >> 23) - LARGEST_EXPONENTS[dtype] + ((bits & 0x7FFFFF) > _LARGEST_MANTISSA)
+    return (exponent.clamp_min(1).to(torch.int32) << 23).view(torch.float32).where(largest.isfinite(), torch.nan)
+
+
 def _rounded(y, dtype):
     """(q, scale) of y in fp32."""
     largest = y.abs().amax(-1, keepdim=True)
-    is_finite = largest.isfinite()
     if dtype == torch.int8:
         scale = largest * (1 / MOST)  # as the kernel; PyTorch divides in another way on a GPU than on a CPU
-        scale = torch.where(scale > 0, scale, 1.0).where(is_finite, torch.nan)
+        scale = torch.where(scale > 0, scale, 1.0).where(largest.isfinite(), torch.nan)
         return (y * (1 / scale)).nan_to_num(0).clamp(-MOST, MOST).round().to(torch.int8), scale
-    bits = largest.view(torch.int32)
-    exponent = (bits >> 23) - LARGEST_EXPONENTS[dtype] + ((bits & 0x7FFFFF) > _LARGEST_MANTISSA)
-    scale = (exponent.clamp_min(1).to(torch.int32) << 23).view(torch.float32).where(is_finite, torch.nan)
+    scale = scale_of(largest, dtype)
     return (y * (1 / scale)).to(dtype), scale
 
 

@@ -37,11 +37,14 @@ def _modulated(x, scale_ptr, shift_ptr, of_image, mask, OF_IMAGE: tl.constexpr):
 
 @Kernel
 def _layer_norm_rows_kernel(
-    x_ptr, scale_ptr, shift_ptr, branch_ptr, gate_ptr, sum_ptr, y_ptr, q_ptr, q_scale_ptr, rows, tokens, width, eps,
+    x_ptr, scale_ptr, shift_ptr, branch_ptr, gate_ptr, sum_ptr, y_ptr, q_ptr, q_scale_ptr, factor_ptr,
+    rows, tokens, width, eps,
     OF_IMAGE: tl.constexpr, HAS_BRANCH: tl.constexpr, WRITES_Y: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """MAIN, REST: as in quantize_rows.py."""
+    """MAIN, REST: as in quantize_rows.py. factor: 1 / scale of all rows; None if each row has its own scale, which is
+    then written.
+    """
     TYPE: tl.constexpr = q_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     start, mask = row[:, None] * width, (row < rows)[:, None]
@@ -62,12 +65,16 @@ def _layer_norm_rows_kernel(
         variance += tl.sum(rest * rest, 1)
     rstd = tl.rsqrt(variance / width + eps)[:, None]
     y = _modulated(x * rstd, scale_ptr, shift_ptr, image + d, mask, OF_IMAGE)
-    largest = tl.max(magnitude(y), 1)
     if REST:
         rest_y = _modulated(rest * rstd, scale_ptr, shift_ptr, image + rest_d, rest_mask, OF_IMAGE)
-        largest = tl.maximum(largest, tl.max(magnitude(rest_y), 1))
-    q_scale, inverse = scale_and_inverse(largest, TYPE)
-    tl.store(q_scale_ptr + row, q_scale, row < rows)
+    if factor_ptr is None:
+        largest = tl.max(magnitude(y), 1)
+        if REST:
+            largest = tl.maximum(largest, tl.max(magnitude(rest_y), 1))
+        q_scale, inverse = scale_and_inverse(largest, TYPE)
+        tl.store(q_scale_ptr + row, q_scale, row < rows)
+    else:
+        inverse = tl.zeros((BLOCK_ROWS,), tl.float32) + tl.load(factor_ptr)
     tl.store(q_ptr + start + d, to_8_bit(y, inverse[:, None], TYPE), mask)
     if WRITES_Y:
         tl.store(y_ptr + start + d, y.to(y_ptr.dtype.element_ty), mask)
@@ -86,19 +93,29 @@ def launch_layer_norm_and_rows(x, scale, shift, eps, branch, gate, dtype, rows_d
     return _launch(x, scale, shift, eps, branch, gate, torch.empty_like(x, dtype=dtype), rows_dtype)
 
 
+def launch_bounded_layer_norm(x, scale, shift, eps, factor):
+    q = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    _norm(x, scale, shift, eps, None, None, None, None, q, None, factor)
+    return q
+
+
 def _launch(x, scale, shift, eps, branch, gate, y, dtype):
     """y: where to write the results in another type, None for nowhere."""
-    images, tokens, width = x.shape
     if branch is None:
         total = x.new_empty(0)
     else:
         total = torch.empty_like(x, dtype=torch.promote_types(promoted(x, branch), gate.dtype))
-    q, q_scale = empty_rows(x, width, dtype)
+    q, q_scale = empty_rows(x, x.shape[2], dtype)
+    _norm(x, scale, shift, eps, branch, gate, total, y, q, q_scale, None)
+    return total, y, q, q_scale
+
+
+def _norm(x, scale, shift, eps, branch, gate, total, y, q, q_scale, factor):
+    images, tokens, width = x.shape
     (main, rest), rows = parts_of(width), images * tokens
     block_rows = 16 if INTERPRETED else 1  # the interpreter takes the same time for any tile
     _layer_norm_rows_kernel[(cdiv(rows, block_rows),)](
-        x, scale, shift, branch, gate, total, y, q, q_scale, rows, tokens, width, eps,
+        x, scale, shift, branch, gate, total, y, q, q_scale, factor, rows, tokens, width, eps,
         OF_IMAGE=scale.dim() == 2, HAS_BRANCH=branch is not None, WRITES_Y=y is not None,
         BLOCK_ROWS=block_rows, MAIN=main, REST=rest, num_warps=min(16, next_power_of_2(cdiv(width, WIDTH_OF_A_WARP))),
     )  # fmt: skip
-    return total, y, q, q_scale

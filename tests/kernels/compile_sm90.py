@@ -72,7 +72,11 @@ def main():
     from dcae_fast.kernels.gelu_backward_rows import launch_gelu_backward_rows
     from dcae_fast.kernels.gradient_rows import launch_gradient_rows
     from dcae_fast.kernels.layer_norm import launch_layer_norm, launch_layer_norm_backward
-    from dcae_fast.kernels.layer_norm_rows import launch_layer_norm_and_rows, launch_layer_norm_rows
+    from dcae_fast.kernels.layer_norm_rows import (
+        launch_bounded_layer_norm,
+        launch_layer_norm_and_rows,
+        launch_layer_norm_rows,
+    )
     from dcae_fast.kernels.linear_rows import TILES, launch_linear_rows
     from dcae_fast.kernels.multiscale_qkv import launch_multiscale_qkv, launch_multiscale_qkv_backward
     from dcae_fast.kernels.quantize import launch_quantize
@@ -161,6 +165,7 @@ def main():
             launch_gelu_backward(y.flatten(0, 1), y.flatten(0, 1), act, True)
         launch_layer_norm_rows(x, d, d, 1e-5, None, None, torch.float8_e4m3fn)
         launch_layer_norm_rows(x, of_image, of_image, 1e-6, y, of_image, torch.float8_e4m3fn)
+        launch_bounded_layer_norm(x, d, d, 1e-5, tensor(1, dtype=torch.float32))
         launch_concatenate_rows(x, x, torch.float8_e4m3fn)
         launch_quantize_rows(x, "none", torch.float8_e5m2)
         launch_quantize_rows(tensor(2, 66, 4 * width, dtype=dtype), "gelu", torch.float8_e4m3fn)

@@ -111,8 +111,9 @@ def test_refusals():
 class ProductInTorch:
     """ScaledProduct of dcae_fast._C, in PyTorch: it has one candidate and is its own plan."""
 
-    def __init__(self, x, weight, dtype, has_bias, is_fast):
-        self.types, self.dtype, self.has_bias = (x.dtype, weight.dtype), dtype, has_bias
+    def __init__(self, x, weight, dtype, epilogue, is_fast, by_row):
+        assert epilogue in ("bias", "none") and by_row
+        self.types, self.dtype, self.has_bias = (x.dtype, weight.dtype), dtype, epilogue == "bias"
 
     def __len__(self):
         return 1
@@ -170,7 +171,8 @@ def test_cublaslt(dtype, fast):
         pytest.skip("needs Hopper and the CUDA extension")
     args = operands((300,), 1152, 576)
     for bias, residual in ((None, None), (normal(576, dtype=torch.bfloat16), normal(300, 576, dtype=dtype))):
-        count = len(_scaled_products.cuda_extension().ScaledProduct(args[0], args[2], dtype, bias is not None, fast))
+        options = dtype, "none" if bias is None else "bias", fast, True
+        count = len(_scaled_products.cuda_extension().ScaledProduct(args[0], args[2], *options))
         assert count > 0, "cuBLASLt offers no product with these scales, bias and type of result"
         got = ops.linear_rows(*args, bias, residual, dtype, fast)
         want = linear_rows_reference(*args, bias, residual, torch.float32, fast)

@@ -323,6 +323,8 @@ def mlp(
     fc1, act, fc2 = map(feed._modules.get, ("fc1", "act", "fc2"))
     fuses = are_linear(fc1, fc2, x)
     dtype = compute_dtype(x) if fuses else input_dtype(fc1, x)
+    if rows8.knows_bounds(fc1, fc2, x, scale, branch, dtype):
+        return x, rows8.bounded_mlp(fc1, fc2, x, scale, shift, eps, dtype, x if residual else None)
     if rows8.infers(fc1, x, dtype) or rows8.infers(fc2, x, dtype):
         s, y = rows8.norm(fc1, x, scale, shift, eps, branch, gate, dtype)
         return s, mlp_of(fc2, act, linear_of(fc1, y, dtype), s if residual else None)
