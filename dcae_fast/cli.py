@@ -184,11 +184,11 @@ def decode(latents: Paths, *, model: str | None = None, out: Path = Path("output
         weight = next(network.parameters())
         try:
             z = latent.unscaled(network.scaling_factor)
-            y = network.decode(z.to(weight.device, weight.dtype, memory_format=torch.channels_last))
+            y = latent.crop(network.decode(z.to(weight.device, weight.dtype, memory_format=torch.channels_last)))
         except (LatentError, TypeError, ValueError) as error:  # the latent has another shape than the model's latents
             raise LatentError(f"{path}: {error}") from error
         check_finite(y, ["the picture"], y.dtype)
-        picture = images.to_image(latent.crop(y))
+        picture = images.to_image(y)
         images.save_png(picture, out / f"{stem}-decoded.png")
         return f"{path} -> {stem}-decoded.png: {picture.width}x{picture.height}"
 

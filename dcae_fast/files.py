@@ -1,8 +1,10 @@
 """Atomic writing: a file is either complete or absent."""
 
+import errno
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -88,6 +90,12 @@ def append_line(path: Path, line: str) -> None:
                 file.close()  # closing tries to write the rest
             os.truncate(path, end)
             raise
+
+
+def check_regular(path: Path) -> None:
+    """Raises OSError if `path` is absent, or not a regular file: opening a pipe would wait for a writer."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
 def leftovers(folder: Path) -> list[Path]:

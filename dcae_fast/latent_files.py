@@ -1,5 +1,7 @@
 """Latent files: written and read by `encode` and `decode`, and read from folders of `cache-latents` and DC-Gen."""
 
+import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -13,8 +15,9 @@ from .data.folders import list_files, suffix_of
 from .data.latents import SHARDS, Shards, load_finite_npy
 from .data.manifest import MANIFEST, Manifest, load_manifest
 from .errors import DataError
-from .files import written_atomically
+from .files import check_regular, written_atomically
 
+FITS = ("crop", "pad")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -51,7 +54,12 @@ class Latent:
         return self.z.float() / factor
 
     def crop(self, picture: torch.Tensor) -> torch.Tensor:
-        """Removes the padding from the decoded picture [1, 3, H, W]."""
+        """Removes the padding from the decoded picture [1, 3, H, W]. Raises LatentError for a padded picture that is
+        smaller than its photograph.
+        """
+        if self.fit == "pad" and (self.size[0] > picture.shape[2] or self.size[1] > picture.shape[3]):
+            photograph, decoded = (f"{width}x{height}" for height, width in (self.size, picture.shape[2:]))
+            raise LatentError(f"the photograph has {photograph} pixels in its metadata, the decoded picture {decoded}")
         return picture if self.size is None else picture[..., : self.size[0], : self.size[1]]
 
 
@@ -72,6 +80,7 @@ def save_latent(latent: Latent, path: Path) -> None:
 def load_latent(path: Path) -> Latent:
     """Reads a file of `save_latent`. Raises LatentError."""
     try:
+        check_regular(path)
         with safe_open(path, framework="pt") as file:
             z, metadata = file.get_tensor("latent"), file.metadata() or {}
         if z.dtype not in DTYPES or z.ndim != 4 or len(z) != 1 or z.numel() == 0:
@@ -81,7 +90,8 @@ def load_latent(path: Path) -> Latent:
             raise ValueError("NaN or infinity in the latent")
         return _with_metadata(z, metadata)
     except (OSError, SafetensorError) as error:
-        raise LatentError(f"{path}: not a readable safetensors file: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise LatentError(f"{path}: not a readable safetensors file: {reason}") from error
     except KeyError as error:
         raise LatentError(f"{path}: not a latent written by dcae-fast encode: its metadata lacks {error}") from error
     except ValueError as error:
@@ -90,12 +100,25 @@ def load_latent(path: Path) -> Latent:
 
 def _with_metadata(z: torch.Tensor, metadata: dict[str, str]) -> Latent:
     """The latent with its parsed metadata. Raises KeyError or ValueError for invalid metadata."""
-    factor, size = metadata["scaling_factor"], (int(metadata["height"]), int(metadata["width"]))
-    if min(size) < 1:
-        raise ValueError(f"height {size[0]} and width {size[1]} in its metadata; expected at least 1")
+    factor, height, width, fit = (metadata[name] for name in ("scaling_factor", "height", "width", "fit"))
+    for name, value in {"height": height, "width": width}.items():
+        if not re.fullmatch("0*[1-9][0-9]{0,8}", value):
+            raise ValueError(f"{name} is {value!r} in its metadata; expected a number of pixels")
+    if factor != "None" and not _is_positive(factor):
+        raise ValueError(f"scaling_factor is {factor!r} in its metadata; expected a positive number")
+    if fit not in FITS:
+        raise ValueError(f"fit is {fit!r} in its metadata; expected one of {FITS}")
     if metadata.get("scaled", "false") != "false":
         raise ValueError(f"scaled is {metadata['scaled']!r} in its metadata; expected 'false'")
-    return Latent(z, metadata["model"], None if factor == "None" else float(factor), size, metadata["fit"])
+    size = int(height), int(width)
+    return Latent(z, metadata["model"], None if factor == "None" else float(factor), size, fit)
+
+
+def _is_positive(text: str) -> bool:
+    try:
+        return 0 < float(text) < math.inf
+    except ValueError:
+        return False
 
 
 def find_latents(path: Path) -> dict[Path, Callable[[], Latent]]:
@@ -129,11 +152,15 @@ def _loaders_of_file(path: Path, manifest: Callable[[], Manifest | None]) -> dic
     if suffix_of(path.name) == ".npy":
         return {path: lambda: _cached(load_finite_npy(path), manifest())}
     try:
+        check_regular(path)
         with safe_open(path, framework="pt") as file:
-            is_shard = "latents" in file.keys()  # noqa: SIM118
+            names = set(file.keys())
     except (OSError, SafetensorError):
-        is_shard = False  # `load_latent` will raise the error
-    if not is_shard:
+        names = set()  # `load_latent` will raise the error
+    if {"latents", "labels"} <= names:
+        reason = "latents of `dcae-fast sample`, which draws them; expected latents of pictures"
+        return {path: partial(_fail, LatentError(f"{path}: {reason}"))}
+    if "latents" not in names:
         return {path: partial(load_latent, path)}
     try:
         shard = Shards([path])
@@ -153,5 +180,5 @@ def _cached(z: torch.Tensor, manifest: Manifest | None) -> Latent:
     return Latent(z[None], model, factor, None, "crop", scaled=True)
 
 
-def _fail(error: DataError) -> Latent:
+def _fail(error: DataError | LatentError) -> Latent:
     raise error

@@ -27,7 +27,8 @@ def choose_device(device: str | None, dtype: str | None) -> tuple[torch.device, 
     of `DTYPES`; None means bfloat16 on CUDA, else float32. Raises DeviceError if the device does not exist or cannot
     compute in this dtype.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"

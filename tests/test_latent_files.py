@@ -1,6 +1,7 @@
 """Latent files, and `decode` on files of `cache-latents` and DC-Gen."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -11,10 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dcae_fast import cli
+from dcae_fast.data.latents import Shards
 from dcae_fast.data.manifest import MANIFEST
 from dcae_fast.errors import DataError
 from dcae_fast.latent_files import Latent, LatentError, find_latents, load_latent, save_latent
 from dcae_fast.models.autoencoder import DCAE, CoderConfig, DCAEConfig
+from dcae_fast.sample import Request, save_latents
 
 
 @pytest.fixture(scope="module")
@@ -162,9 +165,14 @@ def test_round_trip(tmp_path):
         (lambda z: z.int(), "int32"),
         (lambda z: z.to(torch.complex64), "complex64"),
         (lambda z: z.to(torch.float8_e4m3fn), "float8_e4m3fn"),
-        ({"height": "0"}, "height 0 and width 16 in its metadata; expected at least 1"),
-        ({"width": "-3"}, "height 16 and width -3"),
-        ({"width": "wide"}, "wide"),
+        ({"height": "0"}, "height is '0' in its metadata; expected a number of pixels"),
+        ({"width": "-3"}, "width is '-3'"),
+        ({"width": "wide"}, "width is 'wide'"),
+        ({"width": "9" * 30}, "width is '999"),
+        ({"scaling_factor": "nan"}, "scaling_factor is 'nan' in its metadata; expected a positive number"),
+        ({"scaling_factor": "0"}, "scaling_factor is '0'"),
+        ({"scaling_factor": "x"}, "scaling_factor is 'x'"),
+        ({"fit": "stretch"}, r"fit is 'stretch' in its metadata; expected one of \('crop', 'pad'\)"),
         ({"scaled": "true"}, "scaled is 'true' in its metadata"),
         ({"model": None}, "its metadata lacks 'model'"),
     ],
@@ -191,6 +199,31 @@ def test_cached_latents_without_pixels(tmp_path):
     for path, load in find_latents(tmp_path).items():
         with pytest.raises(DataError, match=rf"{path}: .*8, 0, 2\]; expected floats"):
             load()
+
+
+def test_latents_of_sample_are_named(tmp_path):
+    request = Request((1,), 6.0, 0, "DPM_Solver", 2)
+    save_latents(torch.zeros(1, 8, 2, 2), request, "a model", tmp_path / "z.safetensors")
+    ((path, load),) = find_latents(tmp_path).items()
+    with pytest.raises(LatentError, match=f"{path}: latents of `dcae-fast sample`, which draws them; expected"):
+        load()
+
+
+def test_pipes_are_not_waited_for(tmp_path):
+    for name in ("a.npy", "b.safetensors", "latents-000000.safetensors"):
+        os.mkfifo(tmp_path / name)
+    for path, load in find_latents(tmp_path).items():
+        with pytest.raises((LatentError, DataError), match=f"{path}: .*: not a regular file"):
+            load()
+    with pytest.raises(DataError, match="latents-000000.safetensors: .*: not a regular file"):
+        Shards([tmp_path / "latents-000000.safetensors"])
+
+
+def test_a_photograph_that_is_larger_than_the_decoded_picture():
+    latent = Latent(torch.zeros(1, 8, 2, 2), "m", None, (17, 9), "pad")
+    assert latent.crop(torch.zeros(1, 3, 24, 16)).shape == (1, 3, 17, 9)
+    with pytest.raises(LatentError, match="the photograph has 9x17 pixels in its metadata, the decoded picture 16x16"):
+        latent.crop(torch.zeros(1, 3, 16, 16))
 
 
 def test_unscaled(tmp_path):

@@ -75,6 +75,8 @@ def cache_latents(
     check_integer("--resolution", resolution, least=1)
     check_integer("--batch", None if batch == "auto" else batch, least=1)
     check_workers(workers)
+    if member is not None and not member.strip("."):
+        raise UsageError(f"--member {member!r}: expected an extension, such as jpg or seg.png")
     limit = pixel_limit(max_pixels)
     place, dtype = choose_device(compute.device, compute.dtype)
     with distributed.process_group(place) as device:
@@ -135,6 +137,8 @@ def _summary(report: "Report", out: Path) -> str:
         lines.append(f"{report.kept} latents existed already")
     if manifest.captions:
         lines.append(f"{manifest.captions} captions")
+    if report.unusable:
+        lines.append(f"no caption in {_some_of([f'{name} ({reason})' for name, reason in report.unusable])}")
     if manifest.buckets:
         lines.append(f"{len(manifest.buckets)} sizes: {_some_of(manifest.buckets)}")
     if manifest.mean is not None:

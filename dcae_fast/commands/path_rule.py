@@ -6,11 +6,15 @@ from tyro.constructors import PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 
 def path_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    """Refuses the empty text where a path is expected: pathlib reads it as the current folder."""
+    """Refuses two texts where a path is expected: the empty one, which pathlib reads as the current folder, and "None",
+    which an option file's null becomes.
+    """
 
     def path_of(texts: list[str]) -> Path:
         if not texts[0]:
             raise ValueError("expected a file or folder, found an empty text; `.` is the current folder")
+        if texts[0] == "None":
+            raise ValueError("expected a file or folder, found None; one with this name is ./None")
         return Path(texts[0])
 
     if info.type is not Path:

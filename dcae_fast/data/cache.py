@@ -25,7 +25,7 @@ from .buckets import buckets_of, settings_of_bucket
 from .captions import CAPTIONS, Found, read_captions, save_captions
 from .encode import BatchEncoder, automatic_batch, encode_batches
 from .manifest import MANIFEST, Manifest, Settings, Sums, load_manifest, statistics, weights_hash
-from .pictures import CropDataset, Pictures, collate, to_rgb
+from .pictures import CropDataset, Notes, Pictures, collate, to_rgb
 from .sources import SOURCES, keys_of_removed, load_sources, save_sources, sources_of
 from .store import STORES, NpyStore, ShardStore
 
@@ -39,7 +39,8 @@ class Report:
     encoded: number of new latents. kept: number of latents that existed already. changed: number of pictures that
     changed since their latents were encoded. skipped: (name, reason) of each picture or shard that gave no latent.
     seconds: time of the slowest rank from the first picture read to the last latent written. waited: the fraction of
-    that time in which the devices were idle, averaged over the ranks. sums: of each latent.
+    that time in which the devices were idle, averaged over the ranks. sums: of each latent. unusable: (name, reason) of
+    each file or member that should contain a caption and contains none.
     """
 
     manifest: Manifest
@@ -50,6 +51,7 @@ class Report:
     seconds: float
     waited: float
     sums: list[Sums]
+    unusable: Notes
 
 
 def settings_of(
@@ -255,4 +257,4 @@ def _report(
     seconds, busy = (sum(getattr(outcome, name) for outcome in outcomes) for name in ("seconds", "busy"))
     slowest = max(outcome.seconds for outcome in outcomes)
     encoded, waited = sum(len(outcome.sums) for outcome in outcomes), 1 - busy / seconds if seconds else 0.0
-    return Report(manifest, encoded, len(kept), changed, skipped, slowest, waited, sums)
+    return Report(manifest, encoded, len(kept), changed, skipped, slowest, waited, sums, found.unusable)

@@ -74,4 +74,5 @@ def _joined(pictures: Pictures, manifest: Manifest, reports: dict[Bucket, Report
     encoded, kept, changed = (sum(getattr(one, name) for one in each) for name in ("encoded", "kept", "changed"))
     seconds = sum(report.seconds for report in each)
     waited = sum(report.waited * report.seconds for report in each) / seconds if seconds else 0.0
-    return Report(manifest, encoded, kept, changed, skipped, seconds, waited, sums)
+    unusable = [one for report in each for one in report.unusable]
+    return Report(manifest, encoded, kept, changed, skipped, seconds, waited, sums, unusable)

@@ -53,7 +53,7 @@ def _read(pictures: Pictures, candidates: tuple[Caption, ...], shard: str) -> tu
                 content = file.read(each.size if shard else -1).decode("utf-8-sig")
             return _text_of(each.name, content), unusable
         except (OSError, ValueError, RecursionError) as error:  # RecursionError: JSON with thousands of levels
-            unusable.append((each.name, f"no caption: {getattr(error, 'strerror', None) or error}"))
+            unusable.append((each.name, getattr(error, "strerror", None) or str(error)))
     return None, unusable
 
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
 
 from dcae_fast.errors import DataError
+from dcae_fast.files import check_regular
 
 from .folders import list_files
 from .manifest import MANIFEST, Manifest, load_manifest
@@ -149,11 +150,13 @@ class Shards:
         if number not in self._files:
             path = self.paths[number]
             try:
+                check_regular(path)
                 file = safe_open(path, framework="pt")
                 latents, classes = file.get_slice("latents"), file.get_tensor("classes").flatten().tolist()
                 names = json.loads((file.metadata() or {}).get("names", "null"))
             except (OSError, SafetensorError, ValueError) as error:
-                raise DataError(f"{path}: not a readable shard of latents: {error}") from error
+                reason = getattr(error, "strerror", None) or error
+                raise DataError(f"{path}: not a readable shard of latents: {reason}") from error
             self._check(path, latents.get_shape(), latents.get_dtype(), classes, names)
             self._files[number] = latents, classes, names
         return self._files[number]
@@ -182,6 +185,7 @@ def check_latent(latent: torch.Tensor, path: Path) -> None:
 def load_npy(path: Path) -> np.ndarray:
     """Reads a latent [c, h, w]. Raises DataError if the file is missing, damaged, or contains something else."""
     try:
+        check_regular(path)
         with open(path, "rb") as file:
             latent = np.lib.format.read_array(file, allow_pickle=False)
     except Exception as error:  # for a broken header, numpy may raise any exception

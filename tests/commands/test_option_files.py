@@ -1,9 +1,11 @@
 """Options in files: the arguments that they become, and the errors for files with other contents."""
 
 import sys
+from pathlib import Path
 
 import pytest
 
+import dcae_fast
 from dcae_fast import cli
 from dcae_fast.commands.option_files import with_files
 
@@ -20,8 +22,43 @@ def test_files_of_options(tmp_path):
 
 @pytest.mark.parametrize("value, expected", [("false", "--int8 None"), ("null", "--int8 None"), ("true", "--int8")])
 def test_an_option_with_or_without_a_value(tmp_path, value, expected):
-    (tmp_path / "a.yaml").write_text(f"int8: {value}\n")
-    assert with_files([f"@{tmp_path}/a.yaml"]) == expected.split()
+    (tmp_path / "a.YML").write_text(f"int8: {value}\n")
+    assert with_files([f"@{tmp_path}/a.YML"]) == expected.split()
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        ("x --no-int8 y", "x y --int8 None"),
+        ("x --int8 a b --fit pad --no-int8 y", "x --fit pad y --int8 None"),
+        ("x --int8=a y --no-int8 -- --z", "x y --int8 None -- --z"),
+        ("x --int8 --no-int8 --out o --int8 b", "x --out o --int8 b"),
+        ("x --int8 a @off.yaml p.png", "x --fit pad p.png --int8 None"),
+    ],
+)
+def test_an_option_that_is_undone(tmp_path, monkeypatch, arguments, expected):
+    """--no-int8 takes back every --int8 before it, with the values; what follows it is no value."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "off.yaml").write_text("fit: pad\nint8: false\n")
+    assert with_files(arguments.split()) == expected.split()
+
+
+def test_no_int8_of_the_command_line(tmp_path, capsys):
+    photo = Path(dcae_fast.__file__).parent / "assets/photographs/chelsea.png"
+    out = "--out", str(tmp_path), "--device", "cpu"
+    assert cli.main(["encode", "--int8", "--no-int8", str(photo), *out]) == 0
+    assert "8 bit" not in capsys.readouterr().err and (tmp_path / "chelsea.safetensors").exists()
+    with pytest.raises(SystemExit):
+        cli.main(["models", "--no-int8"])
+    assert "--int8" in capsys.readouterr().err
+
+
+def test_null_is_no_path(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text("out: null\n")
+    with pytest.raises(SystemExit):
+        cli.main(["encode", "x.png", "@a.yaml"])
+    assert "--out: expected a file or folder, found None" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(
@@ -32,6 +69,8 @@ def test_an_option_with_or_without_a_value(tmp_path, value, expected):
         ("a.json", "[1]", "expected a mapping of option names"),
         ("a.yaml", "", "expected a mapping of option names"),
         ("a.yaml", "a: &a {b: *a}", "nested too deeply"),
+        ("a.yaml", "1: 2", "1: expected the name of an option"),
+        ("a.yaml", "--out: x", "'--out': expected the name of an option"),
         ("a.yaml", "betas: [{a: 1}]", "betas: expected a value or a list of values"),
         ("a.txt", "a: 1", "expected a file name that ends in .yaml, .yml, .toml or .json"),
         ("a.yaml", b"\xff\xfe\x00", "not a valid yaml file"),

@@ -54,7 +54,9 @@ def test_recorded_and_read_again(tmp_path, capsys, format):
     (tmp_path / "p" / "x" / "a.txt").write_text("one")
     (tmp_path / "p" / "y" / "c.json").write_text("{}")
     command = tmp_path / "p", tmp_path / "out", "--format", format
-    assert run(*command) == 0 and "\n1 captions\n" in capsys.readouterr().out
+    assert run(*command) == 0
+    expected = '\n1 captions\nno caption in y/c.json (expected an object with a text "caption")\n'
+    assert expected in capsys.readouterr().out
     manifest = load_manifest(tmp_path / "out")
     assert manifest.captions == 1 and manifest.ignored == ("y/c.json",)
     data, captions = LatentDataset(tmp_path / "out"), load_captions(tmp_path / "out")
@@ -73,7 +75,7 @@ def test_a_pipe_is_no_caption(tmp_path):
     (tmp_path / "a.json").write_text('{"caption": "from the file"}')
     found = read_captions(find_pictures(tmp_path))
     assert found.captions == {"a": "from the file"}
-    assert found.unusable == [("a.txt", "no caption: not a regular file")]
+    assert found.unusable == [("a.txt", "not a regular file")]
 
 
 @pytest.mark.parametrize("content", ["{", json.dumps({"a": 1}), "[]"])
