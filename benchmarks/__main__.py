@@ -51,13 +51,35 @@ CONTENDERS = (
 W = TypeVar("W", Workload, ShapesWorkload, TrainingWorkload, NetworkWorkload, SanaWorkload)
 
 
-def chosen(workloads: list[W], only: Callable[[str], bool], names: Collection[str]) -> list[W]:
-    """The workloads whose names pass `only`, each with the contenders in `names` and eager."""
-    return [
-        replace(workload, contenders=tuple(name for name in workload.contenders if name in {"eager", *names}))
-        for workload in workloads
-        if only(workload.name)
-    ]
+def workloads_of(part: str) -> list:
+    """The workloads of a part whose contenders can be chosen; none of other parts."""
+    if part in NETWORK_PARTS:
+        return network_workloads(part)
+    if part in ("operators", "attention", "autoencoder-loss-curve", "pipeline"):
+        return []
+    lists = {"shapes": shapes_workloads, "sana": sana_workloads, "autoencoder-training": training_workloads}
+    return lists[part]() if part in lists else workloads(part)
+
+
+def contenders_of(part: str, only: Callable[[str], bool]) -> set[str]:
+    """The names of all contenders of the workloads whose names pass `only`; none if they cannot be chosen."""
+    names = {name for workload in workloads_of(part) if only(workload.name) for name in workload.contenders}
+    return {*attention.NAMES} if part == "attention" else names
+
+
+def chosen(workloads: list[W], only: Callable[[str], bool], names: Collection[str], baseline: str = "eager") -> list[W]:
+    """The workloads whose names pass `only`, each with the contenders in `names` and the baseline.
+
+    A workload that has none of the contenders in `names` is left out, and named on the terminal.
+    """
+    found = []
+    for workload in filter(lambda workload: only(workload.name), workloads):
+        if not set(names).isdisjoint(workload.contenders):
+            kept = tuple(name for name in workload.contenders if name in {baseline, *names})
+            found.append(replace(workload, contenders=kept))
+        else:
+            print(f"{workload.name} is left out: it has none of these contenders", flush=True)
+    return found
 
 
 def records_of(
@@ -67,28 +89,10 @@ def records_of(
     if part == "operators":
         yield from operators.benchmark(device, ceilings, only)
         return
-    if part in NETWORK_PARTS:
-        for workload in chosen(network_workloads(part), only, names):
-            yield NETWORK_PARTS[part](workload, device, ceilings)
-        return
-    if part == "shapes":
-        for workload in chosen(shapes_workloads(), only, {"eager channels-last", *names}):
-            yield shapes.benchmark(workload, device)
-        return
     if part == "attention":
         for workload in attention.WORKLOADS if device.type == "cuda" else attention.REHEARSAL:
             if only(workload.name):
                 yield attention.benchmark(workload, device, ceilings, names)
-        return
-    if part == "sana":
-        for workload in chosen(sana_workloads(), only, names):
-            yield sana.benchmark(workload, device, ceilings)
-        return
-    if part == "autoencoder-training":
-        selected = chosen(training_workloads(), only, names)
-        first_call.fill_caches(selected, TRAININGS_AT_ONCE)
-        for workload in selected:
-            yield from autoencoder_training.records(workload, device, ceilings)
         return
     if part == "autoencoder-loss-curve":
         for workload in loss_workloads():
@@ -100,16 +104,31 @@ def records_of(
             if only(each.name):
                 yield from pipeline.benchmark(each)
         return
-    selected = chosen(workloads(part), only, names)
-    if part == "autoencoder":
+    selected = chosen(workloads_of(part), only, names, "eager channels-last" if part == "shapes" else "eager")
+    if part == "autoencoder-training":
+        first_call.fill_caches(selected, TRAININGS_AT_ONCE)
+    elif part == "autoencoder":
         first_call.fill_caches(selected, os.cpu_count())
     for workload in selected:
-        if part == "autoencoder":
-            yield autoencoder.benchmark(workload, device, ceilings)
-        elif part == "memory":
-            yield autoencoder.benchmark(workload, device, ceilings, reference_tf32=True, rounds=2, at_least=1)
-        else:
-            yield first_call.benchmark(workload)
+        yield from records_of_workload(part, workload, device, ceilings)
+
+
+def records_of_workload(part: str, workload: W, device: torch.device, ceilings: Ceilings) -> Iterator[dict]:
+    """`records_of`, for one workload with the contenders that were chosen."""
+    if part in NETWORK_PARTS:
+        yield NETWORK_PARTS[part](workload, device, ceilings)
+    elif part == "shapes":
+        yield shapes.benchmark(workload, device)
+    elif part == "sana":
+        yield sana.benchmark(workload, device, ceilings)
+    elif part == "autoencoder-training":
+        yield from autoencoder_training.records(workload, device, ceilings)
+    elif part == "autoencoder":
+        yield autoencoder.benchmark(workload, device, ceilings)
+    elif part == "memory":
+        yield autoencoder.benchmark(workload, device, ceilings, reference_tf32=True, rounds=2, at_least=1)
+    else:
+        yield first_call.benchmark(workload)
 
 
 def main() -> None:
@@ -127,8 +146,8 @@ def main() -> None:
         choices=CONTENDERS,
         default=CONTENDERS,
         metavar="NAME",
-        help="run only eager and these contenders of each workload; the record replaces a record with more contenders"
-        " in the same file. Not for operators, loss curves of autoencoders and pipeline",
+        help="run only eager and these contenders, and only workloads that have one of them; the record replaces a"
+        " record with more contenders in the same file. Not for operators, loss curves of autoencoders and pipeline",
     )
     parser.add_argument(
         "--out", type=Path, default=results.default_path(), help="JSON file for the results (default: %(default)s)"
@@ -138,6 +157,10 @@ def main() -> None:
     def only(name: str) -> bool:
         return any(text in name for text in options.only)
 
+    for part in options.part:
+        names = contenders_of(part, only)
+        if names and names.isdisjoint(options.contenders):
+            parser.error(f"--contenders {' '.join(options.contenders)}: {part} has {', '.join(sorted(names))}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ceilings = measure_ceilings(device)
     print(f"matrix product {ceilings.tflops:.0f} TFLOP/s in bf16, copy {ceilings.copy:.2f} TB/s", flush=True)

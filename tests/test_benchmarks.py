@@ -342,3 +342,24 @@ def test_a_misspelt_name_is_an_error(options, monkeypatch, tmp_path, capsys):
     text = capsys.readouterr().err
     assert caught.value.code == 2 and f"error: {'' if 'only' in options else 'argument '}--" in text
     assert not (tmp_path / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    "part", [part for part in command_line.PARTS if command_line.contenders_of(part, lambda _: True)]
+)
+def test_contenders_of_another_part_are_an_error(part, monkeypatch, tmp_path, capsys):
+    known = command_line.contenders_of(part, lambda _: True)
+    other = next(name for name in command_line.CONTENDERS if name not in known)
+    options = ["--out", str(tmp_path / "results.json"), "--part", part, "--contenders", other]
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *options])
+    with pytest.raises(SystemExit) as caught:
+        command_line.main()
+    text = capsys.readouterr().err
+    assert caught.value.code == 2 and f"error: --contenders {other}: {part} has " in text
+    assert all(name in text for name in known)
+
+
+def test_workloads_without_the_contenders_are_left_out(capsys):
+    first, second = (Workload("dc-ae-x", "encode", batch, 64, ("eager", name)) for batch, name in ((1, "a"), (2, "b")))
+    assert command_line.chosen([first, second], lambda _: True, ["b", "c"]) == [second]
+    assert capsys.readouterr().out == f"{first.name} is left out: it has none of these contenders\n"

@@ -13,9 +13,8 @@ import torch.nn.functional as F
 
 from ._library import KERNEL_DTYPES, define
 from ._products import as_rows
-from .quantize_rows import LARGEST_EXPONENTS, quantize_rows_reference
+from .quantize_rows import LARGEST_EXPONENTS, MOST_COLUMNS, quantize_rows_reference
 
-MOST_COLUMNS = 8192
 FORMAT = torch.float8_e4m3fn  # of the rows of g
 
 

@@ -36,9 +36,11 @@ def _store(ptr, q_ptr, x, place, mask, inverse, IN_HALF: tl.constexpr, IN_8_BIT:
 @Kernel
 def _gelu_backward_rows_kernel(
     dg_ptr, h_ptr, dh_ptr, dh_q_ptr, dh_scale_ptr, g_ptr, g_q_ptr, g_scale_ptr, partial_ptr, rows, width,
-    EVERYTHING: tl.constexpr, WANTS_G: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
+    EVERYTHING: tl.constexpr, WANTS_G: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, TWICE: tl.constexpr,
 ):  # fmt: skip
-    """Each program computes every n-th row for n programs. partial: [programs, width], partial sums of dh over rows."""
+    """Each program computes every n-th row for n programs. partial: [programs, width], partial sums of dh over rows.
+    TWICE: the second part of a row is computed again for its rounding, since registers do not suffice for both parts.
+    """
     column, rest_column = tl.arange(0, MAIN), MAIN + tl.arange(0, REST if REST else 1)
     everywhere, rest_mask = column < MAIN, rest_column < width
     G_IN_HALF: tl.constexpr = WANTS_G and not EVERYTHING
@@ -64,6 +66,8 @@ def _gelu_backward_rows_kernel(
         _store(dh_ptr, dh_q_ptr, dh, start + column, everywhere, inverse, not EVERYTHING, True)
         _store(g_ptr, g_q_ptr, g, start + column, everywhere, g_inverse, G_IN_HALF, G_IN_8_BIT)
         if REST:
+            if TWICE:
+                rest_dh, rest_g = _dh_and_g(dg_ptr, h_ptr, start + rest_column, rest_mask)
             _store(dh_ptr, dh_q_ptr, rest_dh, start + rest_column, rest_mask, inverse, not EVERYTHING, True)
             _store(g_ptr, g_q_ptr, rest_g, start + rest_column, rest_mask, g_inverse, G_IN_HALF, G_IN_8_BIT)
     partial = partial_ptr + tl.program_id(0).to(tl.int64) * width
@@ -83,7 +87,7 @@ def launch_gelu_backward_rows(dg, h, act, dtype, everything, wants_g):
     partial = torch.empty(programs, width, dtype=torch.float32, device=h.device)
     _gelu_backward_rows_kernel[(programs,)](
         dg, h, dh, *dh_rows, g, *g_rows, partial, rows, width,
-        EVERYTHING=everything, WANTS_G=wants_g, MAIN=main, REST=rest,
+        EVERYTHING=everything, WANTS_G=wants_g, MAIN=main, REST=rest, TWICE=main + rest > 8192,
         num_warps=min(16, max(4, main // 256)),
     )  # fmt: skip
     return dh, *dh_rows, g, *g_rows, partial.sum(0)

@@ -169,9 +169,10 @@ def main():
         launch_concatenate_rows(x, x, torch.float8_e4m3fn)
         launch_quantize_rows(x, "none", torch.float8_e5m2)
         launch_quantize_rows(tensor(2, 66, 4 * width, dtype=dtype), "gelu", torch.float8_e4m3fn)
-        h = tensor(66, 4 * width, dtype=half)
+        h, wide = tensor(66, 4 * width, dtype=half), tensor(66, 11200, dtype=half)
         for act, everything in (("gelu", False), ("gelu_tanh", True)):
             launch_gelu_backward_rows(h, h, act, torch.float8_e4m3fn, everything, True)
+            launch_gelu_backward_rows(wide, wide, act, torch.float8_e4m3fn, everything, True)
         launch_gradient_rows(x, half, torch.float8_e4m3fn, True, False)
         launch_gradient_rows(h, half, torch.float8_e4m3fn, False, True)
         launch_gradient_rows(tensor(66, 11200, dtype=dtype), half, torch.float8_e4m3fn, True, True)

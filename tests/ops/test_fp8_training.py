@@ -378,6 +378,16 @@ def test_wide_gradients_have_a_kernel():
         assert error(got.float(), want.float()) < 1e-2
 
 
+@pytest.mark.parametrize("width", [11200, 16384])
+@pytest.mark.parametrize("everything", [False, True], ids=["half", "everything"])
+def test_wide_gradients_of_gelu_have_a_kernel(width, everything):
+    args = *torch.randn(2, 2, width, device=DEVICE), "gelu", E4M3, everything, True
+    assert gelu_backward_rows_op.kernel._choose(args) == gelu_backward_rows_op.kernel._run
+    got, want = restored(gelu_backward_rows_op(*args)), restored(gelu_backward_rows_reference(*args))
+    for mine, exact in zip(got, want, strict=True):
+        assert error(mine, exact) < 1e-2
+
+
 def restored(results):
     """The results of gelu_backward_rows in fp32, with numbers in place of 8-bit rows and scales."""
     dh, dh_q, dh_scale, g, g_q, g_scale, total = results
