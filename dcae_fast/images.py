@@ -95,12 +95,19 @@ def as_seen(image: Image.Image) -> Image.Image:
 
 
 def grey_of_16_bits(image: Image.Image) -> np.ndarray | None:
-    """16-bit grey pixels as [H, W] float32 in [0, 1]; None for 8-bit images. Raises ValueError for floating point."""
+    """16-bit grey pixels as [H, W] float32 in [0, 1]; None for 8-bit images.
+
+    Raises ValueError for floating point, and for integers beyond 16 bits.
+    """
     if image.mode == "F":
         raise ValueError("has floating-point pixels, whose range is not defined; expected integer pixels")
     if not image.mode.startswith("I"):  # Pillow opens some 16-bit files in a 32-bit mode
         return None
-    return np.asarray(image).astype(np.float32).clip(0, 65535) / 65535
+    pixels = np.asarray(image)
+    low, high = pixels.min(), pixels.max()
+    if low < 0 or high > 65535:
+        raise ValueError(f"has pixels from {low} to {high}; expected 0 to 65535")
+    return pixels.astype(np.float32) / 65535
 
 
 def pixels_of(image: Image.Image) -> np.ndarray:

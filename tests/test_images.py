@@ -61,6 +61,14 @@ def test_16_bit_grey_keeps_its_precision(tmp_path):
     assert torch.allclose(x.double(), expected.expand(1, 3, 2, 4), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("value", [-1, 65536, 2**31 - 1])
+def test_integers_beyond_16_bits_are_refused(tmp_path, value):
+    """Their range is not defined: they would be white or black."""
+    Image.fromarray(np.array([[0, value]], np.int32)).save(tmp_path / "photo.tif")
+    with pytest.raises(images.PhotographError, match=f"has pixels from .*{value}.*; expected 0 to 65535"):
+        images.read_photograph(tmp_path / "photo.tif")
+
+
 def test_exif_rotation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned by 90 degrees

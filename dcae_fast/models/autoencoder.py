@@ -208,6 +208,8 @@ class DCAE(nn.Module):
         if x.dim() != 4 or not low <= x.shape[1] <= high:
             expected = str(high) if low == high else f"{low} to {high}"
             raise ValueError(f"{name} has shape {list(x.shape)}; expected [B, {expected}, height, width]")
+        if 0 in x.shape[2:]:
+            raise ValueError(f"{name} has shape {list(x.shape)}; expected a height and width of at least 1")
 
     def _check_latent_channels(self, asked: list[int]) -> None:
         most = self.config.latent_channels

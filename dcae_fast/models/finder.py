@@ -104,7 +104,15 @@ def find_first(find: Finder, files: list[str], source: str | os.PathLike) -> Pat
                 return path
     if not_downloaded:
         raise not_downloaded[0]
-    raise CheckpointError(f"{os.fspath(source)}: no weights; looked for {', '.join(files)}")
+    raise CheckpointError(
+        f"{os.fspath(source)}: no weights; looked for {', '.join(files)}{_models_inside(Path(source))}"
+    )
+
+
+def _models_inside(folder: Path) -> str:
+    """A question that names the models in a folder, such as the output folder of a training; empty without any."""
+    inside = sorted(path.parent for path in folder.glob(f"*/{CONFIG}")) if folder.is_dir() else []
+    return f"; did you mean {' or '.join(map(str, inside[:3]))}?" if inside else ""
 
 
 def _in_folder(folder: Path) -> Finder:

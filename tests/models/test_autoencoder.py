@@ -88,6 +88,7 @@ def test_against_diffusers(case, compare):
         (lambda model: model.encode(torch.zeros(3, 64, 64)), ValueError, r"x has shape \[3, 64, 64\]"),
         (lambda model: model.encode(torch.zeros(1, 4, 64, 64)), ValueError, r"expected \[B, 3, height, width\]"),
         (lambda model: model.encode(torch.zeros(1, 3, 64, 80)), ValueError, "64x80 pixels; .* multiples of 32"),
+        (lambda model: model.encode(torch.zeros(1, 3, 0, 64)), ValueError, "height and width of at least 1"),
         (lambda model: model.encode(torch.zeros(1, 3, 64, 64), 16), ValueError, "always have 32 channels"),
         (lambda model: model.decode(torch.zeros(1, 31, 2, 2)), ValueError, r"expected \[B, 32, height, width\]"),
         (lambda model: model.decode(torch.zeros(1, 32, 2, 2).long()), TypeError, "z is torch.int64"),

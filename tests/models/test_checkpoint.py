@@ -303,6 +303,15 @@ def test_folder_without_weights(folder):
         DCAE.from_pretrained(folder)
 
 
+def test_folder_that_contains_models(folder, tmp_path):
+    """The output folder of a training, or a pipeline of diffusers."""
+    shutil.copytree(folder, tmp_path / "run" / "model")
+    shutil.copytree(folder, tmp_path / "run" / "model-diffusers")
+    expected = f"did you mean {tmp_path}/run/model or {tmp_path}/run/model-diffusers\\?"
+    with pytest.raises(CheckpointError, match=f"no weights; looked for .*; {expected}"):
+        DCAE.from_pretrained(tmp_path / "run")
+
+
 def test_file_alone_of_unknown_shape(folder):
     (folder / "config.json").unlink()
     with pytest.raises(CheckpointError, match="no config.json beside it.*pass config="):
