@@ -104,15 +104,18 @@ def find_first(find: Finder, files: list[str], source: str | os.PathLike) -> Pat
                 return path
     if not_downloaded:
         raise not_downloaded[0]
-    raise CheckpointError(
-        f"{os.fspath(source)}: no weights; looked for {', '.join(files)}{_models_inside(Path(source))}"
-    )
+    raise CheckpointError(f"{os.fspath(source)}: no weights; looked for {', '.join(files)}{_inside(Path(source))}")
 
 
-def _models_inside(folder: Path) -> str:
-    """A question that names the models in a folder, such as the output folder of a training; empty without any."""
-    inside = sorted(path.parent for path in folder.glob(f"*/{CONFIG}")) if folder.is_dir() else []
-    return f"; did you mean {' or '.join(map(str, inside[:3]))}?" if inside else ""
+def _inside(folder: Path) -> str:
+    """A question that names other weight files in a folder, such as those of a variant in half precision, and models in
+    the folder, such as those in the output folder of a training; empty without any.
+    """
+    if not folder.is_dir():
+        return ""
+    found = [path for path in folder.iterdir() if path.suffix in (".safetensors", *PICKLES) and path.is_file()]
+    found += [path.parent for path in folder.glob(f"*/{CONFIG}")]
+    return f"; did you mean {' or '.join(map(str, sorted(found)[:3]))}?" if found else ""
 
 
 def _in_folder(folder: Path) -> Finder:

@@ -47,13 +47,14 @@ def under_state_dict(content: Any) -> Any:
 def read_weights(path: Path, find: Finder, unwrap: Callable[[Any], Any] = under_state_dict) -> State:
     """The tensors of a weight file by name. For an index of shards, `find` finds the shards.
 
+    Names lose what DistributedDataParallel ("module.") and torch.compile ("_orig_mod.") have added to them.
     unwrap: content of a pickle → the state dict in it. Pickles may contain only tensors and plain values.
     """
     if path.name.endswith(INDEX):
         return _read_shards(path, find, unwrap)
     if path.suffix == ".safetensors":
         try:
-            return load_file(path)
+            return _without_wrappers(load_file(path))
         except Exception as error:  # a broken or hostile file may raise anything
             raise CheckpointError(f"{path}: not a readable safetensors file: {_what_is_there(path, error)}") from error
     if path.suffix not in PICKLES:
@@ -67,7 +68,14 @@ def read_weights(path: Path, find: Finder, unwrap: Callable[[Any], Any] = under_
             f"{path}: expected a state dict, found no plain tensors at {_listed(others)} "
             f"of the keys {_listed(list(map(str, content)))}"
         )
-    return content
+    return _without_wrappers(content)
+
+
+def _without_wrappers(state: State) -> State:
+    state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
+    while state and all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    return state
 
 
 def _is_plain(value: Any) -> bool:

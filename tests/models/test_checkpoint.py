@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_checkpoints import ADAPTIVE, CONFIG, LAYOUTS, assert_same, build, edit_weights
 
 from dcae_fast.diffusion import DCAEDiffusion
@@ -216,7 +216,7 @@ def test_long_lists_are_cut(folder):
     "rename, message",
     [
         ("diffusion_model.{}", "weights of a diffusion model; load it with DCAEDiffusion.from_pretrained"),
-        ("module.{}", "not the weights of a DC-AE autoencoder; found module."),
+        ("other.{}", "not the weights of a DC-AE autoencoder; found other."),
     ],
 )
 def test_names_of_something_else(folder, rename, message):
@@ -301,6 +301,25 @@ def test_folder_without_weights(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="no weights; looked for model.safetensors"):
         DCAE.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("wrapper", ["module.{}", "_orig_mod.{}", "module._orig_mod.{}", "{}"])
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_names_of_wrapped_models(folder, file, wrapper):
+    """What is saved of a model in DistributedDataParallel or after torch.compile."""
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    wrapped = {wrapper.format(name).replace("encoder.", "encoder._orig_mod."): value for name, value in state.items()}
+    (save_file if file.endswith("s") else torch.save)(wrapped, folder / file)
+    loaded = DCAE.from_pretrained(folder).state_dict()
+    assert loaded.keys() == state.keys() and all(torch.equal(loaded[name], state[name]) for name in state)
+
+
+def test_weights_of_a_variant_are_named(folder):
+    (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")
+    with pytest.raises(CheckpointError, match=f"did you mean {folder}/model.fp16.safetensors\\?"):
+        DCAE.from_pretrained(folder)
+    DCAE.from_pretrained(folder / "model.fp16.safetensors")
 
 
 def test_folder_that_contains_models(folder, tmp_path):

@@ -5,6 +5,7 @@ default.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,16 @@ def _settle(file: Path, settings: dict[str, Any], has_begun: bool) -> int:
         if before.get(name) != now.get(name):
             if not has_begun:  # the former attempt failed before its first checkpoint
                 return _begin(file, settings)
-            raise TrainingError(
-                f"{file.parent} contains a training with {name.split('.')[-1]} {before.get(name)}, not "
-                f"{now.get(name)}; resume it with the same value, or choose another folder"
-            )
+            raise TrainingError(f"{file.parent} contains a training with {_differ(name, before, now)}")
     return shards
+
+
+def _differ(name: str, before: dict[str, Any], now: dict[str, Any]) -> str:
+    """How a value differs, and what to do. A hash says nothing to a reader."""
+    last, values = name.rpartition(".")[2], (before.get(name), now.get(name))
+    if all(re.fullmatch("[0-9a-f]{64}", str(value)) for value in values):
+        return f"other {last.replace('_', ' ')}; resume it with the same data, or choose another folder"
+    return f"{last} {values[0]}, not {values[1]}; resume it with the same value, or choose another folder"
 
 
 def _begin(file: Path, settings: dict[str, Any]) -> int:

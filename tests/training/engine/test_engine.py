@@ -15,6 +15,7 @@ from dcae_fast.interruption import Interrupted
 from dcae_fast.training.engine.config import TrainingError
 from dcae_fast.training.engine.log import Log
 from dcae_fast.training.engine.loop import train
+from dcae_fast.training.engine.settings import shards_of
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +97,14 @@ def test_a_folder_of_other_data(tmp_path, finished):
         train(TwoNetworks(RECIPE, run, items=30))
     with pytest.raises(TrainingError, match="contains a training with seed 0, not 1"):
         train(TwoNetworks(replace(RECIPE, seed=1), run))
+
+
+def test_hashes_are_not_printed(tmp_path):
+    shards_of(tmp_path, {"data": {"photographs_names": "a" * 64}}, has_begun=False)
+    with pytest.raises(
+        TrainingError, match="contains a training with other photographs names; .* same data, or choose"
+    ):
+        shards_of(tmp_path, {"data": {"photographs_names": "b" * 64}}, has_begun=True)
 
 
 def test_settings_of_an_earlier_version(tmp_path, finished):
