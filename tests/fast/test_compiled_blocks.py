@@ -139,3 +139,21 @@ def test_a_whole_network(name):
         with autocast():
             assert_close(predict(fast), predict(plain))
     assert counter.frame_count == 1
+
+
+@pytest.mark.gpu
+@every_network
+def test_cuda_graphs_of_inductor(name):
+    """Nothing is kept in the memory of the graphs, which Inductor checks when it warms up."""
+    plain, fast = pair(name)
+    apply_compile(blocks_of(fast), "reduce-overhead")
+    with autocast():
+        for call in range(6):
+            torch.compiler.cudagraph_mark_step_begin()
+            with torch.autocast(DEVICE, torch.bfloat16, cache_enabled=False):
+                expected = predict(plain)
+            assert_close(predict(fast), expected)
+            if call == 3:
+                for pairs in zip(blocks_of(plain), blocks_of(fast), strict=True):
+                    for block in pairs:
+                        fuse(block, None)
