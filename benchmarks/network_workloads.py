@@ -67,7 +67,8 @@ NETWORK_WORKLOADS: dict[str, list[NetworkWorkload]] = {  # by part
         NetworkWorkload(
             "uvit-h-f64", "step", 16, (*ALL, "patched, without graphs", *SAMPLED_IN_8_BIT, INFERRED_IN_8_BIT[2])
         ),
-        *_each("uvit-h-f8p2 uvit-h-f32 uvit-2b-f64 dit-xl-f8p2 dit-xl-f32 dit-xl-f64", "step", 16, SAMPLED),
+        *_each("uvit-h-f8p2 uvit-h-f32 uvit-2b-f64 dit-xl-f8p2 dit-xl-f32", "step", 16, SAMPLED),
+        NetworkWorkload("dit-xl-f64", "step", 16, ALL),
         NetworkWorkload("uvit-h-f64", "samples", 16, (*SAMPLED, *SAMPLED_IN_8_BIT)),
         *_each("uvit-h-f32 uvit-2b-f64 dit-xl-f32", "samples", 16, SAMPLED),
     ],
