@@ -428,18 +428,24 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit status.
 
-    0: success; 1: some files failed; 2: the request could not be met at all; 130: Ctrl-C; 143: SIGTERM.
+    0: success; 1: some files failed; 2: the request could not be met at all; 130: Ctrl-C; 141: nobody reads the output;
+    143: SIGTERM.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file name may contain bytes that are not text
     try:
         with sigterm_interrupts():
-            return _parse(sys.argv[1:] if argv is None else argv)()
+            command = _parse(sys.argv[1:] if argv is None else argv)
+            _check_environment()
+            return command()
     except NotFiniteError as error:
         return _failed(error, 1)
     except (UsageError, DeviceError, CheckpointError) as error:
         return _failed(error, 2)
+    except BrokenPipeError:  # the reader of the output, such as `head`, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it flushes the rest
+        return 128 + signal.SIGPIPE
     except OSError as error:
         return _failed(f"{error.filename}: {error.strerror}" if error.filename else error, 2)
     except (RuntimeError, MemoryError) as error:
@@ -451,6 +457,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         exec("")  # else `python -m` kills itself if the signal came during an exec of text, as in some imports
         return _failed(str(error) or "interrupted", 128 + getattr(error, "signum", signal.SIGINT))
+
+
+def _check_environment() -> None:
+    """Raises UsageError for a value of an environment variable that `patch` would refuse."""
+    if os.environ.get("DCAE_FAST_DISABLE"):
+        from .fast.patch import disabled_by_environment
+
+        try:
+            disabled_by_environment()
+        except ValueError as error:
+            raise UsageError(str(error)) from error
 
 
 def _parse(arguments: Sequence[str]) -> Callable[[], int]:

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from dcae_fast.errors import DeviceError
+
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=2)  # ranks may wait long for a rank with more work
 
@@ -20,19 +22,28 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
 
     On CUDA, the backend is NCCL and the device is the GPU with the number LOCAL_RANK, if set; elsewhere the backend is
     gloo. At the end of the block all ranks wait for each other. After an error this rank does not wait, so that
-    torchrun can end the others.
+    torchrun can end the others. Raises DeviceError for wrong environment variables.
     """
+    try:
+        device = _join(device)
+    except ValueError as error:
+        reason = "the environment has RANK or LOCAL_RANK, as torchrun sets them"
+        raise DeviceError(f"{reason}, but the processes cannot be joined: {error}") from error
+    yield device
+    if "RANK" in os.environ:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _join(device: torch.device) -> torch.device:
+    """Joins torchrun's process group, if there is one. Returns this process's device."""
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
-    if "RANK" not in os.environ:
-        yield device
-        return
-    on_gpu = {"backend": "nccl", "device_id": device}
-    dist.init_process_group(**on_gpu if device.type == "cuda" else {"backend": "gloo"}, timeout=TIMEOUT)
-    yield device
-    dist.barrier()
-    dist.destroy_process_group()
+    if "RANK" in os.environ:
+        on_gpu = {"backend": "nccl", "device_id": device}
+        dist.init_process_group(**on_gpu if device.type == "cuda" else {"backend": "gloo"}, timeout=TIMEOUT)
+    return device
 
 
 def is_distributed() -> bool:

@@ -21,7 +21,7 @@ class OtherKindError(CheckpointError):
 
 
 class DeviceError(ValueError):
-    """A device does not exist, or cannot compute in the requested dtype."""
+    """A device does not exist, or cannot compute in the requested dtype, or several cannot work together."""
 
 
 class DataError(ValueError):

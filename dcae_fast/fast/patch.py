@@ -348,11 +348,20 @@ def _disabled(disable: Iterable[str]) -> set[str]:
     asked = list(disable) if isinstance(disable, Iterable) and not isinstance(disable, str) else [disable]
     if not all(isinstance(name, str) for name in asked):
         raise TypeError(f"disable={disable!r}; expected names of operators")
-    asked = {*asked, *filter(None, map(str.strip, os.environ.get("DCAE_FAST_DISABLE", "").split(",")))}
-    unknown = asked - {"all", *OPERATORS}
+    return _known("disable", asked) | disabled_by_environment()
+
+
+def disabled_by_environment() -> set[str]:
+    """The operators that the environment variable DCAE_FAST_DISABLE names. Raises ValueError for an unknown name."""
+    return _known("DCAE_FAST_DISABLE", filter(None, map(str.strip, os.environ.get("DCAE_FAST_DISABLE", "").split(","))))
+
+
+def _known(source: str, names: Iterable[str]) -> set[str]:
+    """The names as a set. source: where they were given. Raises ValueError for an unknown operator."""
+    unknown = set(names := list(names)) - {"all", *OPERATORS}
     if unknown:
-        raise ValueError(f"unknown operators to disable: {sorted(unknown)}; expected 'all' or some of {OPERATORS}")
-    return asked
+        raise ValueError(f"{source}: unknown operators {sorted(unknown)}; expected 'all' or some of {OPERATORS}")
+    return set(names)
 
 
 def _reason_not_fast(

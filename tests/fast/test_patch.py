@@ -195,7 +195,7 @@ def test_disabled_by_the_environment(monkeypatch):
 def test_unknown_operator(monkeypatch):
     model = build("adaptive")
     with pytest.raises(
-        ValueError, match="unknown operators to disable: .'flash', 'rmsnorm'.; expected 'all' or .*rms_norm"
+        ValueError, match="disable: unknown operators .'flash', 'rmsnorm'.; expected 'all' or .*rms_norm"
     ):
         dcae_fast.patch(model, disable=["rmsnorm", "bias_act", "flash"])
     monkeypatch.setenv("DCAE_FAST_DISABLE", "rmsnorm")
