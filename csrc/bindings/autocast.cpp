@@ -16,6 +16,7 @@ namespace dcae_fast {
 namespace {
 
 constexpr size_t kMost = 1 << 16;  // weights that are remembered
+constexpr int64_t kTrained = -1;   // in place of a version: the weight has been in a training step since
 
 // A weight when it was cast, and what it was cast to.
 struct State {
@@ -41,17 +42,25 @@ bool is_kept(const at::Tensor& weight) {
   return c10::impl::VirtualGuardImpl(device.type()).getStream(device) == c10::Stream(c10::Stream::DEFAULT, device);
 }
 
+std::mutex mutex;
+std::unordered_map<const void*, State> states;  // of the weights that were cast
+
 }  // namespace
 
-at::Tensor autocast_cast(const at::Tensor& weight, at::ScalarType dtype) {
-  if (weight.scalar_type() == dtype || !is_kept(weight)) return weight.to(dtype);
+at::Tensor autocast_cast(const at::Tensor& weight, at::ScalarType dtype, bool trains) {
+  if (weight.scalar_type() == dtype) return weight;
+  if (trains) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto found = states.find(weight.unsafeGetTensorImpl());
+    if (found != states.end()) found->second.version = kTrained;
+    return weight.to(dtype);
+  }
+  if (!is_kept(weight)) return weight.to(dtype);
   const auto cast = [&] {
     const c10::InferenceMode off(false);  // autocast keeps no copies in it
     return at::autocast::cached_cast(dtype, weight, weight.device().type());
   };
   at::Tensor copy = cast();
-  static std::mutex mutex;
-  static std::unordered_map<const void*, State> states;
   const std::lock_guard<std::mutex> lock(mutex);
   if (states.size() >= kMost) states.clear();
   State& before = states.try_emplace(weight.unsafeGetTensorImpl(), state_of(weight, copy)).first->second;
@@ -67,10 +76,11 @@ at::Tensor autocast_cast(const at::Tensor& weight, at::ScalarType dtype) {
 
 void bind_autocast(pybind11::module_& module) {
   namespace py = pybind11;
-  module.def("autocast_cast", &autocast_cast, py::arg("weight"), py::arg("dtype"),
+  module.def("autocast_cast", &autocast_cast, py::arg("weight"), py::arg("dtype"), py::arg("trains") = false,
              py::call_guard<py::gil_scoped_release>(),
              "weight in `dtype`. Inside autocast a parameter is cast once, and the copy is kept until autocast ends or "
-             "the parameter changes, as far as autograd's version counter shows.");
+             "the parameter changes, as far as autograd's version counter shows. trains: nothing is kept, and a copy "
+             "is not used any more, because fused optimizers of PyTorch 2.11 do not count their changes.");
 }
 
 }  // namespace dcae_fast

@@ -22,7 +22,7 @@ void bind_signature(pybind11::module_& module);
 void bind_token_operators(pybind11::module_& module);
 
 // In autocast.cpp; block_halves.cpp calls it too.
-at::Tensor autocast_cast(const at::Tensor& weight, at::ScalarType dtype);
+at::Tensor autocast_cast(const at::Tensor& weight, at::ScalarType dtype, bool trains);
 
 // Operators of token_operators.cpp, which block_halves.cpp calls too.
 std::tuple<at::Tensor, at::Tensor> packed_attention(const at::Tensor& qkv, int64_t num_heads);

@@ -20,10 +20,8 @@ using SixTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at
 // the copies in inference.
 std::vector<at::Tensor> linear(const BoundProductPlan& plan, const at::Tensor& y, const at::Tensor& weight,
                                const MaybeTensor& bias, const MaybeTensor& residual, bool trains) {
-  const auto cast = [&](const at::Tensor& x, at::ScalarType dtype) {
-    return trains ? x.to(dtype) : autocast_cast(x, dtype);
-  };
-  return plan(y, cast(weight, plan.dtype), bias ? MaybeTensor(cast(*bias, plan.out_dtype)) : bias, residual);
+  const MaybeTensor vector = bias ? MaybeTensor(autocast_cast(*bias, plan.out_dtype, trains)) : bias;
+  return plan(y, autocast_cast(weight, plan.dtype, trains), vector, residual);
 }
 
 at::Tensor linear_backward_input(const BoundProductPlan& plan, const at::Tensor& dy, const at::Tensor& weight) {

@@ -11,7 +11,7 @@ x, or to the type of y where cuBLASLt adds it.
 
 A float32 weight beside half-precision x is rounded to the type of x for the product, in the forward and again in the
 backward pass, and its gradient is float32. In inference, inside autocast, the rounded weight and bias are kept until
-autocast ends or the weight changes, as far as autograd counts changes.
+autocast ends, the weight trains or changes, as far as autograd counts changes.
 
 "gelu" is the exact GELU, with erf. cuBLASLt computes "gelu" and "gelu_tanh" by the tanh approximation. On normal
 preactivations its relative L2 error is 2e-4; rounding preactivation and result causes an error of 3e-3 in bf16 and 3e-4
@@ -59,16 +59,16 @@ def accepts_layer(x, weight, bias, residual, trains=True):
     return _products.accepts(x, weight, bias, residual) and weight.shape[0] % 8 == 0
 
 
-def _rounded(weight, dtype, trains):
+def rounded(weight, dtype, trains=True):
     """weight, or a bias, in this dtype. Not trains: autocast keeps the result, see the head of this file."""
     if weight is None or weight.dtype == dtype:
         return weight
-    extension = None if trains else cuda_extension()
-    return weight.to(dtype) if extension is None else extension.autocast_cast(weight, dtype)
+    extension = cuda_extension()
+    return weight.to(dtype) if extension is None else extension.autocast_cast(weight, dtype, trains)
 
 
 def launch_linear(x, weight, bias, residual, trains=True):
-    weight = _rounded(weight, x.dtype, trains)
+    weight = rounded(weight, x.dtype, trains)
 
     def fallback():
         return (linear_reference(x, weight, bias, residual),)
@@ -91,14 +91,14 @@ def _prepare_linear(x, weight, bias, residual, trains):
         if plan is None:
             return launch_linear(x, weight, bias, residual, trains)
         if rounds:
-            weight, bias = _rounded(weight, x.dtype, trains), _rounded(bias, out_dtype, trains)
+            weight, bias = rounded(weight, x.dtype, trains), rounded(bias, out_dtype, trains)
         return plan(x, weight, bias, residual)[0]
 
     return run
 
 
 def _launch_linear_gelu(x, weight, bias, act):
-    weight = _rounded(weight, x.dtype, trains=False)
+    weight = rounded(weight, x.dtype, trains=False)
 
     @without_autocast
     def fallback():

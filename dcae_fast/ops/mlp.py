@@ -28,6 +28,7 @@ from .linear import (
     linear_backward,
     linear_backward_input_op,
     linear_reference,
+    rounded,
     wants_gradient,
     with_rows,
 )
@@ -52,7 +53,7 @@ def _accepts(x, w1, b1, w2, b2, residual, act):
 
 
 def _launch(x, w1, b1, w2, b2, residual, act):
-    w1 = w1.to(x.dtype)
+    w1 = rounded(w1, x.dtype)
 
     def fallback():
         h = linear_reference(x, w1, b1, None)

@@ -78,6 +78,16 @@ def test_what_is_not_kept(weight):
             assert cast(weight, torch.float32) is weight
 
 
+def test_a_training_step_in_between(weight):
+    """Fused optimizers of PyTorch 2.11 do not count their changes on a GPU."""
+    with torch.no_grad(), autocast():
+        copy = cast(weight)
+        assert torch.equal(_C.autocast_cast(weight, BF16, trains=True), copy)
+        weight.data.add_(1)
+        changed = cast(weight)
+        assert torch.equal(changed, weight.to(BF16)) and cast(weight) is changed
+
+
 def test_the_gradient(weight):
     with autocast():
         cast(weight).sum().backward()

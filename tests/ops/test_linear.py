@@ -411,8 +411,8 @@ class Extension:
     def __init__(self):
         self.casts = []
 
-    def autocast_cast(self, weight, dtype):
-        self.casts.append(weight)
+    def autocast_cast(self, weight, dtype, trains):
+        self.casts += [] if trains else [weight]
         return weight.to(dtype)
 
 
