@@ -50,6 +50,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.size <= 0 or options.size % 32:
         parser.error(f"--size {options.size}: expected a multiple of 32")
+    if options.steps < 1:
+        parser.error(f"--steps {options.steps}: expected at least 1")
     if not options.out.parent.is_dir():
         parser.error(f"--out {options.out}: no folder {options.out.parent}")
     pipeline = load(options.model).to("cuda" if torch.cuda.is_available() else "cpu")

@@ -30,6 +30,8 @@ import dcae_fast
 from dcae_fast.data.captions import load_captions
 from dcae_fast.data.latents import LatentDataset
 from dcae_fast.data.manifest import load_manifest
+from dcae_fast.errors import DataError
+from dcae_fast.files import written_atomically
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 SHIFT = 3.0  # of the noise, towards more noise, as in SANA's sampler
@@ -46,13 +48,18 @@ class Bucket:
 
 
 def read(folder: Path) -> list[Bucket]:
-    """The latents of cache-latents, with or without --buckets. A latent without a caption gets the empty one."""
+    """The latents of cache-latents, with or without --buckets. A latent without a caption gets the empty one.
+
+    Raises DataError.
+    """
     manifest = load_manifest(folder)
     names = manifest.buckets if manifest and manifest.settings.buckets else [""]
     buckets = []
     for name in names:
         data, captions = LatentDataset(folder / name), load_captions(folder / name)
         buckets.append(Bucket(data, [captions.get(data.key(index), EMPTY) for index in range(len(data))]))
+    if not buckets:
+        raise DataError(f"{folder}: expected a folder written by `dcae-fast cache-latents`, found no latents")
     return buckets
 
 
@@ -70,7 +77,8 @@ def embed(model: str, captions: set[str], path: Path, device: torch.device) -> T
                 text, do_classifier_free_guidance=False, device=device, complex_human_instruction=instruction
             )
             texts[text] = y[0, mask[0].bool()].cpu()
-        save_file(texts, path)
+        with written_atomically(path) as temporary:
+            save_file(texts, temporary)
     return texts
 
 
@@ -109,8 +117,11 @@ def tiny() -> tuple[SanaTransformer2DModel, list[Bucket], Texts]:
 
 
 def load(options: argparse.Namespace, device: torch.device) -> tuple[SanaTransformer2DModel, list[Bucket], Texts]:
-    """The network, the latents and the texts. Ends the program with an explanation if the weights cannot be had."""
-    buckets = read(options.latents)
+    """The network, the latents and the texts. Ends the program with an explanation if one of them cannot be had."""
+    try:
+        buckets = read(options.latents)
+    except DataError as error:
+        raise SystemExit(f"--latents: {error}") from error
     captions = {caption for bucket in buckets for caption in bucket.captions}
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
@@ -140,6 +151,11 @@ def main() -> None:
     options = parser.parse_args()
     if not options.tiny and None in (options.model, options.latents, options.out):
         parser.error("expected --model, --latents and --out, or --tiny")
+    for name in ("rank", "batch", "steps"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} {getattr(options, name)}: expected at least 1")
+    if not 0 <= options.drop <= 1:
+        parser.error(f"--drop {options.drop}: expected a number from 0 to 1")
     options.out = options.out or Path(tempfile.mkdtemp())
     options.out.mkdir(parents=True, exist_ok=True)
     train(options)

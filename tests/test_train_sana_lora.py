@@ -78,3 +78,19 @@ def test_without_weights_or_options(example, monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(example, monkeypatch, "--model", "some/model")
     assert "expected --model, --latents and --out, or --tiny" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--tiny", "--steps", 0], "--steps 0: expected at least 1"),
+        (["--tiny", "--drop", 1.5], "--drop 1.5: expected a number from 0 to 1"),
+        (["--latents", "l"], "expected --model, --latents and --out, or --tiny"),
+        (["--model", "m", "--latents", "absent", "--out", "o"], "--latents: absent: no such folder"),
+    ],
+)
+def test_wrong_options(example, monkeypatch, tmp_path, capsys, options, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        run(example, monkeypatch, *options)
+    assert words in f"{capsys.readouterr().err}{ended.value}"

@@ -1,6 +1,7 @@
 """captions.json of a folder of latents: the texts found beside the pictures, by key of the picture."""
 
 import json
+import os
 import stat
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -71,9 +72,9 @@ def _text_of(name: str, content: str) -> str:
     return text.strip()
 
 
-def load_captions(folder: Path) -> Captions:
+def load_captions(folder: str | os.PathLike) -> Captions:
     """Reads captions.json; empty if there is none. Raises DataError."""
-    path = folder / CAPTIONS
+    path = Path(folder) / CAPTIONS
     if not path.is_file():
         return {}
     try:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -80,9 +81,9 @@ class Manifest:
             temporary.write_text(json.dumps(asdict(self), indent=2) + "\n")
 
 
-def load_manifest(folder: Path) -> Manifest | None:
+def load_manifest(folder: str | os.PathLike) -> Manifest | None:
     """The manifest of a folder; None if the folder has none. Raises DataError."""
-    path = folder / MANIFEST
+    path = Path(folder) / MANIFEST
     if not path.is_file():
         return None
     try:

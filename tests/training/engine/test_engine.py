@@ -101,9 +101,7 @@ def test_a_folder_of_other_data(tmp_path, finished):
 
 def test_hashes_are_not_printed(tmp_path):
     shards_of(tmp_path, {"data": {"photographs_names": "a" * 64}}, has_begun=False)
-    with pytest.raises(
-        TrainingError, match="contains a training with other photographs names; .* same data"
-    ):
+    with pytest.raises(TrainingError, match="contains a training with other photographs names; .* same data"):
         shards_of(tmp_path, {"data": {"photographs_names": "b" * 64}}, has_begun=True)
 
 
