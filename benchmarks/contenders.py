@@ -56,20 +56,21 @@ def patched_and_bounded(half: nn.Module, workload: Workload) -> None:
     dcae_fast.patch(half, max_memory=workload.max_memory)
 
 
-def patched_in_8_bit(model: nn.Module, workload: Workload, cuda_graphs: bool = False) -> None:
-    """All layers that can, with scales from two random pictures: for speed. `patch` calibrates within an error budget,
-    which random weights do not keep.
+def patched_in_8_bit(model: DCAE, workload: Workload, cuda_graphs: bool | str = "auto") -> None:
+    """All layers that can, with scales from the input that is timed: for speed. `patch` calibrates within an error
+    budget, which random weights do not keep.
     """
     dcae_fast.patch(model, frozen=True, cuda_graphs=cuda_graphs)
-    layers, weight = dict(int8.candidates(model)), next(model.parameters())
-    pictures = torch.rand(2, 3, workload.size, workload.size, device=weight.device, dtype=weight.dtype) * 2 - 1
+    half, weight = half_of(model, workload), next(model.parameters())
+    layers = dict(int8.candidates(half))
+    x = example(workload, model, weight.device).to(weight.dtype, memory_format=torch.channels_last)
     with torch.no_grad():
-        scales, _ = observe(model, layers, [pictures])
+        scales, _ = observe(half, layers, lambda: half(x))
     for name, layer in layers.items():
         int8.mark(layer, scales[name])
 
 
-def patched_in_8_bit_with_graphs(model: nn.Module, workload: Workload) -> None:
+def patched_in_8_bit_with_graphs(model: DCAE, workload: Workload) -> None:
     patched_in_8_bit(model, workload, cuda_graphs=True)
 
 

@@ -46,7 +46,6 @@ from .timing import graphed, measure
 
 CALLS = 10  # per captured graph
 MAX_ERROR = 1e-2  # relative L2 error of bf16 against fp32; an operator with a larger error is wrong and not timed
-OUT_SCALE = 1 / 32  # of results in int8
 Shape = tuple[int, int, int, int]
 
 # Name, and (B, C, H, W) of the main input, which does not fit in the L2 cache. For transformer layers, B·H·W tokens.
@@ -358,11 +357,11 @@ def int8_convolution(
     tensors += [random(b, filters, h, w)] if residual else []
     x8, weight8 = tensors[0].to(torch.int8), weight.to(torch.int8)
     scales = torch.full((planes * filters,), scale, device=x8.device)
-    out_scale = OUT_SCALE if residual else None
+    out_factor = out_factors(filters, x8) if residual else None
 
     def op(x, weight, bias=None, residual=None):
         convolve = ops.upsample_conv2d_int8 if side == 2 else ops.conv2d_int8
-        return convolve(x8, weight8, scales, bias, act, residual, out_scale=out_scale)[0]
+        return convolve(x8, weight8, scales, bias, act, residual, out_factor=out_factor)[0]
 
     def reference(x, weight, bias=None, residual=None):
         if side == 2:
@@ -376,35 +375,53 @@ def _integers(x: torch.Tensor) -> torch.Tensor:
     return (42 * x).round().clamp(-127, 127)
 
 
-def to_int8(plain: Case, op: Callable[..., torch.Tensor]) -> Case:
-    """An operator that writes int8. The reference quantises the result of the operator without int8."""
-    return Case(op, lambda *tensors: ops.quantize(plain.op(*tensors), OUT_SCALE), plain.tensors)
+def out_factors(channels: int, like: torch.Tensor) -> torch.Tensor:
+    """1 / scale of the channels of results in int8."""
+    return torch.full((channels,), 32.0, device=like.device)
 
 
-def int8_rms_norm(*args) -> Case:
-    return to_int8(rms_norm(*args), lambda x, *norm: ops.rms_norm_int8(x, *norm[:2], OUT_SCALE, residual=norm[2])[1])
+def to_int8(plain: Case, channels: int, op: Callable[..., torch.Tensor]) -> Case:
+    """An operator that writes int8. The reference quantises the result of the operator without int8.
+
+    channels: of the result. op: takes the tensors, then the factors of the channels.
+    """
+    factor = out_factors(channels, plain.tensors[0])
+    return Case(
+        lambda *tensors: op(*tensors, factor), lambda *tensors: ops.quantize(plain.op(*tensors), factor), plain.tensors
+    )
 
 
-def int8_attention(*args) -> Case:
-    return to_int8(relu_linear_attention(*args), lambda qkv: ops.relu_linear_attention_int8([qkv], OUT_SCALE))
+def int8_rms_norm(random, b, c, h, w) -> Case:
+    return to_int8(
+        rms_norm(random, b, c, h, w),
+        c,
+        lambda x, weight, bias, residual, factor: ops.rms_norm_int8(x, weight, bias, factor, residual=residual)[1],
+    )
 
 
-def int8_depthwise_glu(*args) -> Case:
-    return to_int8(depthwise_glu(*args), lambda *tensors: ops.depthwise_glu_int8(*tensors, OUT_SCALE))
+def int8_attention(random, b, c, h, w) -> Case:
+    plain = relu_linear_attention(random, b, c, h, w)
+    return to_int8(plain, c // 3, lambda qkv, factor: ops.relu_linear_attention_int8([qkv], factor))
 
 
-def int8_average(*args) -> Case:
-    plain = unshuffle_average_add(*args)
-    return to_int8(plain, lambda *tensors: ops.unshuffle_average_add_int8(*tensors, OUT_SCALE)[1])
+def int8_depthwise_glu(random, b, c, h, w) -> Case:
+    return to_int8(depthwise_glu(random, b, c, h, w), c // 2, ops.depthwise_glu_int8)
 
 
-def int8_duplicate(*args) -> Case:
-    plain = duplicate_shuffle_add(*args)
-    return to_int8(plain, lambda *tensors: ops.duplicate_shuffle_add_int8(*tensors, OUT_SCALE)[1])
+def int8_average(random, b, c, h, w) -> Case:
+    plain = unshuffle_average_add(random, b, c, h, w)
+    return to_int8(plain, 2 * c, lambda *args: ops.unshuffle_average_add_int8(*args)[1])
+
+
+def int8_duplicate(random, b, c, h, w) -> Case:
+    plain = duplicate_shuffle_add(random, b, c, h, w)
+    return to_int8(plain, c // 2, lambda *args: ops.duplicate_shuffle_add_int8(*args)[1])
 
 
 def quantize(random, b, c, h, w) -> Case:
-    return Case(lambda x: ops.quantize(x, OUT_SCALE), lambda x: quantize_reference(x, OUT_SCALE), [random(b, c, h, w)])
+    x = random(b, c, h, w)
+    factor = out_factors(c, x)
+    return Case(lambda x: ops.quantize(x, factor), lambda x: quantize_reference(x, factor), [x])
 
 
 CASES: dict[str, Callable[..., Case]] = {

@@ -47,9 +47,11 @@ at::Tensor empty_channels_last(const at::Tensor& like, int64_t channels, bool as
   return at::empty({like.size(0), channels, like.size(2), like.size(3)}, options, at::MemoryFormat::ChannelsLast);
 }
 
-float inverse(double out_scale) {
-  require_value(out_scale > 0, "out_scale must be positive, got ", std::to_string(out_scale));
-  return static_cast<float>(1.0 / out_scale);
+// Checks the factors of the channels of an int8 result. Returns the address of their data, null without factors.
+const float* factors(const MaybeTensor& out_factor, const at::Tensor& x, int64_t channels) {
+  if (!out_factor) return nullptr;
+  require_dense("out_factor", *out_factor, channels, at::kFloat, x.device());
+  return out_factor->const_data_ptr<float>();
 }
 
 // Checks dout, the gradient of a result of this shape. Returns the address of its data.
@@ -87,25 +89,27 @@ struct DepthwiseConvolution {
   const void* bias_data() const { return bias.defined() ? bias.const_data_ptr() : nullptr; }
 };
 
-// inverse_scale: of an int8 result, 0 for a result in x's dtype.
-at::Tensor gated_unit(const at::Tensor& x, const at::Tensor& weight, const MaybeTensor& bias, float inverse_scale) {
+// out_factor: of an int8 result; none for a result in x's dtype.
+at::Tensor gated_unit(const at::Tensor& x, const at::Tensor& weight, const MaybeTensor& bias,
+                      const MaybeTensor& out_factor) {
   const DepthwiseConvolution conv(x, weight, bias);
-  at::Tensor out = empty_channels_last(x, conv.channels, inverse_scale != 0.0f);
+  const float* factor = factors(out_factor, x, conv.channels);
+  at::Tensor out = empty_channels_last(x, conv.channels, factor != nullptr);
   if (out.numel() > 0) {
-    C10_CUDA_CHECK(launch_depthwise_glu(conv.x, conv.weight_data(), conv.bias_data(), out.mutable_data_ptr(),
-                                        inverse_scale, conv.batch, conv.height, conv.width, conv.channels, conv.dtype,
+    C10_CUDA_CHECK(launch_depthwise_glu(conv.x, conv.weight_data(), conv.bias_data(), out.mutable_data_ptr(), factor,
+                                        conv.batch, conv.height, conv.width, conv.channels, conv.dtype,
                                         c10::cuda::getCurrentCUDAStream()));
   }
   return out;
 }
 
 at::Tensor depthwise_glu(const at::Tensor& x, const at::Tensor& weight, const MaybeTensor& bias) {
-  return gated_unit(x, weight, bias, 0.0f);
+  return gated_unit(x, weight, bias, std::nullopt);
 }
 
 at::Tensor depthwise_glu_int8(const at::Tensor& x, const at::Tensor& weight, const MaybeTensor& bias,
-                              double out_scale) {
-  return gated_unit(x, weight, bias, inverse(out_scale));
+                              const at::Tensor& out_factor) {
+  return gated_unit(x, weight, bias, out_factor);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> depthwise_glu_backward(const at::Tensor& dout, const at::Tensor& x,
@@ -166,30 +170,32 @@ struct Attention {
   static int heads(const at::Tensor& qkv) { return static_cast<int>(qkv.size(1) / (3 * kHeadDim)); }
 };
 
-// inverse_scale: of an int8 result, 0 for a result in the qkvs' dtype.
-at::Tensor attend(const std::vector<at::Tensor>& qkvs, int64_t head_dim, double eps, float inverse_scale) {
+// out_factor: of an int8 result; none for a result in the qkvs' dtype.
+at::Tensor attend(const std::vector<at::Tensor>& qkvs, int64_t head_dim, double eps, const MaybeTensor& out_factor) {
   const Attention args(qkvs, head_dim);
   const c10::cuda::CUDAGuard guard(qkvs[0].device());
-  at::Tensor out = empty_channels_last(qkvs[0], args.channels, inverse_scale != 0.0f);
+  const float* factor = factors(out_factor, qkvs[0], args.channels);
+  at::Tensor out = empty_channels_last(qkvs[0], args.channels, factor != nullptr);
   auto* target = static_cast<char*>(out.mutable_data_ptr());
   for (const at::Tensor& qkv : qkvs) {
     if (qkv.numel() == 0) continue;
     const int heads = Attention::heads(qkv);
-    C10_CUDA_CHECK(launch_relu_linear_attention(qkv.const_data_ptr(), target, inverse_scale, qkv.size(0),
-                                                args.positions, heads, args.channels, static_cast<float>(eps),
-                                                args.dtype, c10::cuda::getCurrentCUDAStream()));
+    C10_CUDA_CHECK(launch_relu_linear_attention(qkv.const_data_ptr(), target, factor, qkv.size(0), args.positions,
+                                                heads, args.channels, static_cast<float>(eps), args.dtype,
+                                                c10::cuda::getCurrentCUDAStream()));
     target += heads * Attention::kHeadDim * out.element_size();
+    if (factor != nullptr) factor += heads * Attention::kHeadDim;
   }
   return out;
 }
 
 at::Tensor relu_linear_attention(const std::vector<at::Tensor>& qkvs, int64_t head_dim, double eps) {
-  return attend(qkvs, head_dim, eps, 0.0f);
+  return attend(qkvs, head_dim, eps, std::nullopt);
 }
 
 at::Tensor relu_linear_attention_int8(const std::vector<at::Tensor>& qkvs, int64_t head_dim, double eps,
-                                      double out_scale) {
-  return attend(qkvs, head_dim, eps, inverse(out_scale));
+                                      const at::Tensor& out_factor) {
+  return attend(qkvs, head_dim, eps, out_factor);
 }
 
 std::vector<at::Tensor> relu_linear_attention_backward(const at::Tensor& dout, const std::vector<at::Tensor>& qkvs,
@@ -282,7 +288,7 @@ void bind_image_operators(pybind11::module_& module) {
   module.def("depthwise_glu", &depthwise_glu, py::arg("x"), py::arg("weight"), py::arg("bias"),
              "c[:, :M] * silu(c[:, M:]) with c the depthwise 3x3 convolution of x, channels-last.");
   module.def("depthwise_glu_int8", &depthwise_glu_int8, py::arg("x"), py::arg("weight"), py::arg("bias"),
-             py::arg("out_scale"), "depthwise_glu as int8 in units of out_scale.");
+             py::arg("out_factor"), "depthwise_glu times out_factor, as int8.");
   module.def("depthwise_glu_backward", &depthwise_glu_backward, py::arg("dout"), py::arg("x"), py::arg("weight"),
              py::arg("bias"), py::arg("parameters") = true,
              "The gradients of depthwise_glu by x, weight and bias. Without `parameters` the last two are empty.");
@@ -290,7 +296,7 @@ void bind_image_operators(pybind11::module_& module) {
       "relu_linear_attention", &relu_linear_attention, py::arg("qkvs"), py::arg("head_dim"), py::arg("eps"),
       "ReLU linear attention of packed qkv tensors, channels-last; the results are concatenated along channels.");
   module.def("relu_linear_attention_int8", &relu_linear_attention_int8, py::arg("qkvs"), py::arg("head_dim"),
-             py::arg("eps"), py::arg("out_scale"), "relu_linear_attention as int8 in units of out_scale.");
+             py::arg("eps"), py::arg("out_factor"), "relu_linear_attention times out_factor, as int8.");
   module.def("relu_linear_attention_backward", &relu_linear_attention_backward, py::arg("dout"), py::arg("qkvs"),
              py::arg("head_dim"), py::arg("eps"), "The gradients of relu_linear_attention by each qkv, in bfloat16.");
   module.def("multiscale_qkv", &multiscale_qkv, py::arg("x"), py::arg("depthwise"), py::arg("grouped"),

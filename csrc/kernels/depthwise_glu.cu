@@ -4,13 +4,13 @@
 
 namespace dcae_fast {
 
-cudaError_t launch_depthwise_glu(const void* x, const void* weight, const void* bias, void* out, float inverse_scale,
-                                 int64_t batch, int height, int width, int channels, DType dtype,
-                                 cudaStream_t stream) {
+cudaError_t launch_depthwise_glu(const void* x, const void* weight, const void* bias, void* out,
+                                 const float* out_factor, int64_t batch, int height, int width, int channels,
+                                 DType dtype, cudaStream_t stream) {
   return with_element(dtype, [&](auto element) {
     using T = decltype(element);
-    const auto launch = inverse_scale == 0.0f ? launch_glu<T, false> : launch_glu<T, false, uint16_t>;
-    return launch(x, weight, bias, nullptr, out, inverse_scale, batch, height, width, channels, stream);
+    const auto launch = out_factor == nullptr ? launch_glu<T, false> : launch_glu<T, false, uint16_t>;
+    return launch(x, weight, bias, nullptr, out, out_factor, batch, height, width, channels, stream);
   });
 }
 

@@ -29,13 +29,13 @@ __device__ inline float sigmoid2(float x) {
   return reciprocal;
 }
 
-// Forward: out is the result [.., M], two channels an Out: Pair, or uint16_t for int8. Backward: out is the gradient of
+// Forward: out is the result [.., M], two channels an Out: Pair, or uint16_t for int8 times out_factor [M]. Backward: out is the gradient of
 // the convolution's result [.., 2M], dout the gradient of the gated unit's result.
 template <typename T, bool kBackward, typename Out>
 __global__ void __launch_bounds__(32 * kGluMaxWarps<kBackward>, kWarpsPerSM / kGluMaxWarps<kBackward>)
     depthwise_glu_kernel(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap dout,
                          const Pair* __restrict__ weight, const Pair* __restrict__ bias, Out* __restrict__ out,
-                         const float inverse_scale, const Cut cut) {
+                         const float2* __restrict__ out_factor, const Cut cut) {
   constexpr int kParts = kBackward ? 2 : 1;
   //   // [stage]: x [row][column with halo][half][pair]; backward then dout [row][column][pair]
   extern __shared__ __align__(128) Pair steps[];
@@ -63,6 +63,12 @@ __global__ void __launch_bounds__(32 * kGluMaxWarps<kBackward>, kWarpsPerSM / kG
         const float2 two = widen<T>(bias[index]);
         start[half][0] = two.x * scale, start[half][1] = two.y * scale;
       }
+    }
+    if constexpr (sizeof(Out) != sizeof(Pair)) {  // the value has the factors of the result
+      const float2 two = out_factor[pair];
+#pragma unroll
+      for (int tap = 0; tap < 9; ++tap) taps[0][0][tap] *= two.x, taps[0][1][tap] *= two.y;
+      start[0][0] *= two.x, start[0][1] *= two.y;
     }
   }
   __syncthreads();  // the barriers are ready
@@ -96,7 +102,7 @@ __global__ void __launch_bounds__(32 * kGluMaxWarps<kBackward>, kWarpsPerSM / kG
             if constexpr (sizeof(Out) == sizeof(Pair)) {
               to = narrow<T>(y[part][0], y[part][1]);
             } else {
-              to = static_cast<Out>(quantize(y[part][0] * inverse_scale, y[part][1] * inverse_scale));
+              to = static_cast<Out>(quantize(y[part][0], y[part][1]));
             }
           }
         }
@@ -153,7 +159,7 @@ __global__ void __launch_bounds__(32 * kGluMaxWarps<kBackward>, kWarpsPerSM / kG
 
 template <typename T, bool kBackward, typename Out = Pair>
 cudaError_t launch_glu(const void* x, const void* weight, const void* bias, const void* dout, void* out,
-                       float inverse_scale, int64_t batch, int height, int width, int channels, cudaStream_t stream) {
+                       const float* out_factor, int64_t batch, int height, int width, int channels, cudaStream_t stream) {
   Cut cut;
   const int pairs = channels / 2;
   if (const auto error =
@@ -170,7 +176,7 @@ cudaError_t launch_glu(const void* x, const void* weight, const void* bias, cons
   if (const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return error;
   kernel<<<dim3(cut.pair_blocks, cut.lanes), 32 * cut.warps, bytes, stream>>>(
       map, dout_map, static_cast<const Pair*>(weight), static_cast<const Pair*>(bias), static_cast<Out*>(out),
-      inverse_scale, cut);
+      reinterpret_cast<const float2*>(out_factor), cut);
   return cudaGetLastError();
 }
 

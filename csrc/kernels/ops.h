@@ -15,9 +15,10 @@ enum class DType { kFloat16, kBFloat16 };
 // out = c[:, :M] * silu(c[:, M:]) with c = depthwise_conv3x3(x, weight) + bias, padding 1.
 //
 // x: [batch, height, width, 2M]; weight: [2M, 3, 3]; bias: [2M] or null; out: [batch, height, width, M]; M = channels a
-// positive multiple of 8. If inverse_scale is not 0, out is int8 in units of 1 / inverse_scale.
-cudaError_t launch_depthwise_glu(const void* x, const void* weight, const void* bias, void* out, float inverse_scale,
-                                 int64_t batch, int height, int width, int channels, DType dtype, cudaStream_t stream);
+// positive multiple of 8. If out_factor, [M], is not null, out is int8: the result times out_factor.
+cudaError_t launch_depthwise_glu(const void* x, const void* weight, const void* bias, void* out,
+                                 const float* out_factor, int64_t batch, int height, int width, int channels,
+                                 DType dtype, cudaStream_t stream);
 
 // The gradients of depthwise_glu, computed from dout, the gradient of out.
 //
@@ -31,9 +32,9 @@ cudaError_t launch_depthwise_glu_backward(const void* dout, const void* x, const
 // out_i = sum_j v_j (k_j . q_i) / (sum_j k_j . q_i + eps) over the positions of an image, with relu(q) and relu(k).
 //
 // qkv: [batch, positions, heads, 3, 32]; out: [batch, positions, out_channels], of which the first 32 * heads channels
-// are written. If inverse_scale is not 0, out is int8 in units of 1 / inverse_scale.
-cudaError_t launch_relu_linear_attention(const void* qkv, void* out, float inverse_scale, int64_t batch, int positions,
-                                         int heads, int out_channels, float eps, DType dtype, cudaStream_t stream);
+// are written. If out_factor, [32 * heads], is not null, out is int8: the result times out_factor.
+cudaError_t launch_relu_linear_attention(const void* qkv, void* out, const float* out_factor, int64_t batch,
+                                         int positions, int heads, int out_channels, float eps, DType dtype, cudaStream_t stream);
 
 // The gradient of relu_linear_attention: dqkv, computed from dout, the gradient of out, of which the first 32 * heads
 // channels are read. All tensors are in bfloat16. The result is deterministic.

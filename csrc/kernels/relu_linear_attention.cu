@@ -41,8 +41,8 @@ __device__ unsigned round_to_tf32(float x) {
 // Out: T or int8_t.
 template <typename T, typename Out>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
-    relu_linear_attention_kernel(const T* __restrict__ qkv, Out* __restrict__ out, float inverse_scale, int positions,
-                                 int heads, int out_channels, float eps) {
+    relu_linear_attention_kernel(const T* __restrict__ qkv, Out* __restrict__ out, const float* __restrict__ out_factor,
+                                 int positions, int heads, int out_channels, float eps) {
   constexpr bool is_int8 = sizeof(Out) == 1;
   __shared__ float4 warp_sums[kWarps][kSums / 4], block_sums[kSums / 4], sums[kSums / 4];
   const cg::cluster_group cluster = cg::this_cluster();
@@ -80,13 +80,20 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
   // column 2t + e of tile j is channel 8t + 2j + e.
   const auto& state = reinterpret_cast<const float (&)[kDim + 1][kDim]>(sums);
   unsigned factor[4][4][2], total[4][2];
+  float scale_of_column[4];  // of the result: column g of tile j is channel g / 2 * 8 + 2j + g % 2
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    scale_of_column[j] = is_int8 ? out_factor[head * kDim + g / 2 * 8 + 2 * j + g % 2] : 1.0f;
+  }
 #pragma unroll
   for (int s = 0; s < 4; ++s) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int d = 8 * t + 2 * s + h;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) factor[s][j][h] = round_to_tf32(state[d][g / 2 * 8 + 2 * j + g % 2]);
+      for (int j = 0; j < 4; ++j) {
+        factor[s][j][h] = round_to_tf32(state[d][g / 2 * 8 + 2 * j + g % 2] * scale_of_column[j]);
+      }
       total[s][h] = round_to_tf32(state[kDim][d]);
     }
   }
@@ -113,7 +120,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           const float low = numerator[j][2 * r] * scale, high = numerator[j][2 * r + 1] * scale;
-          y[j] = is_int8 ? quantize(low * inverse_scale, high * inverse_scale) : narrow<T>(low, high);
+          y[j] = is_int8 ? quantize(low, high) : narrow<T>(low, high);
         }
         if (position + 8 * r < positions) {
           Out* to = out + static_cast<int64_t>(position + 8 * r) * out_channels + 8 * t;
@@ -130,8 +137,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
 
 }  // namespace
 
-cudaError_t launch_relu_linear_attention(const void* qkv, void* out, float inverse_scale, int64_t batch, int positions,
-                                         int heads, int out_channels, float eps, DType dtype, cudaStream_t stream) {
+cudaError_t launch_relu_linear_attention(const void* qkv, void* out, const float* out_factor, int64_t batch,
+                                         int positions, int heads, int out_channels, float eps, DType dtype, cudaStream_t stream) {
   int processors;
   if (const auto error = count_processors(&processors)) return error;
   const int64_t pairs = batch * heads;
@@ -145,9 +152,9 @@ cudaError_t launch_relu_linear_attention(const void* qkv, void* out, float inver
     const auto launch = [&](auto* typed_out) {
       using Out = std::remove_pointer_t<decltype(typed_out)>;
       return launch_clusters(relu_linear_attention_kernel<T, Out>, pairs, cluster, kThreads, stream,
-                             static_cast<const T*>(qkv), typed_out, inverse_scale, positions, heads, out_channels, eps);
+                             static_cast<const T*>(qkv), typed_out, out_factor, positions, heads, out_channels, eps);
     };
-    return inverse_scale == 0.0f ? launch(static_cast<T*>(out)) : launch(static_cast<int8_t*>(out));
+    return out_factor == nullptr ? launch(static_cast<T*>(out)) : launch(static_cast<int8_t*>(out));
   });
 }
 

@@ -1,21 +1,23 @@
 """Calibration of 8-bit layers on a few pictures: the scales of their inputs, and which layers stay exact.
 
-The scale of a layer's input is the clipping value / 127 that loses least:
+Each channel of a layer's input has a scale:
 
-    argmin_scale Σ (x - scale · clamp(round(x / scale), -127, 127))²
+    scale_c = share_c^POWER · most / 127,    share_c = max |x_c| / most,    most = max |x|
 
-over the inputs x in all pictures, by a histogram of |x|. Pictures with more contrast than those given would be clipped,
-which costs more than rounding; therefore the sum includes each picture with CONTRAST times its contrast, and the
-negative of that, with the weight WEIGHT. Then each layer runs in 8 bit with all others exact. The
-layers of the decoder, and those of the encoder, are taken to 8 bit in the order of the squared error that this causes
-per multiplication, as many as the error budget allows.
+So no value that the calibration sees is clipped: clipping costs more than rounding. With POWER 1, each channel would
+have the finest steps that do not clip. A smaller POWER leaves room for larger values in channels that are weak in the
+calibration pictures but not in others. Pictures with more contrast than those given would be clipped too; therefore the
+calibration also sees each picture with CONTRAST times its contrast, and the negative of that.
+
+Then each layer runs in 8 bit with all others exact. The layers of the decoder, and those of the encoder, are taken to
+8 bit in the order of the squared error that this causes per multiplication, as many as the error budget allows.
 
 Errors are PSNR = 10 log10(4 / mean squared error) of pictures in [-1, 1], of the worst picture.
 """
 
 import contextlib
-import functools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -24,10 +26,9 @@ from torch import nn
 
 from . import int8
 
-BINS = 2**13
 LEAST_SCALE = 2.0**-100  # 1 / scale must be a number in fp32; smaller inputs count as zeros
-CONTRAST, WEIGHT = 3.0, 0.1
-CLIPS = 2.0 ** -(torch.arange(33, dtype=torch.float64) / 8)  # clipping values, in units of the largest input
+POWER, LEAST_SHARE = 0.75, 2.0**-7
+CONTRAST = 3.0
 Pictures = list[torch.Tensor]  # batches [B, 3, H, W]
 
 
@@ -54,12 +55,12 @@ DEFAULT_BUDGET = ErrorBudget()
 
 @dataclass(frozen=True)
 class CalibratedLayer:
-    """scale: of the input. psnr: in dB from exact if only this layer is in 8 bit. share: of the autoencoder's
-    multiplications, for diffusers' attention without those of keys and values. in_int8: whether the layer computes in
-    8 bit.
+    """scales: of the channels of the input. psnr: in dB from exact if only this layer is in 8 bit. share: of the
+    autoencoder's multiplications, for diffusers' attention without those of keys and values. in_int8: whether the layer
+    computes in 8 bit.
     """
 
-    scale: float
+    scales: tuple[float, ...] = field(repr=False)
     psnr: float
     share: float
     in_int8: bool
@@ -116,8 +117,14 @@ def calibrate(autoencoder: nn.Module, pictures: Pictures, budget: ErrorBudget, w
     autoencoder: has the modules `encoder` and `decoder`. Raises ValueError if an activation or a result is not finite.
     """
     layers = dict(int8.candidates(autoencoder))
-    scales, shares = observe(autoencoder, layers, pictures)
     encode, decode = autoencoder.encoder, autoencoder.decoder
+    contrasts = [(x * CONTRAST).clamp(-1, 1) for x in pictures]
+
+    def run_all() -> None:
+        for x in (*pictures, *contrasts, *(-x for x in contrasts)):
+            decode(encode(x))
+
+    scales, shares = observe(autoencoder, layers, run_all)
     latents = [encode(x) for x in pictures]
     exact = [decode(z) for z in latents]
     if not all(y.isfinite().all() for y in exact):
@@ -137,7 +144,7 @@ def calibrate(autoencoder: nn.Module, pictures: Pictures, budget: ErrorBudget, w
 
 
 def _choose(
-    layers: dict[str, tuple[nn.Module, float, float]],
+    layers: dict[str, tuple[nn.Module, tuple[float, ...], float]],
     run: Callable[[], Pictures],
     exact: Pictures,
     originals: Pictures,
@@ -146,7 +153,7 @@ def _choose(
 ) -> tuple[dict[str, float], set[str], Quality]:
     """The PSNR with each layer of an encoder or decoder in 8 bit, the layers that the budget allows, and their quality.
 
-    layers: name → (layer, scale, share of the multiplications).
+    layers: name → (layer, scales, share of the multiplications).
     """
     psnr_of_exact = psnrs(exact, originals)
 
@@ -175,10 +182,10 @@ def _choose(
 
 
 @contextlib.contextmanager
-def _in_int8(layers: Iterator[tuple[nn.Module, float]]) -> Iterator[None]:
+def _in_int8(layers: Iterator[tuple[nn.Module, tuple[float, ...]]]) -> Iterator[None]:
     layers = list(layers)
-    for layer, scale in layers:
-        int8.mark(layer, scale)
+    for layer, scales in layers:
+        int8.mark(layer, scales)
     try:
         yield
     finally:
@@ -195,35 +202,29 @@ def psnrs(pictures: Pictures, references: Pictures) -> list[float]:
 
 
 def observe(
-    autoencoder: nn.Module, layers: dict[str, nn.Module], pictures: Pictures
-) -> tuple[dict[str, float], dict[str, float]]:
+    module: nn.Module, layers: dict[str, nn.Module], run: Callable[[], object]
+) -> tuple[dict[str, tuple[float, ...]], dict[str, float]]:
     """The scales of the inputs of these layers, and the layers' shares of the multiplications, by name.
 
-    Raises ValueError if an input is not finite.
+    module: a patched autoencoder, encoder or decoder. run: calls the module with the inputs to observe. Raises
+    ValueError if an input of a layer is not finite.
     """
-    largest, multiplications = dict.fromkeys(layers, 0.0), {}
-    counts: dict[str, torch.Tensor | float] = dict.fromkeys(layers, 0.0)
+    largest: dict[str, torch.Tensor] = {}
+    multiplications: Counter[str] = Counter()
 
-    def measure(name: str, layer: nn.Module, x: torch.Tensor, y: torch.Tensor, weight: float) -> None:
-        multiplications[name] = multiplications.get(name, 0) + y.numel() * layer.weight[0].numel()
+    def see(name: str, layer: nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
+        multiplications[name] += y.numel() * layer.weight[0].numel()
         if name in layers:
-            most = x.abs().max().item()
-            if not math.isfinite(most):
+            x = x if type(layer) is nn.Linear else x.movedim(1, -1)
+            found = x.flatten(0, -2).abs().amax(0).double()
+            if not found.isfinite().all():
                 raise ValueError(f"calibration: the input of {name} is not finite")
-            largest[name] = max(largest[name], most)
+            largest[name] = torch.maximum(found, largest.get(name, found))
 
-    def count(name: str, layer: nn.Module, x: torch.Tensor, y: torch.Tensor, weight: float) -> None:
-        if name in layers:
-            counts[name] = counts[name] + weight * _histogram(x, largest[name]).double()
-
-    contrasts = [(x * CONTRAST).clamp(-1, 1) for x in pictures]
-    seen = [(x, 1.0) for x in pictures] + [(y, WEIGHT) for x in contrasts for y in (x, -x)]
-    for see in (measure, count):
-        for x, weight in seen:
-            with _watched(autoencoder, functools.partial(see, weight=weight)):
-                autoencoder.decoder(autoencoder.encoder(x))
-    total = sum(multiplications.values())
-    scales = {name: scale_of_least_error(counts[name], largest[name]) for name in layers}
+    with _watched(module, see):
+        run()
+    total = multiplications.total()
+    scales = {name: scales_of(largest[name].cpu()) for name in layers}
     return scales, {name: multiplications[name] / total for name in layers}
 
 
@@ -242,18 +243,13 @@ def _watched(module: nn.Module, see: Callable) -> Iterator[None]:
             handle.remove()
 
 
-def _histogram(x: torch.Tensor, largest: float) -> torch.Tensor:
-    """How many |x| are 0, and how many are in each of BINS equal intervals up to `largest`: [BINS + 1] int64."""
-    places = (x.abs().float() * (BINS / largest if largest else 0)).ceil().clamp(max=BINS)
-    return torch.bincount(places.flatten().long(), minlength=BINS + 1)
+def scales_of(largest: torch.Tensor) -> tuple[float, ...]:
+    """The scales of channels, exact in fp32; see the head of this file. largest: |x| of each, [C] float64.
 
-
-def scale_of_least_error(counts: torch.Tensor, largest: float) -> float:
-    """The scale that loses least; see the head of this file. counts: of `_histogram`, float64. 1 for zeros only."""
-    if largest / 127 * CLIPS[-1] < LEAST_SCALE:
-        return 1.0
-    scales = CLIPS[:, None] * largest / 127
-    values = (torch.arange(BINS, dtype=torch.float64) + 0.5) * largest / BINS
-    rounded = (values / scales).round().clamp(max=127) * scales
-    errors = (rounded - values).square() @ counts[1:].cpu()
-    return scales[errors.argmin()].item()
+    All are 1 for zeros only.
+    """
+    most = largest.max()
+    if most / 127 * LEAST_SHARE < LEAST_SCALE:
+        return (1.0,) * len(largest)
+    share = (largest / most).clamp(min=LEAST_SHARE)
+    return tuple((share**POWER * most / 127).float().tolist())

@@ -1,6 +1,6 @@
 """Layers of encoders and decoders that compute in 8 bit: which can, which do, and their forwards.
 
-A layer computes in 8 bit if it has the attribute `operands.INT8`, the scale of its input. `patch` sets it. Copies and
+A layer computes in 8 bit if it has the attribute `operands.INT8`, the factors of its input. `patch` sets it. Copies and
 pickles of the layer keep it; it is no part of `state_dict`. The products of such a layer are `ops.conv2d_int8`, on a
 Hopper GPU; elsewhere, with hooks, and with weights of another dtype than when it was set, the layer computes exactly.
 
@@ -10,7 +10,7 @@ Elsewhere the first layer of a block quantises its input, in a pass of its own.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,11 +30,13 @@ Copy = list[torch.Tensor]
 """An image in 8 bit for the next block, or empty. The block pops it, so that its memory is free once it is read."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Int8:
-    """What makes a layer compute in 8 bit. scale: of its input; dtype: of its weight when this was set."""
+    """What makes a layer compute in 8 bit. factor: 1 / scale of each channel of its input, [C] fp32; dtype: of its
+    weight when this was set.
+    """
 
-    scale: float
+    factor: torch.Tensor
     dtype: torch.dtype
 
 
@@ -45,14 +47,14 @@ def runs_on(device: torch.device) -> bool:
 class Block(Part):
     """A block that can read a copy of its input in 8 bit, and write a copy of its result."""
 
-    def input_scale(self, x: torch.Tensor) -> float | None:
-        """The scale of the input if the block's first layer computes in 8 bit, else None. x: the input, or like it."""
+    def input_factor(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The factors of the input if the block's first layer computes in 8 bit, else None. x: like the input."""
         raise NotImplementedError
 
-    def with_copy(self, x: torch.Tensor, copy: Copy, out_scale: float | None) -> tuple[torch.Tensor, Copy]:
-        """The result, and a copy of it if out_scale is given and the last kernel can write both.
+    def with_copy(self, x: torch.Tensor, copy: Copy, out_factor: torch.Tensor | None) -> tuple[torch.Tensor, Copy]:
+        """The result, and a copy of it if out_factor is given and the last kernel can write both.
 
-        copy: of x, empty if `input_scale` is None.
+        copy: of x, empty if `input_factor` is None.
         """
         raise NotImplementedError
 
@@ -63,12 +65,12 @@ def compute_with_copy(
     """op(x), and a copy of it for the operation that follows. copy: of x, for op."""
     if not isinstance(op, Block):
         return op(x), []
-    out_scale = following.input_scale(x) if isinstance(following, Block) else None
-    if out_scale is not None and (x.numel() == 0 or not unobserved(following)):
-        out_scale = None
-    if (not copy and out_scale is None) or not unobserved(op):
+    out_factor = following.input_factor(x) if isinstance(following, Block) else None
+    if out_factor is not None and (x.numel() == 0 or not unobserved(following)):
+        out_factor = None
+    if (not copy and out_factor is None) or not unobserved(op):
         return op(x), []
-    return op.with_copy(x, copy, out_scale)
+    return op.with_copy(x, copy, out_factor)
 
 
 def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -103,9 +105,11 @@ def _can_compute(layer: nn.Module) -> bool:
     )
 
 
-def mark(layer: nn.Module, scale: float) -> None:
-    """Let a layer compute in 8 bit."""
-    layer.__dict__[operands.INT8] = Int8(scale, layer.weight.dtype)
+def mark(layer: nn.Module, scales: Sequence[float]) -> None:
+    """Let a layer compute in 8 bit. scales: of the channels of its input."""
+    with torch.inference_mode(False):
+        factor = 1 / torch.tensor(scales, dtype=torch.float32)
+        layer.__dict__[operands.INT8] = Int8(factor.to(layer.weight.device), layer.weight.dtype)
 
 
 def unmark(layer: nn.Module) -> None:
@@ -120,8 +124,8 @@ def is_marked(*layers: nn.Module) -> bool:
     return False
 
 
-def scale_of(layer: nn.Module | None, x: torch.Tensor) -> float | None:
-    """The scale of a layer's input if the layer computes in 8 bit for an input like x, else None.
+def factor_of(layer: nn.Module | None, x: torch.Tensor) -> torch.Tensor | None:
+    """The factors of a layer's input if the layer computes in 8 bit for an input like x, else None.
 
     x: an image of the model's dtype, or in 8 bit. Raises RuntimeError in training mode and where gradients are on.
     """
@@ -136,7 +140,9 @@ def scale_of(layer: nn.Module | None, x: torch.Tensor) -> float | None:
     dtype = _dtype(layer, x)
     fits = x.dtype in (torch.int8, dtype) or fusion.autocasts(x)
     known = layer.weight.dtype == found.dtype and dtype in KERNEL_DTYPES
-    return found.scale if fits and known and plain(layer) and runs_on(x.device) else None
+    if not (fits and known and plain(layer) and runs_on(x.device)):
+        return None
+    return operands.of_factor(layer, found.factor)
 
 
 def _dtype(layer: nn.Module, x: torch.Tensor) -> torch.dtype:
@@ -144,9 +150,9 @@ def _dtype(layer: nn.Module, x: torch.Tensor) -> torch.dtype:
     return fusion.compute_dtype(x) if fusion.autocasts(x) else layer.weight.dtype
 
 
-def quantized(x: torch.Tensor, scale: float | None) -> torch.Tensor:
-    """x in 8 bit; x itself without a scale, and if x is in 8 bit already."""
-    return x if scale is None or x.dtype == torch.int8 else ops.quantize(x, scale)
+def quantized(x: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
+    """x in 8 bit; x itself without factors, and if x is in 8 bit already."""
+    return x if factor is None or x.dtype == torch.int8 else ops.quantize(x, factor)
 
 
 def conv_norm_act(
@@ -155,21 +161,21 @@ def conv_norm_act(
     act: str,
     x: torch.Tensor,
     residual: torch.Tensor | None = None,
-    out_scale: float | None = None,
+    out_factor: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`fusion.conv_norm_act`, in 8 bit if the layer computes so: act(norm(conv(x))) + residual.
 
-    x: an image, or the same in 8 bit in units of the layer's scale. out_scale: of the result in 8 bit, for the layer
+    x: an image, or the same in 8 bit in units of the layer's scales. out_factor: of the result in 8 bit, for the layer
     behind it; None for a result of the model's dtype.
     """
-    scale = scale_of(conv, x)
-    if scale is None:
-        return quantized(fusion.conv_norm_act(conv, norm, act, x, residual), out_scale)
+    factor = factor_of(conv, x)
+    if factor is None:
+        return quantized(fusion.conv_norm_act(conv, norm, act, x, residual), out_factor)
     if _folds(conv, norm):
         fits = residual is None or residual.dtype == _dtype(conv, x)
-        result = _product((conv,), x, scale, norm, act, residual if fits else None, out_scale if fits else None)
-        return result if fits else quantized(result + residual, out_scale)
-    return quantized(fusion.norm_act(norm, _product((conv,), x, scale), act, residual), out_scale)
+        result = _product((conv,), x, factor, norm, act, residual if fits else None, out_factor if fits else None)
+        return result if fits else quantized(result + residual, out_factor)
+    return quantized(fusion.norm_act(norm, _product((conv,), x, factor), act, residual), out_factor)
 
 
 def with_copy(
@@ -178,28 +184,28 @@ def with_copy(
     act: str,
     x: torch.Tensor,
     residual: torch.Tensor,
-    out_scale: float | None,
+    out_factor: torch.Tensor | None,
 ) -> tuple[torch.Tensor, Copy]:
-    """`conv_norm_act`, and a copy of the result in 8 bit if out_scale is given and the last kernel can write both."""
-    scale = None if out_scale is None else scale_of(conv, x)
+    """`conv_norm_act`, and a copy of the result in 8 bit if out_factor is given and the last kernel can write both."""
+    factor = None if out_factor is None else factor_of(conv, x)
     dtype = _dtype(conv, x)
-    if scale is not None and residual.dtype == dtype:
+    if factor is not None and residual.dtype == dtype:
         if _folds(conv, norm):
-            weight, scales, bias = operands.of_int8((conv,), scale, norm)
-            y, q = ops.conv2d_int8(quantized(x, scale), weight, scales, bias, act, residual, dtype, out_scale)
+            weight, scales, bias = operands.of_int8((conv,), factor, norm)
+            y, q = ops.conv2d_int8(quantized(x, factor), weight, scales, bias, act, residual, dtype, out_factor)
             return y, [q]
         if not fusion.is_batch_norm(norm):
-            return norm_with_copy(norm, _product((conv,), x, scale), act, residual, out_scale)
+            return norm_with_copy(norm, _product((conv,), x, factor), act, residual, out_factor)
     return conv_norm_act(conv, norm, act, x, residual), []
 
 
 def norm_with_copy(
-    norm: nn.Module, x: torch.Tensor, act: str, residual: torch.Tensor, out_scale: float | None
+    norm: nn.Module, x: torch.Tensor, act: str, residual: torch.Tensor, out_factor: torch.Tensor | None
 ) -> tuple[torch.Tensor, Copy]:
-    """`fusion.rms_norm`, and a copy of the result in 8 bit if out_scale is given and the kernel can write both."""
-    if out_scale is None or not fusion.norm_dtype(norm, x) == x.dtype == residual.dtype:
+    """`fusion.rms_norm`, and a copy of the result in 8 bit if out_factor is given and the kernel can write both."""
+    if out_factor is None or not fusion.norm_dtype(norm, x) == x.dtype == residual.dtype:
         return fusion.rms_norm(norm, x, act, residual), []
-    y, q = ops.rms_norm_int8(x, norm.weight, norm.bias, out_scale, norm.eps, act, residual)
+    y, q = ops.rms_norm_int8(x, norm.weight, norm.bias, out_factor, norm.eps, act, residual)
     return y, [q]
 
 
@@ -210,53 +216,55 @@ def _folds(conv: nn.Module, norm: nn.Module | None) -> bool:
 
 def conv_without_bias(conv: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`fusion.conv_without_bias`, in 8 bit if the layer computes so; the result then includes the bias."""
-    scale = scale_of(conv, x)
-    return fusion.conv_without_bias(conv, x) if scale is None else (_product((conv,), x, scale), None)
+    factor = factor_of(conv, x)
+    return fusion.conv_without_bias(conv, x) if factor is None else (_product((conv,), x, factor), None)
 
 
 def upsample_conv_without_bias(conv: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`fusion.upsample_conv_without_bias`, in 8 bit if the layer computes so; the planes then include the bias."""
-    scale = scale_of(conv, x)
-    if scale is None or x.numel() == 0:
+    factor = factor_of(conv, x)
+    if factor is None or x.numel() == 0:
         return fusion.upsample_conv_without_bias(conv, x)
-    weight, scales, bias = operands.of_int8((conv,), scale, upsamples=True)
-    y, _ = ops.upsample_conv2d_int8(quantized(x, scale), weight, scales, bias, dtype=_dtype(conv, x))
+    weight, scales, bias = operands.of_int8((conv,), factor, upsamples=True)
+    y, _ = ops.upsample_conv2d_int8(quantized(x, factor), weight, scales, bias, dtype=_dtype(conv, x))
     return y, None
 
 
-def depthwise_glu(x: torch.Tensor, conv: nn.Conv2d, out_scale: float | None) -> torch.Tensor:
-    """`ops.depthwise_glu` with the weights of a depthwise convolution; in 8 bit if out_scale is given."""
+def depthwise_glu(x: torch.Tensor, conv: nn.Conv2d, out_factor: torch.Tensor | None) -> torch.Tensor:
+    """`ops.depthwise_glu` with the weights of a depthwise convolution; in 8 bit if out_factor is given."""
     parameters = conv._parameters
     weights = parameters["weight"], parameters["bias"]
-    return ops.depthwise_glu(x, *weights) if out_scale is None else ops.depthwise_glu_int8(x, *weights, out_scale)
+    return ops.depthwise_glu(x, *weights) if out_factor is None else ops.depthwise_glu_int8(x, *weights, out_factor)
 
 
-def relu_linear_attention(qkvs: list[torch.Tensor], head_dim: int, eps: float, out_scale: float | None) -> torch.Tensor:
-    """`ops.relu_linear_attention`; in 8 bit if out_scale is given."""
-    if out_scale is None:
+def relu_linear_attention(
+    qkvs: list[torch.Tensor], head_dim: int, eps: float, out_factor: torch.Tensor | None
+) -> torch.Tensor:
+    """`ops.relu_linear_attention`; in 8 bit if out_factor is given."""
+    if out_factor is None:
         return ops.relu_linear_attention(qkvs, head_dim, eps)
-    return ops.relu_linear_attention_int8(qkvs, out_scale, head_dim, eps)
+    return ops.relu_linear_attention_int8(qkvs, out_factor, head_dim, eps)
 
 
 def linear(layers: tuple[nn.Linear, ...], x: torch.Tensor) -> torch.Tensor | None:
     """Linear layers of the channels of an image, one after the other along channels, if the first computes in 8 bit;
     else None. Several layers have no biases.
     """
-    scale = scale_of(layers[0], x)
-    return None if scale is None else _product(layers, x, scale)
+    factor = factor_of(layers[0], x)
+    return None if factor is None else _product(layers, x, factor)
 
 
 def _product(
     layers: tuple[nn.Conv2d | nn.Linear, ...],
     x: torch.Tensor,
-    scale: float,
+    factor: torch.Tensor,
     norm: nn.BatchNorm2d | None = None,
     act: str = "none",
     residual: torch.Tensor | None = None,
-    out_scale: float | None = None,
+    out_factor: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """act(norm(layers(x))) + residual, in 8 bit if out_scale is given."""
-    weight, scales, bias = operands.of_int8(layers, scale, norm)
-    dtype = _dtype(layers[0], x) if out_scale is None else None
-    y, q = ops.conv2d_int8(quantized(x, scale), weight, scales, bias, act, residual, dtype, out_scale)
+    """act(norm(layers(x))) + residual, in 8 bit if out_factor is given."""
+    weight, scales, bias = operands.of_int8(layers, factor, norm)
+    dtype = _dtype(layers[0], x) if out_factor is None else None
+    y, q = ops.conv2d_int8(quantized(x, factor), weight, scales, bias, act, residual, dtype, out_factor)
     return q if y is None else y

@@ -252,16 +252,25 @@ def _parts_by_heads(tensor: torch.Tensor | None, parts: int, heads: int, dtype: 
     return cast(tensor, dtype).unflatten(0, (parts, heads, -1)).transpose(0, 1).flatten(0, 2)
 
 
+def of_factor(layer: nn.Conv2d | nn.Linear, factor: torch.Tensor) -> torch.Tensor:
+    """The factors of the input of an 8-bit layer, on the device of the layer."""
+    device = layer.weight.device
+    if factor.device == device:
+        return factor
+    return _operand(layer, "factor", (layer.weight, factor), lambda: factor.to(device))
+
+
 def of_int8(
     layers: tuple[nn.Conv2d | nn.Linear, ...],
-    scale: float,
+    factor: torch.Tensor,
     norm: nn.BatchNorm2d | None = None,
     upsamples: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Weight, scales and bias as the 8-bit convolutions read them. Linear layers are 1×1 convolutions.
 
-    layers: whose filters lie one after the other; several have no biases. scale: of their input. norm: is folded in;
-    the layer has no bias then. upsamples: for `ops.upsample_conv2d_int8`.
+    layers: whose filters lie one after the other; several have no biases. factor: of their input, whose scales
+    become part of the weight. norm: is folded in; the layer has no bias then. upsamples: for
+    `ops.upsample_conv2d_int8`.
     """
     first = layers[0]
     weights = tuple(layer.weight for layer in layers)
@@ -274,10 +283,9 @@ def of_int8(
             weight, bias = ops.fold_batch_norm(weight, *of_norm, norm.eps, torch.float32)
         if upsamples:
             weight = ops.subpixel_weights(weight, torch.float32)
-        quantized, scales = ops.quantize_weight(weight)
-        return quantized, scales * scale, bias
+        return *ops.quantize_weight(weight.float() / factor.view(-1, 1, 1)), bias
 
-    return _operand(first, ("int8", scale, upsamples), (*weights, *of_norm, first.bias), make)
+    return _operand(first, ("int8", upsamples), (factor, *weights, *of_norm, first.bias), make)
 
 
 def of_rows8(

@@ -71,7 +71,7 @@ def set_int8(autoencoder: nn.Module, calibration: Calibration | None) -> tuple[s
     layers compute in 8 bit on the present device.
     """
     layers = dict(int8.candidates(autoencoder))
-    found = {} if calibration is None else {n: each.scale for n, each in calibration.layers.items() if each.in_int8}
+    found = {} if calibration is None else {n: each.scales for n, each in calibration.layers.items() if each.in_int8}
     for name in found.keys() & layers.keys():
         int8.mark(layers[name], found[name])
     runs = int8.runs_on(next(autoencoder.parameters()).device)

@@ -1,4 +1,4 @@
-"""Files of a calibration: safetensors with the scale of each 8-bit layer, the report, and a hash of the weights."""
+"""Files of a calibration: safetensors with the scales of each layer, the report, and a hash of the weights."""
 
 import hashlib
 import json
@@ -17,7 +17,8 @@ from dcae_fast.files import written_atomically
 from .calibration import LEAST_SCALE, CalibratedLayer, Calibration, Quality
 
 SUFFIX = ".safetensors"
-KEY = "dcae_fast.calibration"  # in the file's metadata
+KEY = "dcae_fast.calibration.channels"  # in the file's metadata
+FORMER_KEY = "dcae_fast.calibration"  # of files with one scale for each layer
 
 
 def hash_of(autoencoder: nn.Module) -> str:
@@ -32,7 +33,7 @@ def hash_of(autoencoder: nn.Module) -> str:
 
 def hash_of_scales(calibration: Calibration) -> str:
     """SHA-256 of the names and scales of the layers that compute in 8 bit."""
-    scales = {name: layer.scale for name, layer in calibration.layers.items() if layer.in_int8}
+    scales = {name: layer.scales for name, layer in calibration.layers.items() if layer.in_int8}
     return hashlib.sha256(json.dumps(scales, sort_keys=True).encode()).hexdigest()
 
 
@@ -41,13 +42,10 @@ def save(calibration: Calibration, path: str | Path) -> None:
     path = Path(path)
     if path.suffix != SUFFIX:
         raise ValueError(f"{path}: expected a file name that ends in {SUFFIX}")
-    scales = {
-        name: torch.tensor(layer.scale, dtype=torch.float64)
-        for name, layer in calibration.layers.items()
-        if layer.in_int8
-    }
+    content = asdict(calibration)
+    scales = {name: torch.tensor(layer.pop("scales")) for name, layer in content["layers"].items()}
     with written_atomically(path) as temporary:
-        save_file(scales, temporary, {KEY: json.dumps(asdict(calibration))})
+        save_file(scales, temporary, {KEY: json.dumps(content)})
 
 
 def load(path: str | Path, autoencoder: nn.Module) -> Calibration:
@@ -55,10 +53,15 @@ def load(path: str | Path, autoencoder: nn.Module) -> Calibration:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-        if KEY not in metadata:
-            raise ValueError("expected a file that `save_scales` or `dcae-fast calibrate` wrote")
-        content = json.loads(metadata[KEY])
-        layers = {name: CalibratedLayer(**layer) for name, layer in content.pop("layers").items()}
+            if FORMER_KEY in metadata:
+                raise ValueError("it has one scale for each layer; scales of channels are more exact: calibrate again")
+            if KEY not in metadata:
+                raise ValueError("expected a file that `save_scales` or `dcae-fast calibrate` wrote")
+            content = json.loads(metadata[KEY])
+            layers = {
+                name: CalibratedLayer(scales=tuple(file.get_tensor(name).tolist()), **layer)
+                for name, layer in content.pop("layers").items()
+            }
         qualities = {name: Quality(**content.pop(name)) for name in ("decoding", "encoding")}
         calibration = Calibration(layers=layers, **qualities, **content)
         _check(calibration)
@@ -72,10 +75,10 @@ def _check(calibration: Calibration) -> None:
     """Raises ValueError for values that a calibration does not write, with which `str` or a call would fail."""
     layers, qualities = calibration.layers.values(), (calibration.decoding, calibration.encoding)
     numbers = [value for quality in qualities for value in vars(quality).values()]
-    numbers += [value for layer in layers for value in (layer.scale, layer.psnr, layer.share)]
+    numbers += [value for layer in layers for value in (layer.psnr, layer.share)]
     if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in numbers):
         raise ValueError("a figure is not a number")
-    if not all(LEAST_SCALE <= layer.scale < math.inf for layer in layers):
+    if not all(LEAST_SCALE <= scale < math.inf for layer in layers for scale in layer.scales):
         raise ValueError("a scale is not a positive number")
     if not all(isinstance(layer.in_int8, bool) for layer in layers) or type(calibration.pictures) is not int:
         raise ValueError("in_int8 is neither true nor false, or pictures is not an integer")

@@ -2,7 +2,7 @@
 
 import contextlib
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -33,7 +33,7 @@ def saved(autoencoder: nn.Module, calibration: Calibration, x: torch.Tensor) -> 
         if name in layers and blocks[name] in inputs:
             block, layer = blocks[name], layers[name]
             image = torch.randn(inputs[block], device=x.device).to(x.dtype, memory_format=torch.channels_last)
-            exact, in_8_bit = (_milliseconds(block, layer, scale, image) for scale in (None, found.scale))
+            exact, in_8_bit = (_milliseconds(block, layer, scales, image) for scales in (None, found.scales))
             times[name] = exact - in_8_bit
     return times
 
@@ -66,10 +66,10 @@ def _shapes(autoencoder: nn.Module, modules: set[nn.Module], x: torch.Tensor) ->
     return shapes
 
 
-def _milliseconds(block: nn.Module, layer: nn.Module, scale: float | None, x: torch.Tensor) -> float:
-    """The time of block(x) with a layer in 8 bit, or exact without a scale."""
-    with _computing(layer, scale):
-        first = block.input_scale(x) if isinstance(block, int8.Block) else None
+def _milliseconds(block: nn.Module, layer: nn.Module, scales: Sequence[float] | None, x: torch.Tensor) -> float:
+    """The time of block(x) with a layer in 8 bit, or exact without scales."""
+    with _computing(layer, scales):
+        first = block.input_factor(x) if isinstance(block, int8.Block) else None
         if first is None:
             return _gpu_milliseconds(lambda: block(x))
         q = int8.quantized(x, first)
@@ -77,10 +77,10 @@ def _milliseconds(block: nn.Module, layer: nn.Module, scale: float | None, x: to
 
 
 @contextlib.contextmanager
-def _computing(layer: nn.Module, scale: float | None) -> Iterator[None]:
-    """Lets a layer compute in 8 bit, or exactly without a scale."""
+def _computing(layer: nn.Module, scales: Sequence[float] | None) -> Iterator[None]:
+    """Lets a layer compute in 8 bit, or exactly without scales."""
     before = layer.__dict__.get(operands.INT8)
-    int8.unmark(layer) if scale is None else int8.mark(layer, scale)
+    int8.unmark(layer) if scales is None else int8.mark(layer, scales)
     try:
         yield
     finally:

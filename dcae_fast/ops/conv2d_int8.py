@@ -1,12 +1,12 @@
 """Convolutions of int8 images with an epilogue, for inference.
 
     y = act(scale · conv(x, weight) + bias) + residual
-    q = quantize(y, out_scale)
+    q = quantize(y, out_factor)
 
 x: [B, C, H, W] int8 channels-last; weight: [K, C, R, R] int8 with R 1 or 3, stride 1 and padding R // 2; scale: [K]
-fp32, the scale of x times the scale of each filter; bias: [K]; residual, y and q: [B, K, H, W]. Sums of products are
-exact integers. The epilogue computes in fp32; nothing is rounded between the sums and the results. Either result or
-both are written: the residual stream and the operand of the next convolution.
+fp32; bias: [K]; residual, y and q: [B, K, H, W]; out_factor: [K] fp32, see quantize.py. Sums of products are exact
+integers. The epilogue computes in fp32; nothing is rounded between the sums and the results. Either result or both are
+written: the residual stream and the operand of the next convolution.
 
 `upsample_conv2d_int8` is the same for `upsample_conv2d`: weight is [4 K, C, 2, 2], a quantised result of
 `subpixel_weights`, scale [4 K]; residual, y and q are planes [4 B, K, H, W].
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from . import _library, _plans
 from ._elementwise import ACTIVATIONS, activate, check_activation, check_filters
 from ._library import KERNEL_DTYPES, define, is_hopper, launcher
-from .quantize import check_no_gradient, check_scale, quantize_reference
+from .quantize import check_factor, check_no_gradient, quantize_reference
 from .upsample_conv2d import upsample_conv2d_reference
 
 WINDOWS = (1, 1), (3, 3)
@@ -32,16 +32,16 @@ WORTH_A_SEARCH = 5e7  # multiplications
 MOST_PRODUCTS = 2**17  # in a sum: 128² times as much still fits in int32
 MOST_POSITIONS = 2**31 - 2**10  # coordinates have 32 bits, and boxes may leave the image
 TRITON = _plans.Library("Triton", "int8-convolutions", lambda: launcher("conv2d_int8", "tiles_version")())
-PLAIN = None, "none", None, torch.bfloat16, None  # the epilogue with which tiles are timed: bias, act, ..., out_scale
+PLAIN = None, "none", None, torch.bfloat16, None  # the epilogue with which tiles are timed: bias, act, ..., out_factor
 
 
-def epilogue(total, scale, bias, act, residual, dtype, out_scale):
+def epilogue(total, scale, bias, act, residual, dtype, out_factor):
     """total: the sums, [B, K, H, W] float64; scale: [K, 1, 1], or one for each image, [B, K, 1, 1]."""
     y = total.float() * scale
     y = activate(y if bias is None else y + bias.float().view(-1, 1, 1), act)
     y = y if residual is None else y + residual.float()
     results = [] if dtype is None else [y.to(dtype)]
-    return results if out_scale is None else [*results, quantize_reference(y, out_scale)]
+    return results if out_factor is None else [*results, quantize_reference(y, out_factor)]
 
 
 def conv2d_int8_reference(x, weight, scale, *rest):
@@ -55,7 +55,7 @@ def upsample_conv2d_int8_reference(x, weight, scale, *rest):
     return epilogue(total, scales, *rest)
 
 
-def _accepts(x, weight, scale, bias, act, residual, dtype, out_scale):
+def _accepts(x, weight, scale, bias, act, residual, dtype, out_factor):
     filters = weight.shape[0] // (4 if weight.shape[2] == 2 else 1)
     return (
         (_library.INTERPRETED or is_hopper(x.device))
@@ -125,13 +125,13 @@ def _launch(x, weight, scale, *epilogue):
 
 _SCHEMA = (
     "(Tensor x, Tensor weight, Tensor scale, Tensor? bias, str act, Tensor? residual, ScalarType? dtype,"
-    " float? out_scale) -> Tensor[]"
+    " Tensor? out_factor) -> Tensor[]"
 )
 conv2d_int8_op = define("conv2d_int8" + _SCHEMA, conv2d_int8_reference, _accepts, _launch)
 upsample_conv2d_int8_op = define("upsample_conv2d_int8" + _SCHEMA, upsample_conv2d_int8_reference, _accepts, _launch)
 
 
-def _call(op, x, weight, scale, bias, act, residual, dtype, out_scale, shape):
+def _call(op, x, weight, scale, bias, act, residual, dtype, out_factor, shape):
     """The operator's results, None in place of a result that is not wanted. shape: of a result."""
     if act not in ACTIVATIONS:
         check_activation(act)
@@ -143,13 +143,13 @@ def _call(op, x, weight, scale, bias, act, residual, dtype, out_scale, shape):
     for name, tensor, expected in (("bias", bias, shape[1:2]), ("residual", residual, shape)):
         if tensor is not None and tuple(tensor.shape) != expected:
             raise ValueError(f"{name} is {list(tensor.shape)}; expected {list(expected)}")
-    if dtype is None and out_scale is None:
-        raise ValueError("neither dtype nor out_scale is given; expected at least one result")
-    if out_scale is not None:
-        check_scale("out_scale", out_scale)
-    check_no_gradient(scale, bias, residual)
-    results = op(x, weight, scale, bias, act, residual, dtype, out_scale)
-    return results[0] if dtype is not None else None, results[-1] if out_scale is not None else None
+    if dtype is None and out_factor is None:
+        raise ValueError("neither dtype nor out_factor is given; expected at least one result")
+    if out_factor is not None:
+        check_factor("out_factor", out_factor, shape[1])
+    check_no_gradient(scale, bias, residual, out_factor)
+    results = op(x, weight, scale, bias, act, residual, dtype, out_factor)
+    return results[0] if dtype is not None else None, results[-1] if out_factor is not None else None
 
 
 def conv2d_int8(
@@ -160,11 +160,11 @@ def conv2d_int8(
     act: str = "none",
     residual: torch.Tensor | None = None,
     dtype: torch.dtype | None = torch.bfloat16,
-    out_scale: float | None = None,
+    out_factor: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(y, q) of a 3×3 or 1×1 convolution; see the head of this file.
 
-    act: "none", "relu" or "silu". dtype: of y; None if y is not wanted. out_scale: of q; None if q is not wanted.
+    act: "none", "relu" or "silu". dtype: of y; None if y is not wanted. out_factor: of q; None if q is not wanted.
     Results are channels-last. Raises ValueError on other shapes, types and activations, and without a result;
     RuntimeError if a tensor requires a gradient.
     """
@@ -173,7 +173,7 @@ def conv2d_int8(
             f"x is {list(x.shape)}, weight {list(weight.shape)}: expected [B, C, H, W] and [K, C, 1, 1] or [K, C, 3, 3]"
         )
     shape = x.shape[0], weight.shape[0], *x.shape[2:]
-    return _call(conv2d_int8_op, x, weight, scale, bias, act, residual, dtype, out_scale, shape)
+    return _call(conv2d_int8_op, x, weight, scale, bias, act, residual, dtype, out_factor, shape)
 
 
 def upsample_conv2d_int8(
@@ -184,7 +184,7 @@ def upsample_conv2d_int8(
     act: str = "none",
     residual: torch.Tensor | None = None,
     dtype: torch.dtype | None = torch.bfloat16,
-    out_scale: float | None = None,
+    out_factor: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(y, q) of a 3×3 convolution of the image up-sampled 2×, as planes; see the head of this file.
 
@@ -193,4 +193,4 @@ def upsample_conv2d_int8(
     if x.dim() != 4 or weight.dim() != 4 or weight.shape[1:] != (x.shape[1], 2, 2) or weight.shape[0] % 4:
         raise ValueError(f"x is {list(x.shape)}, weight {list(weight.shape)}: expected [B, C, H, W] and [4 K, C, 2, 2]")
     shape = 4 * x.shape[0], weight.shape[0] // 4, *x.shape[2:]
-    return _call(upsample_conv2d_int8_op, x, weight, scale, bias, act, residual, dtype, out_scale, shape)
+    return _call(upsample_conv2d_int8_op, x, weight, scale, bias, act, residual, dtype, out_factor, shape)

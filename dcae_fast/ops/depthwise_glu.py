@@ -12,8 +12,16 @@ import torch
 import torch.nn.functional as F
 
 from ._elementwise import activate_backward, sum_to_channels
-from ._library import KERNEL_DTYPES, as_x_or_float32, define, differentiable, differentiable_as, halves_on_hopper
-from .quantize import check_no_gradient, check_scale, quantize_reference
+from ._library import (
+    KERNEL_DTYPES,
+    are_aligned,
+    as_x_or_float32,
+    define,
+    differentiable,
+    differentiable_as,
+    halves_on_hopper,
+)
+from .quantize import check_factor, check_no_gradient, quantize_reference
 
 
 def _convolution(x, weight, bias):
@@ -25,8 +33,8 @@ def depthwise_glu_reference(x, weight, bias):
     return value * F.silu(gate)
 
 
-def depthwise_glu_int8_reference(x, weight, bias, out_scale):
-    return quantize_reference(depthwise_glu_reference(x.float(), weight, bias), out_scale)
+def depthwise_glu_int8_reference(x, weight, bias, out_factor):
+    return quantize_reference(depthwise_glu_reference(x.float(), weight, bias), out_factor)
 
 
 def depthwise_glu_backward_reference(dout, x, weight, bias, parameters):
@@ -41,7 +49,7 @@ def depthwise_glu_backward_reference(dout, x, weight, bias, parameters):
     return dx, dweight.to(weight.dtype), sum_to_channels(dconv).to(bias.dtype)
 
 
-def _accepts(x, weight, bias, out_scale=None):
+def _accepts(x, weight, bias, out_factor=None):
     return all(tensor.dtype in KERNEL_DTYPES for tensor in (x, weight, bias))
 
 
@@ -58,11 +66,11 @@ depthwise_glu_op = define(
     _cuda_accepts,
 )
 depthwise_glu_int8_op = define(
-    "depthwise_glu_int8(Tensor x, Tensor weight, Tensor bias, float out_scale) -> Tensor",
+    "depthwise_glu_int8(Tensor x, Tensor weight, Tensor bias, Tensor out_factor) -> Tensor",
     depthwise_glu_int8_reference,
     _accepts,
     "depthwise_glu",
-    lambda x, weight, bias, _: _cuda_accepts(x, weight, bias),
+    lambda x, weight, bias, factor: _cuda_accepts(x, weight, bias) and are_aligned((factor,), torch.float32),
 )
 depthwise_glu_backward_op = define(
     "depthwise_glu_backward(Tensor dout, Tensor x, Tensor weight, Tensor bias, bool parameters)"
@@ -98,16 +106,17 @@ def depthwise_glu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> 
     return depthwise_glu_op(x, weight, bias)
 
 
-def depthwise_glu_int8(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, out_scale: float) -> torch.Tensor:
-    """The result of `depthwise_glu` as int8 in units of out_scale; for inference.
+def depthwise_glu_int8(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, out_factor: torch.Tensor
+) -> torch.Tensor:
+    """The result of `depthwise_glu` times out_factor, [M] fp32, as int8; for inference.
 
-    Raises ValueError as `depthwise_glu` does and unless out_scale is positive and finite, RuntimeError if a tensor
-    requires a gradient.
+    Raises ValueError as `depthwise_glu` does and for other factors, RuntimeError if a tensor requires a gradient.
     """
     _check(x, weight, bias)
-    check_scale("out_scale", out_scale)
-    check_no_gradient(x, weight, bias)
-    return depthwise_glu_int8_op(x, weight, bias, out_scale)
+    check_factor("out_factor", out_factor, x.shape[1] // 2)
+    check_no_gradient(x, weight, bias, out_factor)
+    return depthwise_glu_int8_op(x, weight, bias, out_factor)
 
 
 def _check(x, weight, bias):

@@ -15,8 +15,8 @@ import torch
 
 from dcae_fast.models import functional
 
-from ._library import KERNEL_DTYPES, define, differentiable, differentiable_as, halves_on_hopper
-from .quantize import check_no_gradient, check_scale, quantize_reference
+from ._library import KERNEL_DTYPES, are_aligned, define, differentiable, differentiable_as, halves_on_hopper
+from .quantize import check_factor, check_no_gradient, quantize_reference
 
 HEAD_DIMS = (16, 32, 64)
 
@@ -25,9 +25,9 @@ def relu_linear_attention_reference(qkvs, head_dim, eps):
     return functional.relu_linear_attention(torch.cat(qkvs, dim=1), head_dim, eps)
 
 
-def relu_linear_attention_int8_reference(qkvs, head_dim, eps, out_scale):
+def relu_linear_attention_int8_reference(qkvs, head_dim, eps, out_factor):
     y = relu_linear_attention_reference([qkv.float() for qkv in qkvs], head_dim, eps)
-    return quantize_reference(y, out_scale)
+    return quantize_reference(y, out_factor)
 
 
 def relu_linear_attention_backward_reference(dout, qkvs, head_dim, eps):
@@ -72,11 +72,11 @@ relu_linear_attention_op = define(
     _cuda_accepts,
 )
 relu_linear_attention_int8_op = define(
-    "relu_linear_attention_int8(Tensor[] qkvs, int head_dim, float eps, float out_scale) -> Tensor",
+    "relu_linear_attention_int8(Tensor[] qkvs, int head_dim, float eps, Tensor out_factor) -> Tensor",
     relu_linear_attention_int8_reference,
     _accepts,
     "relu_linear_attention",
-    _cuda_accepts,
+    lambda qkvs, head_dim, eps, factor: _cuda_accepts(qkvs, head_dim) and are_aligned((factor,), torch.float32),
 )
 relu_linear_attention_backward_op = define(
     "relu_linear_attention_backward(Tensor dout, Tensor[] qkvs, int head_dim, float eps) -> Tensor[]",
@@ -112,17 +112,17 @@ def relu_linear_attention(qkvs: list[torch.Tensor], head_dim: int = 32, eps: flo
 
 
 def relu_linear_attention_int8(
-    qkvs: list[torch.Tensor], out_scale: float, head_dim: int = 32, eps: float = 1e-15
+    qkvs: list[torch.Tensor], out_factor: torch.Tensor, head_dim: int = 32, eps: float = 1e-15
 ) -> torch.Tensor:
-    """The result of `relu_linear_attention` as int8 in units of out_scale; for inference.
+    """The result of `relu_linear_attention` times out_factor as int8; for inference.
 
-    Raises ValueError as `relu_linear_attention` does and unless out_scale is positive and finite, RuntimeError if a
-    tensor requires a gradient.
+    out_factor: [Σ heads * head_dim] fp32. Raises ValueError as `relu_linear_attention` does and for other factors,
+    RuntimeError if a tensor requires a gradient.
     """
     _check(qkvs, head_dim)
-    check_scale("out_scale", out_scale)
-    check_no_gradient(*qkvs)
-    return relu_linear_attention_int8_op(qkvs, head_dim, eps, out_scale)
+    check_factor("out_factor", out_factor, sum(qkv.shape[1] for qkv in qkvs) // 3)
+    check_no_gradient(*qkvs, out_factor)
+    return relu_linear_attention_int8_op(qkvs, head_dim, eps, out_factor)
 
 
 def _check(qkvs, head_dim):

@@ -14,7 +14,7 @@ from dcae_fast.models import functional
 
 from ._elementwise import activate, activate_backward, check_activation, sum_dtype, sum_to_channels
 from ._library import KERNEL_DTYPES, define, differentiable, differentiable_as
-from .quantize import check_no_gradient, check_scale, with_int8
+from .quantize import check_factor, check_no_gradient, with_int8
 
 MAX_CHANNELS = 8192
 
@@ -24,8 +24,9 @@ def rms_norm_reference(x, weight, bias, eps, act, residual, dtype):
     return (y if residual is None else y + residual).to(dtype)
 
 
-def rms_norm_int8_reference(x, weight, bias, eps, act, residual, dtype, out_scale):
-    return with_int8(rms_norm_reference(x.float(), weight, bias, eps, act, residual, torch.float32), dtype, out_scale)
+def rms_norm_int8_reference(x, weight, bias, eps, act, residual, dtype, out_factor):
+    y = rms_norm_reference(x.float(), weight, bias, eps, act, residual, torch.float32)
+    return with_int8(y, dtype, out_factor)
 
 
 def rms_norm_backward_reference(dy, x, weight, bias, eps, act):
@@ -51,7 +52,7 @@ rms_norm_op = define(
 )
 rms_norm_int8_op = define(
     "rms_norm_int8(Tensor x, Tensor weight, Tensor bias, float eps, str act, Tensor? residual, ScalarType dtype,"
-    " float out_scale) -> (Tensor, Tensor)",
+    " Tensor out_factor) -> (Tensor, Tensor)",
     rms_norm_int8_reference,
     _accepts,
     "rms_norm",
@@ -103,20 +104,19 @@ def rms_norm_int8(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
-    out_scale: float,
+    out_factor: torch.Tensor,
     eps: float = 1e-5,
     act: str = "none",
     residual: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y, q): `rms_norm`, and the same as int8 in units of out_scale; for inference.
+    """(y, q): `rms_norm`, and the same times out_factor, [C] fp32, as int8; for inference.
 
-    Raises ValueError as `rms_norm` does and unless out_scale is positive and finite, RuntimeError if a tensor requires
-    a gradient.
+    Raises ValueError as `rms_norm` does and for other factors, RuntimeError if a tensor requires a gradient.
     """
     _check(x, weight, bias, act)
-    check_scale("out_scale", out_scale)
-    check_no_gradient(x, weight, bias, residual)
-    return rms_norm_int8_op(x, weight, bias, eps, act, residual, sum_dtype(x, residual), out_scale)
+    check_factor("out_factor", out_factor, x.shape[1])
+    check_no_gradient(x, weight, bias, residual, out_factor)
+    return rms_norm_int8_op(x, weight, bias, eps, act, residual, sum_dtype(x, residual), out_factor)
 
 
 def _check(x, weight, bias, act):

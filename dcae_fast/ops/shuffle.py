@@ -24,7 +24,7 @@ from dcae_fast.models import functional
 
 from ._library import KERNEL_DTYPES, define, differentiable
 from .conv2d_gradients import sum_to_channels_op
-from .quantize import check_no_gradient, check_scale, with_int8
+from .quantize import check_factor, check_no_gradient, with_int8
 
 
 def to_planes(y: torch.Tensor) -> torch.Tensor:
@@ -85,18 +85,28 @@ def _empty(change_size):
     return run
 
 
-def _with_int8(reference):
-    """The reference of an operator that returns int8 too."""
+def _two_empty(change_size):
+    """The fake implementation of an operator that returns int8 too."""
 
-    def run(x, main, bias, out_channels, factor, scale, out_scale):
-        wide = None if x is None else x.float()
-        y = reference(wide, main.float(), bias, out_channels, factor, scale)
-        return with_int8(y, main.dtype if x is None else torch.promote_types(x.dtype, main.dtype), out_scale)
+    def run(*args):
+        y = _empty(change_size)(*args[:-1])
+        return y, torch.empty_like(y, dtype=torch.int8)
 
     return run
 
 
-def _accepts(x, main, bias, out_channels, factor, scale, out_scale=None):
+def _with_int8(reference):
+    """The reference of an operator that returns int8 too."""
+
+    def run(x, main, bias, out_channels, factor, scale, out_factor):
+        wide = None if x is None else x.float()
+        y = reference(wide, main.float(), bias, out_channels, factor, scale)
+        return with_int8(y, main.dtype if x is None else torch.promote_types(x.dtype, main.dtype), out_factor)
+
+    return run
+
+
+def _accepts(x, main, bias, out_channels, factor, scale, out_factor=None):
     """The kernels take factors 1 and 2, and only powers of two as sizes of groups and numbers of repeats."""
     channels = out_channels if x is None else x.shape[1]
     ratio = max(factor**2 * channels // out_channels, factor**2 * out_channels // channels)
@@ -106,7 +116,7 @@ def _accepts(x, main, bias, out_channels, factor, scale, out_scale=None):
 
 # scale: factor of the sum over a group, or of the duplicates; for an average 1 / the size of a group
 _ARGUMENTS = "Tensor? x, Tensor? main, Tensor? bias, int out_channels, int factor, float scale"
-_SCHEMA, _INT8_SCHEMA = f"({_ARGUMENTS}) -> Tensor", f"({_ARGUMENTS}, float out_scale) -> (Tensor, Tensor)"
+_SCHEMA, _INT8_SCHEMA = f"({_ARGUMENTS}) -> Tensor", f"({_ARGUMENTS}, Tensor out_factor) -> (Tensor, Tensor)"
 unshuffle_average_add_op = define(
     "unshuffle_average_add" + _SCHEMA,
     unshuffle_average_add_reference,
@@ -126,12 +136,14 @@ unshuffle_average_add_int8_op = define(
     _with_int8(unshuffle_average_add_reference),
     _accepts,
     "unshuffle_average_add",
+    fake=_two_empty(operator.floordiv),
 )
 duplicate_shuffle_add_int8_op = define(
     "duplicate_shuffle_add_int8" + _INT8_SCHEMA,
     _with_int8(duplicate_shuffle_add_reference),
     _accepts,
     "duplicate_shuffle_add",
+    fake=_two_empty(operator.mul),
 )
 
 
@@ -181,10 +193,10 @@ def _check(x, main, bias, factor, moved_size, planes=False):
     return unmoved
 
 
-def _call_int8(op, x, main, bias, constants, out_scale):
-    check_scale("out_scale", out_scale)
-    check_no_gradient(x, main, bias)
-    return op(x, main, bias, *constants, out_scale)
+def _call_int8(op, x, main, bias, constants, out_factor):
+    check_factor("out_factor", out_factor, constants[0])
+    check_no_gradient(x, main, bias, out_factor)
+    return op(x, main, bias, *constants, out_factor)
 
 
 def unshuffle_average_add(
@@ -201,15 +213,15 @@ def unshuffle_average_add(
 
 
 def unshuffle_average_add_int8(
-    x: torch.Tensor | None, main: torch.Tensor, bias: torch.Tensor | None, out_scale: float, factor: int = 2
+    x: torch.Tensor | None, main: torch.Tensor, bias: torch.Tensor | None, out_factor: torch.Tensor, factor: int = 2
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The result of `unshuffle_average_add`, and the same as int8 in units of out_scale; for inference.
+    """The result of `unshuffle_average_add`, and the same times out_factor, [O] fp32, as int8; for inference.
 
-    Raises ValueError as `unshuffle_average_add` does and unless out_scale is positive and finite, RuntimeError if a
-    tensor requires a gradient.
+    Raises ValueError as `unshuffle_average_add` does and for other factors, RuntimeError if a tensor requires a
+    gradient.
     """
     constants = _average_constants(x, main, bias, factor)
-    return _call_int8(unshuffle_average_add_int8_op, x, main, bias, constants, out_scale)
+    return _call_int8(unshuffle_average_add_int8_op, x, main, bias, constants, out_factor)
 
 
 def _average_constants(x, main, bias, factor):
@@ -238,15 +250,15 @@ def duplicate_shuffle_add(
 
 
 def duplicate_shuffle_add_int8(
-    x: torch.Tensor | None, main: torch.Tensor, bias: torch.Tensor | None, out_scale: float, factor: int = 2
+    x: torch.Tensor | None, main: torch.Tensor, bias: torch.Tensor | None, out_factor: torch.Tensor, factor: int = 2
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The result of `duplicate_shuffle_add`, and the same as int8 in units of out_scale; for inference.
+    """The result of `duplicate_shuffle_add`, and the same times out_factor, [O] fp32, as int8; for inference.
 
-    Raises ValueError as `duplicate_shuffle_add` does and unless out_scale is positive and finite, RuntimeError if a
-    tensor requires a gradient.
+    Raises ValueError as `duplicate_shuffle_add` does and for other factors, RuntimeError if a tensor requires a
+    gradient.
     """
     constants = _duplicate_constants(x, main, bias, factor)
-    return _call_int8(duplicate_shuffle_add_int8_op, x, main, bias, constants, out_scale)
+    return _call_int8(duplicate_shuffle_add_int8_op, x, main, bias, constants, out_factor)
 
 
 def _duplicate_constants(x, main, bias, factor):

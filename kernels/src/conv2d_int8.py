@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .common import activate, cdiv, like_channels_last, next_power_of_2, persistent_splits
 from .launch import Kernel
-from .quantize import inverse, to_int8
+from .quantize import to_int8
 
 RULES = 1  # version of `TILES`, part of the name of the file that remembers which tile is the fastest
 COLUMNS = 64  # filters that the epilogue computes at a time, so that registers and shared memory suffice
@@ -63,8 +63,8 @@ def _parts(x, COUNT: tl.constexpr):
 
 @Kernel
 def _conv2d_int8_kernel(
-    x_desc, weight_desc, residual_desc, out_desc, quantized_desc, scale_ptr, bias_ptr,
-    batch, height, width, channels, filters, inverse_scale,
+    x_desc, weight_desc, residual_desc, out_desc, quantized_desc, scale_ptr, bias_ptr, factor_ptr,
+    batch, height, width, channels, filters,
     SIDE: tl.constexpr, PARITIES: tl.constexpr, ACT: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -106,7 +106,8 @@ def _conv2d_int8_kernel(
             if out_desc is not None:
                 out_desc.store(place, tl.reshape(y.to(out_desc.dtype), (1, TILE_H, TILE_W, COLUMNS)))
             if quantized_desc is not None:
-                quantized_desc.store(place, tl.reshape(to_int8(y, inverse_scale), (1, TILE_H, TILE_W, COLUMNS)))
+                q = to_int8(y, tl.load(factor_ptr + k, k < filters, 0.0)[None, :])
+                quantized_desc.store(place, tl.reshape(q, (1, TILE_H, TILE_W, COLUMNS)))
 
 
 def tiles_of(weight: torch.Tensor) -> list[Tile]:
@@ -139,13 +140,13 @@ def _boxes(images, shape, box):
     return TensorDescriptor(images, list(shape), strides, list(box))
 
 
-def launch_conv2d_int8(x, weight, scale, bias, act, residual, dtype, out_scale, tile):
-    """The wanted results: of type `dtype` unless dtype is None, then int8 unless out_scale is None."""
+def launch_conv2d_int8(x, weight, scale, bias, act, residual, dtype, out_factor, tile):
+    """The wanted results: of type `dtype` unless dtype is None, then int8 unless out_factor is None."""
     (batch, channels, height, width), parities, side = x.shape, _parities(weight), weight.shape[2]
     filters, row = weight.shape[0] // parities, side**2 * channels
     shape = parities * batch, filters, height, width
     out = None if dtype is None else like_channels_last(x, shape, dtype)
-    quantized = None if out_scale is None else like_channels_last(x, shape)
+    quantized = None if out_factor is None else like_channels_last(x, shape)
     if side == 1:  # all positions in one row
         batch, height, width = 1, 1, batch * height * width
         tile = tile._replace(rows=1, columns=tile.rows * tile.columns)
@@ -160,7 +161,7 @@ def launch_conv2d_int8(x, weight, scale, bias, act, residual, dtype, out_scale, 
             _boxes(tensor, (planes, height, width, filters), (1, tile.rows, tile.columns, columns))
             for tensor in (residual, out, quantized)
         ),
-        scale, bias, batch, height, width, channels, filters, inverse(out_scale),
+        scale, bias, out_factor, batch, height, width, channels, filters,
         SIDE=side, PARITIES=parities, ACT=act, TILE_H=tile.rows, TILE_W=tile.columns, BLOCK_K=tile.filters,
         BLOCK_C=tile.channels, COLUMNS=columns, num_stages=tile.stages, num_warps=tile.warps,
     )  # fmt: skip

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .common import cdiv, like_channels_last, persistent_splits, sigmoid
 from .launch import Kernel
-from .quantize import converted, inverse
+from .quantize import to_int8
 
 STRIP = {"BLOCK_W": 8, "BLOCK_C": 64}  # forward
 TILE = {"TILE_H": 4, "TILE_W": 8, "BLOCK_C": 64}  # backward
@@ -82,7 +82,7 @@ def _taps_row(taps_ptr, row: tl.constexpr, c, c_mask, channels):
 
 @Kernel
 def _depthwise_glu_forward_kernel(
-    x_ptr, taps_ptr, bias_ptr, out_ptr, height, width, half, strips, blocks_w, blocks_c, rows, inverse_scale,
+    x_ptr, taps_ptr, bias_ptr, out_ptr, factor_ptr, height, width, half, strips, blocks_w, blocks_c, rows,
     BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A program walks down `rows` rows. Partial sums of the output rows above and level with the next input row stay in
@@ -116,8 +116,11 @@ def _depthwise_glu_forward_kernel(
         gate_level = gate_bias + left * b00 + middle * b01 + right * b02
         if h > first:  # the row above is complete
             offset = ((image * height + h - 1) * width + w)[:, None] * half + c[None, :]
-            y = converted(value * gate * sigmoid(gate), out_ptr.dtype.element_ty, inverse_scale)
-            tl.store(out_ptr + offset, y, mask)
+            y = value * gate * sigmoid(gate)
+            if factor_ptr is not None:
+                tl.store(out_ptr + offset, to_int8(y, tl.load(factor_ptr + c, c_mask, 0.0)[None, :]), mask)
+            else:
+                tl.store(out_ptr + offset, y.to(out_ptr.dtype.element_ty), mask)
 
 
 @Kernel
@@ -195,17 +198,17 @@ def launch_depthwise_glu(x, weight, bias):
     return launch_depthwise_glu_int8(x, weight, bias, None)
 
 
-def launch_depthwise_glu_int8(x, weight, bias, out_scale):
-    """The result in the type of x if out_scale is None."""
+def launch_depthwise_glu_int8(x, weight, bias, out_factor):
+    """The result in the type of x if out_factor is None."""
     batch, channels, height, width = x.shape
     half = channels // 2
-    out = like_channels_last(x, (batch, half, height, width), None if out_scale is None else torch.int8)
+    out = like_channels_last(x, (batch, half, height, width), None if out_factor is None else torch.int8)
     if out.numel():
         blocks_w, blocks_c = cdiv(width, STRIP["BLOCK_W"]), cdiv(half, STRIP["BLOCK_C"])
         strips = persistent_splits(x, cdiv(height, 8), batch * blocks_w * blocks_c)
         _depthwise_glu_forward_kernel[(batch * strips * blocks_w * blocks_c,)](
-            x, _taps(weight), bias, out, height, width, half, strips, blocks_w, blocks_c, cdiv(height, strips),
-            inverse(out_scale), **STRIP, num_warps=4,
+            x, _taps(weight), bias, out, out_factor, height, width, half, strips, blocks_w, blocks_c,
+            cdiv(height, strips), **STRIP, num_warps=4,
         )  # fmt: skip
     return out
 

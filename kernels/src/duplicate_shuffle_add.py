@@ -10,14 +10,14 @@ import triton.language as tl
 
 from .common import cdiv, like_channels_last, next_power_of_2, promoted
 from .launch import Kernel
-from .quantize import inverse, to_int8
+from .quantize import to_int8
 
 BLOCK_U, ELEMENTS = 1024, 4096  # of a program: channels before the shuffle; elements
 
 
 @triton.jit
 def _store_pixel(
-    values, main_ptr, bias_ptr, out_ptr, quantized_ptr, main_row, row, o, mask, out_channels, inverse_scale,
+    values, main_ptr, bias_ptr, out_ptr, quantized_ptr, factor_ptr, main_row, row, o, mask, out_channels,
     HAS_MAIN: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """Writes values + main + bias to rows of the output's matrix; main and bias if they have the output's channels."""
@@ -29,13 +29,14 @@ def _store_pixel(
         values += tl.load(bias_ptr + o, o < out_channels, 0.0).to(tl.float32)[None, :]
     tl.store(out_ptr + offset, values.to(out_ptr.dtype.element_ty), mask)
     if quantized_ptr is not None:
-        tl.store(quantized_ptr + offset, to_int8(values, inverse_scale), mask)
+        factor = tl.load(factor_ptr + o, o < out_channels, 0.0)
+        tl.store(quantized_ptr + offset, to_int8(values, factor[None, :]), mask)
 
 
 @Kernel
 def _duplicate_shuffle_add_kernel(
-    x_ptr, main_ptr, bias_ptr, out_ptr, quantized_ptr,
-    positions, width, in_channels, out_channels, blocks_u, scale, inverse_scale,
+    x_ptr, main_ptr, bias_ptr, out_ptr, quantized_ptr, factor_ptr,
+    positions, width, in_channels, out_channels, blocks_u, scale,
     F: tl.constexpr, REPEATS: tl.constexpr, HAS_X: tl.constexpr, HAS_MAIN: tl.constexpr, HAS_BIAS: tl.constexpr,
     SHUFFLE_MAIN: tl.constexpr, PLANES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_U: tl.constexpr,
 ):  # fmt: skip
@@ -77,8 +78,8 @@ def _duplicate_shuffle_add_kernel(
             main_rows = p, p + planes, p + 2 * planes, p + 3 * planes
     for i in tl.static_range(F * F):
         _store_pixel(
-            pixels[i], main_ptr, bias_ptr, out_ptr, quantized_ptr, main_rows[i], rows[i], o, mask, out_channels,
-            inverse_scale, ADD_MAIN, ADD_BIAS,
+            pixels[i], main_ptr, bias_ptr, out_ptr, quantized_ptr, factor_ptr, main_rows[i], rows[i], o, mask,
+            out_channels, ADD_MAIN, ADD_BIAS,
         )  # fmt: skip
 
 
@@ -86,22 +87,22 @@ def launch_duplicate_shuffle_add(x, main, bias, out_channels, factor, scale):
     return launch_duplicate_shuffle_add_int8(x, main, bias, out_channels, factor, scale, None)[0]
 
 
-def launch_duplicate_shuffle_add_int8(x, main, bias, out_channels, factor, scale, out_scale):
-    """The result, and the same as int8; None in its place if out_scale is None."""
+def launch_duplicate_shuffle_add_int8(x, main, bias, out_channels, factor, scale, out_factor):
+    """The result, and the same as int8; None in its place if out_factor is None."""
     source = x if x is not None else main
     planes = main is not None and main.shape[0] != source.shape[0]
     shuffle_main = main is not None and factor > 1 and main.shape[2:] == source.shape[2:] and not planes
     batch, _, height, width = source.shape
     out = like_channels_last(source, (batch, out_channels, height * factor, width * factor), promoted(x, main))
-    quantized = None if out_scale is None else like_channels_last(out, dtype=torch.int8)
+    quantized = None if out_factor is None else like_channels_last(out, dtype=torch.int8)
     if out.numel():
         positions, channels = batch * height * width, out_channels * factor**2
         repeats = 1 if x is None else channels // x.shape[1]
         block_u = max(factor**2, repeats, min(BLOCK_U, next_power_of_2(channels)))
         block_p, blocks_u = max(1, ELEMENTS // block_u), cdiv(channels, block_u)
         _duplicate_shuffle_add_kernel[(cdiv(positions, block_p) * blocks_u,)](
-            x, main, bias, out, quantized,
-            positions, width, 0 if x is None else x.shape[1], out_channels, blocks_u, scale, inverse(out_scale),
+            x, main, bias, out, quantized, out_factor,
+            positions, width, 0 if x is None else x.shape[1], out_channels, blocks_u, scale,
             F=factor, REPEATS=repeats, HAS_X=x is not None, HAS_MAIN=main is not None, HAS_BIAS=bias is not None,
             SHUFFLE_MAIN=shuffle_main, PLANES=planes, BLOCK_P=block_p, BLOCK_U=block_u,
         )  # fmt: skip

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .common import cdiv, fitting, like_channels_last, persistent_splits, relu
 from .launch import Kernel
-from .quantize import converted, inverse
+from .quantize import to_int8
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def _relu_linear_attention_state_kernel(
 
 @Kernel
 def _relu_linear_attention_apply_kernel(
-    qkv_ptr, state_ptr, out_ptr, positions, heads, blocks, out_channels, out_start, eps, inverse_scale,
+    qkv_ptr, state_ptr, out_ptr, factor_ptr, positions, heads, blocks, out_channels, out_start, eps,
     D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     bh, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
@@ -76,8 +76,12 @@ def _relu_linear_attention_apply_kernel(
     q = tl.load(qkv_ptr + _rows(n, positions, heads, bh, D, 3) + d[None, :], mask, 0.0)
     q = relu(q.to(tl.float32))
     out = _dot(q, s, qkv_ptr.dtype.element_ty) / (tl.sum(q * z[None, :], 1) + eps)[:, None]
-    row = ((bh // heads).to(tl.int64) * positions + n)[:, None] * out_channels + out_start + (bh % heads) * D
-    tl.store(out_ptr + row + d[None, :], converted(out, out_ptr.dtype.element_ty, inverse_scale), mask)
+    c = out_start + (bh % heads) * D + d
+    offset = ((bh // heads).to(tl.int64) * positions + n)[:, None] * out_channels + c[None, :]
+    if factor_ptr is not None:
+        tl.store(out_ptr + offset, to_int8(out, tl.load(factor_ptr + c)[None, :]), mask)
+    else:
+        tl.store(out_ptr + offset, out.to(out_ptr.dtype.element_ty), mask)
 
 
 @Kernel
@@ -154,17 +158,17 @@ def launch_relu_linear_attention(qkvs, head_dim, eps):
     return launch_relu_linear_attention_int8(qkvs, head_dim, eps, None)
 
 
-def launch_relu_linear_attention_int8(qkvs, head_dim, eps, out_scale):
-    """The result in the type of the qkvs if out_scale is None."""
+def launch_relu_linear_attention_int8(qkvs, head_dim, eps, out_factor):
+    """The result in the type of the qkvs if out_factor is None."""
     batch, _, height, width = qkvs[0].shape
     channels = sum(qkv.shape[1] for qkv in qkvs) // 3
-    dtype = None if out_scale is None else torch.int8
+    dtype = None if out_factor is None else torch.int8
     out, start = like_channels_last(qkvs[0], (batch, channels, height, width), dtype), 0
     for qkv in qkvs:
         positions, heads, pairs, blocks, _ = _sizes(qkv, head_dim, 128)
         if qkv.numel():
             _relu_linear_attention_apply_kernel[(pairs * blocks,)](
-                qkv, _state(qkv, head_dim), out, positions, heads, blocks, channels, start, eps, inverse(out_scale),
+                qkv, _state(qkv, head_dim), out, out_factor, positions, heads, blocks, channels, start, eps,
                 D=head_dim, BLOCK_N=128,
             )  # fmt: skip
         start += qkv.shape[1] // 3

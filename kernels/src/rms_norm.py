@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .common import activate, activate_backward, cdiv, like_channels_last, persistent_splits, row_tile, rows_of
 from .launch import Kernel
-from .quantize import inverse, to_int8
+from .quantize import to_int8
 from .sum_of_splits import sum_of_splits
 
 BACKWARD = {"elements": 2048, "per_processor": 4, "stages": 3, "num_warps": 4}  # of the gradient's programs
@@ -13,7 +13,7 @@ BACKWARD = {"elements": 2048, "per_processor": 4, "stages": 3, "num_warps": 4}  
 
 @Kernel
 def _rms_norm_forward_kernel(
-    x_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, quantized_ptr, rows, channels, eps, inverse_scale,
+    x_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, quantized_ptr, factor_ptr, rows, channels, eps,
     ACT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -31,7 +31,8 @@ def _rms_norm_forward_kernel(
         y += residual
     tl.store(out_ptr + offset, y.to(out_ptr.dtype.element_ty), mask)
     if quantized_ptr is not None:
-        tl.store(quantized_ptr + offset, to_int8(y, inverse_scale), mask)
+        factor = tl.load(factor_ptr + c, c < channels, 0.0)
+        tl.store(quantized_ptr + offset, to_int8(y, factor[None, :]), mask)
 
 
 @Kernel
@@ -77,14 +78,14 @@ def launch_rms_norm(x, weight, bias, eps, act, residual, dtype):
     return launch_rms_norm_int8(x, weight, bias, eps, act, residual, dtype, None)[0]
 
 
-def launch_rms_norm_int8(x, weight, bias, eps, act, residual, dtype, out_scale):
-    """The result, and the same as int8; None in its place if out_scale is None."""
+def launch_rms_norm_int8(x, weight, bias, eps, act, residual, dtype, out_factor):
+    """The result, and the same as int8; None in its place if out_factor is None."""
     out = like_channels_last(x, dtype=dtype)
-    quantized = None if out_scale is None else like_channels_last(x, dtype=torch.int8)
+    quantized = None if out_factor is None else like_channels_last(x, dtype=torch.int8)
     if x.numel():
         block_rows, block_c = row_tile(x.shape[1], x.shape[1])
         _rms_norm_forward_kernel[(cdiv(rows_of(x), block_rows),)](
-            x, weight, bias, residual, out, quantized, rows_of(x), x.shape[1], eps, inverse(out_scale),
+            x, weight, bias, residual, out, quantized, out_factor, rows_of(x), x.shape[1], eps,
             ACT=act, HAS_RESIDUAL=residual is not None, BLOCK_ROWS=block_rows, BLOCK_C=block_c,
             num_warps=_num_warps(block_c),
         )  # fmt: skip

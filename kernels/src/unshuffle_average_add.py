@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .common import cdiv, like_channels_last, next_power_of_2, promoted
 from .launch import Kernel
-from .quantize import inverse, to_int8
+from .quantize import to_int8
 
 BLOCK_O, ELEMENTS = 256, 4096  # of a program: output channels; elements of the largest operand
 
@@ -38,8 +38,8 @@ def _unshuffled(
 
 @Kernel
 def _unshuffle_average_add_kernel(
-    x_ptr, main_ptr, bias_ptr, out_ptr, quantized_ptr,
-    positions, height, width, in_channels, out_channels, blocks_o, scale, inverse_scale,
+    x_ptr, main_ptr, bias_ptr, out_ptr, quantized_ptr, factor_ptr,
+    positions, height, width, in_channels, out_channels, blocks_o, scale,
     F: tl.constexpr, GROUP: tl.constexpr, HAS_X: tl.constexpr, HAS_MAIN: tl.constexpr, HAS_BIAS: tl.constexpr,
     UNSHUFFLE_MAIN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
@@ -70,20 +70,21 @@ def _unshuffle_average_add_kernel(
         out += tl.load(bias_ptr + bias_channel, o < out_channels, 0.0).to(tl.float32)[None, :]
     tl.store(out_ptr + offset, out.to(out_ptr.dtype.element_ty), mask)
     if quantized_ptr is not None:
-        tl.store(quantized_ptr + offset, to_int8(out, inverse_scale), mask)
+        factor = tl.load(factor_ptr + o, o < out_channels, 0.0)
+        tl.store(quantized_ptr + offset, to_int8(out, factor[None, :]), mask)
 
 
 def launch_unshuffle_average_add(x, main, bias, out_channels, factor, scale):
     return launch_unshuffle_average_add_int8(x, main, bias, out_channels, factor, scale, None)[0]
 
 
-def launch_unshuffle_average_add_int8(x, main, bias, out_channels, factor, scale, out_scale):
-    """The result, and the same as int8; None in its place if out_scale is None."""
+def launch_unshuffle_average_add_int8(x, main, bias, out_channels, factor, scale, out_factor):
+    """The result, and the same as int8; None in its place if out_factor is None."""
     source = x if x is not None else main
     unshuffle_main = main is not None and factor > 1 and main.shape[2:] == source.shape[2:]
     height, width = source.shape[2] // factor, source.shape[3] // factor
     out = like_channels_last(source, (source.shape[0], out_channels, height, width), promoted(x, main))
-    quantized = None if out_scale is None else like_channels_last(out, dtype=torch.int8)
+    quantized = None if out_factor is None else like_channels_last(out, dtype=torch.int8)
     if out.numel():
         positions = source.shape[0] * height * width
         in_channels = x.shape[1] if x is not None else 0
@@ -91,8 +92,8 @@ def launch_unshuffle_average_add_int8(x, main, bias, out_channels, factor, scale
         block_o = max(factor**2, min(BLOCK_O, next_power_of_2(out_channels), ELEMENTS // group))
         block_p, blocks_o = max(1, ELEMENTS // (block_o * group)), cdiv(out_channels, block_o)
         _unshuffle_average_add_kernel[(cdiv(positions, block_p) * blocks_o,)](
-            x, main, bias, out, quantized,
-            positions, height, width, in_channels, out_channels, blocks_o, scale, inverse(out_scale),
+            x, main, bias, out, quantized, out_factor,
+            positions, height, width, in_channels, out_channels, blocks_o, scale,
             F=factor, GROUP=group, HAS_X=x is not None, HAS_MAIN=main is not None, HAS_BIAS=bias is not None,
             UNSHUFFLE_MAIN=unshuffle_main, BLOCK_P=block_p, BLOCK_O=block_o,
         )  # fmt: skip

@@ -34,33 +34,41 @@ def calibrated(model: nn.Module, budget: dcae_fast.ErrorBudget = EVERYTHING, see
     return dcae_fast.patch(model, precision="int8", calibration=some_pictures(seed), error_budget=budget)
 
 
-def squared_error(x: torch.Tensor, scale: float) -> float:
-    return ((x / scale).round().clamp(-127, 127) * scale - x).square().sum().item()
-
-
-@pytest.mark.parametrize("outlier", [1.0, 8.0, 60.0])
-def test_the_scale_that_loses_least(outlier):
-    torch.manual_seed(0)
-    x = torch.randn(20_000, dtype=torch.float64).relu()
-    x[0] = outlier * x.max()
-    largest = x.max().item()
-    scale = calibration.scale_of_least_error(calibration._histogram(x, largest).double(), largest)
-    best = min(squared_error(x, largest * clip / 127) for clip in torch.linspace(0.01, 1, 500).tolist())
-    assert squared_error(x, scale) <= 1.1 * best < 1.1 * squared_error(x, largest / 127)
+def test_scales_of_channels():
+    """No value is clipped. Weak channels have room for larger ones."""
+    scales = torch.tensor(calibration.scales_of(torch.tensor([127.0, 12.7, 1e-9, 0.0], dtype=torch.float64)))
+    torch.testing.assert_close(scales, torch.tensor([1.0, 0.1**0.75, 2**-5.25, 2**-5.25]))
+    assert scales.tolist() == list(calibration.scales_of(torch.tensor([127.0, 12.7, 0.5, 0.0], dtype=torch.float64)))
 
 
 @pytest.mark.parametrize("largest", [0.0, 1e-44, 1e-30])
-def test_the_scale_of_zeros(largest):
+def test_the_scales_of_zeros(largest):
     """Also of numbers so small that 1 / scale would overflow."""
-    x = torch.full((3,), largest)
-    assert calibration.scale_of_least_error(calibration._histogram(x, largest).double(), largest) == 1.0
+    assert calibration.scales_of(torch.tensor([largest, 0.0], dtype=torch.float64)) == (1.0, 1.0)
+
+
+@torch.no_grad()
+def test_scales_from_what_a_module_is_called_with(model):
+    """The decoder by itself, on two latents: the largest values of each channel, also of linear layers."""
+    dcae_fast.patch(model)
+    decoder, z = model.decoder, torch.randn(2, 8, 4, 4).to(DEVICE)
+    layers, seen = dict(int8.candidates(decoder)), {}
+    scales, shares = calibration.observe(decoder, layers, lambda: [decoder(z[:1]), decoder(z[1:])])
+    assert scales.keys() == shares.keys() == layers.keys() and 0 < sum(shares.values()) < 1
+    for name, layer in layers.items():
+        layer.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0]}))
+    decoder(z)
+    for name, x in seen.items():
+        x = x if isinstance(layers[name], nn.Linear) else x.movedim(1, -1)
+        largest = x.flatten(0, -2).abs().amax(0).double().cpu()
+        torch.testing.assert_close(torch.tensor(scales[name]), torch.tensor(calibration.scales_of(largest)))
 
 
 def budget_of(
     errors: list[float], least: float, loss: float = math.inf, shares: list[float] | None = None
 ) -> tuple[list[str], calibration.Quality]:
     """The layers that are taken, and their quality, if layer i adds errors[i] to a white picture's black exact one."""
-    layers = {f"layer{i}": (nn.Linear(1, 1), 1.0, 1.0 if shares is None else shares[i]) for i in range(len(errors))}
+    layers = {f"layer{i}": (nn.Linear(1, 1), (1.0,), 1.0 if shares is None else shares[i]) for i in range(len(errors))}
 
     def run() -> list[torch.Tensor]:
         total = sum(e for e, (layer, *_) in zip(errors, layers.values(), strict=True) if int8.is_marked(layer))
@@ -190,7 +198,7 @@ def test_scales_that_are_refused(model, tmp_path):
     with safe_open(path, "pt") as file:
         content = json.loads(file.metadata()[scales.KEY])
     layer = next(iter(content["layers"].values()))
-    wrong = {"scale": (-1.0, 0.0, 1e-320, math.nan, "1", True), "psnr": ("40", None), "share": ([],), "in_int8": (1,)}
+    wrong = {"psnr": ("40", None), "share": ([],), "in_int8": (1,)}
     with torch.no_grad():
         next(model.parameters())[0] += 0.1
     with pytest.raises(CheckpointError, match="calibrated for other weights"):
@@ -205,9 +213,21 @@ def test_scales_that_are_refused(model, tmp_path):
     for name, values in wrong.items():
         for value in values:
             changed = content | {"layers": {"some": layer | {name: value}}}
-            save_file({}, altered, {scales.KEY: json.dumps(changed)})
+            save_file({"some": torch.ones(1)}, altered, {scales.KEY: json.dumps(changed)})
             with pytest.raises(CheckpointError, match="ValueError.* is (not a|neither)"):
                 dcae_fast.patch(model, precision="int8", calibration=altered)
+    metadata = {scales.KEY: json.dumps(content | {"layers": {"some": layer}})}
+    for value in (-1.0, 0.0, 2.0**-126, math.nan, math.inf):
+        save_file({"some": torch.tensor([1.0, value])}, altered, metadata)
+        with pytest.raises(CheckpointError, match="a scale is not a positive number"):
+            dcae_fast.patch(model, precision="int8", calibration=altered)
+    for tensors in ({}, {"some": torch.tensor(1.0)}, {"other": torch.ones(1)}):
+        save_file(tensors, altered, metadata)
+        with pytest.raises(CheckpointError, match="cannot be read as scales"):
+            dcae_fast.patch(model, precision="int8", calibration=altered)
+    save_file({}, altered, {scales.FORMER_KEY: "{}"})
+    with pytest.raises(CheckpointError, match="one scale for each layer.*: calibrate again"):
+        dcae_fast.patch(model, precision="int8", calibration=altered)
     with pytest.raises(ValueError, match=r"ends in \.safetensors"):
         calibrated(model).save_scales(tmp_path / "scales.bin")
 
@@ -238,7 +258,7 @@ def test_nan_fits_no_budget():
 
 def test_pictures_that_the_exact_model_reproduces():
     layer, picture = nn.Linear(1, 1), torch.zeros(1, 3, 2, 2)
-    quality = calibration._choose({"layer": (layer, 1.0, 1.0)}, lambda: [picture], [picture], [picture], 45, 0.05)[2]
+    quality = calibration._choose({"layer": (layer, (1.0,), 1.0)}, lambda: [picture], [picture], [picture], 45, 0.05)[2]
     assert quality == calibration.Quality(math.inf, 0.0)
 
 

@@ -130,7 +130,7 @@ def test_8_bit_stays_in_a_program():
     decoder, z = build("strided").decoder, image(2, 8, 4, 3)
     dcae_fast.patch(decoder, frozen=True, cuda_graphs=False)
     for _, layer in int8.candidates(decoder):
-        int8.mark(layer, 0.05)
+        int8.mark(layer, [0.05] * layer.in_channels)
     program = exported(decoder, (z,), ({0: Dim("b"), 2: Dim("h"), 3: Dim("w")},))
     targets = {str(node.target) for node in program.graph.nodes}
     assert {f"dcae_fast.{name}.default" for name in ("conv2d_int8", "upsample_conv2d_int8")} <= targets

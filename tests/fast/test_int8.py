@@ -40,11 +40,19 @@ def int8_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if operands.INT8 in vars(module)}
 
 
-def rounded(layer: nn.Module, scale: float) -> None:
+def rounded(layer: nn.Module, factor: torch.Tensor) -> None:
     """Lets a plain layer round its weight and its input as an 8-bit layer does."""
-    weight, scales = ops.quantize_weight(layer.weight)
-    layer.weight.copy_(weight * scales.view(-1, *[1] * (layer.weight.dim() - 1)))
-    layer.register_forward_pre_hook(lambda _, args: (ops.quantize(args[0], scale) * scale,))
+    is_linear, shape = isinstance(layer, nn.Linear), (1, -1, 1, 1)
+    weight = layer.weight[:, :, None, None] if is_linear else layer.weight
+    q, scales = ops.quantize_weight(weight / factor.view(shape))
+    layer.weight.copy_((q * scales.view(-1, 1, 1, 1) * factor.view(shape)).view_as(layer.weight))
+
+    def round_input(_, args):
+        x = args[0].movedim(-1, 1) if is_linear else args[0]
+        x = ops.quantize(x, factor) / factor.view(shape)
+        return (x.movedim(1, -1) if is_linear else x,)
+
+    layer.register_forward_pre_hook(round_input)
 
 
 @pytest.mark.parametrize("name", ["strided", "diffusers-strided"])
@@ -61,11 +69,11 @@ def test_results_are_those_of_rounded_weights_and_inputs(name, int8_calls):
     exact = result(plain)
     with torch.no_grad():
         for path, layer in layers.items():
-            scale, plain_layer = vars(layer)[operands.INT8].scale, plain.get_submodule(path)
-            rounded(plain_layer, scale)
+            factor, plain_layer = vars(layer)[operands.INT8].factor, plain.get_submodule(path)
+            rounded(plain_layer, factor)
             if path.endswith("to_q"):
                 for other in ("to_k", "to_v"):
-                    rounded(plain.get_submodule(path.removesuffix("to_q") + other), scale)
+                    rounded(plain.get_submodule(path.removesuffix("to_q") + other), factor)
     expected = result(plain)
     error = relative(exact, expected)
     assert 1e-4 < error < 0.1
@@ -114,23 +122,25 @@ def test_half_precision_and_autocast():
 
 
 def test_trained_weights():
-    """Calibrated on one part of the bundled photograph, judged on another part. It takes some seconds: each of the 46
+    """Calibrated on one part of the bundled photograph, judged on other parts. It takes some seconds: each of the 46
     layers is measured.
     """
     model = DCAE.from_pretrained("dc-ae-tiny").to(DEVICE)
     photograph = pictures.load(None, 32)[0].to(DEVICE)
-    seen, other = photograph[..., 96:160, 192:256], photograph[..., 96:160, 96:160]
+    seen = photograph[..., 96:160, 192:256]
+    others = torch.cat([photograph[..., 96:160, left : left + 64] for left in (0, 96, 288, 384)])
     with torch.no_grad():
-        exact = model(other)
-    budget = dcae_fast.ErrorBudget(decoding=50, encoding=50)
+        exact = model(others)
+    budget = dcae_fast.ErrorBudget(decoding=60, encoding=60)
     found = dcae_fast.patch(model, precision="int8", calibration=seen, error_budget=budget).calibration
     assert len(found.layers) == 46
-    assert sum(layer.share for layer in found.layers.values() if layer.in_int8) > 0.5
+    assert sum(layer.share for layer in found.layers.values() if layer.in_int8) > 0.8
     for quality in (found.decoding, found.encoding):
-        assert quality.psnr >= 50 and quality.loss <= 0.05
-    got = result(model, other)  # with the errors of encoder and decoder
-    assert calibration.psnrs([got], [exact])[0] >= 45
-    assert psnr(to_uint8(got), to_uint8(other)).item() >= psnr(to_uint8(exact), to_uint8(other)).item() - 0.05
+        assert quality.psnr >= 60 and quality.loss <= 0.05
+    got = result(model, others)  # with the errors of encoder and decoder
+    assert min(calibration.psnrs([got], [exact])) >= 50
+    before, after = (psnr(*[to_uint8(torch.cat(list(each), 2)[None]) for each in (y, others)]) for y in (exact, got))
+    assert after.item() >= before.item() - 0.05
 
 
 def test_gradients_and_training_are_refused():

@@ -60,7 +60,7 @@ def test_compiles_whole():
     dcae_fast.patch(stage, frozen=True)
     exact = stage(x)
     for layer in (each.conv for block in (first, second) for each in (block.main.conv1, block.main.conv2)):
-        int8.mark(layer, 0.05)
+        int8.mark(layer, [0.05] * layer.in_channels)
     expected = stage(x)
     assert not torch.equal(expected, exact)
     stage.compile(fullgraph=True, backend="aot_eager")

@@ -104,7 +104,7 @@ def main():
     common.chips = lambda x: (common.ADA._replace(shared_memory=SHARED_MEMORY),)
     for channels in (128, 256, 512, 1024, 2048):
         x, c = tensor(2, channels, 8, 8), tensor(channels)
-        launch_rms_norm_int8(x, c, c, 1e-5, "none", x, x.dtype, 1.0)
+        launch_rms_norm_int8(x, c, c, 1e-5, "none", x, x.dtype, c.float())
         launch_rms_norm_backward(x, x, c, c, 1e-5, "none")
         launch_feature_distance(x, x, c, 1e-8)
         launch_feature_distance_backward(torch.empty(()), x, x, c, 1e-8)
@@ -145,10 +145,10 @@ def main():
     x, k, residual = tensor(2, 512, 64, 64, dtype=torch.int8), tensor(512, dtype=torch.float32), tensor(2, 512, 64, 64)
     for tile in tiles_of(tensor(512, 512, 3, 3)):  # with the epilogue that takes the most registers
         weight = tensor(512, 512, 3, 3, dtype=torch.int8)
-        launch_conv2d_int8(x, weight, k, k, "silu", residual, torch.bfloat16, 1.0, tile)
+        launch_conv2d_int8(x, weight, k, k, "silu", residual, torch.bfloat16, k, tile)
     for weight in (tensor(512, 512, 1, 1, dtype=torch.int8), tensor(2048, 512, 2, 2, dtype=torch.int8)):
         launch_conv2d_int8(x, weight, k, None, "none", None, torch.bfloat16, None, tiles_of(weight)[0])
-    launch_quantize(residual, 1.0)
+    launch_quantize(residual, k)
     for width, dtype in ((512, torch.bfloat16), (1152, torch.float32), (2048, torch.float16)):
         x, d, of_image = tensor(2, 66, width, dtype=dtype), tensor(width), tensor(2, width)
         half = torch.bfloat16 if dtype == torch.float32 else dtype
@@ -187,9 +187,9 @@ def main():
     for tile in TILES:  # with the epilogue that takes the most registers
         launch_linear_rows(x, scale[:132], weight, scale, scale, tensor(2, 66, 512), torch.bfloat16, tile)
     launch_linear_rows(x, scale[:132], weight, scale, None, None, torch.float32, TILES[0])
-    launch_unshuffle_average_add_int8(tensor(2, 256, 64, 64), tensor(2, 128, 64, 64), tensor(128), 512, 2, 0.5, 1.0)
+    launch_unshuffle_average_add_int8(tensor(2, 256, 64, 64), tensor(2, 128, 64, 64), tensor(128), 512, 2, 0.5, k)
     launch_duplicate_shuffle_add(tensor(2, 512, 32, 32), tensor(2, 1024, 32, 32), tensor(1024), 256, 2, 1.0)
-    launch_duplicate_shuffle_add_int8(tensor(2, 512, 32, 32), tensor(8, 256, 32, 32), tensor(256), 256, 2, 1.0, 1.0)
+    launch_duplicate_shuffle_add_int8(tensor(2, 512, 32, 32), tensor(8, 256, 32, 32), tensor(256), 256, 2, 1.0, k[:256])
     launch_subpixel_weights(tensor(256, 512, 3, 3, dtype=torch.float32), torch.bfloat16)
     launch_transposed_weights(tensor(256, 512, 3, 3, dtype=torch.float32), torch.bfloat16)
     launch_transposed_weights_backward(tensor(512, 256, 4, 4), torch.float32)

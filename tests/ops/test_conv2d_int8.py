@@ -60,6 +60,15 @@ def operands(b, c, k, h, w, side):
     return integers(b, c, h, w), integers(planes * k, c, side, side, seed=3), scale, bias, residual
 
 
+def factors_of(weight):
+    """1 / scale of the channels of the result: powers of two, some of which lead to values beyond ±127."""
+    return 2.0 ** (torch.arange(filters_of(weight), device=DEVICE) % 3 - 1)
+
+
+def filters_of(weight):
+    return weight.shape[0] // (4 if weight.shape[2] == 2 else 1)
+
+
 def function_of(weight):
     return ops.upsample_conv2d_int8 if weight.shape[2] == 2 else ops.conv2d_int8
 
@@ -91,15 +100,16 @@ def test_the_reference_is_the_convolution_of_the_upsampled_image():
 
 @pytest.mark.parametrize("shape", [SHAPES["3x3-many_filters"], SHAPES["1x1"], SHAPES["2x2"]], ids=str)
 @pytest.mark.parametrize("act", ["none", "relu", "silu"])
-@pytest.mark.parametrize("dtype, out_scale", [(torch.bfloat16, None), (None, 0.5), (torch.float32, 2.0)])
-def test_epilogue(shape, act, dtype, out_scale):
+@pytest.mark.parametrize("dtype, quantises", [(torch.bfloat16, False), (None, True), (torch.float32, True)])
+def test_epilogue(shape, act, dtype, quantises):
     """With every result: the type of y, q with ties and values beyond ±127."""
     x, weight, scale, bias, residual = operands(*shape)
+    out_factor = factors_of(weight) if quantises else None
     bias = None if act == "none" else bias
     residual = None if act == "silu" else residual
-    got = function_of(weight)(x, weight, scale, bias, act, residual, dtype, out_scale)
-    exact = reference_of(weight)(x, weight, scale, bias, act, residual, dtype, out_scale)
-    assert [result is not None for result in got] == [dtype is not None, out_scale is not None]
+    got = function_of(weight)(x, weight, scale, bias, act, residual, dtype, out_factor)
+    exact = reference_of(weight)(x, weight, scale, bias, act, residual, dtype, out_factor)
+    assert [result is not None for result in got] == [dtype is not None, quantises]
     for result, want in zip([result for result in got if result is not None], exact, strict=True):
         assert result.dtype == want.dtype and result.is_contiguous(memory_format=NHWC)
         if act in EXACT and (DEVICE == "cuda" or want.dtype != torch.bfloat16):
@@ -117,7 +127,7 @@ def test_every_tile(tile):
 
     x, weight, scale, bias, residual = operands(1, 48, 272, 9, 18, 3)
     assert tile in tiles_of(torch.empty(512, 512, 3, 3)) and len(tiles_of(weight)) == len(TILES)
-    args = x, weight, scale, bias, "relu", residual, torch.float16, 1.0
+    args = x, weight, scale, bias, "relu", residual, torch.float16, factors_of(weight)
     for got, want in zip(launch_conv2d_int8(*args, tile), conv2d_int8_reference(*args), strict=True):
         assert torch.equal(got, want)
 
@@ -135,8 +145,8 @@ def test_layout_in_does_not_matter():
 def test_registration(name, op):
     x, weight, scale, bias, residual = operands(*SHAPES[name])
     args = x, weight, scale, bias, "relu", residual
-    torch.library.opcheck(op.overload, (*args, torch.bfloat16, 1.0))
-    torch.library.opcheck(op.overload, (*args, None, 1.0), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(op.overload, (*args, torch.bfloat16, factors_of(weight)))
+    torch.library.opcheck(op.overload, (*args, None, factors_of(weight)), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_compiles_whole():
@@ -145,7 +155,7 @@ def test_compiles_whole():
     parts = integers(64, 16, 2, 2)
 
     def run(x, residual):
-        y, q = ops.conv2d_int8(x, weight, scale, bias, "relu", residual, torch.float32, 1.0)
+        y, q = ops.conv2d_int8(x, weight, scale, bias, "relu", residual, torch.float32, factors_of(weight))
         return *ops.conv2d_int8(q, weight, scale, bias, residual=y), *ops.upsample_conv2d_int8(q, parts, scale.tile(4))
 
     expected = run(x, residual)
@@ -190,8 +200,10 @@ def test_refusals():
         ops.conv2d_int8(x, weight, scale, act="gelu")
     with pytest.raises(ValueError, match="at least one result"):
         ops.conv2d_int8(x, weight, scale, dtype=None)
-    with pytest.raises(ValueError, match=r"out_scale=0\.0"):
-        ops.conv2d_int8(x, weight, scale, out_scale=0.0)
+    with pytest.raises(ValueError, match=r"out_factor is \[79\] torch.float32; expected \[80\]"):
+        ops.conv2d_int8(x, weight, scale, out_factor=scale[1:])
+    with pytest.raises(ValueError, match=r"out_factor is \[80\] torch.float64"):
+        ops.conv2d_int8(x, weight, scale, out_factor=scale.double())
     with pytest.raises(RuntimeError, match="no gradients"):
         ops.conv2d_int8(x, weight, scale, residual=residual.requires_grad_())
     with torch.no_grad():
@@ -225,19 +237,21 @@ def test_candidates_are_built_in_several_threads(monkeypatch):
 )
 def test_a_search_finds_a_tile_once(shape, empty_cache):
     x, weight, scale, bias, residual = operands(*shape)
-    run = lambda: function_of(weight)(x, weight, scale, bias, "relu", residual, torch.float16, 1.0)  # noqa: E731
-    exact = reference_of(weight)(x, weight, scale, bias, "relu", residual, torch.float16, 1.0)
+    run = lambda: function_of(weight)(x, weight, scale, bias, "relu", residual, torch.float16, factors_of(weight))  # noqa: E731
+    exact = reference_of(weight)(x, weight, scale, bias, "relu", residual, torch.float16, factors_of(weight))
     for _ in range(2):
         for got, want in zip(run(), exact, strict=True):
             assert torch.equal(got, want)
-    function_of(weight)(x, weight, scale, None, "none", None, None, 1.0)  # another epilogue has the same tile
+    function_of(weight)(
+        x, weight, scale, None, "none", None, None, factors_of(weight)
+    )  # another epilogue has the same tile
     assert len(_plans._plans) == 1 and [path.name[:16] for path in empty_cache.iterdir()] == ["int8-convolution"]
 
 
 @pytest.mark.gpu
 def test_in_a_cuda_graph(empty_cache):
     x, weight, scale, bias, residual = operands(1, 128, 128, 33, 31, 3)
-    run = lambda: ops.conv2d_int8(x, weight, scale, bias, "relu", residual, torch.bfloat16, 1.0)  # noqa: E731
+    run = lambda: ops.conv2d_int8(x, weight, scale, bias, "relu", residual, torch.bfloat16, factors_of(weight))  # noqa: E731
     run()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -258,8 +272,9 @@ def test_more_than_2_to_the_31_elements(side, empty_cache):
     weight = integers(planes * filters, 16, side, side)
     assert x.numel() > 2**31
     scale = torch.full((planes * filters,), 2.0**-6, device=DEVICE)
-    got, q = function_of(weight)(x, weight, scale, dtype=torch.float16, out_scale=16.0)
-    exact = reference_of(weight)(x[-1:, :, -5:], weight, scale, None, "none", None, torch.float16, 16.0)
+    out_factor = factors_of(weight) / 32
+    got, q = function_of(weight)(x, weight, scale, dtype=torch.float16, out_factor=out_factor)
+    exact = reference_of(weight)(x[-1:, :, -5:], weight, scale, None, "none", None, torch.float16, out_factor)
     last = slice(-3, None)  # the rows that the reference computes from whole windows
     for result, want in zip((got, q), exact, strict=True):
         for plane in range(1, planes + 1):

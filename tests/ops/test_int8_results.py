@@ -16,6 +16,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU the Triton k
 SCALE = 0.02
 
 
+def factors(channels):
+    """1 / scale of channels whose scales differ."""
+    return 1 / (SCALE * 2 ** torch.linspace(-2, 2, channels, device=DEVICE))
+
+
 def random(*shape, seed=0):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, torch.bfloat16)
     return x.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else x
@@ -26,7 +31,7 @@ def norm_case(b, c, h, w, act="none", residual=True):
         return ops.rms_norm(x, weight, bias, 1e-5, act, *rest)
 
     def with_int8(x, weight, bias, *rest):
-        return ops.rms_norm_int8(x, weight, bias, SCALE, 1e-5, act, *rest)
+        return ops.rms_norm_int8(x, weight, bias, factors(c), 1e-5, act, *rest)
 
     def in_float32(x, weight, bias, *rest):
         return ops.rms_norm(x, weight, bias, 1e-5, act, *rest, dtype=torch.float32)
@@ -37,9 +42,11 @@ def norm_case(b, c, h, w, act="none", residual=True):
 def shuffle_case(name, x, main, factor=2):
     plain, with_int8 = getattr(ops, name), getattr(ops, f"{name}_int8")
     tensors = (lambda x, main, bias: (x, main, bias)) if x else (lambda main, bias: (None, main, bias))
+    at_output = x is not None and (main[2:] != x[2:] or main[0] != x[0])
+    out = main[1] if at_output else main[1] * factor**2 if "average" in name else main[1] // factor**2
     return (
         lambda *args: plain(*tensors(*args), factor),
-        lambda *args: with_int8(*tensors(*args), SCALE, factor),
+        lambda *args: with_int8(*tensors(*args), factors(out), factor),
         lambda *args: plain(*tensors(*[arg.float() for arg in args]), factor),
         [shape for shape in (x, main, main[1:2]) if shape],
     )
@@ -62,7 +69,7 @@ CASES = {
 
 
 def glu_case(b, m, h, w):
-    return ops.depthwise_glu, lambda *args: ops.depthwise_glu_int8(*args, SCALE), [
+    return ops.depthwise_glu, lambda *args: ops.depthwise_glu_int8(*args, factors(m)), [
         (b, 2 * m, h, w), (2 * m, 1, 3, 3), (2 * m,)
     ]  # fmt: skip
 
@@ -70,7 +77,7 @@ def glu_case(b, m, h, w):
 def attention_case(b, heads, h, w, scales=1):
     return (
         lambda *qkvs: ops.relu_linear_attention(list(qkvs)),
-        lambda *qkvs: ops.relu_linear_attention_int8(list(qkvs), SCALE),
+        lambda *qkvs: ops.relu_linear_attention_int8(list(qkvs), factors(32 * heads * scales)),
         [(b, 96 * heads, h, w)] * scales,
     )
 
@@ -98,7 +105,7 @@ def test_the_bits_of_the_plain_operator_exactly_quantised(plain, with_int8, in_f
     exact = in_float32(*tensors)
     assert exact.dtype == torch.float32 and y.dtype == torch.bfloat16 and torch.equal(y, plain(*tensors))
     assert q.dtype == torch.int8 and q.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(q, ops.quantize(exact, SCALE))
+    assert torch.equal(q, ops.quantize(exact, factors(q.shape[1])))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -108,7 +115,8 @@ def test_the_formula_quantised(plain, int8, shapes, dtype):
     tensors = [tensor.to(dtype) for tensor in make(shapes)]
     q, exact = int8(*tensors), plain(*[tensor.double() for tensor in tensors])
     assert q.dtype == torch.int8 and q.shape == exact.shape and q.is_contiguous(memory_format=torch.channels_last)
-    assert ((q - (exact / SCALE).clamp(-127, 127)).abs() <= 0.75).all()
+    exact = (exact * factors(q.shape[1]).view(-1, 1, 1)).clamp(-127, 127)
+    assert ((q - exact).abs() <= 0.75).all()
 
 
 @pytest.mark.parametrize("name", FIRST)
@@ -134,11 +142,11 @@ def test_compiles_whole(name):
 def test_registration():
     x, weight, bias, planes = random(1, 16, 2, 3), random(16), random(16), random(4, 8, 2, 3)
     qkv, taps = random(1, 96, 2, 2), random(16, 1, 3, 3)
-    torch.library.opcheck(depthwise_glu_int8_op.overload, (x, taps, bias, SCALE))
-    torch.library.opcheck(relu_linear_attention_int8_op.overload, ([qkv], 32, 1e-15, SCALE))
-    torch.library.opcheck(rms_norm_int8_op.overload, (x, weight, bias, 1e-5, "relu", x, torch.bfloat16, SCALE))
-    torch.library.opcheck(unshuffle_average_add_int8_op.overload, (x, x, bias, 16, 1, 1.0, SCALE))
-    torch.library.opcheck(duplicate_shuffle_add_int8_op.overload, (x, planes, weight[:8], 8, 2, 1.0, SCALE))
+    torch.library.opcheck(depthwise_glu_int8_op.overload, (x, taps, bias, factors(8)))
+    torch.library.opcheck(relu_linear_attention_int8_op.overload, ([qkv], 32, 1e-15, factors(32)))
+    torch.library.opcheck(rms_norm_int8_op.overload, (x, weight, bias, 1e-5, "relu", x, torch.bfloat16, factors(16)))
+    torch.library.opcheck(unshuffle_average_add_int8_op.overload, (x, x, bias, 16, 1, 1.0, factors(16)))
+    torch.library.opcheck(duplicate_shuffle_add_int8_op.overload, (x, planes, weight[:8], 8, 2, 1.0, factors(8)))
 
 
 @pytest.mark.parametrize("name", (*FIRST, "glu", "attention"))
@@ -146,6 +154,7 @@ def test_refusals(name, monkeypatch):
     _, with_int8, *_, shapes = (CASES | ONLY_INT8)[name]
     with pytest.raises(RuntimeError, match="no gradients"):
         with_int8(*[tensor.requires_grad_() for tensor in make(shapes)])
-    monkeypatch.setitem(globals(), "SCALE", 0.0)
-    with pytest.raises(ValueError, match=r"out_scale=0\.0"):
-        with_int8(*make(shapes))
+    for wrong in (torch.ones(1, device=DEVICE), torch.ones(8, dtype=torch.float64, device=DEVICE)):
+        monkeypatch.setitem(globals(), "factors", lambda channels, wrong=wrong: wrong)
+        with pytest.raises(ValueError, match=r"out_factor is \[\d\] torch.float\d\d; expected \[\d+\] torch.float32"):
+            with_int8(*make(shapes))

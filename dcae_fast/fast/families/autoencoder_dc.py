@@ -158,17 +158,19 @@ class ResBlock(int8.Block):
         act = activation_name(self.nonlinearity)
         return None if self.reason_not_fast(self) or not can_fuse_norm(self.norm) else act
 
-    def input_scale(self, x: torch.Tensor) -> float | None:
-        scale = int8.scale_of(self.conv1, x)  # first, since it is None at once for an exact layer
-        return None if scale is None or self._known_activation() is None else scale
+    def input_factor(self, x: torch.Tensor) -> torch.Tensor | None:
+        factor = int8.factor_of(self.conv1, x)  # first, since it is None at once for an exact layer
+        return None if factor is None or self._known_activation() is None else factor
 
-    def with_copy(self, x: torch.Tensor, copy: int8.Copy, out_scale: float | None) -> tuple[torch.Tensor, int8.Copy]:
+    def with_copy(
+        self, x: torch.Tensor, copy: int8.Copy, out_factor: torch.Tensor | None
+    ) -> tuple[torch.Tensor, int8.Copy]:
         act = self._known_activation()
         if act is None:
             return self.eager(x), []
         source = copy.pop() if copy else x
-        y = int8.conv_norm_act(self.conv1, None, act, source, out_scale=int8.scale_of(self.conv2, x))
-        return int8.with_copy(self.conv2, self.norm, "none", y, x, out_scale)
+        y = int8.conv_norm_act(self.conv1, None, act, source, out_factor=int8.factor_of(self.conv2, x))
+        return int8.with_copy(self.conv2, self.norm, "none", y, x, out_factor)
 
 
 class GLUMBConv(int8.Block):
@@ -199,19 +201,21 @@ class GLUMBConv(int8.Block):
         known = not self.reason_not_fast(self) and is_depthwise3x3(self.conv_depth) and can_fuse_norm(self.norm)
         return activation_name(self.nonlinearity) if known else None
 
-    def input_scale(self, x: torch.Tensor) -> float | None:
-        scale = int8.scale_of(self.conv_inverted, x)
-        return None if scale is None or self._known_activation() is None else scale
+    def input_factor(self, x: torch.Tensor) -> torch.Tensor | None:
+        factor = int8.factor_of(self.conv_inverted, x)
+        return None if factor is None or self._known_activation() is None else factor
 
-    def with_copy(self, x: torch.Tensor, copy: int8.Copy, out_scale: float | None) -> tuple[torch.Tensor, int8.Copy]:
+    def with_copy(
+        self, x: torch.Tensor, copy: int8.Copy, out_factor: torch.Tensor | None
+    ) -> tuple[torch.Tensor, int8.Copy]:
         act = self._known_activation()
         if act is None:
             return self.eager(x), []
         y = int8.conv_norm_act(self.conv_inverted, None, act, copy.pop() if copy else x)
-        y = int8.depthwise_glu(y, self.conv_depth, int8.scale_of(self.conv_point, x))
+        y = int8.depthwise_glu(y, self.conv_depth, int8.factor_of(self.conv_point, x))
         if not self.residual_connection:
             return int8.conv_norm_act(self.conv_point, self.norm, "none", y), []
-        return int8.with_copy(self.conv_point, self.norm, "none", y, x, out_scale)
+        return int8.with_copy(self.conv_point, self.norm, "none", y, x, out_factor)
 
 
 class SanaMultiscaleLinearAttention(int8.Block):
@@ -249,21 +253,23 @@ class SanaMultiscaleLinearAttention(int8.Block):
         known = type(self.to_out) is nn.Linear and plain(self.to_out, self.nonlinearity)
         return known and not self.reason_not_fast(self) and can_fuse_norm(self.norm_out)
 
-    def input_scale(self, x: torch.Tensor) -> float | None:
-        scale = int8.scale_of(self.to_q, x)
-        return None if scale is None or not (self._is_known() and self._joins(x)) else scale
+    def input_factor(self, x: torch.Tensor) -> torch.Tensor | None:
+        factor = int8.factor_of(self.to_q, x)
+        return None if factor is None or not (self._is_known() and self._joins(x)) else factor
 
-    def with_copy(self, x: torch.Tensor, copy: int8.Copy, out_scale: float | None) -> tuple[torch.Tensor, int8.Copy]:
+    def with_copy(
+        self, x: torch.Tensor, copy: int8.Copy, out_factor: torch.Tensor | None
+    ) -> tuple[torch.Tensor, int8.Copy]:
         if not self._is_known():
             return self.eager(x), []
         qkv = int8.linear((self.to_q, self.to_k, self.to_v), copy.pop()) if copy else self._qkv(x)
         scales = [multiscale_qkv(scale, qkv) for scale in self.to_qkv_multiscale]
-        scale = int8.scale_of(self.to_out, x)
-        y = int8.relu_linear_attention([qkv, *scales], self.attention_head_dim, self.eps, scale)
-        y = self.to_out(y.movedim(1, -1)).movedim(-1, 1) if scale is None else int8.linear((self.to_out,), y)
+        factor = int8.factor_of(self.to_out, x)
+        y = int8.relu_linear_attention([qkv, *scales], self.attention_head_dim, self.eps, factor)
+        y = self.to_out(y.movedim(1, -1)).movedim(-1, 1) if factor is None else int8.linear((self.to_out,), y)
         if not self.residual_connection:
             return rms_norm(self.norm_out, y), []
-        return int8.norm_with_copy(self.norm_out, y, "none", x, out_scale)
+        return int8.norm_with_copy(self.norm_out, y, "none", x, out_factor)
 
     def _joins(self, x: torch.Tensor) -> bool:
         """Whether one product computes queries, keys and values of x."""
@@ -308,17 +314,19 @@ class DCDownBlock2d(int8.Block):
             return conv_unshuffle(self.conv, x)
         return self.with_copy(x, [], None)[0]
 
-    def input_scale(self, x: torch.Tensor) -> float | None:
-        return None if self.reason_not_fast(self) else int8.scale_of(self.conv, x)
+    def input_factor(self, x: torch.Tensor) -> torch.Tensor | None:
+        return None if self.reason_not_fast(self) else int8.factor_of(self.conv, x)
 
-    def with_copy(self, x: torch.Tensor, copy: int8.Copy, out_scale: float | None) -> tuple[torch.Tensor, int8.Copy]:
+    def with_copy(
+        self, x: torch.Tensor, copy: int8.Copy, out_factor: torch.Tensor | None
+    ) -> tuple[torch.Tensor, int8.Copy]:
         if self.reason_not_fast(self) or not is_divisible(x, self.factor):
             return self.eager(x), []
         main, bias = int8.conv_without_bias(self.conv, copy.pop() if copy else x)
         shortcut = x if self.shortcut else None
-        if out_scale is None:
+        if out_factor is None:
             return ops.unshuffle_average_add(shortcut, main, bias, self.factor), []
-        y, q = ops.unshuffle_average_add_int8(shortcut, main, bias, out_scale, self.factor)
+        y, q = ops.unshuffle_average_add_int8(shortcut, main, bias, out_factor, self.factor)
         return y, [q]
 
 
@@ -344,18 +352,20 @@ class DCUpBlock2d(int8.Block):
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.with_copy(x, [], None)[0]
 
-    def input_scale(self, x: torch.Tensor) -> float | None:
-        return None if self.reason_not_fast(self) else int8.scale_of(self.conv, x)
+    def input_factor(self, x: torch.Tensor) -> torch.Tensor | None:
+        return None if self.reason_not_fast(self) else int8.factor_of(self.conv, x)
 
-    def with_copy(self, x: torch.Tensor, copy: int8.Copy, out_scale: float | None) -> tuple[torch.Tensor, int8.Copy]:
+    def with_copy(
+        self, x: torch.Tensor, copy: int8.Copy, out_factor: torch.Tensor | None
+    ) -> tuple[torch.Tensor, int8.Copy]:
         if self.reason_not_fast(self):
             return self.eager(x), []
         convolve = int8.upsample_conv_without_bias if self.interpolate else int8.conv_without_bias
         main, bias = convolve(self.conv, copy.pop() if copy else x)
         shortcut = x if self.shortcut else None
-        if out_scale is None:
+        if out_factor is None:
             return ops.duplicate_shuffle_add(shortcut, main, bias, self.factor), []
-        y, q = ops.duplicate_shuffle_add_int8(shortcut, main, bias, out_scale, self.factor)
+        y, q = ops.duplicate_shuffle_add_int8(shortcut, main, bias, out_factor, self.factor)
         return y, [q]
 
 

@@ -117,22 +117,24 @@ class ConvLayer(Part):
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.add(x, None)
 
-    def add(self, x: torch.Tensor, residual: torch.Tensor | None, out_scale: float | None = None) -> torch.Tensor:
-        """The layer's result + residual. x may be in 8 bit if `input_scale` is a number; out_scale: for 8 bit."""
+    def add(
+        self, x: torch.Tensor, residual: torch.Tensor | None, out_factor: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The layer's result + residual. x may be in 8 bit if `input_factor` is not None; out_factor: for 8 bit."""
         modules, act = self._modules, self.known_activation()  # faster than attributes; a layer may be missing
         if act is None:
             y = self.eager(x)
-            return int8.quantized(y if residual is None else y + residual, out_scale)
-        return int8.conv_norm_act(modules["conv"], modules.get("norm"), act, x, residual, out_scale)
+            return int8.quantized(y if residual is None else y + residual, out_factor)
+        return int8.conv_norm_act(modules["conv"], modules.get("norm"), act, x, residual, out_factor)
 
     def with_copy(
-        self, x: torch.Tensor, residual: torch.Tensor, out_scale: float | None
+        self, x: torch.Tensor, residual: torch.Tensor, out_factor: torch.Tensor | None
     ) -> tuple[torch.Tensor, int8.Copy]:
         """`add`, and `int8.with_copy`."""
         modules, act = self._modules, self.known_activation()
-        if act is None or out_scale is None:
+        if act is None or out_factor is None:
             return self.add(x, residual), []
-        return int8.with_copy(modules["conv"], modules.get("norm"), act, x, residual, out_scale)
+        return int8.with_copy(modules["conv"], modules.get("norm"), act, x, residual, out_factor)
 
     def known_activation(self) -> str | None:
         """The activation's name; None if the layer takes its own forward."""
@@ -140,10 +142,10 @@ class ConvLayer(Part):
         known = modules.get("dropout") is None and can_fuse_norm(modules.get("norm"))
         return activation_name(modules.get("act")) if known else None
 
-    def input_scale(self, x: torch.Tensor) -> float | None:
-        """The scale of the layer's input if the layer computes in 8 bit, else None. x: as in `int8.scale_of`."""
-        scale = int8.scale_of(self._modules["conv"], x)
-        return None if scale is None or self.known_activation() is None else scale
+    def input_factor(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The factors of the layer's input if the layer computes in 8 bit, else None. x: as in `int8.factor_of`."""
+        factor = int8.factor_of(self._modules["conv"], x)
+        return None if factor is None or self.known_activation() is None else factor
 
     def without_bias(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The layer without the bias of its convolution, and the bias, as in `fusion.conv_without_bias`."""
@@ -154,13 +156,13 @@ class ConvLayer(Part):
         return modules.get("norm") is modules.get("act") is modules.get("dropout") is None
 
 
-def compute(layer: nn.Module, x: torch.Tensor, out_scale: float | None = None) -> torch.Tensor:
-    """layer(x), in 8 bit if out_scale is given. A plain ConvLayer is not called, since a call of a module takes longer
+def compute(layer: nn.Module, x: torch.Tensor, out_factor: torch.Tensor | None = None) -> torch.Tensor:
+    """layer(x), in 8 bit if out_factor is given. A plain ConvLayer is not called, since a call of a module takes longer
     than its checks.
     """
     if isinstance(layer, ConvLayer) and unobserved(layer):
-        return layer.add(x, None, out_scale)
-    return int8.quantized(layer(x), out_scale)
+        return layer.add(x, None, out_factor)
+    return int8.quantized(layer(x), out_factor)
 
 
 def bare_conv(layer: nn.Module) -> nn.Module | None:
@@ -217,7 +219,7 @@ def parts_in_sequence(op: nn.Module) -> list[nn.Module]:
 class Branch(Part):
     """A residual branch. Its last layer can add the residual.
 
-    body(x, out_scale): the layers before the last one, in 8 bit if out_scale is given.
+    body(x, out_factor): the layers before the last one, in 8 bit if out_factor is given.
     """
 
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -226,18 +228,20 @@ class Branch(Part):
     def add(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         last = self.last_layer()
         known = isinstance(last, ConvLayer) and unobserved(last)
-        x = self.body(x, last.input_scale(x) if known else None)
+        x = self.body(x, last.input_factor(x) if known else None)
         if known:
             return last.add(x, residual)
         return last(x) if residual is None else last(x) + residual
 
-    def with_copy(self, x: torch.Tensor, copy: int8.Copy, out_scale: float | None) -> tuple[torch.Tensor, int8.Copy]:
+    def with_copy(
+        self, x: torch.Tensor, copy: int8.Copy, out_factor: torch.Tensor | None
+    ) -> tuple[torch.Tensor, int8.Copy]:
         """add(x, x), and a copy of it in 8 bit if its last kernel can write both. copy: of x in 8 bit."""
         last = self.last_layer()
         if not isinstance(last, ConvLayer) or not unobserved(last):
             return self.add(x, x), []
-        y = self.body(copy.pop() if copy else x, last.input_scale(x))
-        return last.with_copy(y, x, out_scale)
+        y = self.body(copy.pop() if copy else x, last.input_factor(x))
+        return last.with_copy(y, x, out_factor)
 
 
 class ResBlock(Branch):
@@ -262,8 +266,8 @@ class ResBlock(Branch):
             return res_block(first.conv, activation_name(first.act), second.conv, second.norm, x)
         return None
 
-    def body(self, x: torch.Tensor, out_scale: float | None) -> torch.Tensor:
-        return compute(self.first_layer(), x, out_scale)
+    def body(self, x: torch.Tensor, out_factor: torch.Tensor | None) -> torch.Tensor:
+        return compute(self.first_layer(), x, out_factor)
 
     def first_layer(self) -> nn.Module:
         return self._modules["conv1"]
@@ -280,13 +284,13 @@ class GLUMBConv(Branch):
     def rests_on(block: nn.Module) -> dict[str, nn.Module]:
         return {} if gates_in_one_pass(block) else {"point_conv": block.point_conv}
 
-    def body(self, x: torch.Tensor, out_scale: float | None) -> torch.Tensor:
+    def body(self, x: torch.Tensor, out_factor: torch.Tensor | None) -> torch.Tensor:
         modules = self._modules
         x, depth = compute(self.first_layer(), x), modules["depth_conv"]
         if gates_in_one_pass(self):
-            return int8.depthwise_glu(x, depth._modules["conv"], out_scale)
+            return int8.depthwise_glu(x, depth._modules["conv"], out_factor)
         value, gate = depth(x).chunk(2, dim=1)
-        return int8.quantized(value * self.glu_act(gate), out_scale)
+        return int8.quantized(value * self.glu_act(gate), out_factor)
 
     def first_layer(self) -> nn.Module:
         return self._modules["inverted_conv"]
@@ -319,17 +323,19 @@ class LiteMLA(Branch):
             return y if residual is None else y + residual
         return super().add(x, residual)
 
-    def with_copy(self, x: torch.Tensor, copy: int8.Copy, out_scale: float | None) -> tuple[torch.Tensor, int8.Copy]:
-        return super().with_copy(x, copy, out_scale) if self.is_known() else (self.add(x, x), [])
+    def with_copy(
+        self, x: torch.Tensor, copy: int8.Copy, out_factor: torch.Tensor | None
+    ) -> tuple[torch.Tensor, int8.Copy]:
+        return super().with_copy(x, copy, out_factor) if self.is_known() else (self.add(x, x), [])
 
     def is_known(self) -> bool:
         return not self.reason_not_fast(self) and unobserved(member(self, "kernel_func"))
 
-    def body(self, x: torch.Tensor, out_scale: float | None) -> torch.Tensor:
+    def body(self, x: torch.Tensor, out_factor: torch.Tensor | None) -> torch.Tensor:
         modules = self._modules
         qkv = compute(self.first_layer(), x)
         scales = [multiscale_qkv(scale, qkv) for scale in modules["aggreg"]]
-        return int8.relu_linear_attention([qkv, *scales], self.dim, self.eps, out_scale)
+        return int8.relu_linear_attention([qkv, *scales], self.dim, self.eps, out_factor)
 
     def first_layer(self) -> nn.Module:
         return self._modules["qkv"]
@@ -412,7 +418,9 @@ class ResidualBlock(int8.Block):
     def fast_forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.with_copy(x, [], None)[0]
 
-    def with_copy(self, x: torch.Tensor, copy: int8.Copy, out_scale: float | None) -> tuple[torch.Tensor, int8.Copy]:
+    def with_copy(
+        self, x: torch.Tensor, copy: int8.Copy, out_factor: torch.Tensor | None
+    ) -> tuple[torch.Tensor, int8.Copy]:
         modules = self._modules
         main, shortcut = modules.get("main"), modules.get("shortcut")
         if main is None or modules.get("pre_norm") is not None or modules.get("post_act") is not None:
@@ -421,24 +429,24 @@ class ResidualBlock(int8.Block):
         if name in IDENTITIES:
             if seen or not isinstance(main, Branch):
                 return self.eager(x), []
-            return main.with_copy(x, copy, out_scale) if copy or out_scale is not None else (main.add(x, x), [])
+            return main.with_copy(x, copy, out_factor) if copy or out_factor is not None else (main.add(x, x), [])
         if name not in SHORTCUTS or (seen and not unobserved(shortcut)):
             return self.eager(x), []
         averages = name in AVERAGING
         if averages and not is_divisible(x, shortcut.factor):
             return self.eager(x), []
         if seen or not isinstance(main, (PixelShuffleSampler, InterpolateSampler, ConvLayer)):
-            y, bias, out_scale = main(x), None, None
+            y, bias, out_factor = main(x), None, None
         else:
             y, bias = main.without_bias(copy.pop() if copy else x)
-        if out_scale is None:
+        if out_factor is None:
             add = ops.unshuffle_average_add if averages else ops.duplicate_shuffle_add
             return add(x, y, bias, shortcut.factor), []
         add = ops.unshuffle_average_add_int8 if averages else ops.duplicate_shuffle_add_int8
-        y, q = add(x, y, bias, out_scale, shortcut.factor)
+        y, q = add(x, y, bias, out_factor, shortcut.factor)
         return y, [q]
 
-    def input_scale(self, x: torch.Tensor) -> float | None:
+    def input_factor(self, x: torch.Tensor) -> torch.Tensor | None:
         main = self._modules.get("main")
         if isinstance(main, Branch):
             first = main.first_layer()
@@ -449,7 +457,7 @@ class ResidualBlock(int8.Block):
         if not isinstance(first, ConvLayer) or not int8.is_marked(first._modules["conv"]):
             return None
         known = isinstance(main, Branch) or (bare_conv(first) is not None and not main.reason_not_fast(main))
-        return first.input_scale(x) if known and unobserved(main, first, self._modules.get("shortcut")) else None
+        return first.input_factor(x) if known and unobserved(main, first, self._modules.get("shortcut")) else None
 
 
 BLOCKS = {
