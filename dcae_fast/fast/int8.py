@@ -23,7 +23,7 @@ from dcae_fast.ops._private import unobserved
 from . import fusion, operands
 from .call import Coder
 from .layout import Part
-from .module import FastModule, plain
+from .module import FastModule, check_inference, plain
 
 MULTIPLE = 16  # of the channels and filters
 Copy = list[torch.Tensor]
@@ -132,11 +132,7 @@ def factor_of(layer: nn.Module | None, x: torch.Tensor) -> torch.Tensor | None:
     found = None if layer is None else operands.mark_of(layer, operands.INT8)
     if found is None:
         return None
-    if torch.is_grad_enabled() or layer.training:
-        raise RuntimeError(
-            "patch(model, precision='int8') is for inference: call model.eval(), and the model under torch.no_grad();"
-            " patch(model) computes exactly, with gradients"
-        )
+    check_inference(layer)
     dtype = _dtype(layer, x)
     fits = x.dtype in (torch.int8, dtype) or fusion.autocasts(x)
     known = layer.weight.dtype == found.dtype and dtype in KERNEL_DTYPES

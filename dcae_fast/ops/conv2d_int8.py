@@ -15,15 +15,13 @@ The kernel needs Hopper, channels and filters in multiples of 16. Elsewhere PyTo
 is exact and slow.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 
 from . import _library, _plans
 from ._elementwise import ACTIVATIONS, activate, check_activation, check_filters
 from ._library import KERNEL_DTYPES, define, is_hopper, launcher
+from ._tiles import TileCandidates
 from .quantize import check_factor, check_no_gradient, quantize_reference
 from .upsample_conv2d import upsample_conv2d_reference
 
@@ -70,30 +68,6 @@ def _accepts(x, weight, scale, bias, act, residual, dtype, out_factor):
     )
 
 
-@dataclass(frozen=True)
-class _Plan:
-    tile: tuple
-    workspace_size: int = 0
-
-
-class _Candidates:
-    """The tiles as candidates of `_plans`. run: computes a small convolution with a tile, which compiles the kernel.
-
-    Several threads build candidates at the same time, so that most of the compilation runs in parallel.
-    """
-
-    def __init__(self, tiles: list[tuple], run: Callable[[tuple], object], device: torch.device):
-        self._tiles, self._run, self._device = tiles, run, device
-
-    def __len__(self) -> int:
-        return len(self._tiles)
-
-    def build(self, place: int) -> _Plan:
-        with torch.cuda.device(self._device):
-            self._run(self._tiles[place])
-        return _Plan(self._tiles[place])
-
-
 def few_rows(x: torch.Tensor) -> torch.Tensor:
     """The first rows of images, for which Triton compiles the same kernel as for x: it distinguishes 1 and multiples
     of 16.
@@ -112,7 +86,7 @@ def _tile_of(x, weight, scale):
         (tuple(x.shape), tuple(weight.shape)),
         x.device,
         x.numel() // x.shape[1] * weight.numel() >= WORTH_A_SEARCH,
-        lambda: _Candidates(tiles, lambda tile: launch(few_rows(x), weight, scale, *PLAIN, tile), x.device),
+        lambda: TileCandidates(tiles, lambda tile: launch(few_rows(x), weight, scale, *PLAIN, tile), x.device),
         lambda plan: launch(x, weight, scale, *PLAIN, plan.tile),
         lambda: launch(x, weight, scale, *PLAIN, tiles[0]),
     )

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .common import activate, cdiv, like_channels_last, next_power_of_2, persistent_splits
+from .common import activate, cdiv, like_channels_last, next_power_of_2, parts, persistent_splits
 from .launch import Kernel
 from .quantize import to_int8
 
@@ -41,24 +41,6 @@ TILES = (  # the first is the fastest for many large images, the last ones are f
     Tile(8, 8, 256, 128, 4, 4),
     Tile(8, 8, 128, 128, 3, 4, programs=2),
 )
-
-
-@triton.jit
-def _halves(x):
-    """The left and the right half of the columns of a matrix."""
-    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
-
-
-@triton.jit
-def _parts(x, COUNT: tl.constexpr):
-    """The columns of a matrix in COUNT parts: 1, 2 or 4."""
-    if COUNT == 1:
-        return (x,)
-    elif COUNT == 2:
-        return _halves(x)
-    else:
-        left, right = _halves(x)
-        return _halves(left) + _halves(right)
 
 
 @Kernel
@@ -91,12 +73,12 @@ def _conv2d_int8_kernel(
             x = x_desc.load([image, first_h + tap // SIDE, first_w + tap % SIDE, c])
             weight = weight_desc.load([parity * filters + first_k, tap * channels + c])
             total = tl.dot(tl.reshape(x, (P, BLOCK_C)), weight.T, total, out_dtype=tl.int32)
-        parts = _parts(total, PARTS)
+        sums = parts(total, PARTS)
         for part in tl.static_range(PARTS):
             first = first_k + part * COLUMNS
             k = first + tl.arange(0, COLUMNS)
             scale = tl.load(scale_ptr + parity * filters + k, k < filters, 0.0)
-            y = parts[part].to(tl.float32) * scale[None, :]
+            y = sums[part].to(tl.float32) * scale[None, :]
             if bias_ptr is not None:
                 y += tl.load(bias_ptr + k, k < filters, 0.0).to(tl.float32)[None, :]
             y = activate(y, ACT)

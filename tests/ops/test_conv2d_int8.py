@@ -11,8 +11,8 @@ import torch
 
 from dcae_fast import ops
 from dcae_fast.ops import _library, _plans
+from dcae_fast.ops._tiles import TileCandidates
 from dcae_fast.ops.conv2d_int8 import (
-    _Candidates,
     conv2d_int8_op,
     conv2d_int8_reference,
     few_rows,
@@ -226,7 +226,7 @@ def test_candidates_are_built_in_several_threads(monkeypatch):
     """As `_plans` builds them, so that Triton compiles tiles at the same time."""
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     together = threading.Barrier(3, timeout=60)
-    candidates = _Candidates(["a", "b", "c"], lambda tile: together.wait(), torch.device("cuda", 0))
+    candidates = TileCandidates(["a", "b", "c"], lambda tile: together.wait(), torch.device("cuda", 0))
     with ThreadPoolExecutor(3) as pool:
         assert [plan.tile for plan in pool.map(candidates.build, range(len(candidates)))] == ["a", "b", "c"]
 
