@@ -8,7 +8,7 @@ import torch
 
 from dcae_fast import distributed
 from dcae_fast.errors import DataError
-from dcae_fast.files import written_atomically
+from dcae_fast.files import check_regular, written_atomically
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Moments:
     def load(cls, path: Path) -> "Moments":
         """Reads an .npz file of `save`, reference-stats or DC-Gen. Raises DataError."""
         try:
+            check_regular(path)
             with np.load(path) as file:
                 mu, sigma = (file[name].astype(np.float64, casting="same_kind") for name in ("mu", "sigma"))
         except Exception as error:  # for a broken file, numpy, zipfile and zlib may raise any exception

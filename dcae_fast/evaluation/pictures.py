@@ -15,6 +15,7 @@ from tqdm import tqdm
 from dcae_fast import distributed
 from dcae_fast.data.pictures import CropDataset, Crops, Pictures, collate
 from dcae_fast.errors import DataError
+from dcae_fast.files import check_regular
 from dcae_fast.images import MAX_PIXELS
 from dcae_fast.interruption import ignore_interruptions
 
@@ -89,6 +90,7 @@ class NpzBatches:
 def _pictures_array(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
     """Opens arr_0.npy in an .npz file; yields the file, positioned after the header, and the shape [N, H, W, 3]."""
     try:
+        check_regular(path)
         archive = zipfile.ZipFile(path)
         file = archive.open("arr_0.npy")
         version = np.lib.format.read_magic(file)

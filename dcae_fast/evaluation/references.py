@@ -8,7 +8,7 @@ import torch
 
 from dcae_fast import distributed
 from dcae_fast.errors import DataError
-from dcae_fast.files import save_npy
+from dcae_fast.files import check_regular, save_npy
 
 from .moments import MomentSums
 from .networks import Network
@@ -78,6 +78,7 @@ def _save_features(features: list[np.ndarray], path: Path) -> None:
 def load_features(path: Path) -> torch.Tensor:
     """Reads features [N, F] from an .npy file, as float32. Raises DataError."""
     try:
+        check_regular(path)
         features = np.load(path)
     except Exception as error:  # for a broken file, numpy may raise any exception
         # not numpy's message, which would advise to unpickle the file

@@ -1,5 +1,6 @@
 """The formulas of the metrics give the original's values. No network is needed."""
 
+import os
 import zipfile
 from functools import partial
 
@@ -135,6 +136,10 @@ def test_damaged_files(tmp_path):
     for content in (b"", GARBLED):
         (tmp_path / "a.npy").write_bytes(content)
         refused(load_features, tmp_path / "a.npy")
+    for name, read in {"pipe.npy": load_features, "pipe.npz": Moments.load}.items():
+        os.mkfifo(tmp_path / name)
+        refused(read, tmp_path / name)
+    refused(partial(NpzBatches, batch=1), tmp_path / "pipe.npz")
 
 
 def test_too_few_pictures():
