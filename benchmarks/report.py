@@ -58,7 +58,7 @@ model's arithmetic at the speed of a large matrix product in the same run. patch
 the last two columns give its speedup. A dash stands for a contender without a measurement."""
 NETWORKS = """Transformers run under autocast to bf16. A training step is forward, backward and AdamW. A step of
 sampling is one call of the network with guidance, and the solver's update."""
-IN_8_BIT = """8 bit is an option with an error. Autoencoders compute in int8, with scales from random pictures; in
+IN_8_BIT = """8 bit is an option with an error. Autoencoders compute in int8, with scales from random input; in
 inference, weights are frozen. patched is the fastest form in bf16, and the speedup is over the fastest torch.compile in
 bf16. Errors are relative to fp32: of the result, or of the gradients for a training step."""
 AUTOENCODER_TRAINING = """A training step of an autoencoder is forward under autocast to bf16, L1 loss, backward and
