@@ -165,12 +165,14 @@ class Shards:
         expected = [len(classes), *(shape[1:] if self._shape is None else self._shape)]
         if shape != expected or 0 in shape[1:] or dtype not in ("F64", "F32", "F16", "BF16"):
             raise DataError(f"{path}: latents are {dtype} {shape}; expected floats {expected}, no size 0")
-        if names is not None and (not isinstance(names, list) or len(names) != len(classes)):
-            raise DataError(f"{path}: expected {len(classes)} names in its metadata, one per latent")
+        texts = {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
+        if names is not None and (len(texts) != len(classes) or len(names) != len(classes)):
+            raise DataError(f"{path}: expected {len(classes)} different names in its metadata, one per latent")
         most = math.inf if self.classes is None else max(1, len(self.classes))
+        expected = "a whole number" if self.classes is None else f"0 to {most - 1}, as in {MANIFEST}"
         for row, label in enumerate(classes):
             if type(label) is not int or not 0 <= label < most:
-                raise DataError(f"{path}: latent {row} has class {label}; expected 0 to {most - 1}, as in {MANIFEST}")
+                raise DataError(f"{path}: latent {row} has class {label}; expected {expected}")
 
     def __getstate__(self) -> dict:
         return vars(self) | {"_files": {}}  # open files are not passed to other processes

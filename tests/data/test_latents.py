@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
-from dcae_fast.data.latents import LatentDataset
+from dcae_fast.data.latents import LatentDataset, Shards
 from dcae_fast.data.manifest import Manifest, Settings
 from dcae_fast.data.pictures import Picture
 from dcae_fast.data.store import ShardStore
@@ -120,7 +120,9 @@ def test_big_endian_and_fortran_order(tmp_path):
         ({"classes": torch.tensor([-1, 0])}, "latent 0 has class -1"),
         ({"classes": torch.tensor(0)}, r"latents are F32 \[2, 4, 2, 2\]; expected floats \[1, 4, 2, 2\]"),
         ({"classes": None}, "not a readable shard of latents"),
-        ({"names": "[]"}, "expected 2 names in its metadata, one per latent"),
+        ({"names": "[]"}, "expected 2 different names in its metadata, one per latent"),
+        ({"names": "[1, 2]"}, "expected 2 different names in its metadata, one per latent"),
+        ({"names": '["a", "a"]'}, "expected 2 different names in its metadata, one per latent"),
         ({"names": "torn"}, "not a readable shard of latents"),
     ],
 )
@@ -132,6 +134,13 @@ def test_bad_shards_are_named(tmp_path, change, words):
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path, {"names": names})
     with pytest.raises(DataError, match=f"{path}: {words}"):
         LatentDataset(tmp_path)
+
+
+def test_classes_of_a_shard_without_a_manifest(tmp_path):
+    tensors = {"latents": torch.zeros(1, 4, 2, 2), "classes": torch.zeros(1)}
+    save_file(tensors, tmp_path / "latents-000000.safetensors")
+    with pytest.raises(DataError, match="latent 0 has class 0.0; expected a whole number$"):
+        Shards([tmp_path / "latents-000000.safetensors"])
 
 
 def test_a_latent_in_a_shard_that_is_not_finite(tmp_path):
