@@ -136,3 +136,21 @@ def test_training_in_8_bit(precision):
         got = results(fast, inputs())
     of_all = [torch.cat([each[name].flatten() for name in expected if name != "result"]) for each in (got, expected)]
     assert 0 < error(*of_all) < 0.15
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize("network", [SanaMS, SanaMSCM])
+def test_real_graphs(network):
+    """Replays give what the same kernels give without graphs."""
+    fast = build(network=network, dtype=torch.bfloat16, embeds_scale=True)
+    twin = copy.deepcopy(fast)
+    dcae_fast.patch(fast, cuda_graphs=True)
+    dcae_fast.patch(twin, cuda_graphs=False)
+    for seed in range(4):
+        for size in ((4, 6), (6, 4)):
+            x, time, text, mask = inputs(torch.bfloat16, seed, size)
+            info = {"cfg_scale": torch.full((2,), 1.0 + seed, device=DEVICE, dtype=torch.bfloat16)}
+            expected = twin(x, time, text, mask=mask, data_info=info)
+            assert torch.equal(fast(x, time, text, mask=mask, data_info=info), expected)
+    assert len(fast.fast_options.graphs) == 2
