@@ -152,12 +152,20 @@ def open_folder(folder: Path, manifest: Manifest, overwrite: bool) -> bool:
         raise DataError(f"{folder} is not empty and has no {MANIFEST}; choose another folder")
     for leftover in leftovers(folder):
         leftover.unlink()
-    if before is not None and overwrite:
+    if before is not None and (overwrite or not _has_latents(folder, before.settings)):
         _remove_latents(folder, before.settings)
     elif before is not None:
         manifest.settings.check_same(before.settings, folder)
         return True
     return False
+
+
+def _has_latents(folder: Path, settings: Settings) -> bool:
+    """Whether there is any latent; none if a run was interrupted at once, or if no picture could be read."""
+    inner = (
+        _has_latents(folder / bucket.name, settings_of_bucket(settings, bucket)) for bucket in buckets_of(settings)
+    )
+    return any(STORES[settings.format].files(folder)) or any(inner)
 
 
 def _remove_latents(folder: Path, settings: Settings) -> None:

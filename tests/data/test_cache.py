@@ -207,6 +207,18 @@ def test_settings_are_not_mixed(pictures, tmp_path, capsys, options, words):
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("options", [[], ["--format", "safetensors"], ["--buckets"]])
+def test_settings_of_a_run_without_a_latent_may_change(tmp_path, capsys, options):
+    """No picture could be read, or the run was interrupted at once."""
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "0.png").write_text("no picture")
+    assert run(tmp_path / "p", tmp_path / "out", *options) == 1
+    save_noise(tmp_path / "p" / "0.png", 96, 96, 0)
+    assert run(tmp_path / "p", tmp_path / "out", "--resolution", "96", "--scale", "0.25") == 0
+    assert run(tmp_path / "p", tmp_path / "new", "--resolution", "96", "--scale", "0.25") == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "new")
+
+
 def test_other_weights_and_pictures_are_refused(pictures, tmp_path, model, capsys):
     assert run(pictures / "emu", tmp_path / "out") == 0
     for parameter in (other := DCAE(model.config)).parameters():
