@@ -202,6 +202,14 @@ def test_what_does_not_end_8_bit():
     assert int8_layers(model) and torch.equal(result(model), before)
 
 
+def test_factors_follow_the_weights_to_another_device():
+    layer = nn.Linear(4, 4)
+    int8.mark(layer, [0.5, 1.0, 2.0, 4.0])
+    factor = vars(layer)[operands.INT8].factor
+    assert factor.tolist() == [2.0, 1.0, 0.5, 0.25] and operands.of_factor(layer, factor) is factor
+    assert operands.of_factor(layer.to("meta"), factor).is_meta
+
+
 def test_layers_with_hooks_compute_exactly(int8_calls):
     model, _ = patched_model()
     int8_calls.clear()
