@@ -43,7 +43,7 @@ def save(calibration: Calibration, path: str | Path) -> None:
     if path.suffix != SUFFIX:
         raise ValueError(f"{path}: expected a file name that ends in {SUFFIX}")
     content = asdict(calibration)
-    scales = {name: torch.tensor(layer.pop("scales")) for name, layer in content["layers"].items()}
+    scales = {name: torch.tensor(layer.pop("scales"), dtype=torch.float32) for name, layer in content["layers"].items()}
     with written_atomically(path) as temporary:
         save_file(scales, temporary, {KEY: json.dumps(content)})
 
