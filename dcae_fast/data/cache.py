@@ -162,10 +162,8 @@ def open_folder(folder: Path, manifest: Manifest, overwrite: bool) -> bool:
 
 def _has_latents(folder: Path, settings: Settings) -> bool:
     """Whether there is any latent; none if a run was interrupted at once, or if no picture could be read."""
-    inner = (
-        _has_latents(folder / bucket.name, settings_of_bucket(settings, bucket)) for bucket in buckets_of(settings)
-    )
-    return any(STORES[settings.format].files(folder)) or any(inner)
+    folders = [folder, *(folder / bucket.name for bucket in buckets_of(settings))]
+    return any(STORES[settings.format].files(each) for each in folders)
 
 
 def _remove_latents(folder: Path, settings: Settings) -> None:
