@@ -94,7 +94,10 @@ def append_line(path: Path, line: str) -> None:
 
 def check_regular(path: Path) -> None:
     """Raises OSError if `path` is absent, or not a regular file: opening a pipe would wait for a writer."""
-    if not stat.S_ISREG(path.stat().st_mode):
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
         raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
