@@ -298,7 +298,7 @@ def test_other_latents(shared, tmp_path):
     shutil.copytree(shared / "whole", tmp_path / "run")
     first = min(path for path in (tmp_path / "latents").iterdir() if path.is_dir())
     first.rename(first.with_name(f"{first.name}-of-another-name"))
-    with pytest.raises(TrainingError, match="a training with classes"):
+    with pytest.raises(TrainingError, match="a training with other classes; resume it with the same data"):
         train(RECIPE, replace(run_in(tmp_path / "run"), data=tmp_path / "latents"), CPU)
 
 
