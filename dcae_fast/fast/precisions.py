@@ -57,11 +57,14 @@ def calibration_of(autoencoder: nn.Module, source: Any, budget: ErrorBudget) -> 
         return source
     if isinstance(source, (str, Path)) and Path(source).suffix.lower() == scales.SUFFIX:
         return scales.load(source, autoencoder)
-    if not int8.runs_on(weight.device):
+    runs = int8.runs_on(weight.device)
+    if source is None and not runs:
         return None
     from . import pictures  # imports Pillow, which is optional
 
-    loaded = pictures.load(source, autoencoder.decoder.enlargement())
+    loaded = pictures.load(source, autoencoder.decoder.enlargement())  # raises the same errors on every device
+    if not runs:
+        return None
     x = [x.to(weight.device, weight.dtype, memory_format=torch.channels_last) for x in loaded]
     return calibrate(autoencoder, x, budget, scales.hash_of(autoencoder))
 

@@ -7,12 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from dcae_fast.errors import CheckpointError
-from dcae_fast.files import written_atomically
+from dcae_fast.files import check_regular, written_atomically
 
 from .calibration import LEAST_SCALE, CalibratedLayer, Calibration, Quality
 
@@ -51,6 +51,7 @@ def save(calibration: Calibration, path: str | Path) -> None:
 def load(path: str | Path, autoencoder: nn.Module) -> Calibration:
     """Read a calibration. Raises CheckpointError if the file is not readable, or was made for other weights."""
     try:
+        check_regular(Path(path))
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             if FORMER_KEY in metadata:
@@ -66,7 +67,9 @@ def load(path: str | Path, autoencoder: nn.Module) -> Calibration:
         calibration = Calibration(layers=layers, **qualities, **content)
         _check(calibration)
     except Exception as error:  # a broken or hostile file may raise anything
-        raise CheckpointError(f"{path}: cannot be read as scales of 8-bit layers: {error!r}") from error
+        is_plain = isinstance(error, (OSError, SafetensorError, ValueError))
+        reason = getattr(error, "strerror", None) or (error if is_plain else repr(error))
+        raise CheckpointError(f"{path}: cannot be read as scales of 8-bit layers: {reason}") from error
     check_weights(calibration, autoencoder, path)
     return calibration
 

@@ -231,6 +231,8 @@ def test_other_devices_compute_exactly(monkeypatch, int8_calls):
         patch.setattr(int8, "runs_on", lambda device: False)
         report = dcae_fast.patch(model, precision="int8")
         assert report.calibration is None and "needs a Hopper GPU" in str(report)
+        with pytest.raises(ValueError, match="absent.png: cannot be read as a photograph"):
+            dcae_fast.patch(model, precision="int8", calibration="absent.png")
         with pytest.raises(ValueError, match="has 0 calibrations"):
             report.save_scales("scales.safetensors")
         int8_calls.clear()
