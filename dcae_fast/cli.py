@@ -6,13 +6,12 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from functools import cache, partial, wraps
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Union
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 from tqdm import tqdm
-from tyro.constructors import ConstructorRegistry
 
 import dcae_fast
 
@@ -32,8 +31,7 @@ from .commands.common import (
 )
 from .commands.eval_autoencoder import eval_autoencoder
 from .commands.eval_diffusion import eval_diffusion
-from .commands.option_files import with_files
-from .commands.path_rule import path_rule
+from .commands.parse import parse
 from .commands.reference_stats import reference_stats
 from .commands.train_autoencoder import train_autoencoder
 from .commands.train_diffusion import train_diffusion
@@ -44,7 +42,6 @@ from .errors import (
     NotFiniteError,
     OtherKindError,
     print_failure,
-    report_failure,
 )
 from .interruption import sigterm_interrupts
 from .models import diffusion_zoo
@@ -436,7 +433,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # a file name may contain bytes that are not text
     try:
         with sigterm_interrupts():
-            command = _parse(sys.argv[1:] if argv is None else argv)
+            command = parse(COMMANDS, sys.argv[1:] if argv is None else argv)
             _check_environment()
             return command()
     except NotFiniteError as error:
@@ -468,41 +465,6 @@ def _check_environment() -> None:
             disabled_by_environment()
         except ValueError as error:
             raise UsageError(str(error)) from error
-
-
-def _parse(arguments: Sequence[str]) -> Callable[[], int]:
-    """Parses the arguments; returns the command with its options bound.
-
-    Raises UsageError for an invalid @file, and SystemExit, after printing the reason, for invalid options.
-    """
-
-    def deferred(command: Callable[..., int]) -> Callable[..., Callable[[], int]]:
-        return wraps(command)(lambda *args, **options: partial(command, *args, **options))
-
-    commands = tuple(Annotated[deferred(command), tyro.conf.subcommand(name)] for name, command in COMMANDS.items())
-
-    def choose(options: Union[commands]) -> Callable[[], int]:  # noqa: UP007  tyro shows the name `options` in its messages
-        return options
-
-    expanded = with_files(arguments)
-    rules = ConstructorRegistry()
-    rules.primitive_rule(path_rule)
-    try:
-        with rules:
-            return tyro.cli(
-                choose,
-                prog="dcae-fast",
-                description="Deep compression autoencoders, fast.",
-                args=expanded,
-                config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs),
-            )
-    except SystemExit as error:
-        files = [argument for argument in arguments if argument.startswith("@")]
-        if error.code and files:
-            print(f"dcae-fast: {', '.join(files)}: the arguments become: {shlex.join(expanded)}", file=sys.stderr)
-        if error.code:
-            report_failure("dcae-fast: invalid options; each rank printed the reason above")
-        raise
 
 
 def _failed(reason: object, status: int) -> int:

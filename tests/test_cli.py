@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+import dcae_fast
 from dcae_fast import cli, images, reconstruction
 from dcae_fast.models.autoencoder import DCAE, CoderConfig, DCAEConfig
 from dcae_fast.models.diffusion_zoo import BUNDLED
@@ -279,6 +280,12 @@ def test_run_as_a_module(monkeypatch, capsys):
     assert not caught.value.code
     commands, text = ("reconstruct", "encode", "decode", "sample", "convert", "models", "info"), capsys.readouterr().out
     assert all(command in text for command in commands)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        run("--version")
+    assert not caught.value.code and capsys.readouterr().out == f"dcae_fast {dcae_fast.__version__}\n"
 
 
 @pytest.mark.parametrize("argv", ["reconstruct", "encode a.png --out", "calibrate x --out", "encode a.png --int8"])

@@ -58,7 +58,7 @@ def test_the_exit_status_of_ctrl_c_within_an_exec(tmp_path):
     (tmp_path / "program.py").write_text(
         "import sys\n"
         "from dcae_fast import cli\n"
-        "cli._parse = lambda argv: lambda: exec('raise KeyboardInterrupt')\n"
+        "cli.parse = lambda commands, argv: lambda: exec('raise KeyboardInterrupt')\n"
         "sys.exit(cli.main([]))\n"
     )
     path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
