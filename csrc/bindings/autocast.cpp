@@ -27,14 +27,15 @@ struct State {
 };
 
 State state_of(const at::Tensor& weight, const at::Tensor& copy) {
-  return {copy.unsafeGetTensorImpl(), weight.const_data_ptr(), weight.is_inference() ? 0 : weight._version()};
+  return {copy.unsafeGetTensorImpl(), weight.const_data_ptr(), weight._version()};
 }
 
 // Whether autocast keeps the copy of a weight. The dispatch keys do not tell: torch.compile's code switches autocast off
-// while it runs. On other streams than the default one nothing is kept, because CUDA graphs are captured and warmed up
-// there, whose memory is used again for other tensors.
+// while it runs. Inference tensors do not count their changes. On other streams than the default one nothing is kept,
+// because CUDA graphs are captured and warmed up there, whose memory is used again for other tensors.
 bool is_kept(const at::Tensor& weight) {
-  if (!(weight.requires_grad() && weight.is_leaf() && at::autocast::is_autocast_cache_enabled())) return false;
+  if (!weight.requires_grad() || !weight.is_leaf() || weight.is_inference()) return false;
+  if (!at::autocast::is_autocast_cache_enabled()) return false;
   const bool is_inside = at::autocast::increment_nesting() > 1;
   at::autocast::decrement_nesting();
   if (!is_inside) return false;
@@ -62,16 +63,17 @@ at::Tensor autocast_cast(const at::Tensor& weight, at::ScalarType dtype, bool tr
   };
   at::Tensor copy = cast();
   const std::lock_guard<std::mutex> lock(mutex);
-  if (states.size() >= kMost) states.clear();
+  const bool is_full = states.size() >= kMost;
+  if (is_full) states.clear();
   State& before = states.try_emplace(weight.unsafeGetTensorImpl(), state_of(weight, copy)).first->second;
   State now = state_of(weight, copy);
-  if (before.copy == now.copy && before != now) {  // the weight has changed
+  if (is_full || (before.copy == now.copy && before != now)) {  // a weight may have changed, or this one has
     at::autocast::clear_cache();
     copy = cast();
     now = state_of(weight, copy);
   }
   before = now;
-  return copy;
+  return copy.scalar_type() == dtype ? copy : weight.to(dtype);  // an autocast around this one may have another dtype
 }
 
 void bind_autocast(pybind11::module_& module) {

@@ -78,6 +78,39 @@ def test_what_is_not_kept(weight):
             assert cast(weight, torch.float32) is weight
 
 
+def test_an_autocast_inside_another_has_its_own_type(weight):
+    with torch.no_grad(), autocast():
+        for dtype in (BF16, torch.float16):
+            with torch.autocast(DEVICE, dtype):
+                assert torch.equal(cast(weight, dtype), weight.to(dtype))
+
+
+def test_a_type_that_autocast_leaves_as_it_is():
+    weight = torch.nn.Parameter(torch.randn(8, device=DEVICE, dtype=torch.float64))
+    with torch.no_grad(), autocast():
+        assert torch.equal(cast(weight), weight.to(BF16))
+
+
+def test_parameters_that_count_no_changes():
+    with torch.inference_mode(), autocast():
+        weight = torch.nn.Parameter(torch.randn(8, device=DEVICE))
+        cast(weight)
+        weight.add_(1)
+        assert torch.equal(cast(weight), weight.to(BF16))
+
+
+def test_a_change_after_many_other_weights(weight):
+    """Only 2¹⁶ weights are remembered."""
+    others = [torch.nn.Parameter(torch.empty(1, device=DEVICE)) for _ in range(2**16)]
+    with torch.no_grad(), autocast():
+        cast(weight)
+        for other in others[:-1]:
+            cast(other)
+        weight.add_(1)
+        cast(others[-1])
+        assert torch.equal(cast(weight), weight.to(BF16))
+
+
 def test_a_training_step_in_between(weight):
     """Fused optimizers of PyTorch 2.11 do not count their changes on a GPU."""
     with torch.no_grad(), autocast():
