@@ -110,7 +110,7 @@ def test_frozen_networks_train(calls):
     gradients(network)
     torch.optim.SGD(network.parameters(), lr=0.1).step()
     fresh = copy.deepcopy(network)
-    dcae_fast.patch(fresh, precision="fp8")
+    dcae_fast.patch(fresh, precision="fp8", frozen=True)
     after = infer(network)
     assert torch.equal(after, infer(fresh)) and not torch.equal(after, before)
 
