@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from dcae_fast.files import check_regular, written_atomically
 from .calibration import LEAST_SCALE, CalibratedLayer, Calibration, Quality
 
 SUFFIX = ".safetensors"
+MOST_SCALE = torch.finfo(torch.float32).max / 127  # as of the largest input
 KEY = "dcae_fast.calibration.channels"  # in the file's metadata
 FORMER_KEY = "dcae_fast.calibration"  # of files with one scale for each layer
 
@@ -49,7 +49,9 @@ def save(calibration: Calibration, path: str | Path) -> None:
 
 
 def load(path: str | Path, autoencoder: nn.Module) -> Calibration:
-    """Read a calibration. Raises CheckpointError if the file is not readable, or was made for other weights."""
+    """Read a calibration. Raises CheckpointError if the file is not readable, does not fit the layers, or was made for
+    other weights.
+    """
     try:
         check_regular(Path(path))
         with safe_open(path, "pt") as file:
@@ -71,6 +73,11 @@ def load(path: str | Path, autoencoder: nn.Module) -> Calibration:
         reason = getattr(error, "strerror", None) or (error if is_plain else repr(error))
         raise CheckpointError(f"{path}: cannot be read as scales of 8-bit layers: {reason}") from error
     check_weights(calibration, autoencoder, path)
+    modules = dict(autoencoder.named_modules())
+    for name, layer in calibration.layers.items():
+        weight = getattr(modules.get(name), "weight", None)
+        if weight is None or weight.dim() < 2 or len(layer.scales) != weight.shape[1]:
+            raise CheckpointError(f"{path}: {len(layer.scales)} scales for {name}; expected one for each input channel")
     return calibration
 
 
@@ -81,8 +88,8 @@ def _check(calibration: Calibration) -> None:
     numbers += [value for layer in layers for value in (layer.psnr, layer.share)]
     if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in numbers):
         raise ValueError("a figure is not a number")
-    if not all(LEAST_SCALE <= scale < math.inf for layer in layers for scale in layer.scales):
-        raise ValueError("a scale is not a positive number")
+    if not all(LEAST_SCALE <= scale <= MOST_SCALE for layer in layers for scale in layer.scales):
+        raise ValueError("a scale is not a positive number in float32")
     if not all(isinstance(layer.in_int8, bool) for layer in layers) or type(calibration.pictures) is not int:
         raise ValueError("in_int8 is neither true nor false, or pictures is not an integer")
 

@@ -220,8 +220,8 @@ def test_scales_that_are_refused(model, tmp_path):
             with pytest.raises(CheckpointError, match="8-bit layers: .* is (not a|neither)"):
                 dcae_fast.patch(model, precision="int8", calibration=altered)
     metadata = {scales.KEY: json.dumps(content | {"layers": {"some": layer}})}
-    for value in (-1.0, 0.0, 2.0**-126, math.nan, math.inf):
-        save_file({"some": torch.tensor([1.0, value])}, altered, metadata)
+    for value in (-1.0, 0.0, 2.0**-126, math.nan, math.inf, 1e39):  # the last is infinite in float32
+        save_file({"some": torch.tensor([1.0, value], dtype=torch.float64)}, altered, metadata)
         with pytest.raises(CheckpointError, match="a scale is not a positive number"):
             dcae_fast.patch(model, precision="int8", calibration=altered)
     for tensors in ({}, {"some": torch.tensor(1.0)}, {"other": torch.ones(1)}):
@@ -233,6 +233,18 @@ def test_scales_that_are_refused(model, tmp_path):
         dcae_fast.patch(model, precision="int8", calibration=altered)
     with pytest.raises(ValueError, match=r"ends in \.safetensors"):
         calibrated(model).save_scales(tmp_path / "scales.bin")
+
+
+@pytest.mark.parametrize("count", [0, 5, 33])
+def test_scales_for_another_number_of_channels(model, tmp_path, count):
+    path = tmp_path / "scales.safetensors"
+    calibrated(model).save_scales(path)
+    with safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    name = next(iter(tensors))
+    save_file(tensors | {name: torch.ones(count)}, path, metadata)
+    with pytest.raises(CheckpointError, match=f"{count} scales for {name}; expected one for each"):
+        dcae_fast.patch(model, precision="int8", calibration=path)
 
 
 def test_a_pipeline(model, tmp_path):
