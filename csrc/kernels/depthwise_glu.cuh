@@ -29,8 +29,8 @@ __device__ inline float sigmoid2(float x) {
   return reciprocal;
 }
 
-// Forward: out is the result [.., M], two channels an Out: Pair, or uint16_t for int8 times out_factor [M]. Backward: out is the gradient of
-// the convolution's result [.., 2M], dout the gradient of the gated unit's result.
+// Forward: out is the result [.., M], two channels an Out: Pair, or uint16_t for the result times out_factor [M] as
+// int8. Backward: out is the gradient of the convolution's result [.., 2M], dout the gradient of the gated unit's result.
 template <typename T, bool kBackward, typename Out>
 __global__ void __launch_bounds__(32 * kGluMaxWarps<kBackward>, kWarpsPerSM / kGluMaxWarps<kBackward>)
     depthwise_glu_kernel(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap dout,
@@ -159,7 +159,8 @@ __global__ void __launch_bounds__(32 * kGluMaxWarps<kBackward>, kWarpsPerSM / kG
 
 template <typename T, bool kBackward, typename Out = Pair>
 cudaError_t launch_glu(const void* x, const void* weight, const void* bias, const void* dout, void* out,
-                       const float* out_factor, int64_t batch, int height, int width, int channels, cudaStream_t stream) {
+                       const float* out_factor, int64_t batch, int height, int width, int channels,
+                       cudaStream_t stream) {
   Cut cut;
   const int pairs = channels / 2;
   if (const auto error =

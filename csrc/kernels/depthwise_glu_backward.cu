@@ -139,7 +139,8 @@ cudaError_t launch_depthwise_glu_backward(const void* dout, const void* x, const
                                           int channels, DType dtype, cudaStream_t stream) {
   return with_element(dtype, [&](auto element) {
     using T = decltype(element);
-    const auto error = launch_glu<T, true>(x, weight, bias, dout, dconv, nullptr, batch, height, width, channels, stream);
+    const auto error =
+        launch_glu<T, true>(x, weight, bias, dout, dconv, nullptr, batch, height, width, channels, stream);
     if (error != cudaSuccess) return error;
     return launch_convolution_backward<T>(dconv, x, weight, dx, sums, batch, height, width, 2 * channels, stream);
   });

@@ -34,7 +34,8 @@ cudaError_t launch_depthwise_glu_backward(const void* dout, const void* x, const
 // qkv: [batch, positions, heads, 3, 32]; out: [batch, positions, out_channels], of which the first 32 * heads channels
 // are written. If out_factor, [32 * heads], is not null, out is int8: the result times out_factor.
 cudaError_t launch_relu_linear_attention(const void* qkv, void* out, const float* out_factor, int64_t batch,
-                                         int positions, int heads, int out_channels, float eps, DType dtype, cudaStream_t stream);
+                                         int positions, int heads, int out_channels, float eps, DType dtype,
+                                         cudaStream_t stream);
 
 // The gradient of relu_linear_attention: dqkv, computed from dout, the gradient of out, of which the first 32 * heads
 // channels are read. All tensors are in bfloat16. The result is deterministic.

@@ -138,7 +138,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
 }  // namespace
 
 cudaError_t launch_relu_linear_attention(const void* qkv, void* out, const float* out_factor, int64_t batch,
-                                         int positions, int heads, int out_channels, float eps, DType dtype, cudaStream_t stream) {
+                                         int positions, int heads, int out_channels, float eps, DType dtype,
+                                         cudaStream_t stream) {
   int processors;
   if (const auto error = count_processors(&processors)) return error;
   const int64_t pairs = batch * heads;

@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from dcae_fast.files import check_regular
+
 from .common import UsageError
 
 OPTIONAL_VALUES = {"int8"}  # options that take values or none: true stands for none, --no-int8 for the option's absence
@@ -60,6 +62,7 @@ def _read(path: Path) -> dict[str, Any]:
     if kind not in (".yaml", ".yml", ".json", ".toml"):
         raise UsageError("expected a file name that ends in .yaml, .yml, .toml or .json")
     try:
+        check_regular(path)
         if kind == ".toml":
             import tomllib  # needs Python 3.11
 

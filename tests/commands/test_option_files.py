@@ -1,5 +1,6 @@
 """Options in files: the arguments that they become, and the errors for files with other contents."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -84,6 +85,12 @@ def test_invalid_option_files(tmp_path, capsys, name, text, words):
     assert cli.main(["models", f"@{path}"]) == 2
     errors = capsys.readouterr().err
     assert errors.startswith(f"dcae-fast: @{path}: ") and words in errors
+
+
+def test_a_pipe_is_not_waited_for(tmp_path, capsys):
+    os.mkfifo(path := tmp_path / "options.yaml")
+    assert cli.main(["models", f"@{path}"]) == 2
+    assert capsys.readouterr().err == f"dcae-fast: @{path}: cannot be read: not a regular file\n"
 
 
 def test_a_wrong_option_in_a_file(tmp_path, capsys):
