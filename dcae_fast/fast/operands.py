@@ -55,11 +55,11 @@ class Operands:
         return len(self._kept)
 
     def get(self, key: Hashable, sources: tuple[torch.Tensor, ...], make: Callable[[], Operand]) -> Operand:
-        """The operand `key`, which `make` derives from `sources`. It is derived again if a source was replaced, moved
-        or written to, as far as autograd counts writes.
+        """The operand `key`, which `make` derives from `sources`. It is derived again if a source was removed, replaced
+        or moved, or written to, as far as autograd counts writes.
         """
         kept = self._kept.get(key)
-        if kept is not None and all(map(_is_unchanged, kept[0], sources)):
+        if kept is not None and len(kept[0]) == len(sources) and all(map(_is_unchanged, kept[0], sources)):
             return kept[1]
         if _capturing(sources[0]) or any(map(torch.Tensor.is_inference, sources)):  # the latter count no versions
             return make()

@@ -170,6 +170,20 @@ def test_a_change_of_the_weights_is_noticed(change, model):
     assert torch.equal(result(model), expected)
 
 
+@pytest.mark.parametrize("precision", ["exact", "fp8"])
+def test_a_bias_that_is_removed_is_noticed(precision):
+    model = new_model("uvit")
+    mlp = model.mid_block.mlp
+    for layer in (mlp.fc1, mlp.fc2):
+        nn.init.ones_(layer.bias)
+    dcae_fast.patch(model, precision=precision, frozen=True)
+    before = result(model)
+    mlp.fc1.bias = mlp.fc2.bias = None
+    expected = result(copy.deepcopy(model))
+    assert not torch.equal(expected, before)
+    assert torch.equal(result(model), expected)
+
+
 def test_to_and_load_state_dict_drop_what_is_kept(model):
     for drop in (lambda: model.to(DEVICE), lambda: model.load_state_dict(model.state_dict())):
         result(model)
