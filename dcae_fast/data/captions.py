@@ -79,7 +79,7 @@ def load_captions(folder: str | os.PathLike) -> Captions:
         return {}
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read: {error}; run the same `dcae-fast cache-latents` again") from error
     if not isinstance(content, dict) or not all(isinstance(each, str) for each in content.values()):
         raise DataError(f"{path}: expected a text for each picture; run the same `dcae-fast cache-latents` again")

@@ -154,7 +154,7 @@ class Shards:
                 file = safe_open(path, framework="pt")
                 latents, classes = file.get_slice("latents"), file.get_tensor("classes").flatten().tolist()
                 names = json.loads((file.metadata() or {}).get("names", "null"))
-            except (OSError, SafetensorError, ValueError) as error:
+            except (OSError, SafetensorError, ValueError, RecursionError) as error:  # the last: JSON with many levels
                 reason = getattr(error, "strerror", None) or error
                 raise DataError(f"{path}: not a readable shard of latents: {reason}") from error
             self._check(path, latents.get_shape(), latents.get_dtype(), classes, names)

@@ -94,7 +94,7 @@ def load_manifest(folder: str | os.PathLike) -> Manifest | None:
             _check(each, expected)
         lists = {name: tuple(content.pop(name)) for name in ("classes", "skipped", "ignored", "buckets")}
         return Manifest(Settings(**settings | {"shape": tuple(settings["shape"])}), **lists, **content)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = error if type(error) is ValueError else repr(error)
         raise DataError(f"{path}: not a manifest of cached latents: {reason}") from error
 

@@ -36,7 +36,7 @@ def load_sources(folder: Path) -> Sources:
         if not isinstance(content, dict) or not all(map(_is_source, content.values())):
             raise ValueError("expected [name, size, time] for each picture")
         return content
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read: {error}; --overwrite encodes all pictures again") from error
 
 

@@ -164,7 +164,7 @@ class ShardStore:
             if latents.shape != (len(names), *self.shape) or latents.dtype != self.dtype:
                 return {}, 0
             rows = {(name, label): latent for name, label, latent in zip(names, labels, latents, strict=True)}
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError):
             return {}, 0
         found = {}
         for index, picture in enumerate(self.pictures[first : first + self.unit], first):
@@ -182,7 +182,7 @@ def _names(path: Path) -> list[str]:
     try:
         with safe_open(path, framework="pt") as file:
             return json.loads(file.metadata()["names"])
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError):
         return [""]
 
 

@@ -2,7 +2,7 @@
 
 Each channel of a layer's input has a scale:
 
-    scale_c = share_c^POWER · most / 127,    share_c = max |x_c| / most,    most = max |x|
+    scale_c = share_c^POWER · most / 127,    share_c = max |x_c| / most, at least LEAST_SHARE,    most = max |x|
 
 So no value that the calibration sees is clipped: clipping costs more than rounding. With POWER 1, each channel would
 have the finest steps that do not clip. A smaller POWER leaves room for larger values in channels that are weak in the
@@ -34,7 +34,7 @@ Pictures = list[torch.Tensor]  # batches [B, 3, H, W]
 
 @dataclass(frozen=True)
 class ErrorBudget:
-    """What 8 bit may change, for every calibration picture. Raises ValueError for negative values and no numbers.
+    """What 8 bit may change, for every calibration picture. Raises ValueError unless all are numbers of at least 0.
 
     decoding: least PSNR, in dB, of decoded exact latents against their exact decoding. encoding: the same of the exact
     decoding of 8-bit latents. loss: dB of PSNR against the originals that either may lose.

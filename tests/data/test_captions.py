@@ -78,7 +78,7 @@ def test_a_pipe_is_no_caption(tmp_path):
     assert found.unusable == [("a.txt", "not a regular file")]
 
 
-@pytest.mark.parametrize("content", ["{", json.dumps({"a": 1}), "[]"])
+@pytest.mark.parametrize("content", ["{", json.dumps({"a": 1}), "[]", "[" * 10**5], ids=len)
 def test_a_damaged_file(tmp_path, content):
     (tmp_path / CAPTIONS).write_text(content)
     with pytest.raises(DataError, match=re.escape(str(tmp_path / CAPTIONS))):

@@ -124,6 +124,7 @@ def test_big_endian_and_fortran_order(tmp_path):
         ({"names": "[1, 2]"}, "expected 2 different names in its metadata, one per latent"),
         ({"names": '["a", "a"]'}, "expected 2 different names in its metadata, one per latent"),
         ({"names": "torn"}, "not a readable shard of latents"),
+        ({"names": "[" * 10**5}, "not a readable shard of latents: maximum recursion depth"),
     ],
 )
 def test_bad_shards_are_named(tmp_path, change, words):

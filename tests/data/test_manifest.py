@@ -33,7 +33,9 @@ def test_round_trip(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", json.dumps({"settings": {"model": "m"}, "classes": [], "skipped": []})]
+    "text",
+    ["", "[]", "{}", "[" * 10**5, json.dumps({"settings": {"model": "m"}, "classes": [], "skipped": []})],
+    ids=len,
 )
 def test_files_that_are_not_manifests(tmp_path, text):
     (tmp_path / MANIFEST).write_text(text)
