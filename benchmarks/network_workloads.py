@@ -65,7 +65,7 @@ NETWORK_WORKLOADS: dict[str, list[NetworkWorkload]] = {  # by part
     ],
     "sampling": [
         NetworkWorkload(
-            "uvit-h-f64", "step", 16, (*ALL, "patched, without graphs", *SAMPLED_IN_8_BIT, INFERRED_IN_8_BIT[2])
+            "uvit-h-f64", "step", 16, (*ALL, "patched, without graphs", *SAMPLED_IN_8_BIT, "torchao fp8, by row")
         ),
         *_each("uvit-h-f8p2 uvit-h-f32 uvit-2b-f64 dit-xl-f8p2 dit-xl-f32", "step", 16, SAMPLED),
         NetworkWorkload("dit-xl-f64", "step", 16, ALL),

@@ -16,7 +16,7 @@ namespace dcae_fast {
 namespace {
 
 constexpr size_t kMost = 1 << 16;  // weights that are remembered
-constexpr int64_t kTrained = -1;   // in place of a version: the weight has been in a training step since
+constexpr int64_t kTrained = -1;   // in place of a version: a training step has used the weight since its cast
 
 // A weight when it was cast, and what it was cast to.
 struct State {
@@ -78,6 +78,7 @@ at::Tensor autocast_cast(const at::Tensor& weight, at::ScalarType dtype, bool tr
 
 void bind_autocast(pybind11::module_& module) {
   namespace py = pybind11;
+  // Releases the GIL: a thread that clears autocast's cache holds the cache's lock while it waits for the GIL.
   module.def("autocast_cast", &autocast_cast, py::arg("weight"), py::arg("dtype"), py::arg("trains") = false,
              py::call_guard<py::gil_scoped_release>(),
              "weight in `dtype`. Inside autocast a parameter is cast once, and the copy is kept until autocast ends or "

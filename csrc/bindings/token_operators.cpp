@@ -178,7 +178,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> gelu_backward(const at::Tensor& d
 
 void bind_token_operators(pybind11::module_& module) {
   namespace py = pybind11;
-  // Releases the GIL: a thread that clears autocast's cache holds the cache's lock while it waits for the GIL.
   module.def("packed_attention", &packed_attention, py::arg("qkv"), py::arg("num_heads"),
              "Softmax attention of packed q, k and v, and the logarithm of the softmax's denominator.");
   module.def("packed_attention_backward", &packed_attention_backward, py::arg("dout"), py::arg("qkv"), py::arg("out"),

@@ -11,7 +11,7 @@ x, or to the type of y where cuBLASLt adds it.
 
 A float32 weight beside half-precision x is rounded to the type of x for the product, in the forward and again in the
 backward pass, and its gradient is float32. In inference, inside autocast, the rounded weight and bias are kept until
-autocast ends, the weight trains or changes, as far as autograd counts changes.
+autocast ends, or until they train or change, as far as autograd counts changes.
 
 "gelu" is the exact GELU, with erf. cuBLASLt computes "gelu" and "gelu_tanh" by the tanh approximation. On normal
 preactivations its relative L2 error is 2e-4; rounding preactivation and result causes an error of 3e-3 in bf16 and 3e-4
