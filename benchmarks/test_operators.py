@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from . import operators
+from . import operator_cases, operators
 
 pytest.importorskip("pytest_benchmark")
 
@@ -14,7 +14,7 @@ CASES = list(dict.fromkeys(operators.shapes(DEVICE)))
 @pytest.mark.parametrize("form", ["ours", "eager"])
 @pytest.mark.parametrize("name, shape", CASES, ids=[f"{name} {'x'.join(map(str, shape))}" for name, shape in CASES])
 def test_operator(benchmark, name, shape, form):
-    case = operators.case(name, shape, DEVICE)
+    case = operator_cases.case(name, shape, DEVICE)
     assert operators.error_of(case) <= operators.MAX_ERROR
     calls = operators.repeated(case.op if form == "ours" else case.reference, case.tensors)
 

@@ -9,7 +9,18 @@ import pytest
 import torch
 
 import benchmarks.__main__ as command_line
-from benchmarks import autoencoder, contenders, first_call, operators, profile, results, tables, targets, timing
+from benchmarks import (
+    autoencoder,
+    contenders,
+    first_call,
+    operator_cases,
+    operators,
+    profile,
+    results,
+    tables,
+    targets,
+    timing,
+)
 from benchmarks.autoencoder_workloads import TrainingWorkload
 from benchmarks.ceilings import Ceilings, measure_ceilings
 from benchmarks.workloads import COMPILED, WORKLOADS, Workload, parse
@@ -177,14 +188,16 @@ def test_targets_are_evaluated():
 
 
 def test_operators_are_checked_and_timed(monkeypatch):
-    monkeypatch.setattr(operators, "SHAPES", [(name, (1, 96, 16, 16)) for name in operators.CASES])
+    monkeypatch.setattr(operators, "SHAPES", [(name, (1, 96, 16, 16)) for name in operator_cases.CASES])
     monkeypatch.setattr(operators, "CALLS", 1)
     rows = list(operators.benchmark(CPU, CEILINGS, lambda name: "rms" in name or "conv" in name))
-    assert {row["operator"] for row in rows} == {name for name in operators.CASES if "rms" in name or "conv" in name}
+    assert {row["operator"] for row in rows} == {
+        name for name in operator_cases.CASES if "rms" in name or "conv" in name
+    }
     for row in rows:
         assert row["error"] < 1e-2 and row["ms"] > 0 and row["eager_ms"] > 0 and row["floor_ms"] > 0
-    for name in operators.CASES:
-        assert operators.error_of(operators.case(name, (1, 96, 4, 4), CPU)) < 1e-2
+    for name in operator_cases.CASES:
+        assert operators.error_of(operator_cases.case(name, (1, 96, 4, 4), CPU)) < 1e-2
     monkeypatch.setattr(operators, "error_of", lambda case: 1.0)
     assert all("ms" not in row for row in operators.benchmark(CPU, CEILINGS, lambda name: name == "rms_norm"))
 
