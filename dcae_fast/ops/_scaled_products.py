@@ -1,4 +1,4 @@
-"""Matrix products of float8 with one scale for each row of both operands, computed by cuBLASLt; see _products.py."""
+"""Matrix products of float8 with scales, computed by cuBLASLt; see _products.py."""
 
 from collections.abc import Callable
 
@@ -22,14 +22,14 @@ def available() -> bool:
     return hasattr(cuda_extension(), "ScaledProduct")
 
 
-def _shape_of(x, weight, bias, residual, dtype, fast) -> tuple:
+def _shape_of(x, weight, bias, residual, dtype, fast, act) -> tuple:
     """Everything that a plan depends on."""
     rows, (columns, depth) = x.numel() // x.shape[-1], weight.shape
-    return x.dtype, weight.dtype, rows, columns, depth, dtype, bias is not None, residual is not None, fast
+    return x.dtype, weight.dtype, rows, columns, depth, dtype, epilogue(act, bias), residual is not None, fast
 
 
-def key_of(x, weight, bias, residual, dtype, fast) -> tuple:
-    return _plans.key_of(CUBLASLT, _shape_of(x, weight, bias, residual, dtype, fast), x.device)
+def key_of(x, weight, bias, residual, dtype, fast, act="") -> tuple:
+    return _plans.key_of(CUBLASLT, _shape_of(x, weight, bias, residual, dtype, fast, act), x.device)
 
 
 def product(
@@ -42,22 +42,26 @@ def product(
     residual: torch.Tensor | None,
     dtype: torch.dtype,
     fast: bool,
+    act: str = "",
+    out_factor: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`linear_rows`, for contiguous tensors; the bias has the type that cuBLASLt takes, see csrc/plans/product.h.
+    """`linear_rows`, or `bounded_linear_gelu`, for contiguous tensors; the bias has the type that cuBLASLt takes, see
+    csrc/plans/product.h.
 
-    fallback: the same in PyTorch, used where it is faster or cuBLASLt is not available.
+    fallback: the same in PyTorch, used where it is faster or cuBLASLt is not available. act: "gelu", or "" for none.
+    out_factor: [1], of a result in float8, for which both scales are [1] too.
     """
     if not available():
         return fallback()
-    shape = _shape_of(x, weight, bias, residual, dtype, fast)
+    shape = _shape_of(x, weight, bias, residual, dtype, fast, act)
     rows, columns, depth = shape[2:5]
-    operands = x, x_scale, weight, weight_scale, bias, residual
+    operands = x, x_scale, weight, weight_scale, bias, residual, out_factor
     plan = _plans.find(
         CUBLASLT,
         shape,
         x.device,
         rows * columns * depth >= WORTH_A_SEARCH,
-        lambda: cuda_extension().ScaledProduct(x, weight, dtype, epilogue("", bias), fast, True),
+        lambda: cuda_extension().ScaledProduct(x, weight, dtype, epilogue(act, bias), fast, out_factor is None),
         lambda plan: plan(*operands),
         fallback,
     )

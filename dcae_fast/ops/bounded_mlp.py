@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from . import _library, _plans, _scaled_products
 from ._library import KERNEL_DTYPES, capability, define, is_hopper, without_autocast
 from ._private import scaled_product
-from ._products import as_rows, epilogue
+from ._products import as_rows
 from .layer_norm import check_norm, layer_norm_reference
+from .linear_rows import MULTIPLE
 from .quantize import check_no_gradient
 from .quantize_rows import MOST_COLUMNS, scale_of
 
@@ -58,7 +59,7 @@ def _accepts_linear(x, x_scale, weight, weight_scale, bias, factor):
         is_hopper(x.device)
         and x.numel() > 0
         and weight.shape[0] > 0
-        and weight.shape[0] % 16 == weight.shape[1] % 16 == 0
+        and weight.shape[0] % MULTIPLE == weight.shape[1] % MULTIPLE == 0
         and all(t.data_ptr() % 16 == 0 for t in (x, x_scale, weight, weight_scale, factor))
     )
 
@@ -72,33 +73,16 @@ def _launch(x, x_scale, weight, weight_scale, bias, factor):
         )
         return _rounded(F.gelu(h.float(), approximate="tanh"), factor).view(*x.shape[:-1], -1)
 
-    if not _scaled_products.available():
-        return fallback()
-    shape, operands = _shape_of(x, weight, bias), (x, x_scale, weight, weight_scale, bias, None, factor)
-    rows, columns, depth, name = shape[1:5]
-    plan = _plans.find(
-        _scaled_products.CUBLASLT,
-        shape,
-        x.device,
-        rows * columns * depth >= _scaled_products.WORTH_A_SEARCH,
-        lambda: _scaled_products.cuda_extension().ScaledProduct(x, weight, FORMAT, name, True, False),
-        lambda plan: plan(*operands),
-        fallback,
+    return _scaled_products.product(
+        fallback, x, x_scale, weight, weight_scale, bias, None, FORMAT, fast=True, act="gelu", out_factor=factor
     )
-    return fallback() if plan is None else plan(*operands)
-
-
-def _shape_of(x, weight, bias):
-    """Everything that a plan depends on."""
-    columns, depth = weight.shape
-    return FORMAT, x.numel() // depth, columns, depth, epilogue("gelu", bias)
 
 
 def _prepare(x, x_scale, weight, weight_scale, bias, factor):
     """Runs the plan that is known by then for this shape, without looking at the arguments again."""
     if not _scaled_products.available() or (bias is not None and bias.dtype != torch.bfloat16):
         return None
-    key = _plans.key_of(_scaled_products.CUBLASLT, _shape_of(x, weight, bias), x.device)
+    key = _scaled_products.key_of(x, weight, bias, None, FORMAT, fast=True, act="gelu")
 
     def run(*args):
         plan = _plans.found(key)

@@ -121,7 +121,8 @@ class ProductInTorch:
     def build(self, candidate):
         return self
 
-    def __call__(self, x, x_scale, weight, weight_scale, bias, residual):
+    def __call__(self, x, x_scale, weight, weight_scale, bias, residual, out_factor=None):
+        assert out_factor is None
         of_bias = torch.bfloat16 if self.dtype == torch.float32 else self.dtype
         assert (x.dtype, weight.dtype) == self.types and self.has_bias == (bias is not None)
         assert (bias is None or bias.dtype == of_bias) and (residual is None or residual.dtype == self.dtype)
