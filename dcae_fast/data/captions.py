@@ -2,7 +2,6 @@
 
 import json
 import os
-import stat
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import NamedTuple
 
 from dcae_fast import distributed
 from dcae_fast.errors import DataError
-from dcae_fast.files import written_atomically
+from dcae_fast.files import check_regular, written_atomically
 
 from .pictures import Caption, Notes, Pictures
 
@@ -47,8 +46,7 @@ def _read(pictures: Pictures, candidates: tuple[Caption, ...], shard: str) -> tu
     for each in candidates:
         try:
             path = pictures.root / (shard or each.name)
-            if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait
-                raise ValueError("not a regular file")
+            check_regular(path)
             with open(path, "rb") as file:
                 file.seek(each.offset)
                 content = file.read(each.size if shard else -1).decode("utf-8-sig")

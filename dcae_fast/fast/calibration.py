@@ -9,8 +9,9 @@ have the finest steps that do not clip. A smaller POWER leaves room for larger v
 calibration pictures but not in others. Pictures with more contrast than those given would be clipped too; therefore the
 calibration also sees each picture with CONTRAST times its contrast, and the negative of that.
 
-Then each layer runs in 8 bit with all others exact. The layers of the decoder, and those of the encoder, are taken to
-8 bit in the order of the squared error that this causes per multiplication, as many as the error budget allows.
+Then the error of each layer is measured: this layer computes in 8 bit, all others exactly. The layers of the decoder,
+and then the layers of the encoder, are taken to 8 bit in the order of their squared error per multiplication, as many
+as the error budget allows.
 
 Errors are PSNR = 10 log10(4 / mean squared error) of pictures in [-1, 1], of the worst picture.
 """

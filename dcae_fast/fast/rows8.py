@@ -129,8 +129,9 @@ def linear(
 
 
 def knows_bounds(fc1: nn.Linear, fc2: nn.Linear, x: torch.Tensor, scale: torch.Tensor, branch, dtype) -> bool:
-    """Whether `bounded_mlp` computes an MLP: both layers infer in float8, and the norm's weights are those of all
-    images. The bounds of ops/bounded_mlp.py take some small kernels, so they must be kept.
+    """Whether `bounded_mlp` computes an MLP: both layers infer in float8, and all images have the same norm weights.
+
+    The bounds of ops/bounded_mlp.py take some small kernels, so they must be kept.
     """
     if scale.dim() != 1 or branch is not None or not (operands.is_kept(fc1) and ops.multiplies_within_bounds()):
         return False

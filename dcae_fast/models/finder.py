@@ -108,8 +108,8 @@ def find_first(find: Finder, files: list[str], source: str | os.PathLike) -> Pat
 
 
 def _inside(folder: Path) -> str:
-    """A question that names other weight files in a folder, such as those of a variant in half precision, and models in
-    the folder, such as those in the output folder of a training; empty without any.
+    """The question "did you mean ...?", with the paths of other weight files in a folder (for example in half
+    precision) and of models inside it (for example of a training); empty without any.
     """
     if not folder.is_dir():
         return ""

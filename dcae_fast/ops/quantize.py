@@ -73,12 +73,8 @@ def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     wide = weight.float().flatten(1)
     largest = wide.abs().amax(1)
     scale = torch.where(largest > 0, largest / MOST, 1.0)
-    q = (
-        _rounded((wide / scale[:, None]).view(*weight.shape[:2], math.prod(weight.shape[2:])))
-        .clamp(-MOST, MOST)
-        .to(torch.int8)
-    )
-    q = q.view(weight.shape)
+    windows = (wide / scale[:, None]).view(*weight.shape[:2], math.prod(weight.shape[2:]))
+    q = _rounded(windows).clamp(-MOST, MOST).to(torch.int8).view(weight.shape)
     return q.contiguous(memory_format=torch.channels_last) if q.dim() == 4 else q, scale
 
 
